@@ -1,0 +1,80 @@
+"""Every config key that DEQDet adds to Detectron2's, with the paper's symbol where it has one."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_deqdet_config(cfg: CN) -> None:
+    """Add DEQDet's keys, with the values of the paper's Table 5, to a detectron2 config in place."""
+    _add_model_keys(cfg)
+    _add_equilibrium_keys(cfg.MODEL.DEQDET)
+    _add_training_keys(cfg)
+
+
+def _add_model_keys(cfg: CN) -> None:
+    cfg.MODEL.DEQDET = deqdet = CN()
+    deqdet.NUM_CLASSES = 80
+    deqdet.NUM_QUERIES = 100  # N
+    deqdet.HIDDEN_DIM = 256  # C: channels of the neck's levels and of a query's content
+    deqdet.IN_FEATURES = ["p2", "p3", "p4", "p5"]  # the levels that the decoder reads, finest first
+    deqdet.REFINEMENT_LAYER = "AdaMixerLayer"  # a name in REFINEMENT_LAYER_REGISTRY
+    deqdet.DECODER = "EquilibriumDecoder"  # a name in DECODER_REGISTRY
+
+    # BatchNorm of the backbone: keep the statistics of the checkpoint, train only the affine part (not in
+    # the stages that MODEL.BACKBONE.FREEZE_AT freezes). Needs MODEL.RESNETS.NORM "BN".
+    deqdet.FIX_BN_STATISTICS = False
+
+    deqdet.NECK = CN()
+    deqdet.NECK.KERNEL_SIZE = 1  # k of the channel mapper's convolutions: 1 (the paper) or 3 (its released weights)
+
+    deqdet.QUERIES = CN()
+    deqdet.QUERIES.NORM_CONTENT = True  # LayerNorm without affine part on the initial content
+    deqdet.QUERIES.LEARN_BOXES = False  # False: every query starts at the whole image, and that stays fixed
+
+    deqdet.ADAMIXER = CN()
+    deqdet.ADAMIXER.NUM_POINTS_INIT = 32  # P of the initialization layer g
+    deqdet.ADAMIXER.NUM_POINTS_REFINE = 32  # P of the refinement layer f
+    deqdet.ADAMIXER.NUM_OUT_POINTS = 128  # P_out
+    deqdet.ADAMIXER.NUM_GROUPS = 4  # G
+    deqdet.ADAMIXER.NUM_HEADS = 8  # of the attention among queries
+    deqdet.ADAMIXER.FEEDFORWARD_DIM = 2048
+
+    # One weight for the matching cost and for the loss (Table 5).
+    deqdet.LOSS = CN()
+    deqdet.LOSS.FOCAL_WEIGHT = 2.0  # lambda_focal
+    deqdet.LOSS.L1_WEIGHT = 5.0  # lambda_l1, on xyxy divided by the image's size
+    deqdet.LOSS.GIOU_WEIGHT = 2.0  # lambda_giou
+    deqdet.LOSS.FOCAL_ALPHA = 0.25
+    deqdet.LOSS.FOCAL_GAMMA = 2.0
+
+
+def _add_equilibrium_keys(deqdet: CN) -> None:
+    deqdet.EQUILIBRIUM = CN()
+    deqdet.EQUILIBRIUM.USE_INIT_LAYER = True  # False: f starts at the initial queries (Table 4a, first row)
+    deqdet.EQUILIBRIUM.TRAIN_STEPS = 20  # T_train: applications of f after g while training
+    deqdet.EQUILIBRIUM.TEST_STEPS = 25  # T_infer: the same at test time
+    deqdet.EQUILIBRIUM.EXTRA_SUPERVISION = 2  # h: supervised applications of f right after g, with gradient
+    deqdet.EQUILIBRIUM.GRADIENT_STEPS = 2  # k of the refinement-aware gradient; 1 is JFB
+    deqdet.EQUILIBRIUM.GRADIENT_DAMPING = 1.0  # lambda of the phantom gradient; 1 is the paper's (no damping)
+    deqdet.EQUILIBRIUM.SUPERVISION_COUNT = 4  # m of Omega = {1, C, 2C, ..., mC, T_train} (Eq. 12)
+    deqdet.EQUILIBRIUM.SUPERVISION_INTERVAL = 3  # C of Omega
+    # True: the k-step segments of Omega run one by one and are recomputed in backward, so that memory does not
+    # grow with Omega. False: all in one batch, which is faster.
+    deqdet.EQUILIBRIUM.CHECKPOINT_SEGMENTS = False
+
+    deqdet.PERTURBATION = CN()
+    deqdet.PERTURBATION.KIND = "multi-step"  # multi-step (the paper's), one-step, zero-step (Table 4e) or none
+    deqdet.PERTURBATION.PROBABILITY = 0.2  # v, for the content and the position each
+    deqdet.PERTURBATION.CONTENT_SIZE = 0.1  # sigma_q, relative to the content's norm
+    deqdet.PERTURBATION.POSITION_SIZE = 25.0  # sigma_p, pixels per corner coordinate; suits 800-pixel images
+
+
+def _add_training_keys(cfg: CN) -> None:
+    cfg.DATASETS.REGISTER = []  # COCO-format sets to register: [[name, json file, image root], ...]
+    cfg.INPUT.AUGMENTATION = "1x"  # a policy of deqdet.data.augmentation
+    cfg.INPUT.DETR_CROP = CN()
+    cfg.INPUT.DETR_CROP.RESIZE = [400, 500, 600]  # short sides before the crop of the 2x policy, pixels
+    cfg.INPUT.DETR_CROP.SIZE = [384, 600]  # smallest and largest side of that crop, pixels
+
+    cfg.SOLVER.DECODER_LR_MULTIPLIER = 4.0  # of the layers g and f, relative to BASE_LR
+    cfg.SOLVER.DECODER_DECAY_MULTIPLIER = 10.0  # relative to WEIGHT_DECAY
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model": the norm over all parameters, which detectron2 does not have.

@@ -1,0 +1,208 @@
+"""Decoders: from initial queries and features to predictions, by name in DECODER_REGISTRY.
+
+Each has the same two methods: `supervise` for training and `decode` for inference.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.utils.registry import Registry
+
+from .equilibrium import FixedPointIteration, Map, Phantom, Solution, Solver, solve
+from .layers import RefinementLayer, build_refinement_layer
+from .perturbation import Perturbation
+from .structures import Prediction, QueryState
+
+DECODER_REGISTRY = Registry("DECODER")
+DECODER_REGISTRY.__doc__ = """
+Decoders, called as `obj(cfg, input_shapes)` with the pyramid's ShapeSpecs, finest first. Methods:
+`supervise(initial, features) -> dict[str, Prediction]`, every prediction to be supervised by its name;
+`decode(initial, features) -> Prediction`.
+"""
+
+
+def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> nn.Module:
+    """The decoder that MODEL.DEQDET.DECODER names."""
+    return DECODER_REGISTRY.get(cfg.MODEL.DEQDET.DECODER)(cfg, input_shapes)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Which states are supervised in training (Sec. 3.3, Eq. 12)."""
+
+    train_steps: int  # T_train
+    extra: int  # h
+    count: int  # m
+    interval: int  # C
+
+    def __post_init__(self) -> None:
+        if min(self.train_steps, self.interval) < 1 or min(self.extra, self.count) < 0:
+            raise ValueError(
+                "TRAIN_STEPS and SUPERVISION_INTERVAL must be at least 1, EXTRA_SUPERVISION and SUPERVISION_COUNT "
+                f"at least 0, got {self.train_steps}, {self.interval}, {self.extra}, {self.count}"
+            )
+        if self.count * self.interval > self.train_steps:
+            raise ValueError(
+                f"Omega reaches step m C = {self.count} * {self.interval}, beyond TRAIN_STEPS = {self.train_steps}: "
+                "lower SUPERVISION_COUNT or SUPERVISION_INTERVAL of MODEL.DEQDET.EQUILIBRIUM, or raise TRAIN_STEPS"
+            )
+
+    @property
+    def steps(self) -> list[int]:
+        """Omega = {1, C, 2C, ..., mC, T_train} (Eq. 12), ascending."""
+        return sorted({1, *(i * self.interval for i in range(1, self.count + 1)), self.train_steps})
+
+
+@DECODER_REGISTRY.register()
+class EquilibriumDecoder(nn.Module):
+    """An initialization layer g, then the fixed point of one refinement layer f (Sec. 3.2, Algorithm 2)."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        initialization: RefinementLayer | None,
+        refinement: RefinementLayer,
+        solver: Solver,
+        test_steps: int,
+        supervision: Supervision,
+        estimator: Phantom,
+        perturbation: Perturbation,
+        checkpoint_segments: bool,
+    ):
+        """
+        Args:
+            initialization: g; None starts f at the initial queries.
+            test_steps: T_infer.
+            estimator: k steps of gradient at each point of Omega.
+            checkpoint_segments: trade time for memory, see MODEL.DEQDET.EQUILIBRIUM.CHECKPOINT_SEGMENTS.
+
+        Raises:
+            ValueError: nothing would train the initial queries, or test_steps is below 1.
+        """
+        super().__init__()
+        if test_steps < 1:
+            raise ValueError(f"MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS must be at least 1, got {test_steps}")
+        if initialization is None and supervision.extra == 0:
+            raise ValueError(
+                "without an initialization layer, MODEL.DEQDET.EQUILIBRIUM.EXTRA_SUPERVISION must be at least 1: "
+                "the solving path carries no gradient to the initial queries"
+            )
+        self.initialization = initialization
+        self.refinement = refinement
+        self.solver = solver
+        self.test_steps = test_steps
+        self.supervision = supervision
+        self.estimator = estimator
+        self.perturbation = perturbation
+        self.checkpoint_segments = checkpoint_segments
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> dict:
+        equilibrium, noise = cfg.MODEL.DEQDET.EQUILIBRIUM, cfg.MODEL.DEQDET.PERTURBATION
+        initialization = None
+        if equilibrium.USE_INIT_LAYER:
+            initialization = build_refinement_layer(cfg, input_shapes, initialization=True)
+        return {
+            "initialization": initialization,
+            "refinement": build_refinement_layer(cfg, input_shapes, initialization=False),
+            "solver": FixedPointIteration(),
+            "test_steps": equilibrium.TEST_STEPS,
+            "supervision": Supervision(
+                train_steps=equilibrium.TRAIN_STEPS,
+                extra=equilibrium.EXTRA_SUPERVISION,
+                count=equilibrium.SUPERVISION_COUNT,
+                interval=equilibrium.SUPERVISION_INTERVAL,
+            ),
+            "estimator": Phantom(steps=equilibrium.GRADIENT_STEPS, damping=equilibrium.GRADIENT_DAMPING),
+            "perturbation": Perturbation(
+                kind=noise.KIND,
+                probability=noise.PROBABILITY,
+                content_size=noise.CONTENT_SIZE,
+                position_size=noise.POSITION_SIZE,
+            ),
+            "checkpoint_segments": equilibrium.CHECKPOINT_SEGMENTS,
+        }
+
+    def initialize(self, initial: QueryState, features: list[Tensor]) -> QueryState:
+        """y_0 = g(x, y_0-) (Eq. 7); the initial queries themselves without a g."""
+        return initial if self.initialization is None else self.initialization(initial, features)
+
+    def solve(self, start: QueryState, features: list[Tensor], *, steps: int, record: Collection[int] = ()) -> Solution:
+        """`steps` applications of f from y_0, without noise, on packed states (see QueryState.pack)."""
+        function = self._packed_refinement(features, start.content.shape[1])
+        return solve(function, start.pack(), solver=self.solver, max_steps=steps, record=record)
+
+    def decode(self, initial: QueryState, features: list[Tensor]) -> Prediction:
+        """Predictions at the last of `test_steps` iterates."""
+        start = self.initialize(initial, features)
+        solution = self.solve(start, features, steps=self.test_steps)
+        return self.refinement.predict(QueryState.unpack(solution.value, start.content.shape[1]))
+
+    def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
+        """All predictions to be supervised: "init" of g, "init+i" for i = 1..h, "step<t>" for t in Omega."""
+        predictions = {}
+        start = self.initialize(initial, features)
+        if self.initialization is not None:
+            predictions["init"] = self.initialization.predict(start)
+            start = start.detach_position()
+        state = start
+        for extra in range(1, self.supervision.extra + 1):
+            state = self.refinement(state, features)
+            predictions[f"init+{extra}"] = self.refinement.predict(state)
+            state = state.detach_position()
+        return predictions | self._supervise_path(start.detach(), features)
+
+    def _supervise_path(self, start: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
+        """k differentiable steps from every point of Omega, each last one to be supervised."""
+        num_queries = start.content.shape[1]
+        with torch.no_grad():
+            points = self._perturbed_points(start, features)
+        refine = self._packed_refinement(features, num_queries)
+
+        def segment(flat: Tensor) -> Prediction:
+            return self.refinement.predict(QueryState.unpack(self.estimator(refine, flat), num_queries))
+
+        names = [f"step{t}" for t in self.supervision.steps]
+        if self.checkpoint_segments:
+            predictions = [checkpoint(segment, x, use_reentrant=False, preserve_rng_state=False) for x in points]
+        else:
+            batch = segment(torch.cat(points))
+            predictions = map(Prediction, batch.logits.chunk(len(points)), batch.boxes.chunk(len(points)))
+        return dict(zip(names, predictions, strict=True))
+
+    def _perturbed_points(self, start: QueryState, features: list[Tensor]) -> list[Tensor]:
+        """The perturbed states at Omega, each (B, N * (4 + C)) packed."""
+        kind, steps, num_queries = self.perturbation.kind, self.supervision.steps, start.content.shape[1]
+        refine = self._packed_refinement(features, num_queries)
+
+        def perturb(flat: Tensor) -> Tensor:
+            return self.perturbation(QueryState.unpack(flat, num_queries)).pack()
+
+        def perturb_and_refine(flat: Tensor) -> Tensor:
+            return refine(perturb(flat))
+
+        function = perturb_and_refine if kind == "multi-step" else refine  # Eq. 15: noise travels with the path
+        record = [t - 1 for t in steps] if kind == "one-step" else steps
+        path = solve(function, start.pack(), solver=self.solver, max_steps=steps[-1], record=record)
+        points = [path.recorded[t] for t in record]
+        if kind == "one-step":  # Eq. 14: noise projected by f once; the path itself stays clean
+            points = [perturb_and_refine(x) for x in points]
+        elif kind == "zero-step":  # Eq. 13: plain noise on the supervised state
+            points = [perturb(x) for x in points]
+        return points
+
+    def _packed_refinement(self, features: list[Tensor], num_queries: int) -> Map:
+        """f on packed states. It detaches the position that it receives from another layer."""
+
+        def function(flat: Tensor) -> Tensor:
+            state = QueryState.unpack(flat, num_queries).detach_position()
+            return self.refinement(state, features).pack()
+
+        return function

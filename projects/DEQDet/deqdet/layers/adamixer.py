@@ -1,0 +1,127 @@
+"""The AdaMixer layer (AdaMixer, CVPR 2022; Sec. 3.1 and Fig. 2 of the paper)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+
+from ..boxes import decode_boxes, embed_position, pairwise_iof, refine_position
+from ..structures import Prediction, QueryState
+from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer
+from .sampling import SamplingPoints, sample_pyramid
+from .mixing import AdaptiveMixing
+
+CLASS_PRIOR = 0.01  # the probability that every class starts with
+
+
+class PositionalAttention(nn.Module):
+    """Self-attention among queries, biased by how much of one box lies in another (AdaMixer, Sec. 3.4)."""
+
+    def __init__(self, *, dim: int, num_heads: int):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.iof_scale = nn.Parameter(torch.empty(num_heads))  # tau
+        nn.init.uniform_(self.iof_scale, 0, 4)
+        nn.init.xavier_uniform_(self.attention.out_proj.weight)
+
+    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+        """
+        Args:
+            content: (B, N, C).
+            position: (B, N, 4) cx, cy, z, r.
+
+        Returns:
+            (B, N, C): content + embedded position + what was attended to.
+        """
+        embedded = content + embed_position(position, content.shape[2])
+        overlap = (pairwise_iof(decode_boxes(position)) + 1e-7).log()  # (B, N, N)
+        bias = self.iof_scale[:, None, None] * overlap[:, None]  # (B, heads, N, N)
+        attended, _ = self.attention(
+            embedded, embedded, embedded, attn_mask=bias.flatten(0, 1).to(embedded.dtype), need_weights=False
+        )
+        return embedded + attended
+
+
+@REFINEMENT_LAYER_REGISTRY.register()
+class AdaMixerLayer(RefinementLayer):
+    """Attend to the other queries, sample the pyramid in and around the box, mix, and refine content and box."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        strides: list[int],
+        dim: int,
+        num_classes: int,
+        num_points: int,
+        num_out_points: int,
+        num_groups: int,
+        num_heads: int,
+        feedforward_dim: int,
+    ):
+        """
+        Args:
+            strides: of the pyramid's levels, pixels, finest first.
+            dim: C, of the content and of every level.
+
+        Raises:
+            ValueError: dim is not a multiple of num_groups, of num_heads and of 8.
+        """
+        super().__init__()
+        for name, divisor in [("groups", num_groups), ("heads", num_heads), ("sine embedding's features", 8)]:
+            if dim % divisor:
+                raise ValueError(f"the hidden dimension {dim} is not a multiple of the {divisor} {name}")
+        self.strides = list(strides)
+        self.attention = PositionalAttention(dim=dim, num_heads=num_heads)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.points = SamplingPoints(dim=dim, num_groups=num_groups, num_points=num_points)
+        self.mixing = AdaptiveMixing(
+            dim=dim, num_groups=num_groups, num_points=num_points, num_out_points=num_out_points
+        )
+        self.mixing_norm = nn.LayerNorm(dim)
+        self.feedforward = nn.Sequential(nn.Linear(dim, feedforward_dim), nn.ReLU(), nn.Linear(feedforward_dim, dim))
+        self.feedforward_norm = nn.LayerNorm(dim)
+        self.box_branch = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, 4))
+        self.class_branch = nn.Sequential(
+            nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, num_classes)
+        )
+        self._init_weights()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec], initialization: bool) -> dict:
+        deqdet, adamixer = cfg.MODEL.DEQDET, cfg.MODEL.DEQDET.ADAMIXER
+        return {
+            "strides": [shape.stride for shape in input_shapes],
+            "dim": deqdet.HIDDEN_DIM,
+            "num_classes": deqdet.NUM_CLASSES,
+            "num_points": adamixer.NUM_POINTS_INIT if initialization else adamixer.NUM_POINTS_REFINE,
+            "num_out_points": adamixer.NUM_OUT_POINTS,
+            "num_groups": adamixer.NUM_GROUPS,
+            "num_heads": adamixer.NUM_HEADS,
+            "feedforward_dim": adamixer.FEEDFORWARD_DIM,
+        }
+
+    def _init_weights(self) -> None:
+        for branch in (self.feedforward, self.box_branch, self.class_branch):
+            for module in branch:
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(self.box_branch[-1].weight)
+        nn.init.zeros_(self.box_branch[-1].bias)
+        nn.init.constant_(self.class_branch[-1].bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+
+    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
+        """See RefinementLayer.forward."""
+        position = state.position.detach()
+        content = self.attention_norm(self.attention(state.content, position))
+        samples = sample_pyramid(features, self.strides, self.points(content, position))
+        content = self.mixing_norm(content + self.mixing(content, samples))
+        content = self.feedforward_norm(content + self.feedforward(content))
+        return QueryState(refine_position(state.position, self.box_branch(content)), content)
+
+    def predict(self, state: QueryState) -> Prediction:
+        """See RefinementLayer.predict."""
+        return Prediction(self.class_branch(state.content), decode_boxes(state.position))

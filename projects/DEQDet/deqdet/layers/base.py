@@ -1,0 +1,47 @@
+"""What the decoders ask of a refinement layer, and the registry that config names choose from."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.utils.registry import Registry
+
+from ..structures import Prediction, QueryState
+
+REFINEMENT_LAYER_REGISTRY = Registry("REFINEMENT_LAYER")
+REFINEMENT_LAYER_REGISTRY.__doc__ = """
+Refinement layers f, from which the initialization layer g is built as well, with its own weights. Called as
+`obj(cfg, input_shapes, initialization)`: the pyramid's ShapeSpecs, finest first, and whether it is to be g.
+"""
+
+
+class RefinementLayer(nn.Module, ABC):
+    """y -> f(x, y), with the read-out of its predictions.
+
+    The rows of a state may be a multiple S of the images: S * B rows, segment-major, all of one image's segments
+    read that image's features. So many states are refined at once without a copy of the features.
+    """
+
+    @abstractmethod
+    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
+        """One refinement (Eq. 4).
+
+        Everything but the box refinement reads a detached position, so that gradients reach the given position
+        through the refined one only.
+
+        Args:
+            state: S * B rows.
+            features: per level (B, C, H_l, W_l), finest first.
+        """
+
+    @abstractmethod
+    def predict(self, state: QueryState) -> Prediction:
+        """Class logits and boxes of a state that this layer returned."""
+
+
+def build_refinement_layer(cfg: CfgNode, input_shapes: list[ShapeSpec], *, initialization: bool) -> RefinementLayer:
+    """The layer that MODEL.DEQDET.REFINEMENT_LAYER names, as f or as g."""
+    layer = REFINEMENT_LAYER_REGISTRY.get(cfg.MODEL.DEQDET.REFINEMENT_LAYER)
+    return layer(cfg, input_shapes, initialization)

@@ -1,0 +1,42 @@
+"""Adaptive mixing of sampled features (AdaMixer, CVPR 2022, Sec. 3.3).
+
+B: rows, N: queries, G: groups, P: sampled points, P_out: mixed points, C: channels.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AdaptiveMixing(nn.Module):
+    """Each query makes the matrices that mix its own samples, first over channels, then over points."""
+
+    def __init__(self, *, dim: int, num_groups: int, num_points: int, num_out_points: int):
+        super().__init__()
+        self.num_groups = num_groups
+        self.group_dim = dim // num_groups
+        self.channel_shape = (self.group_dim, self.group_dim)  # M
+        self.point_shape = (num_out_points, num_points)  # S
+        per_group = self.group_dim**2 + num_out_points * num_points
+        self.generator = nn.Linear(dim, num_groups * per_group)
+        self.out = nn.Linear(dim * num_out_points, dim)
+        nn.init.zeros_(self.generator.weight)  # with the bias's default draw: static mixing at first, but not dead
+        nn.init.xavier_uniform_(self.out.weight)
+
+    def forward(self, content: Tensor, samples: Tensor) -> Tensor:
+        """
+        Args:
+            content: (B, N, C).
+            samples: (B, N, G, P, C / G).
+
+        Returns:
+            (B, N, C), to be added to the content.
+        """
+        generated = self.generator(content).unflatten(2, (self.num_groups, -1))
+        channel, point = generated.split([self.group_dim**2, generated.shape[3] - self.group_dim**2], dim=3)
+        mixed = _norm_relu(samples @ channel.unflatten(3, self.channel_shape))  # (B, N, G, P, C / G)
+        mixed = _norm_relu(point.unflatten(3, self.point_shape) @ mixed)  # (B, N, G, P_out, C / G)
+        return self.out(mixed.flatten(2))
+
+
+def _norm_relu(x: Tensor) -> Tensor:
+    return F.relu(F.layer_norm(x, x.shape[-2:]))
