@@ -23,6 +23,9 @@ def _add_model_keys(cfg: CN) -> None:
     # the stages that MODEL.BACKBONE.FREEZE_AT freezes). Needs MODEL.RESNETS.NORM "BN".
     deqdet.FIX_BN_STATISTICS = False
 
+    # Basic blocks in res2..res5 of build_basic_resnet_channel_mapper_backbone, a narrow ResNet for CPUs.
+    cfg.MODEL.RESNETS.BASIC_BLOCKS = [1, 1, 1, 1]
+
     deqdet.NECK = CN()
     deqdet.NECK.KERNEL_SIZE = 1  # k of the channel mapper's convolutions: 1 (the paper) or 3 (its released weights)
 
@@ -77,4 +80,8 @@ def _add_training_keys(cfg: CN) -> None:
 
     cfg.SOLVER.DECODER_LR_MULTIPLIER = 4.0  # of the layers g and f, relative to BASE_LR
     cfg.SOLVER.DECODER_DECAY_MULTIPLIER = 10.0  # relative to WEIGHT_DECAY
+    cfg.SOLVER.BACKBONE_NORM_LR_MULTIPLIER = 1.0  # of normalization layers in the backbone, the neck left out
+    cfg.SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER = 1.0  # the same for the decay; 0 for Swin
+    # The paper decays normalization layers as all others (None); detectron2's default is 0.
+    cfg.SOLVER.WEIGHT_DECAY_NORM = None
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model": the norm over all parameters, which detectron2 does not have.

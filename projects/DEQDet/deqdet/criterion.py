@@ -1,6 +1,6 @@
 """The training losses of all supervised predictions (paper, Section 4 and Table 5).
 
-S: named predictions, B: images, R = S * B rows (segment-major), N: queries, K: classes, P: matched pairs in all.
+S: named predictions, B: images, R = S * B rows (segment-major), N: queries, K: classes, P: matched pairs.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 
-from deqdet.matcher import HungarianMatcher, Matches
-from deqdet.structures import Prediction, Targets
+from .matcher import HungarianMatcher, Matches
+from .structures import Prediction, Targets
 
 LOG_PERIOD = 20  # iterations, the period of detectron2's writers: a figure costs a host synchronisation
 
@@ -57,7 +57,8 @@ class Criterion(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         """The matching cost and the loss share their numbers."""
-        loss = cfg.MODEL.DEQDET.LOSS
+        deqdet = cfg.MODEL.DEQDET
+        loss = deqdet.LOSS
         numbers = {
             "focal_weight": loss.FOCAL_WEIGHT,
             "l1_weight": loss.L1_WEIGHT,
@@ -65,15 +66,15 @@ class Criterion(nn.Module):
             "focal_alpha": loss.FOCAL_ALPHA,
             "focal_gamma": loss.FOCAL_GAMMA,
         }
-        return {"matcher": HungarianMatcher(**numbers), "num_classes": cfg.MODEL.DEQDET.NUM_CLASSES, **numbers}
+        return {"matcher": HungarianMatcher(**numbers), "num_classes": deqdet.NUM_CLASSES, **numbers}
 
     def forward(
         self, predictions: dict[str, Prediction], targets: Targets, image_names: Sequence[str] = ()
     ) -> dict[str, Tensor]:
         """Weighted scalar losses, to be summed: loss_cls_<name>, loss_l1_<name>, loss_giou_<name>.
 
-        All S predictions are computed at once, in float32. Without any box the last two are 0, but still connected
-        to the predicted boxes, so that each parameter gets a gradient.
+        All S predictions are computed at once, in float32. Without any box the last two are 0, but still
+        connected to the predicted boxes, so that each parameter gets a gradient.
 
         Args:
             predictions: S by name; logits (B, N, K), boxes (B, N, 4) xyxy, pixels.
@@ -85,14 +86,14 @@ class Criterion(nn.Module):
             ValueError: a label is not in [0, K), or logits are not of K classes.
         """
         names = list(predictions)
-        logits = torch.cat([x.logits for x in predictions.values()]).float()  # (R, N, K)
-        boxes = torch.cat([x.boxes for x in predictions.values()]).float()  # (R, N, 4)
+        logits = torch.cat([x.logits.float() for x in predictions.values()])  # (R, N, K)
+        boxes = torch.cat([x.boxes.float() for x in predictions.values()])  # (R, N, 4)
         if logits.shape[2] != self.num_classes:
             raise ValueError(f"Expected logits of {self.num_classes} classes, got {logits.shape[2]}.")
         matches = self.matcher(Prediction(logits, boxes), targets, names, image_names)
         images = matches.rows % len(targets.labels)
         labels = targets.labels[images, matches.targets]  # (P,)
-        matched = len(matches.rows) // len(names)  # min(N, boxes), summed over the images: the same for each name
+        matched = len(matches.rows) // len(names)  # min(N, boxes) summed over images: the same for each name
         l1, giou = self._box_losses(boxes, targets, matches, images)
         sums = torch.stack(  # (3, S)
             [
@@ -127,7 +128,7 @@ class Criterion(nn.Module):
 
 
 def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
-    """A scalar on the device. Every rank calls this in every iteration, with no box too: else the others would wait."""
+    """A scalar. Every rank calls this in every iteration, without any box too: else the others would wait."""
     mean = torch.tensor(float(count), device=device)
     if comm.get_world_size() > 1:
         dist.all_reduce(mean)
@@ -137,8 +138,8 @@ def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _log_accuracy(logits: Tensor, labels: Tensor, matches: Matches, matched: int) -> None:
-    """Put matched_accuracy into the event storage, if one is active: how many of the last prediction's matched
-    queries have their box's class on top, in [0, 1].
+    """Put matched_accuracy into the event storage, if one is active: which part of the last prediction's
+    matched queries has its box's class on top.
     """
     if matched == 0 or not has_event_storage() or (get_event_storage().iter + 1) % LOG_PERIOD:
         return

@@ -2,13 +2,13 @@
 
 from detectron2.structures import Boxes, Instances
 
-from deqdet.structures import Prediction
+from .structures import Prediction
 
 
 def top_detections(
     prediction: Prediction, image_sizes: list[tuple[int, int]], max_detections: int
 ) -> list[Instances]:
-    """Keep the best (query, class) pairs of each image: a query may give several detections, no NMS (Section 4).
+    """Keep the best (query, class) pairs of each image, without NMS: a query may give several detections.
 
     Args:
         prediction: logits (B, N, K), boxes (B, N, 4) xyxy, pixels of the padded input.
@@ -23,8 +23,8 @@ def top_detections(
     scores = prediction.logits.float().sigmoid().flatten(1)  # (B, N * K)
     scores, indices = scores.topk(min(max_detections, scores.shape[1]), dim=1)  # sorted
     queries, classes = indices // num_classes, indices % num_classes
-    boxes = prediction.boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
+    boxes = prediction.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
     return [
-        Instances(size, pred_boxes=Boxes(image_boxes), scores=image_scores, pred_classes=image_classes)
-        for size, image_boxes, image_scores, image_classes in zip(image_sizes, boxes, scores, classes, strict=True)
+        Instances(size, pred_boxes=Boxes(b), scores=s, pred_classes=c)
+        for size, b, s, c in zip(image_sizes, boxes, scores, classes, strict=True)
     ]

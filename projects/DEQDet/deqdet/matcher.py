@@ -1,7 +1,7 @@
 """Hungarian matching of queries and ground-truth boxes (paper, Section 4).
 
-S: named predictions, B: images, R = S * B rows (segment-major: all images of the first prediction, then all of the
-second, ...), N: queries, K: classes, M: most boxes of an image.
+S: named predictions, B: images, R = S * B rows (segment-major: all images of the first prediction, then all
+of the second, ...), N: queries, K: classes, M: most boxes of an image.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from deqdet.structures import Prediction, Targets
+from .structures import Prediction, Targets
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class HungarianMatcher:
         finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (logits, boxes, cost)]).all(0)
         # The checks and the sizes ride along with the cost: one synchronisation in all.
         cost, finite, valid, labels = _to_cpu(cost, finite, targets.valid, targets.labels)
-        finite, valid = finite.view(len(names), -1).bool(), valid.bool()
+        finite, valid = finite.view(len(names), len(valid)).bool(), valid.bool()
         _check_finite(finite, names, image_names)
         _check_labels(labels, valid, num_classes, image_names)
         return Matches(*_assign(cost.numpy(), valid.numpy()).to(logits.device))
@@ -72,10 +72,10 @@ class HungarianMatcher:
     def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
         """(R, N, K), (R, N, 4) xyxy -> (R, N, M) cost of each pair, that of padding included."""
         copies = len(logits) // len(targets.labels)  # S
-        labels = targets.labels.clamp(0, logits.shape[2] - 1).repeat(copies, 1)  # out of range: an error later
+        labels = targets.labels.clamp(0, logits.shape[2] - 1).repeat(copies, 1)  # (R, M)
         scores = logits.gather(2, labels[:, None].expand(-1, logits.shape[1], -1)).sigmoid()  # (R, N, M)
         target_boxes = targets.boxes.float().repeat(copies, 1, 1)  # (R, M, 4)
-        sizes = targets.image_sizes.float().repeat(copies, 2)[:, None]  # (R, 1, 4) width, height, width, height
+        sizes = targets.image_sizes.float().repeat(copies, 2)[:, None]  # (R, 1, 4) w, h, w, h
         return (
             self.focal_weight * focal_cost(scores, self.focal_alpha, self.focal_gamma)
             + self.l1_weight * torch.cdist(boxes / sizes, target_boxes / sizes, p=1)
@@ -127,11 +127,11 @@ def _assign(cost: np.ndarray, valid: np.ndarray) -> Tensor:
 
 def _check_finite(finite: Tensor, names: Sequence[str], image_names: Sequence[str]) -> None:
     """finite: (S, B) bool."""
-    faults = [
-        f"{name} ({', '.join(_describe(image, image_names) for image in (~row).nonzero().flatten().tolist())})"
-        for name, row in zip(names, finite, strict=True)
-        if not row.all()
-    ]
+    faults = []
+    for name, row in zip(names, finite, strict=True):
+        images = [_describe(image, image_names) for image in (~row).nonzero().flatten().tolist()]
+        if images:
+            faults.append(f"{name} ({', '.join(images)})")
     if faults:
         raise FloatingPointError(f"Non-finite logits, boxes or matching cost in {'; '.join(faults)}.")
 
@@ -141,8 +141,8 @@ def _check_labels(labels: Tensor, valid: Tensor, num_classes: int, image_names: 
     unknown = valid & ((labels < 0) | (labels >= num_classes))
     for image, box in unknown.nonzero().tolist():
         raise ValueError(
-            f"Label {int(labels[image, box])} of {_describe(image, image_names)} is not in [0, {num_classes}): "
-            "does MODEL.DEQDET.NUM_CLASSES agree with the data set?"
+            f"Label {int(labels[image, box])} of {_describe(image, image_names)} is not in "
+            f"[0, {num_classes}). Does MODEL.DEQDET.NUM_CLASSES agree with the data set?"
         )
 
 

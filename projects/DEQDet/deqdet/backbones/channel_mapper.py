@@ -43,6 +43,16 @@ class ChannelMapper(Backbone):
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
 
+    @classmethod
+    def from_bottom_up(cls, bottom_up: Backbone, cfg: CfgNode) -> "ChannelMapper":
+        """The neck that the config describes, on MODEL.RESNETS.OUT_FEATURES of a backbone."""
+        return cls(
+            bottom_up=bottom_up,
+            in_features=cfg.MODEL.RESNETS.OUT_FEATURES,
+            out_channels=cfg.MODEL.DEQDET.HIDDEN_DIM,
+            kernel_size=cfg.MODEL.DEQDET.NECK.KERNEL_SIZE,
+        )
+
     @property
     def size_divisibility(self) -> int:
         """The input is padded to a multiple of the coarsest stride."""
@@ -62,9 +72,4 @@ class ChannelMapper(Backbone):
 @BACKBONE_REGISTRY.register()
 def build_resnet_channel_mapper_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ChannelMapper:
     """detectron2's ResNet (MODEL.RESNETS.*) under a channel mapper on MODEL.RESNETS.OUT_FEATURES."""
-    return ChannelMapper(
-        bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.RESNETS.OUT_FEATURES,
-        out_channels=cfg.MODEL.DEQDET.HIDDEN_DIM,
-        kernel_size=cfg.MODEL.DEQDET.NECK.KERNEL_SIZE,
-    )
+    return ChannelMapper.from_bottom_up(build_resnet_backbone(cfg, input_shape), cfg)

@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.set-up
+CONFIG = configs/quick/deqdet_shapes.yaml
+OUTPUT = output/demo
+# Keeps freed tensors in the heap: without it, CPU training spends much of its time in page faults.
+MALLOC = MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
+
+.PHONY: help setup demo test lint
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(STAMP)  ## make .venv with torch, detectron2 and this package (about 5 GB, some minutes, once)
+
+$(STAMP): setup.py pyproject.toml tools/install_detectron2.py tools/detectron2-28fd05ee.sha256
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make setup needs Python 3.10 or later: PYTHON=$(PYTHON) is missing or older; say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torchvision
+	$(BIN)/python tools/install_detectron2.py
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+demo: setup  ## train DEQDet on generated shapes with two CPU processes, and report what came of it
+	$(MALLOC) OMP_NUM_THREADS=1 $(BIN)/python tools/train_net.py --config-file $(CONFIG) --num-gpus 2 OUTPUT_DIR $(OUTPUT)
+	$(BIN)/python tools/report.py --config-file $(CONFIG) OUTPUT_DIR $(OUTPUT) MODEL.WEIGHTS $(OUTPUT)/model_final.pth
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## check the style
+	$(BIN)/python -m ruff check .

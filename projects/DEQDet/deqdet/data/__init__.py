@@ -1,0 +1,19 @@
+"""Data sets, generated and registered, and augmentation for detectron2's DatasetMapper."""
+
+from .augmentation import build_augmentation, build_mapper
+from .registration import check_num_classes, prepare_datasets, register_datasets, register_shapes
+from .shapes import ShapesConfig, generate_shapes
+
+__all__ = [
+    "ShapesConfig",
+    "build_augmentation",
+    "build_mapper",
+    "check_num_classes",
+    "generate_shapes",
+    "prepare_datasets",
+    "register_datasets",
+    "register_shapes",
+]
+
+register_shapes("shapes_train", ShapesConfig(num_images=6000, seed=1))
+register_shapes("shapes_val", ShapesConfig(num_images=400, seed=2))

@@ -1,0 +1,60 @@
+"""Augmentation policies for detectron2's own DatasetMapper (the recipes of the paper's Table 5)."""
+
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
+    """detectron2's DatasetMapper, in training with the policy that INPUT.AUGMENTATION names.
+
+    Raises:
+        ValueError: as `build_augmentation`.
+    """
+    if is_train:
+        return DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg))
+    return DatasetMapper(cfg, is_train=False)
+
+
+def build_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
+    """The list of training augmentations that INPUT.AUGMENTATION names, after the flips of INPUT.RANDOM_FLIP.
+
+    A crop may leave an image without boxes, which training allows.
+
+    Raises:
+        ValueError: an unknown policy or flip, or INPUT.CROP, which the policies replace, is on.
+    """
+    if cfg.INPUT.CROP.ENABLED:
+        raise ValueError("INPUT.CROP.ENABLED is not used here: choose the crops by INPUT.AUGMENTATION and INPUT.DETR_CROP")
+    policy = _choose("INPUT.AUGMENTATION", POLICIES, cfg.INPUT.AUGMENTATION)
+    flips = _choose("INPUT.RANDOM_FLIP", _FLIPS, cfg.INPUT.RANDOM_FLIP)
+    return [T.RandomFlip(horizontal=d == "horizontal", vertical=d == "vertical") for d in flips] + policy(cfg)
+
+
+def _resize(cfg: CfgNode) -> list[T.Augmentation]:
+    size = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    return [T.ResizeShortestEdge(*size)]
+
+
+def _detr(cfg: CfgNode) -> list[T.Augmentation]:
+    """DETR's: half of the time a resize and a crop come before the resize."""
+    crop = cfg.INPUT.DETR_CROP
+    first = [T.ResizeShortestEdge(crop.RESIZE, sample_style="choice"), T.RandomCrop("absolute_range", crop.SIZE)]
+    return [T.RandomApply(T.AugmentationList(first), prob=0.5), *_resize(cfg)]
+
+
+POLICIES: dict[str, Callable[[CfgNode], list[T.Augmentation]]] = {"1x": _resize, "2x": _detr}
+_FLIPS = {
+    "none": (),
+    "horizontal": ("horizontal",),
+    "vertical": ("vertical",),
+    "both": ("horizontal", "vertical"),  # drawn independently
+}
+
+
+def _choose(key: str, options: dict, name: str):
+    if name not in options:
+        raise ValueError(f"{key} is {name!r}: it must be one of {', '.join(options)}")
+    return options[name]

@@ -1,0 +1,197 @@
+"""Data sets by name: those of DATASETS.REGISTER and the generated shapes, beside detectron2's own.
+
+A box without area, as real data has, is no error: detectron2's mapper drops it in training, and COCO's evaluation
+counts it as an object that no detection can match. `register_datasets` logs a warning that says how many there are.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.utils.file_io import PathManager
+
+from .shapes import CLASSES, IMAGES_NAME, JSON_NAME, ShapesConfig, generate_shapes
+
+logger = logging.getLogger(__name__)
+
+_FORM = "[[name, json file, image root], ...]"
+
+
+def prepare_datasets(cfg: CfgNode) -> None:
+    """Register what DATASETS.REGISTER lists, and draw the shapes sets that DATASETS.TRAIN and TEST name.
+
+    Call it once per process before the loaders and evaluators are built: COCOEvaluator needs the annotation file when it
+    is constructed. "shapes_seed3_200" names a set of its own: 200 images from seed 3; any two numbers will do.
+
+    Raises:
+        ValueError, OSError: as `register_datasets`; FileExistsError as `generate_shapes`.
+    """
+    register_datasets(cfg)
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        numbers = re.fullmatch(r"shapes_seed(\d+)_(\d+)", name)
+        if numbers and name not in DatasetCatalog:
+            register_shapes(name, ShapesConfig(seed=int(numbers[1]), num_images=int(numbers[2])))
+        config = MetadataCatalog.get(name).get("shapes_config")
+        if config is not None:
+            generate_shapes(os.path.dirname(MetadataCatalog.get(name).json_file), config)
+
+
+def register_shapes(name: str, config: ShapesConfig, root: str | os.PathLike | None = None) -> None:
+    """Register a shapes set, which is drawn when first loaded. Registering the same again does nothing.
+
+    Args:
+        name: what DATASETS.TRAIN or TEST call it.
+        config: what to draw.
+        root: where to; by default shapes/<name> in $DETECTRON2_DATASETS ("datasets" if that is not set).
+
+    Raises:
+        ValueError: the name stands for another data set.
+    """
+    if root is None:
+        root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "shapes", name)
+    root = os.path.abspath(os.path.expanduser(root))
+    json_file, image_root = os.path.join(root, JSON_NAME), os.path.join(root, IMAGES_NAME)
+    if name in DatasetCatalog:
+        known = MetadataCatalog.get(name)
+        if (known.get("json_file"), known.get("shapes_config")) != (json_file, config):
+            raise ValueError(f"the name {name!r} is taken by another data set: choose another name")
+        return
+    DatasetCatalog.register(name, lambda: load_coco_json(generate_shapes(root, config), image_root, name))
+    MetadataCatalog.get(name).set(
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=list(CLASSES),
+        shapes_config=config,
+    )
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register every [name, json file, image root] of DATASETS.REGISTER as a COCO-format data set.
+
+    Paths are used as given, relative ones from the working directory. Registering the same again does nothing.
+
+    Raises:
+        ValueError: an entry, its file or a record in it is not as it must be, or the name is taken.
+        OSError: a file or directory is missing or cannot be read.
+    """
+    for index, entry in enumerate(cfg.DATASETS.REGISTER):
+        where = f"DATASETS.REGISTER[{index}]"
+        if not isinstance(entry, list | tuple) or len(entry) != 3 or not all(isinstance(e, str) and e for e in entry):
+            raise ValueError(f"{where} is {entry!r}: it must be three strings, as in {_FORM}")
+        name, json_file, image_root = entry
+        where = f"{where} ({name!r})"
+        if name in DatasetCatalog:
+            known = MetadataCatalog.get(name)
+            if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
+                raise ValueError(
+                    f"{where}: this name is taken by another data set, of {known.get('json_file')} and "
+                    f"{known.get('image_root')}: choose another name"
+                )
+            continue
+        thing_classes = _check_coco_file(where, json_file, image_root, evaluated=name in cfg.DATASETS.TEST)
+        register_coco_instances(name, {"thing_classes": thing_classes}, json_file, image_root)
+
+
+def check_num_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """Compare MODEL.DEQDET.NUM_CLASSES with the categories of the data sets: DATASETS.TEST, and unless `eval_only` TRAIN.
+
+    Raises:
+        ValueError: a number differs.
+        KeyError: a data set is not registered.
+    """
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if MetadataCatalog.get(name).get("thing_classes") is None:
+                DatasetCatalog.get(name)  # some sets know their classes only once loaded
+            classes = MetadataCatalog.get(name).thing_classes
+            if len(classes) != cfg.MODEL.DEQDET.NUM_CLASSES:
+                shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+                raise ValueError(
+                    f"{name!r} of DATASETS.{key} has {len(classes)} categories ({shown}), but MODEL.DEQDET.NUM_CLASSES is "
+                    f"{cfg.MODEL.DEQDET.NUM_CLASSES}: set MODEL.DEQDET.NUM_CLASSES to {len(classes)}, or DATASETS.{key} "
+                    "to other data sets"
+                )
+
+
+def _check_coco_file(where: str, json_file: str, image_root: str, *, evaluated: bool) -> list[str]:
+    """Check a COCO-format file and that its images are where they should be; returns the class names by id."""
+    where = f"{where}: {json_file}"
+    whole = _read_json(where, json_file)
+    if not PathManager.isdir(image_root):
+        raise NotADirectoryError(f"{where}: its image root {image_root} is not a directory: correct the entry's third path")
+    _check_records(where, "category", whole["categories"], ("id", "name"))
+    _check_records(where, "image", whole["images"], ("id", "file_name", "height", "width"))
+    # COCOeval reads area and iscrowd of every annotation; training does without.
+    keys = ("id", "image_id", "category_id", "bbox") + (("area", "iscrowd") if evaluated else ())
+    _check_records(where, "annotation", whole["annotations"], keys)
+    for image in whole["images"][:1]:
+        path = os.path.join(image_root, image["file_name"])
+        if not PathManager.isfile(path):
+            raise FileNotFoundError(f"{where}: its first image {path} does not exist: correct the entry's image root")
+    _check_annotations(where, whole)
+    return [category["name"] for category in sorted(whole["categories"], key=lambda c: c["id"])]
+
+
+def _read_json(where: str, json_file: str) -> dict:
+    try:
+        with PathManager.open(json_file) as file:
+            whole = json.load(file)
+    except OSError as error:
+        raise type(error)(
+            f"{where} cannot be read ({error.strerror}): give the path of a COCO-format file, absolute or relative "
+            f"to {os.getcwd()}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON ({error}): a COCO-format file is needed") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
+            raise ValueError(f'{where} has no list "{key}": a COCO-format file needs images, annotations, categories')
+    return whole
+
+
+def _check_records(where: str, kind: str, records: list, keys: tuple[str, ...]) -> None:
+    """Each record must be a dict with `keys`, with an id of its own."""
+    ids = set()
+    for index, record in enumerate(records):
+        missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+        if missing:
+            label = record.get("id", f"number {index}") if isinstance(record, dict) else f"number {index}"
+            raise ValueError(f"{where}: {kind} {label} has no {', '.join(missing)}: add it to the file")
+        if record["id"] in ids:
+            raise ValueError(f"{where}: {kind} id {record['id']} occurs twice: give each {kind} its own")
+        ids.add(record["id"])
+
+
+def _check_annotations(where: str, whole: dict) -> None:
+    """Check boxes and references; warn of boxes without area."""
+    images, categories = ({record["id"] for record in whole[key]} for key in ("images", "categories"))
+    flat = []
+    for annotation in whole["annotations"]:
+        at, box = f"{where}: annotation {annotation['id']}", annotation["bbox"]
+        if annotation["image_id"] not in images:
+            raise ValueError(f'{at} has image_id {annotation["image_id"]}, which "images" lacks')
+        if annotation["category_id"] not in categories:
+            raise ValueError(f'{at} has category_id {annotation["category_id"]}, which "categories" lacks')
+        if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(value) for value in box):
+            raise ValueError(f"{at} has bbox {box!r}: it must be four finite numbers (x, y, width, height) in pixels")
+        if not (box[2] > 0 and box[3] > 0):
+            flat.append(annotation["id"])
+    if flat:
+        logger.warning(
+            "%s: %d of %d boxes have no area (annotation %s): training skips them; at evaluation each counts as an "
+            "object that was not found",
+            where,
+            len(flat),
+            len(whole["annotations"]),
+            ", ".join(map(str, flat[:5])) + (", ..." if len(flat) > 5 else ""),
+        )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

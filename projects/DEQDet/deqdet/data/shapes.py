@@ -1,0 +1,275 @@
+"""The shapes data set: drawn from a seed, in COCO's format, so that a detector trains with no download.
+
+The classes differ by outline only: colour, texture, contrast and size are drawn independently of the class, so
+that none of them can be learnt in its place. The outlines stay distinct under any rotation.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from iopath.common.file_io import file_lock
+
+CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "hourglass")
+JSON_NAME, IMAGES_NAME = "annotations.json", "images"  # in the root
+_GENERATOR = "deqdet.data.shapes, drawing 1"  # raise the number when the same parameters draw other pictures
+_SUPERSAMPLING = 8
+_PLACEMENT_TRIES = 30
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """What determines a shapes set. Lengths are pixels, angles degrees.
+
+    Image i depends on every field but `num_images`: a longer set begins with the shorter one's images.
+    """
+
+    num_images: int
+    seed: int
+    image_size: int = 160
+    min_size: float = 8.0  # of a box's longer side
+    max_size: float = 80.0
+    max_objects: int = 6
+    empty_fraction: float = 0.08  # probability of an image without objects
+    max_rotation: float = 10.0  # 180: free
+    max_overlap: float = 0.5  # intersection / smaller box's area; also the hidden part of a shape
+    min_contrast: float = 24.0  # of 255, between a shape and what is under it, in the channel that differs most
+    max_contrast: float = 127.0  # above 127 some backgrounds leave no room on either side
+    max_texture: float = 0.5  # of the background, relative to the contrast; half of that on the shapes
+    max_noise: float = 0.25  # standard deviation, relative to the contrast
+
+    def __post_init__(self):
+        sizes = 0 < self.min_size <= self.max_size <= self.image_size
+        contrasts = 0 < self.min_contrast <= self.max_contrast <= 127
+        if not (self.num_images >= 1 and 1 <= self.max_objects <= 8 and sizes and contrasts):
+            raise ValueError(
+                "need num_images >= 1, max_objects in 1..8, 0 < min_size <= max_size <= image_size and "
+                f"0 < min_contrast <= max_contrast <= 127, got {self}"
+            )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One drawn object, as it is before anything covers it."""
+
+    label: int  # index in CLASSES
+    box: tuple[float, ...]  # (x, y, w, h), pixels: the bounds of the outline, wholly inside the image
+    area: float  # pixels that the outline covers, fractions included
+
+
+@dataclass(frozen=True)
+class Scene:
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    shapes: tuple[Shape, ...]  # in drawing order: a later one covers an earlier one
+
+
+def generate_shapes(root: str | os.PathLike, config: ShapesConfig) -> str:
+    """Make sure that `root` holds the set that `config` describes; returns its annotation file's absolute path.
+
+    Writes `root/annotations.json` (boxes xywh in pixels, `area` in covered pixels, category ids from 1 in the
+    order of CLASSES) and `root/images/*.jpg`: on these noisy pictures JPEG of quality 95 takes half of PNG's time
+    to decode, and less than half of its space. The set is drawn beside `root` and renamed when complete. Of
+    processes that ask at the same time one draws and the others wait. A set with other parameters, or that lacks
+    images, is made again.
+
+    Raises:
+        FileExistsError: `root` holds something else, which is left alone.
+    """
+    root = Path(os.path.realpath(os.path.expanduser(root)))
+    if not _is_complete(root, config):  # also asked before the lock, so that a read-only set can be used
+        with file_lock(str(root)):
+            if not _is_complete(root, config):
+                _replace_set(root, config)
+    return str(root / JSON_NAME)
+
+
+def draw_scene(config: ShapesConfig, index: int) -> Scene:
+    """Draw image `index`. It has 1..max_objects objects, uniformly, less those that find no room; or none."""
+    rng = np.random.default_rng((config.seed, index))
+    contrast = _log_uniform(rng, config.min_contrast, config.max_contrast)
+    texture, noise = contrast * config.max_texture, contrast * config.max_noise
+    canvas = _texture(rng, (config.image_size, config.image_size), texture)  # (H, W, 3)
+    canvas += rng.uniform(0, 255, 3).astype(np.float32)
+    count = 0 if rng.random() < config.empty_fraction else rng.integers(1, config.max_objects + 1)
+    shapes: list[Shape] = []
+    visible: list[np.ndarray] = []  # (H, W) bool per shape: what later ones leave of it
+    for _ in range(count):
+        placed = _place(rng, config, shapes, visible)
+        if placed is None:
+            continue
+        shape, window, cover = placed
+        for seen in visible:
+            seen[window] &= cover <= 0.5
+        shapes.append(shape)
+        visible.append(np.zeros(canvas.shape[:2], bool))
+        visible[-1][window] = cover > 0.5
+        patch, cover = canvas[window], cover[..., None]
+        under = (patch * cover).sum((0, 1)) / cover.sum()
+        paint = _contrasting(rng, under, contrast) + _texture(rng, patch.shape[:2], texture / 2)
+        patch += cover * (paint - patch)
+    canvas += rng.uniform(0, noise) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    return Scene(cv2.convertScaleAbs(np.maximum(canvas, 0, out=canvas)), tuple(shapes))
+
+
+def box_overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Intersection of two xywh boxes over the smaller one's area."""
+    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(w, 0.0) * max(h, 0.0) / min(a[2] * a[3], b[2] * b[3])
+
+
+def _polar(radii: np.ndarray | float, angles: np.ndarray) -> np.ndarray:
+    """Points (n, 2), x to the right and y down, at `angles` (degrees) clockwise from the top."""
+    turn = np.deg2rad(angles)
+    return np.stack([radii * np.sin(turn), -radii * np.cos(turn)], axis=-1)
+
+
+def _crescent(bite: float, shift: float) -> np.ndarray:
+    """The unit disc less a disc of radius `bite` whose centre is `shift` to the right."""
+    x = (1 - bite**2 + shift**2) / (2 * shift)  # where the circles meet
+    tip, bite_tip = (math.degrees(math.atan2(a, math.sqrt(1 - x**2))) for a in (x, x - shift))
+    outer = _polar(1.0, np.linspace(tip, -180 - tip, 48))
+    return np.concatenate([outer, _polar(bite, np.linspace(-180 - bite_tip, bite_tip, 48)) + (shift, 0)])
+
+
+_TURN = np.linspace(0, 360, 64, endpoint=False)
+# Closed contours, the outer one first; what lies inside an odd number of them is painted. In any unit.
+_OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
+    "circle": (_polar(1.0, _TURN),),
+    "square": (_polar(1.0, np.array([45, 135, 225, 315])),),
+    "triangle": (_polar(1.0, np.array([0, 120, 240])),),
+    "star": (_polar(np.array([1.0, 0.4] * 5), np.arange(0, 360, 36)),),
+    # An arm's corner is at (1, 3), so atan(1 / 3) = 18.435 degrees from its axis; an inner corner is at (1, 1).
+    "cross": (_polar(np.sqrt([10, 2, 10] * 4), np.add.outer(_TURN[::16], [18.435, 45, 71.565]).ravel()),),
+    "ring": (_polar(1.0, _TURN), _polar(0.55, _TURN)),
+    "crescent": (_crescent(0.85, 0.5),),
+    "hourglass": (np.array([[-4, -5], [4, -5], [1, 0], [4, 5], [-4, 5], [-1, 0]]),),
+}
+
+
+def _turned_outline(label: int, rotation: float, size: float) -> tuple[list[np.ndarray], np.ndarray]:
+    """Contours (n, 2) turned by `rotation`, from (0, 0) on, and their extent (w, h): the longer is `size`."""
+    c, s = math.cos(math.radians(rotation)), math.sin(math.radians(rotation))
+    contours = [contour @ np.array([[c, s], [-s, c]]) for contour in _OUTLINES[CLASSES[label]]]
+    low, high = contours[0].min(0), contours[0].max(0)
+    scale = size / (high - low).max()
+    return [(contour - low) * scale for contour in contours], (high - low) * scale
+
+
+def _coverage(contours: list[np.ndarray]) -> tuple[tuple[slice, slice], np.ndarray]:
+    """The image's window (rows, columns) that contours in pixels touch, and how much of each pixel they cover."""
+    x0, y0 = np.floor(contours[0].min(0)).astype(int)
+    x1, y1 = np.ceil(contours[0].max(0)).astype(int)
+    fine = np.zeros(((y1 - y0) * _SUPERSAMPLING, (x1 - x0) * _SUPERSAMPLING), np.uint8)
+    # OpenCV's coordinates are of pixel centres, here with 4 fractional bits.
+    fixed = [np.rint(((c - (x0, y0)) * _SUPERSAMPLING - 0.5) * 16).astype(np.int32) for c in contours]
+    cv2.fillPoly(fine, fixed, 255, lineType=cv2.LINE_8, shift=4)
+    cover = cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    return (slice(y0, y1), slice(x0, x1)), cover
+
+
+def _place(
+    rng: np.random.Generator, config: ShapesConfig, shapes: list[Shape], visible: list[np.ndarray]
+) -> tuple[Shape, tuple[slice, slice], np.ndarray] | None:
+    """A new shape, its window and coverage, where it hides no other too much; None if no try finds a place."""
+    label = int(rng.integers(len(CLASSES)))
+    rotation = rng.uniform(-config.max_rotation, config.max_rotation)
+    contours, extent = _turned_outline(label, rotation, _log_uniform(rng, config.min_size, config.max_size))
+    for _ in range(_PLACEMENT_TRIES):
+        corner = rng.uniform(0, config.image_size - extent)
+        box = (*corner.tolist(), *extent.tolist())
+        if any(box_overlap(box, other.box) > config.max_overlap for other in shapes):
+            continue
+        window, cover = _coverage([contour + corner for contour in contours])
+        left = [seen.sum() - (seen[window] & (cover > 0.5)).sum() for seen in visible]
+        if all(n >= (1 - config.max_overlap) * other.area for n, other in zip(left, shapes, strict=True)):
+            return Shape(label, box, float(cover.sum())), window, cover
+    return None
+
+
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+def _texture(rng: np.random.Generator, size: tuple[int, int], amplitude: float) -> np.ndarray:
+    """(*size, 3) float32 around 0, at most a random part of `amplitude` in size: blobs, waves or a ramp."""
+    kind, amplitude = rng.integers(3), rng.uniform(0, amplitude)
+    grain = _log_uniform(rng, 4, 60)  # pixels
+    if kind == 0:
+        cells = rng.uniform(-amplitude, amplitude, (*(2 + int(n / grain) for n in size), 3))
+        return cv2.resize(cells.astype(np.float32), size[::-1])
+    angle = rng.uniform(0, 2 * math.pi)
+    y, x = np.ogrid[: size[0], : size[1]]
+    along = (math.cos(angle) * x + math.sin(angle) * y).astype(np.float32)  # (*size)
+    field = np.sin(2 * math.pi / grain * along) if kind == 1 else (along - along.mean()) / max(size)
+    return field[..., None] * rng.uniform(-amplitude, amplitude, 3).astype(np.float32)
+
+
+def _contrasting(rng: np.random.Generator, under: np.ndarray, contrast: float) -> np.ndarray:
+    """A colour (3,) in 0..255: `contrast` away from `under` in one channel, at least half of it in the others."""
+    step = rng.choice((-1, 1), 3) * rng.permuted((1.0, *rng.uniform(0.5, 1, 2))) * contrast
+    under = np.clip(under, 0, 255)
+    colour = under + step
+    return np.where((colour < 0) | (colour > 255), under - step, colour).astype(np.float32)
+
+
+def _read_info(root: Path) -> dict | None:
+    """The "info" of a set that this module wrote, of any version; None if `root` holds no such set."""
+    try:
+        info = json.loads((root / JSON_NAME).read_text())["info"]
+        return info if info["generator"].startswith(_GENERATOR.split(",")[0]) else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_complete(root: Path, config: ShapesConfig) -> bool:
+    if _read_info(root) != _info(config):
+        return False
+    return (root / IMAGES_NAME).is_dir() and len(os.listdir(root / IMAGES_NAME)) == config.num_images
+
+
+def _info(config: ShapesConfig) -> dict:
+    return {"generator": _GENERATOR, "parameters": asdict(config)}
+
+
+def _replace_set(root: Path, config: ShapesConfig) -> None:
+    """Draw the set beside `root` and put it there, in the place of nothing but a set that this module wrote."""
+    if root.exists() and _read_info(root) is None and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(
+            f"{root} holds something else than a shapes set with a readable {JSON_NAME}: delete it, or choose "
+            "another directory"
+        )
+    logger.info("Drawing %d images into %s", config.num_images, root)
+    partial = root.with_name(f".{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run: whoever draws holds the lock
+    _write_set(partial, config)
+    shutil.rmtree(root, ignore_errors=True)
+    os.replace(partial, root)
+
+
+def _write_set(root: Path, config: ShapesConfig) -> None:
+    (root / IMAGES_NAME).mkdir(parents=True)
+    size = {"height": config.image_size, "width": config.image_size}
+    # Full colour resolution: JPEG's usual halving blurs edges between colours of one lightness.
+    options = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
+    images, annotations = [], []
+    for image_id in range(1, config.num_images + 1):
+        scene, name = draw_scene(config, image_id - 1), f"{image_id:06d}.jpg"
+        _, coded = cv2.imencode(".jpg", scene.image[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 95, *options))
+        (root / IMAGES_NAME / name).write_bytes(coded)  # unlike imwrite, this raises if the disk is full
+        images.append({"id": image_id, "file_name": name, **size})
+        for shape in scene.shapes:
+            record = {"id": len(annotations) + 1, "image_id": image_id, "category_id": shape.label + 1}
+            box = [round(value, 2) for value in shape.box]
+            annotations.append({**record, "bbox": box, "area": round(shape.area, 2), "iscrowd": 0})
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+    whole = {"info": _info(config), "images": images, "annotations": annotations, "categories": categories}
+    (root / JSON_NAME).write_text(json.dumps(whole))

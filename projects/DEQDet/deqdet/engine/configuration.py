@@ -1,0 +1,142 @@
+"""From the command line to a frozen, checked config."""
+
+import argparse
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import yaml
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.utils.file_io import PathManager
+
+from ..config import add_deqdet_config
+from ..data import check_num_classes, prepare_datasets
+
+logger = logging.getLogger(__name__)
+
+
+class UserError(Exception):
+    """What the user can put right: one line that names it and says how. `run` ends the program with it."""
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Everything that comes before the model is built: config, data sets, log files, seed.
+
+    A MODEL.DEVICE of "cuda" becomes "cpu" where there is no CUDA.
+
+    Args:
+        args: what `argument_parser` parses.
+
+    Raises:
+        UserError: as `load_config` and `check_run`.
+    """
+    cfg = load_config(args)
+    asked = cfg.MODEL.DEVICE
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    check_run(cfg, args)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if cfg.MODEL.DEVICE != asked:
+        # Only now does the logger write to the terminal and to OUTPUT_DIR/log.txt.
+        logger.info("CUDA is not available: MODEL.DEVICE is %s instead of %s", cfg.MODEL.DEVICE, asked)
+    return cfg
+
+
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """detectron2's config with our keys, the config file and the KEY VALUE pairs of the command line.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, or a value has the wrong type.
+    """
+    if not args.config_file:
+        raise UserError("--config-file is missing: choose one of configs/")
+    if not PathManager.isfile(args.config_file):
+        raise UserError(f"config file {args.config_file} does not exist: correct --config-file")
+    cfg = get_cfg()
+    add_deqdet_config(cfg)
+    with _explained(cfg, args.config_file):
+        cfg.merge_from_file(args.config_file)
+    _check_pairs(args.opts)
+    with _explained(cfg, "the command line"):
+        cfg.merge_from_list(args.opts)
+    return cfg
+
+
+def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Register the data sets (and draw the generated ones); see that they and MODEL.WEIGHTS fit and exist.
+
+    Raises:
+        UserError: a data set or file is missing, or the number of classes is not the model's.
+    """
+    try:
+        prepare_datasets(cfg)
+        check_num_classes(cfg, eval_only=args.eval_only)
+    except (KeyError, ValueError, OSError) as error:
+        # str() of a KeyError is the repr of its message.
+        raise UserError(_one_line(error.args[0] if isinstance(error, KeyError) else error)) from error
+    world_size = args.num_gpus * args.num_machines
+    if not args.eval_only and world_size > 1 and cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}: make it a multiple of the {world_size} processes"
+        )
+    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
+        _check_weights(cfg.MODEL.WEIGHTS)
+
+
+def _check_weights(path: str) -> None:
+    path = path.split("?")[0]  # detectron2's ?matching_heuristics=True
+    if path and "://" not in path and not PathManager.isfile(path):
+        raise UserError(
+            f'MODEL.WEIGHTS {path} does not exist: give a checkpoint file, or "" to start from random weights'
+        )
+
+
+def _check_pairs(opts: list[str]) -> None:
+    """The parser takes everything from the first KEY on as an override, flags too."""
+    for option in opts:
+        if option.startswith("--"):
+            raise UserError(f"{option} must come before the KEY VALUE pairs")
+    if len(opts) % 2:
+        raise UserError(f"overrides are pairs of KEY VALUE, a space between, but got {' '.join(opts)}")
+
+
+@contextmanager
+def _explained(cfg: CfgNode, where: str) -> Iterator[None]:
+    """Turn yacs' and YAML's exceptions into a UserError that names the key and the known ones like it."""
+    known = list(_flatten(cfg))
+    try:
+        yield
+    except (AssertionError, KeyError, TypeError, ValueError, OSError, yaml.YAMLError) as error:
+        message = _one_line(error.args[0] if isinstance(error, KeyError) else error)
+        unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
+        if unknown is None:
+            raise UserError(f"{where}: {message}") from error
+        raise UserError(f"{where}: unknown config key {unknown[1]}; {_suggest(unknown[1], known)}") from error
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    by_upper = {name.upper(): name for name in known}
+    # A key in the wrong section is as common as a misspelt one.
+    same_name = [name for name in by_upper if name.rsplit(".", 1)[-1] == key.upper().rsplit(".", 1)[-1]]
+    close = dict.fromkeys(difflib.get_close_matches(key.upper(), by_upper, n=3, cutoff=0.75) + same_name)
+    if not close:
+        return "the known ones are in deqdet/config.py and detectron2/config/defaults.py"
+    return "did you mean " + " or ".join(by_upper[name] for name in list(close)[:4]) + "?"
+
+
+def _flatten(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

@@ -1,0 +1,102 @@
+"""What happens beside the steps of training."""
+
+import json
+import os
+
+import torch
+import torch.distributed as dist
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+
+class AverageBatchNorm(HookBase):
+    """Averages BatchNorm's running statistics over the ranks, right before they are saved or used.
+
+    Every rank keeps statistics of its own share of the images (detectron2's DDP does not broadcast buffers),
+    but a checkpoint holds rank 0's, and each rank evaluates part of the images: without this, the AP at the
+    end of training would not be that of the checkpoint.
+
+    Register it before the checkpointer and the evaluation, on every rank. It does nothing in `after_train`,
+    where the last evaluation comes: the last step has done it, and after an error in one rank the others
+    would wait forever.
+    """
+
+    def __init__(self, checkpoint_period: int, eval_period: int):
+        """
+        Args:
+            checkpoint_period, eval_period: in iterations; no evaluation but the last if eval_period is 0.
+        """
+        self._periods = [period for period in (checkpoint_period, eval_period) if period > 0]
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+            average_batch_norm(self.trainer.model)
+
+
+@torch.no_grad()
+def average_batch_norm(model: nn.Module) -> None:
+    """Replace running means and variances by their averages over the ranks, in place.
+
+    Statistics that are fixed (BatchNorm in eval mode, FrozenBatchNorm2d) are the same everywhere and stay
+    untouched, since rounding would make them drift.
+    """
+    if comm.get_world_size() == 1:
+        return
+    statistics = [
+        buffer
+        for module in get_bn_modules(model)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None  # track_running_stats=False
+    ]
+    if not statistics:
+        return
+    flat = torch.cat(statistics)  # one collective call for all
+    dist.all_reduce(flat)
+    flat /= comm.get_world_size()
+    for buffer, average in zip(statistics, flat.split([len(b) for b in statistics]), strict=True):
+        buffer.copy_(average)
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """detectron2's, but a resumed training remembers the best so far, which model_best.json keeps."""
+
+    def __init__(self, eval_period: int, checkpointer: "WeightsCheckpointer", val_metric: str):
+        super().__init__(eval_period, checkpointer, val_metric, file_prefix="model_best")
+        self._record = os.path.join(checkpointer.save_dir, "model_best.json")
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0 and PathManager.isfile(self._record):
+            with PathManager.open(self._record) as file:
+                record = json.load(file)
+            self.best_metric, self.best_iter = record["value"], record["iteration"]
+
+    def after_step(self) -> None:
+        known = self.best_metric
+        super().after_step()
+        self._save_record(known)
+
+    def after_train(self) -> None:
+        known = self.best_metric
+        super().after_train()
+        self._save_record(known)
+
+    def _save_record(self, known: float | None) -> None:
+        if self.best_metric != known:
+            with PathManager.open(self._record, "w") as file:
+                json.dump({"value": self.best_metric, "iteration": self.best_iter}, file)
+
+
+class WeightsCheckpointer(DetectionCheckpointer):
+    """Saves the model alone, and not as the checkpoint that --resume goes on from."""
+
+    def __init__(self, model: nn.Module, save_dir: str):
+        super().__init__(model, save_dir)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Leave the file "last_checkpoint" as it is: it names one with the optimizer's state."""

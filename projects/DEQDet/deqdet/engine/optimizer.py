@@ -1,0 +1,109 @@
+"""AdamW with a learning rate and a decay of their own for the decoder, and clipping of the whole gradient."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from detectron2.config import CfgNode
+from detectron2.solver.build import (
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+    reduce_param_groups,
+)
+from detectron2.utils.events import get_event_storage, has_event_storage
+
+CLIP_TYPES = ("full_model", "value", "norm")
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """AdamW over `parameter_groups`, with the clipping of SOLVER.CLIP_GRADIENTS.
+
+    Raises:
+        ValueError: an unknown SOLVER.CLIP_GRADIENTS.CLIP_TYPE.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.CLIP_TYPE not in CLIP_TYPES:
+        known = ", ".join(CLIP_TYPES)
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}: it must be one of {known}")
+    optimizer = AdamW(parameter_groups(cfg, model))
+    if clip.CLIP_TYPE != "full_model":
+        return maybe_add_gradient_clipping(cfg, optimizer)
+    if clip.ENABLED:
+        optimizer.register_step_pre_hook(GradientClipper(model, clip.CLIP_VALUE, clip.NORM_TYPE))
+    return optimizer
+
+
+def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
+    """One group for each pair of learning rate and decay; parameters that need no gradient are left out.
+
+    Both are detectron2's (SOLVER.BASE_LR, BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS)
+    times our SOLVER.DECODER_* and SOLVER.BACKBONE_NORM_* multipliers.
+    """
+    multipliers = dict(_multipliers(cfg, model))
+    groups = []
+    for group in get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    ):
+        for parameter in group["params"]:
+            lr, decay = multipliers.get(parameter, (1.0, 1.0))
+            lr, decay = group["lr"] * lr, group["weight_decay"] * decay
+            groups.append({"params": [parameter], "lr": lr, "weight_decay": decay})
+    return reduce_param_groups(groups)
+
+
+def _multipliers(cfg: CfgNode, model: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[float, float]]]:
+    """Parameters whose learning rate and decay, in this order, have multipliers."""
+    decoder = cfg.SOLVER.DECODER_LR_MULTIPLIER, cfg.SOLVER.DECODER_DECAY_MULTIPLIER
+    norm = cfg.SOLVER.BACKBONE_NORM_LR_MULTIPLIER, cfg.SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+            if name.startswith("decoder."):
+                yield parameter, decoder
+            elif name.startswith("backbone.bottom_up.") and isinstance(module, _NORMS):
+                yield parameter, norm
+
+
+class GradientClipper:
+    """Scales all gradients together so that the norm over all of them is at most `max_norm`.
+
+    It runs right before the optimizer's step. By then DDP has averaged the gradients over the ranks, and AMP's
+    GradScaler has divided out its scale (where a gradient overflowed, it skips the step and this with it). A
+    trainer's `after_backward` hooks would not do: DefaultTrainer never calls them, since its inner trainer has
+    a list of its own.
+
+    The norm before clipping goes to the event storage as "grad_norm". Reading it waits for the device, but
+    detectron2's trainer has read the losses just before, so that only the norm itself is left to wait for.
+    """
+
+    def __init__(self, model: nn.Module, max_norm: float, norm_type: float = 2.0):
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._max_norm = max_norm
+        self._norm_type = norm_type
+
+    def __call__(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """The signature of Optimizer.register_step_pre_hook.
+
+        Raises:
+            FloatingPointError: the norm is infinite or NaN. The parameters are still those of the last step.
+        """
+        try:
+            norm: Tensor = nn.utils.clip_grad_norm_(
+                self._parameters.values(), self._max_norm, self._norm_type, error_if_nonfinite=True
+            )
+        except RuntimeError as error:
+            raise FloatingPointError(self._describe()) from error
+        if has_event_storage():
+            get_event_storage().put_scalar("grad_norm", norm.item())
+
+    def _describe(self) -> str:
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        at = f" at iteration={get_event_storage().iter}" if has_event_storage() else ""
+        return f"the gradient became infinite or NaN{at}, in {len(bad)} parameters: {', '.join(bad[:5])}"

@@ -1,0 +1,120 @@
+"""detectron2's DefaultTrainer with DEQDet's data, optimizer and hooks."""
+
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
+
+from ..data import build_mapper
+from .configuration import UserError
+from .hooks import AverageBatchNorm, BestCheckpointer, WeightsCheckpointer
+from .optimizer import build_optimizer
+
+
+class Trainer(DefaultTrainer):
+    """Trains, evaluates and checkpoints as detectron2 users know it, on GPUs or on the CPU.
+
+    New are the optimizer (see `build_optimizer`), the average of BatchNorm's statistics over the ranks, and
+    OUTPUT_DIR/model_best.pth, the weights of the best bbox AP, if TEST.EVAL_PERIOD is set.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Raises:
+            UserError: SOLVER.AMP.ENABLED without CUDA.
+        """
+        on_cuda = cfg.MODEL.DEVICE.startswith("cuda")
+        if cfg.SOLVER.AMP.ENABLED and not (on_cuda and torch.cuda.is_available()):
+            raise UserError(
+                f"SOLVER.AMP.ENABLED needs CUDA, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set it to False"
+            )
+        with _ddp_devices(on_cuda):
+            super().__init__(cfg)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As DefaultTrainer's.
+
+        Raises:
+            UserError: MODEL.WEIGHTS cannot be read or downloaded.
+        """
+        with _readable_weights(self.cfg.MODEL.WEIGHTS):
+            super().resume_or_load(resume)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """detectron2's hooks with ours in between: the order matters."""
+        cfg = self.cfg
+        ret = super().build_hooks()
+        readers = (hooks.PeriodicCheckpointer, hooks.EvalHook)  # ranks other than 0 have no checkpointer
+        first = next(i for i, hook in enumerate(ret) if isinstance(hook, readers))
+        ret.insert(first, AverageBatchNorm(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD))
+        if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and comm.is_main_process():
+            # With several sets, detectron2 puts a set's name before its metrics.
+            metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+            checkpointer = WeightsCheckpointer(self.model, cfg.OUTPUT_DIR)
+            after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
+            ret.insert(after, BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, metric))
+        return ret
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """See `deqdet.engine.optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+        """detectron2's loader and mapper with the augmentation that INPUT.AUGMENTATION names."""
+        return build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        """COCO's box AP, at most 100 detections an image; detections are written to OUTPUT_DIR/inference."""
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
+    """Load MODEL.WEIGHTS, or with `resume` the last checkpoint in OUTPUT_DIR if there is one, to evaluate.
+
+    Raises:
+        UserError: the file cannot be read or downloaded.
+    """
+    with _readable_weights(cfg.MODEL.WEIGHTS):
+        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+
+
+@contextmanager
+def _readable_weights(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # URLError is one
+        raise UserError(
+            f"cannot read the weights ({error}): with no network, download MODEL.WEIGHTS {path} elsewhere and "
+            "set MODEL.WEIGHTS to the file"
+        ) from error
+
+
+@contextmanager
+def _ddp_devices(on_cuda: bool) -> Iterator[None]:
+    """Within it, DefaultTrainer wraps a model that is not on CUDA in a DDP that accepts it.
+
+    DefaultTrainer.__init__ calls its module's create_ddp_model, whose default device_ids, the local rank, DDP
+    refuses for such a model. It offers no argument for this, so the module's name stands for a partial
+    meanwhile, which is less than a copy of __init__.
+    """
+    original = defaults.create_ddp_model
+    if not on_cuda:
+        defaults.create_ddp_model = functools.partial(original, device_ids=None)
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = original

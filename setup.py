@@ -1,0 +1,30 @@
+"""The package. detectron2 has no release to require: tools/install_detectron2.py brings it."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="deqdet",
+    version="0.1.0",
+    description="Deep equilibrium object detection as a Detectron2 project extension",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "projects/DEQDet"},
+    packages=find_packages("projects/DEQDet"),
+    install_requires=[
+        "torch>=2.5",
+        "torchvision>=0.20",  # the release beside torch 2.5
+        "numpy>=1.23",
+        "scipy>=1.10",  # Hungarian matching
+        "pycocotools>=2.0.7",
+        "fvcore>=0.1.5,<0.1.6",
+        "iopath>=0.1.7,<0.1.10",
+        "opencv-python-headless>=4.8",
+        "matplotlib>=3.7",
+        "Pillow>=9.4",
+        "tqdm>=4.64",
+        "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later releases lack
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "ruff>=0.6"],
+    },
+)
