@@ -37,23 +37,25 @@ def normalise_and_clip(rows: list[list[float]]) -> list[list[float]]:
     return [[max((x - mean) / math.sqrt(variance + 1e-5), 0.0) for x in row] for row in rows]
 
 
+def matrix(values: list[float], rows: int, columns: int) -> list[list[float]]:
+    """Row-major."""
+    return [[values[row * columns + column] for column in range(columns)] for row in range(rows)]
+
+
+def product(left: list[list[float]], right: list[list[float]]) -> list[list[float]]:
+    columns = list(zip(*right, strict=True))
+    return [[sum(a * b for a, b in zip(row, column, strict=True)) for column in columns] for row in left]
+
+
 def slow_mixing(mixing: AdaptiveMixing, content: list[float], samples: list) -> list[float]:
     """One query, content C and samples (G, P, C / G): DESIGN section 2, AdaMixer layer, step 4."""
     generated = linear(mixing.generator, content)
     channels, flat = DIM // GROUPS, []
-    sizes = range(channels), range(POINTS)
     for group in range(GROUPS):
         start = group * (channels * channels + OUT_POINTS * POINTS)  # M, then S
         middle = start + channels * channels
-        mixed = [
-            [sum(samples[group][p][i] * generated[start + i * channels + j] for i in sizes[0]) for j in sizes[0]]
-            for p in sizes[1]
-        ]
-        mixed = normalise_and_clip(mixed)
-        mixed = [
-            [sum(generated[middle + o * POINTS + p] * mixed[p][j] for p in sizes[1]) for j in sizes[0]]
-            for o in range(OUT_POINTS)
-        ]
+        mixed = product(samples[group], matrix(generated[start:], channels, channels))
+        mixed = product(matrix(generated[middle:], OUT_POINTS, POINTS), normalise_and_clip(mixed))
         flat += [x for row in normalise_and_clip(mixed) for x in row]
     return linear(mixing.out, flat)
 

@@ -128,8 +128,8 @@ def test_gradients_by_finite_differences():
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(2, 2, size, size, generator=generator, dtype=torch.float64) for size in (4, 2)]
     # Away from the lines through the centres of either level's cells, where the derivative jumps.
-    points = torch.tensor([[7.0, 9.0, 2.3], [17.0, 13.5, 3.1], [25.0, 3.0, 4.0], [1.0, 1.0, 2.0]]).view(4, 1, 1, 1, 3)
-    inputs = [x.requires_grad_() for x in (*features, points.double())]
+    points = torch.tensor([[7.0, 9.0, 2.3], [17.0, 13.5, 3.1], [25.0, 3.0, 4.0], [1.0, 1.0, 2.0]]).double()
+    inputs = [x.requires_grad_() for x in (*features, points.view(4, 1, 1, 1, 3))]
     assert torch.autograd.gradcheck(lambda a, b, p: sample_pyramid([a, b], [8, 16], p), inputs)
 
 

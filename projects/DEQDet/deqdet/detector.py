@@ -102,7 +102,8 @@ class DEQDet(nn.Module):
         features, initial = self.encode(images)
         if self.training:
             targets = Targets.from_instances([x["instances"] for x in batched_inputs], self.device)
-            return self.criterion(self.decoder.supervise(initial, features), targets)
+            names = [x.get("file_name", "") for x in batched_inputs]
+            return self.criterion(self.decoder.supervise(initial, features), targets, names)
         prediction = self.decoder.decode(initial, features)
         detections = top_detections(prediction, images.image_sizes, self.max_detections)
         return [self._postprocess(*x) for x in zip(detections, batched_inputs, strict=True)]
@@ -120,5 +121,6 @@ class DEQDet(nn.Module):
 
     @staticmethod
     def _postprocess(detections: Instances, inputs: dict) -> dict[str, Instances]:
-        height, width = (inputs.get(key, size) for key, size in zip(("height", "width"), detections.image_size))
-        return {"instances": detector_postprocess(detections, height, width)}
+        height, width = detections.image_size
+        scaled = detector_postprocess(detections, inputs.get("height", height), inputs.get("width", width))
+        return {"instances": scaled}

@@ -27,7 +27,7 @@ def build_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
         ValueError: an unknown policy or flip, or INPUT.CROP, which the policies replace, is on.
     """
     if cfg.INPUT.CROP.ENABLED:
-        raise ValueError("INPUT.CROP.ENABLED is not used here: choose the crops by INPUT.AUGMENTATION and INPUT.DETR_CROP")
+        raise ValueError("INPUT.CROP.ENABLED must be False: use INPUT.AUGMENTATION and INPUT.DETR_CROP")
     policy = _choose("INPUT.AUGMENTATION", POLICIES, cfg.INPUT.AUGMENTATION)
     flips = _choose("INPUT.RANDOM_FLIP", _FLIPS, cfg.INPUT.RANDOM_FLIP)
     return [T.RandomFlip(horizontal=d == "horizontal", vertical=d == "vertical") for d in flips] + policy(cfg)
@@ -40,9 +40,9 @@ def _resize(cfg: CfgNode) -> list[T.Augmentation]:
 
 def _detr(cfg: CfgNode) -> list[T.Augmentation]:
     """DETR's: half of the time a resize and a crop come before the resize."""
-    crop = cfg.INPUT.DETR_CROP
-    first = [T.ResizeShortestEdge(crop.RESIZE, sample_style="choice"), T.RandomCrop("absolute_range", crop.SIZE)]
-    return [T.RandomApply(T.AugmentationList(first), prob=0.5), *_resize(cfg)]
+    resize = T.ResizeShortestEdge(cfg.INPUT.DETR_CROP.RESIZE, sample_style="choice")
+    crop = T.RandomCrop("absolute_range", cfg.INPUT.DETR_CROP.SIZE)
+    return [T.RandomApply(T.AugmentationList([resize, crop]), prob=0.5), *_resize(cfg)]
 
 
 POLICIES: dict[str, Callable[[CfgNode], list[T.Augmentation]]] = {"1x": _resize, "2x": _detr}

@@ -1,7 +1,7 @@
 """Data sets by name: those of DATASETS.REGISTER and the generated shapes, beside detectron2's own.
 
-A box without area, as real data has, is no error: detectron2's mapper drops it in training, and COCO's evaluation
-counts it as an object that no detection can match. `register_datasets` logs a warning that says how many there are.
+A box without area, as real data has, is no error: detectron2's mapper drops it in training, and COCO's
+evaluation counts it as an object that no detection can match. `register_datasets` logs how many there are.
 """
 
 import json
@@ -20,13 +20,14 @@ from .shapes import CLASSES, IMAGES_NAME, JSON_NAME, ShapesConfig, generate_shap
 logger = logging.getLogger(__name__)
 
 _FORM = "[[name, json file, image root], ...]"
+_CORRECT_ROOT = "correct the image root, the entry's third string"
 
 
 def prepare_datasets(cfg: CfgNode) -> None:
     """Register what DATASETS.REGISTER lists, and draw the shapes sets that DATASETS.TRAIN and TEST name.
 
-    Call it once per process before the loaders and evaluators are built: COCOEvaluator needs the annotation file when it
-    is constructed. "shapes_seed3_200" names a set of its own: 200 images from seed 3; any two numbers will do.
+    Call it in every process before it builds loaders and evaluators: COCOEvaluator reads the annotation file
+    when it is constructed. Names such as "shapes_seed3_200" (200 images from seed 3) need no registration.
 
     Raises:
         ValueError, OSError: as `register_datasets`; FileExistsError as `generate_shapes`.
@@ -74,7 +75,7 @@ def register_shapes(name: str, config: ShapesConfig, root: str | os.PathLike | N
 def register_datasets(cfg: CfgNode) -> None:
     """Register every [name, json file, image root] of DATASETS.REGISTER as a COCO-format data set.
 
-    Paths are used as given, relative ones from the working directory. Registering the same again does nothing.
+    Relative paths start at the working directory. Registering the same again does nothing.
 
     Raises:
         ValueError: an entry, its file or a record in it is not as it must be, or the name is taken.
@@ -82,7 +83,8 @@ def register_datasets(cfg: CfgNode) -> None:
     """
     for index, entry in enumerate(cfg.DATASETS.REGISTER):
         where = f"DATASETS.REGISTER[{index}]"
-        if not isinstance(entry, list | tuple) or len(entry) != 3 or not all(isinstance(e, str) and e for e in entry):
+        triple = isinstance(entry, list | tuple) and len(entry) == 3
+        if not triple or not all(isinstance(part, str) and part for part in entry):
             raise ValueError(f"{where} is {entry!r}: it must be three strings, as in {_FORM}")
         name, json_file, image_root = entry
         where = f"{where} ({name!r})"
@@ -99,7 +101,7 @@ def register_datasets(cfg: CfgNode) -> None:
 
 
 def check_num_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Compare MODEL.DEQDET.NUM_CLASSES with the categories of the data sets: DATASETS.TEST, and unless `eval_only` TRAIN.
+    """Compare MODEL.DEQDET.NUM_CLASSES with the sets of DATASETS.TEST and, unless `eval_only`, of TRAIN.
 
     Raises:
         ValueError: a number differs.
@@ -110,21 +112,21 @@ def check_num_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
             if MetadataCatalog.get(name).get("thing_classes") is None:
                 DatasetCatalog.get(name)  # some sets know their classes only once loaded
             classes = MetadataCatalog.get(name).thing_classes
-            if len(classes) != cfg.MODEL.DEQDET.NUM_CLASSES:
+            expected = cfg.MODEL.DEQDET.NUM_CLASSES
+            if len(classes) != expected:
                 shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
                 raise ValueError(
-                    f"{name!r} of DATASETS.{key} has {len(classes)} categories ({shown}), but MODEL.DEQDET.NUM_CLASSES is "
-                    f"{cfg.MODEL.DEQDET.NUM_CLASSES}: set MODEL.DEQDET.NUM_CLASSES to {len(classes)}, or DATASETS.{key} "
-                    "to other data sets"
+                    f"{name!r} of DATASETS.{key} has {len(classes)} categories ({shown}), but the model has "
+                    f"{expected}: set MODEL.DEQDET.NUM_CLASSES to {len(classes)}, or DATASETS.{key} to other sets"
                 )
 
 
 def _check_coco_file(where: str, json_file: str, image_root: str, *, evaluated: bool) -> list[str]:
-    """Check a COCO-format file and that its images are where they should be; returns the class names by id."""
+    """Check a COCO-format file and that its images are where they should be; returns the class names."""
     where = f"{where}: {json_file}"
     whole = _read_json(where, json_file)
     if not PathManager.isdir(image_root):
-        raise NotADirectoryError(f"{where}: its image root {image_root} is not a directory: correct the entry's third path")
+        raise NotADirectoryError(f"{where}: its image root {image_root} is not a directory: {_CORRECT_ROOT}")
     _check_records(where, "category", whole["categories"], ("id", "name"))
     _check_records(where, "image", whole["images"], ("id", "file_name", "height", "width"))
     # COCOeval reads area and iscrowd of every annotation; training does without.
@@ -133,7 +135,7 @@ def _check_coco_file(where: str, json_file: str, image_root: str, *, evaluated: 
     for image in whole["images"][:1]:
         path = os.path.join(image_root, image["file_name"])
         if not PathManager.isfile(path):
-            raise FileNotFoundError(f"{where}: its first image {path} does not exist: correct the entry's image root")
+            raise FileNotFoundError(f"{where}: its first image {path} does not exist: {_CORRECT_ROOT}")
     _check_annotations(where, whole)
     return [category["name"] for category in sorted(whole["categories"], key=lambda c: c["id"])]
 
@@ -144,14 +146,14 @@ def _read_json(where: str, json_file: str) -> dict:
             whole = json.load(file)
     except OSError as error:
         raise type(error)(
-            f"{where} cannot be read ({error.strerror}): give the path of a COCO-format file, absolute or relative "
-            f"to {os.getcwd()}"
+            f"{where} cannot be read ({error.strerror}): give the path of a COCO-format file, absolute or "
+            f"relative to {os.getcwd()}"
         ) from error
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON ({error}): a COCO-format file is needed") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
-            raise ValueError(f'{where} has no list "{key}": a COCO-format file needs images, annotations, categories')
+            raise ValueError(f'{where} has no list "{key}", which a COCO-format file needs')
     return whole
 
 
@@ -179,13 +181,13 @@ def _check_annotations(where: str, whole: dict) -> None:
         if annotation["category_id"] not in categories:
             raise ValueError(f'{at} has category_id {annotation["category_id"]}, which "categories" lacks')
         if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(value) for value in box):
-            raise ValueError(f"{at} has bbox {box!r}: it must be four finite numbers (x, y, width, height) in pixels")
+            raise ValueError(f"{at} has bbox {box!r}: it must be four finite numbers (x, y, width, height)")
         if not (box[2] > 0 and box[3] > 0):
             flat.append(annotation["id"])
     if flat:
         logger.warning(
-            "%s: %d of %d boxes have no area (annotation %s): training skips them; at evaluation each counts as an "
-            "object that was not found",
+            "%s: %d of %d boxes have no area (annotation %s): training skips them; evaluation counts each as "
+            "an object that was not found",
             where,
             len(flat),
             len(whole["annotations"]),

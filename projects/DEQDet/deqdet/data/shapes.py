@@ -1,7 +1,7 @@
 """The shapes data set: drawn from a seed, in COCO's format, so that a detector trains with no download.
 
-The classes differ by outline only: colour, texture, contrast and size are drawn independently of the class, so
-that none of them can be learnt in its place. The outlines stay distinct under any rotation.
+The classes differ by outline only: colour, texture, contrast and size are drawn independently of the class.
+The outlines stay distinct under any rotation.
 """
 
 import json
@@ -19,8 +19,9 @@ from iopath.common.file_io import file_lock
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "hourglass")
 JSON_NAME, IMAGES_NAME = "annotations.json", "images"  # in the root
 _GENERATOR = "deqdet.data.shapes, drawing 1"  # raise the number when the same parameters draw other pictures
-_SUPERSAMPLING = 8
-_PLACEMENT_TRIES = 30
+_SUPERSAMPLING, _PLACEMENT_TRIES = 8, 30
+# Quality, and full colour resolution: JPEG's usual halving blurs edges between colours of one lightness.
+_JPEG = (cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class ShapesConfig:
     empty_fraction: float = 0.08  # probability of an image without objects
     max_rotation: float = 10.0  # 180: free
     max_overlap: float = 0.5  # intersection / smaller box's area; also the hidden part of a shape
-    min_contrast: float = 24.0  # of 255, between a shape and what is under it, in the channel that differs most
+    min_contrast: float = 24.0  # of 255: a shape's largest difference, over the channels, to what is under it
     max_contrast: float = 127.0  # above 127 some backgrounds leave no room on either side
     max_texture: float = 0.5  # of the background, relative to the contrast; half of that on the shapes
     max_noise: float = 0.25  # standard deviation, relative to the contrast
@@ -50,16 +51,15 @@ class ShapesConfig:
         sizes = 0 < self.min_size <= self.max_size <= self.image_size
         contrasts = 0 < self.min_contrast <= self.max_contrast <= 127
         if not (self.num_images >= 1 and 1 <= self.max_objects <= 8 and sizes and contrasts):
-            raise ValueError(
-                "need num_images >= 1, max_objects in 1..8, 0 < min_size <= max_size <= image_size and "
-                f"0 < min_contrast <= max_contrast <= 127, got {self}"
-            )
+            need = "0 < min_size <= max_size <= image_size and 0 < min_contrast <= max_contrast <= 127"
+            raise ValueError(f"need num_images >= 1, max_objects in 1..8, {need}, got {self}")
+
+    def info(self) -> dict:
+        return {"generator": _GENERATOR, "parameters": asdict(self)}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One drawn object, as it is before anything covers it."""
-
+class Shape:  # one drawn object, as it is before anything covers it
     label: int  # index in CLASSES
     box: tuple[float, ...]  # (x, y, w, h), pixels: the bounds of the outline, wholly inside the image
     area: float  # pixels that the outline covers, fractions included
@@ -72,13 +72,12 @@ class Scene:
 
 
 def generate_shapes(root: str | os.PathLike, config: ShapesConfig) -> str:
-    """Make sure that `root` holds the set that `config` describes; returns its annotation file's absolute path.
+    """Make sure that `root` holds the set that `config` describes; returns the path of its annotation file.
 
-    Writes `root/annotations.json` (boxes xywh in pixels, `area` in covered pixels, category ids from 1 in the
-    order of CLASSES) and `root/images/*.jpg`: on these noisy pictures JPEG of quality 95 takes half of PNG's time
-    to decode, and less than half of its space. The set is drawn beside `root` and renamed when complete. Of
-    processes that ask at the same time one draws and the others wait. A set with other parameters, or that lacks
-    images, is made again.
+    Writes `annotations.json` (boxes xywh in pixels, `area` in covered pixels, category ids from 1 in CLASSES'
+    order) and `images/*.jpg`: on these noisy pictures JPEG of quality 95 takes half of PNG's time to decode, and
+    less than half of its space. The set is drawn beside `root` and renamed when complete. Of processes asking at
+    once one draws and the others wait. A set with other parameters, or lacking images, is made again.
 
     Raises:
         FileExistsError: `root` holds something else, which is left alone.
@@ -87,7 +86,7 @@ def generate_shapes(root: str | os.PathLike, config: ShapesConfig) -> str:
     if not _is_complete(root, config):  # also asked before the lock, so that a read-only set can be used
         with file_lock(str(root)):
             if not _is_complete(root, config):
-                _replace_set(root, config)
+                _draw_set(root, config)
     return str(root / JSON_NAME)
 
 
@@ -100,17 +99,14 @@ def draw_scene(config: ShapesConfig, index: int) -> Scene:
     canvas += rng.uniform(0, 255, 3).astype(np.float32)
     count = 0 if rng.random() < config.empty_fraction else rng.integers(1, config.max_objects + 1)
     shapes: list[Shape] = []
-    visible: list[np.ndarray] = []  # (H, W) bool per shape: what later ones leave of it
+    owner = np.zeros(canvas.shape[:2], int)  # (H, W): the topmost shape, from 1; 0 is the background
     for _ in range(count):
-        placed = _place(rng, config, shapes, visible)
+        placed = _place(rng, config, shapes, owner)
         if placed is None:
             continue
         shape, window, cover = placed
-        for seen in visible:
-            seen[window] &= cover <= 0.5
         shapes.append(shape)
-        visible.append(np.zeros(canvas.shape[:2], bool))
-        visible[-1][window] = cover > 0.5
+        owner[window][cover > 0.5] = len(shapes)
         patch, cover = canvas[window], cover[..., None]
         under = (patch * cover).sum((0, 1)) / cover.sum()
         paint = _contrasting(rng, under, contrast) + _texture(rng, patch.shape[:2], texture / 2)
@@ -132,25 +128,18 @@ def _polar(radii: np.ndarray | float, angles: np.ndarray) -> np.ndarray:
     return np.stack([radii * np.sin(turn), -radii * np.cos(turn)], axis=-1)
 
 
-def _crescent(bite: float, shift: float) -> np.ndarray:
-    """The unit disc less a disc of radius `bite` whose centre is `shift` to the right."""
-    x = (1 - bite**2 + shift**2) / (2 * shift)  # where the circles meet
-    tip, bite_tip = (math.degrees(math.atan2(a, math.sqrt(1 - x**2))) for a in (x, x - shift))
-    outer = _polar(1.0, np.linspace(tip, -180 - tip, 48))
-    return np.concatenate([outer, _polar(bite, np.linspace(-180 - bite_tip, bite_tip, 48)) + (shift, 0)])
-
-
 _TURN = np.linspace(0, 360, 64, endpoint=False)
+_LEFT = _polar(1.0, np.linspace(180, 360, 33))  # half of the unit circle
 # Closed contours, the outer one first; what lies inside an odd number of them is painted. In any unit.
 _OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "circle": (_polar(1.0, _TURN),),
     "square": (_polar(1.0, np.array([45, 135, 225, 315])),),
     "triangle": (_polar(1.0, np.array([0, 120, 240])),),
     "star": (_polar(np.array([1.0, 0.4] * 5), np.arange(0, 360, 36)),),
-    # An arm's corner is at (1, 3), so atan(1 / 3) = 18.435 degrees from its axis; an inner corner is at (1, 1).
+    # Corners at (1, 3), that is atan(1 / 3) = 18.435 degrees, at (1, 1) and (3, 1), and so on around.
     "cross": (_polar(np.sqrt([10, 2, 10] * 4), np.add.outer(_TURN[::16], [18.435, 45, 71.565]).ravel()),),
     "ring": (_polar(1.0, _TURN), _polar(0.55, _TURN)),
-    "crescent": (_crescent(0.85, 0.5),),
+    "crescent": (np.concatenate([_LEFT, _LEFT[::-1] * (0.3, 1)]),),
     "hourglass": (np.array([[-4, -5], [4, -5], [1, 0], [4, 5], [-4, 5], [-1, 0]]),),
 }
 
@@ -165,7 +154,7 @@ def _turned_outline(label: int, rotation: float, size: float) -> tuple[list[np.n
 
 
 def _coverage(contours: list[np.ndarray]) -> tuple[tuple[slice, slice], np.ndarray]:
-    """The image's window (rows, columns) that contours in pixels touch, and how much of each pixel they cover."""
+    """The window (rows, columns) that contours in pixels touch, and how much of each pixel they cover."""
     x0, y0 = np.floor(contours[0].min(0)).astype(int)
     x1, y1 = np.ceil(contours[0].max(0)).astype(int)
     fine = np.zeros(((y1 - y0) * _SUPERSAMPLING, (x1 - x0) * _SUPERSAMPLING), np.uint8)
@@ -177,9 +166,9 @@ def _coverage(contours: list[np.ndarray]) -> tuple[tuple[slice, slice], np.ndarr
 
 
 def _place(
-    rng: np.random.Generator, config: ShapesConfig, shapes: list[Shape], visible: list[np.ndarray]
+    rng: np.random.Generator, config: ShapesConfig, shapes: list[Shape], owner: np.ndarray
 ) -> tuple[Shape, tuple[slice, slice], np.ndarray] | None:
-    """A new shape, its window and coverage, where it hides no other too much; None if no try finds a place."""
+    """A new shape, its window and coverage, hiding no other too much; None if no try finds such a place."""
     label = int(rng.integers(len(CLASSES)))
     rotation = rng.uniform(-config.max_rotation, config.max_rotation)
     contours, extent = _turned_outline(label, rotation, _log_uniform(rng, config.min_size, config.max_size))
@@ -189,8 +178,10 @@ def _place(
         if any(box_overlap(box, other.box) > config.max_overlap for other in shapes):
             continue
         window, cover = _coverage([contour + corner for contour in contours])
-        left = [seen.sum() - (seen[window] & (cover > 0.5)).sum() for seen in visible]
-        if all(n >= (1 - config.max_overlap) * other.area for n, other in zip(left, shapes, strict=True)):
+        after = owner.copy()
+        after[window][cover > 0.5] = 0
+        left = np.bincount(after.ravel(), minlength=len(shapes) + 1)[1:]
+        if all(left >= [(1 - config.max_overlap) * other.area for other in shapes]):
             return Shape(label, box, float(cover.sum())), window, cover
     return None
 
@@ -214,10 +205,9 @@ def _texture(rng: np.random.Generator, size: tuple[int, int], amplitude: float) 
 
 
 def _contrasting(rng: np.random.Generator, under: np.ndarray, contrast: float) -> np.ndarray:
-    """A colour (3,) in 0..255: `contrast` away from `under` in one channel, at least half of it in the others."""
+    """A colour (3,) in 0..255, `contrast` away from `under` in one channel, at least half of it in each."""
     step = rng.choice((-1, 1), 3) * rng.permuted((1.0, *rng.uniform(0.5, 1, 2))) * contrast
-    under = np.clip(under, 0, 255)
-    colour = under + step
+    colour = (under := np.clip(under, 0, 255)) + step
     return np.where((colour < 0) | (colour > 255), under - step, colour).astype(np.float32)
 
 
@@ -231,45 +221,30 @@ def _read_info(root: Path) -> dict | None:
 
 
 def _is_complete(root: Path, config: ShapesConfig) -> bool:
-    if _read_info(root) != _info(config):
-        return False
-    return (root / IMAGES_NAME).is_dir() and len(os.listdir(root / IMAGES_NAME)) == config.num_images
+    images = root / IMAGES_NAME
+    return _read_info(root) == config.info() and len(list(images.glob("*.jpg"))) == config.num_images
 
 
-def _info(config: ShapesConfig) -> dict:
-    return {"generator": _GENERATOR, "parameters": asdict(config)}
-
-
-def _replace_set(root: Path, config: ShapesConfig) -> None:
-    """Draw the set beside `root` and put it there, in the place of nothing but a set that this module wrote."""
+def _draw_set(root: Path, config: ShapesConfig) -> None:
+    """Draw the set beside `root`, then put it there; only a set that this module wrote may be in the way."""
     if root.exists() and _read_info(root) is None and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(
-            f"{root} holds something else than a shapes set with a readable {JSON_NAME}: delete it, or choose "
-            "another directory"
-        )
+        raise FileExistsError(f"{root} holds no shapes set with a readable {JSON_NAME}: choose another place")
     logger.info("Drawing %d images into %s", config.num_images, root)
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run: whoever draws holds the lock
-    _write_set(partial, config)
-    shutil.rmtree(root, ignore_errors=True)
-    os.replace(partial, root)
-
-
-def _write_set(root: Path, config: ShapesConfig) -> None:
-    (root / IMAGES_NAME).mkdir(parents=True)
-    size = {"height": config.image_size, "width": config.image_size}
-    # Full colour resolution: JPEG's usual halving blurs edges between colours of one lightness.
-    options = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
-    images, annotations = [], []
+    (partial / IMAGES_NAME).mkdir(parents=True)
+    size, images, annotations = {"height": config.image_size, "width": config.image_size}, [], []
     for image_id in range(1, config.num_images + 1):
         scene, name = draw_scene(config, image_id - 1), f"{image_id:06d}.jpg"
-        _, coded = cv2.imencode(".jpg", scene.image[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 95, *options))
-        (root / IMAGES_NAME / name).write_bytes(coded)  # unlike imwrite, this raises if the disk is full
-        images.append({"id": image_id, "file_name": name, **size})
+        _, coded = cv2.imencode(".jpg", scene.image[..., ::-1], _JPEG)
+        (partial / IMAGES_NAME / name).write_bytes(coded)  # unlike imwrite, this raises if the disk is full
+        images.append({"id": image_id, "file_name": name} | size)
         for shape in scene.shapes:
             record = {"id": len(annotations) + 1, "image_id": image_id, "category_id": shape.label + 1}
-            box = [round(value, 2) for value in shape.box]
-            annotations.append({**record, "bbox": box, "area": round(shape.area, 2), "iscrowd": 0})
+            record |= {"bbox": [round(v, 2) for v in shape.box], "area": round(shape.area, 2), "iscrowd": 0}
+            annotations.append(record)
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
-    whole = {"info": _info(config), "images": images, "annotations": annotations, "categories": categories}
-    (root / JSON_NAME).write_text(json.dumps(whole))
+    whole = {"info": config.info(), "images": images, "annotations": annotations, "categories": categories}
+    (partial / JSON_NAME).write_text(json.dumps(whole))
+    shutil.rmtree(root, ignore_errors=True)
+    os.replace(partial, root)

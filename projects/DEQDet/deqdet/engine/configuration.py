@@ -13,7 +13,9 @@ import yaml
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 
 from ..config import add_deqdet_config
 from ..data import check_num_classes, prepare_datasets
@@ -37,15 +39,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
         UserError: as `load_config` and `check_run`.
     """
     cfg = load_config(args)
-    asked = cfg.MODEL.DEVICE
-    if asked.startswith("cuda") and not torch.cuda.is_available():
+    # default_setup does the same for detectron2's and fvcore's loggers.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="deqdet")
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.info("CUDA is not available: MODEL.DEVICE is cpu instead of %s", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     check_run(cfg, args)
     cfg.freeze()
     default_setup(cfg, args)
-    if cfg.MODEL.DEVICE != asked:
-        # Only now does the logger write to the terminal and to OUTPUT_DIR/log.txt.
-        logger.info("CUDA is not available: MODEL.DEVICE is %s instead of %s", cfg.MODEL.DEVICE, asked)
     return cfg
 
 
@@ -82,10 +83,9 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         # str() of a KeyError is the repr of its message.
         raise UserError(_one_line(error.args[0] if isinstance(error, KeyError) else error)) from error
     world_size = args.num_gpus * args.num_machines
-    if not args.eval_only and world_size > 1 and cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}: make it a multiple of the {world_size} processes"
-        )
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
+        batch = f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}"
+        raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
     if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         _check_weights(cfg.MODEL.WEIGHTS)
 

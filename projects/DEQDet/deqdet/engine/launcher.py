@@ -3,12 +3,15 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.multiprocessing import ProcessExitedException
 
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, launch
+from detectron2.utils.logger import setup_logger
 
 from .configuration import UserError, check_run, load_config
 
@@ -29,17 +32,18 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
     Args:
         main: importable by name, since new processes look it up.
     """
+    several = args.num_gpus * args.num_machines > 1
     try:
-        if args.num_gpus * args.num_machines > 1:
-            _check_processes(args)
-        launch(
-            _work,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, args),
-        )
+        on_cpu = several and _check_processes(args).MODEL.DEVICE == "cpu"
+        with _hidden_gpus() if on_cpu else nullcontext():
+            launch(
+                _work,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+            )
     except UserError as error:
         sys.exit(f"error: {error}")
     except ProcessExitedException as error:
@@ -71,14 +75,27 @@ def _work(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
         sys.exit(f"error: {error}")
 
 
-def _check_processes(args: argparse.Namespace) -> None:
-    """Check the run once, lest every process reports the same mistake; choose between GPU and CPU."""
+@contextmanager
+def _hidden_gpus() -> Iterator[None]:
+    """Processes started within it see no CUDA, so that gloo joins them: NCCL would not take CPU tensors."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+def _check_processes(args: argparse.Namespace) -> CfgNode:
+    """Check the run once, lest every process reports the same mistake; returns its config."""
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("several machines need --dist-url, the same tcp://HOST:PORT on each")
     cfg = load_config(args)
+    gpus = torch.cuda.device_count()
+    if cfg.MODEL.DEVICE != "cpu" and 0 < gpus < args.num_gpus:
+        raise UserError(f"--num-gpus {args.num_gpus}, but this machine has {gpus}")
+    setup_logger(name="deqdet")
     check_run(cfg, args)
-    if cfg.MODEL.DEVICE == "cpu":
-        # The new processes then see no CUDA, and detectron2 joins them by gloo: NCCL takes no CPU tensors.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
-        raise UserError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs")
+    return cfg

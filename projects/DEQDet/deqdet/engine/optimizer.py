@@ -73,10 +73,10 @@ def _multipliers(cfg: CfgNode, model: nn.Module) -> Iterator[tuple[nn.Parameter,
 class GradientClipper:
     """Scales all gradients together so that the norm over all of them is at most `max_norm`.
 
-    It runs right before the optimizer's step. By then DDP has averaged the gradients over the ranks, and AMP's
-    GradScaler has divided out its scale (where a gradient overflowed, it skips the step and this with it). A
-    trainer's `after_backward` hooks would not do: DefaultTrainer never calls them, since its inner trainer has
-    a list of its own.
+    It runs right before the optimizer's step. By then DDP has averaged the gradients over the ranks, and
+    AMP's GradScaler has divided out its scale (where a gradient overflowed, it skips the step and this with
+    it). A trainer's `after_backward` hooks would not do: DefaultTrainer never calls them, since its inner
+    trainer has a list of its own.
 
     The norm before clipping goes to the event storage as "grad_norm". Reading it waits for the device, but
     detectron2's trainer has read the losses just before, so that only the norm itself is left to wait for.

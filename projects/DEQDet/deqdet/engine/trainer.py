@@ -98,8 +98,8 @@ def _readable_weights(path: str) -> Iterator[None]:
         yield
     except OSError as error:  # URLError is one
         raise UserError(
-            f"cannot read the weights ({error}): with no network, download MODEL.WEIGHTS {path} elsewhere and "
-            "set MODEL.WEIGHTS to the file"
+            f"cannot read the weights ({error}): with no network, download {path} elsewhere and set "
+            "MODEL.WEIGHTS to the file"
         ) from error
 
 

@@ -11,8 +11,8 @@ from detectron2.layers import ShapeSpec
 from ..boxes import decode_boxes, embed_position, pairwise_iof, refine_position
 from ..structures import Prediction, QueryState
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer
-from .sampling import SamplingPoints, sample_pyramid
 from .mixing import AdaptiveMixing
+from .sampling import SamplingPoints, sample_pyramid
 
 CLASS_PRIOR = 0.01  # the probability that every class starts with
 

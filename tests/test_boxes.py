@@ -1,0 +1,139 @@
+import math
+
+import pytest
+import torch
+
+from deqdet.boxes import box_sizes, decode_boxes, embed_position, encode_boxes, pairwise_iof, refine_position
+
+
+def random_positions(*shape):
+    generator = torch.Generator().manual_seed(0)
+    position = torch.randn(*shape, 4, dtype=torch.float64, generator=generator)
+    return position * torch.tensor([300.0, 200.0, 2.0, 1.0]) + torch.tensor([400.0, 300.0, 5.0, 0.0])
+
+
+def test_encode_and_decode_by_hand():
+    # Eq. 3. 32 x 8: z = log2 sqrt 256 = 4, r = log2(8 / 32) = -2. 4 x 64: z = 4, r = 4.
+    sizes = torch.tensor([[32.0, 8.0], [4.0, 64.0]])
+    boxes = torch.tensor([[10.0, 20.0, 42.0, 28.0], [-2.0, -32.0, 2.0, 32.0]])
+    position = torch.tensor([[26.0, 24.0, 4.0, -2.0], [0.0, 0.0, 4.0, 4.0]])
+    torch.testing.assert_close(encode_boxes(boxes), position, rtol=0, atol=1e-6)
+    torch.testing.assert_close(decode_boxes(position), boxes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(box_sizes(position), sizes, rtol=0, atol=1e-5)
+
+
+def test_round_trip():
+    position = random_positions(2, 3, 5)
+    boxes = decode_boxes(position)
+    assert boxes.shape == position.shape and (boxes[..., 2:] > boxes[..., :2]).all()
+    torch.testing.assert_close(encode_boxes(boxes), position, rtol=0, atol=1e-9)
+    torch.testing.assert_close(decode_boxes(encode_boxes(boxes)), boxes, rtol=0, atol=1e-9)
+
+
+def test_degenerate_boxes_have_a_code():
+    empty, inverted = [5.0, 7.0, 5.0, 7.0], [9.0, 9.0, 1.0, 3.0]
+    codes = encode_boxes(torch.tensor([empty, inverted]))
+    # Each side counts as 0.001 pixels: z = log2 0.001 = -9.96578, r = 0; the centre stays.
+    expected = torch.tensor([[5.0, 7.0, -9.96578, 0.0], [5.0, 6.0, -9.96578, 0.0]])
+    torch.testing.assert_close(codes, expected, rtol=0, atol=1e-5)
+    line = torch.tensor([[0.0, 0.0, 8.0, 0.5]])
+    torch.testing.assert_close(encode_boxes(line, min_size=2.0), torch.tensor([[4.0, 0.25, 2.0, -2.0]]))
+
+
+def test_refine_by_hand():
+    # 2^5 = 32 pixels is one unit of d_x and d_y, whatever r is.
+    position = torch.tensor([[100.0, 50.0, 5.0, 1.0]])
+    delta = torch.tensor([[0.5, -0.25, 1.0, -2.0]])
+    assert refine_position(position, delta).tolist() == [[116.0, 42.0, 6.0, -1.0]]
+    assert torch.equal(refine_position(position, torch.zeros(1, 4)), position)
+
+
+def test_refinement_grows_with_the_box():
+    position, delta = random_positions(6), torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
+    # In an image 4 times as large:
+    scale, shift = torch.tensor([4.0, 4.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 2.0, 0.0])
+    larger = refine_position(position * scale + shift, delta)
+    torch.testing.assert_close(larger, refine_position(position, delta) * scale + shift)
+
+
+def test_iof_by_hand():
+    big, small, within = [0.0, 0.0, 4.0, 4.0], [2.0, 1.0, 5.0, 2.0], [1.0, 1.0, 2.0, 3.0]
+    far, point = [10.0, 0.0, 12.0, 9.0], [3.0, 3.0, 3.0, 3.0]
+    iof = pairwise_iof(torch.tensor([[big, small, far, point, within]]))
+    expected = [
+        [1.0, 2 / 16, 0.0, 0.0, 2 / 16],  # how much of the big one (16) lies in each
+        [2 / 3, 1.0, 0.0, 0.0, 0.0],  # small (3) sticks out by a third, and touches `within` at an edge
+        [0.0, 0.0, 1.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0],  # a point: 0 / 1e-6, not 0 / 0
+        [1.0, 0.0, 0.0, 0.0, 1.0],  # contained
+    ]
+    torch.testing.assert_close(iof, torch.tensor([expected]))
+
+
+def test_iof_floors_the_area():
+    tiny, big = [0.0, 0.0, 1e-4, 1e-4], [-1.0, -1.0, 1.0, 1.0]  # areas 1e-8, 4
+    boxes = torch.tensor([[tiny, big]], dtype=torch.float64)
+    torch.testing.assert_close(pairwise_iof(boxes)[0, 0], torch.tensor([0.01, 0.01], dtype=torch.float64))
+    loose = pairwise_iof(boxes, min_area=1e-9)[0, 0]
+    torch.testing.assert_close(loose, torch.ones(2, dtype=torch.float64))
+
+
+def test_iof_of_each_image_alone():
+    boxes = decode_boxes(random_positions(3, 4))
+    together = pairwise_iof(boxes)
+    assert together.shape == (3, 4, 4)
+    for image in range(3):
+        assert torch.equal(together[image], pairwise_iof(boxes[image : image + 1])[0])
+
+
+def test_embedding_by_hand():
+    # C = 16: four features for each coordinate, with the divisors 1, 1, 100, 100.
+    embedded = embed_position(torch.tensor([[[500.0, 1000.0, 3.0, -2.0]]]), 16)
+    angles = [v / divisor for v in (0.5, 1.0, 3.0, -2.0) for divisor in (1, 100)]
+    expected = [f(angle) for angle in angles for f in (math.sin, math.cos)]
+    torch.testing.assert_close(embedded, torch.tensor([[expected]]), rtol=0, atol=1e-6)
+
+
+def test_embedding_is_the_formula_in_a_loop():
+    batch, queries, dim = 2, 3, 48
+    position = random_positions(batch, queries)
+    expected = torch.zeros(batch, queries, dim, dtype=torch.float64)
+    for image in range(batch):
+        for query in range(queries):
+            cx, cy, z, r = position[image, query].tolist()
+            for coordinate, v in enumerate((cx / 1000, cy / 1000, z, r)):
+                for i in range(dim // 4):
+                    angle = v / 10000 ** (2 * math.floor(i / 2) / (dim / 4))
+                    feature = math.cos(angle) if i % 2 else math.sin(angle)
+                    expected[image, query, coordinate * (dim // 4) + i] = feature
+    # The frequencies are float32.
+    torch.testing.assert_close(embed_position(position, dim), expected, rtol=0, atol=2e-6)
+
+
+def test_gradients_by_finite_differences():
+    position = random_positions(1, 3).requires_grad_()
+    boxes = decode_boxes(position.detach()).requires_grad_()
+    delta = torch.linspace(-0.5, 0.5, 12, dtype=torch.float64).view(1, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(decode_boxes, position)
+    assert torch.autograd.gradcheck(encode_boxes, boxes)
+    assert torch.autograd.gradcheck(refine_position, (position, delta))
+    assert torch.autograd.gradcheck(pairwise_iof, boxes)
+    assert torch.autograd.gradcheck(lambda x: embed_position(x, 16), position)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[5.0, 5.0, 5.0, 5.0], [5.0, 5.0, 5.0, 5.0]],  # empty and the same
+        [[1.0, 2.0, 1.0, 9.0], [0.0, 3.0, 8.0, 3.0]],  # crossing lines
+        [[9.0, 9.0, 1.0, 3.0], [0.0, 0.0, 4.0, 4.0]],  # inverted
+    ],
+)
+def test_gradients_of_degenerate_boxes_are_finite(boxes):
+    corners = torch.tensor([boxes], requires_grad=True)
+    position = encode_boxes(corners)
+    decoded = decode_boxes(position)
+    outputs = [(pairwise_iof(x) + 1e-7).log() for x in (corners, decoded)]
+    for output in (*outputs, decoded, position, embed_position(position, 16)):
+        (gradient,) = torch.autograd.grad(output.sum(), corners, retain_graph=True)
+        assert output.isfinite().all() and gradient.isfinite().all()

@@ -1,0 +1,178 @@
+"""Groups, learning rates and decays by name; clipped gradients by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.amp import GradScaler
+
+from detectron2.config import get_cfg
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils.events import EventStorage
+
+from deqdet import add_deqdet_config
+from deqdet.engine.optimizer import build_optimizer
+
+
+def make_cfg(**solver):
+    cfg = get_cfg()
+    add_deqdet_config(cfg)
+    cfg.merge_from_list(["SOLVER.BASE_LR", 0.001, "SOLVER.WEIGHT_DECAY", 0.01])
+    for key, value in solver.items():
+        cfg.merge_from_list(["SOLVER." + key.replace("__", "."), value])
+    return cfg
+
+
+def make_model():
+    model = nn.Module()
+    model.backbone = nn.Module()
+    model.backbone.bottom_up = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    model.backbone.bottom_up[2].requires_grad_(False)
+    model.backbone.norm = nn.GroupNorm(2, 4)
+    model.queries = nn.Embedding(5, 4)
+    model.decoder = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model.decoder_head = nn.Linear(4, 1)  # its name only begins like the decoder's
+    return model
+
+
+def by_name(optimizer, model):
+    """{name: (lr, weight decay)}, in thousandths."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names[p]: (pytest.approx(1000 * group["lr"]), pytest.approx(1000 * group["weight_decay"]))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+def test_groups_of_the_paper():
+    model = make_model()
+    optimizer = build_optimizer(make_cfg(), model)
+    plain, decoder = (1, 10), (4, 100)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert by_name(optimizer, model) == {
+        "backbone.bottom_up.0.weight": plain,
+        "backbone.bottom_up.0.bias": plain,
+        "backbone.bottom_up.1.weight": plain,
+        "backbone.bottom_up.1.bias": plain,
+        "backbone.norm.weight": plain,
+        "backbone.norm.bias": plain,
+        "queries.weight": plain,
+        "decoder.0.weight": decoder,
+        "decoder.0.bias": decoder,
+        "decoder.1.weight": decoder,
+        "decoder.1.bias": decoder,
+        "decoder_head.weight": plain,
+        "decoder_head.bias": plain,
+    }
+    assert len(optimizer.param_groups) == 2
+
+
+def test_groups_with_detectron2s_keys_and_backbone_norms():
+    cfg = make_cfg(
+        WEIGHT_DECAY_NORM=0.002,
+        WEIGHT_DECAY_BIAS=0.003,
+        BIAS_LR_FACTOR=2.0,
+        DECODER_LR_MULTIPLIER=1.0,
+        BACKBONE_NORM_LR_MULTIPLIER=0.5,
+        BACKBONE_NORM_DECAY_MULTIPLIER=0.0,
+    )
+    model = make_model()
+    groups = by_name(build_optimizer(cfg, model), model)
+    assert groups["backbone.bottom_up.0.bias"] == (2, 3)
+    assert groups["backbone.bottom_up.1.weight"] == (0.5, 0)
+    assert groups["backbone.bottom_up.1.bias"] == (1, 0)
+    assert groups["backbone.norm.weight"] == (1, 2)
+    assert groups["decoder.0.weight"] == (1, 100)
+    assert groups["decoder.1.weight"] == (1, 20)
+
+
+def test_the_schedule_scales_every_group():
+    model = make_model()
+    cfg = make_cfg(MAX_ITER=4, STEPS=(2,), WARMUP_ITERS=0, GAMMA=0.1)
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    groups = by_name(optimizer, model)
+    assert groups["queries.weight"] == (0.1, 10) and groups["decoder.0.weight"] == (0.4, 100)
+
+
+def two_parameters(first=(3.0, 4.0), second=(12.0,)):
+    """A model whose two parameters have these gradients."""
+    model = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2)), "b": nn.Parameter(torch.zeros(1))})
+    model["a"].grad, model["b"].grad = torch.tensor(first), torch.tensor(second)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("enabled", "clip_type", "norm_type", "value", "expected"),
+    [
+        (True, "full_model", 2.0, 1.0, ([3 / 13, 4 / 13], [12 / 13])),
+        (True, "full_model", float("inf"), 3.0, ([0.75, 1.0], [3.0])),
+        (True, "full_model", 2.0, 13.5, ([3.0, 4.0], [12.0])),
+        (True, "norm", 2.0, 1.0, ([0.6, 0.8], [1.0])),
+        (True, "value", 2.0, 3.5, ([3.0, 3.5], [3.5])),
+        (False, "full_model", 2.0, 1.0, ([3.0, 4.0], [12.0])),
+    ],
+)
+def test_clipped_gradients(enabled, clip_type, norm_type, value, expected):
+    cfg = make_cfg(
+        CLIP_GRADIENTS__ENABLED=enabled,
+        CLIP_GRADIENTS__CLIP_TYPE=clip_type,
+        CLIP_GRADIENTS__CLIP_VALUE=value,
+        CLIP_GRADIENTS__NORM_TYPE=norm_type,
+    )
+    model = two_parameters()
+    build_optimizer(cfg, model).step()
+    torch.testing.assert_close(model["a"].grad, torch.tensor(expected[0]))
+    torch.testing.assert_close(model["b"].grad, torch.tensor(expected[1]))
+
+
+def clipping(**solver):
+    return make_cfg(CLIP_GRADIENTS__ENABLED=True, CLIP_GRADIENTS__CLIP_TYPE="full_model", **solver)
+
+
+def test_the_norm_before_clipping_is_logged():
+    optimizer = build_optimizer(clipping(), two_parameters())
+    with EventStorage(7) as storage:
+        optimizer.step()
+    assert storage.latest()["grad_norm"] == (13.0, 7)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step():
+    model = two_parameters(second=(float("nan"),))
+    optimizer = build_optimizer(clipping(), model)
+    with EventStorage(7), pytest.raises(FloatingPointError, match="iteration=7, in 1 parameters: b$"):
+        optimizer.step()
+    assert model["a"].tolist() == [0, 0] and model["b"].tolist() == [0]
+
+
+def test_the_gradient_scaler_is_divided_out_before_clipping():
+    model = two_parameters()
+    optimizer = build_optimizer(clipping(), model)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    loss = model["a"] @ torch.tensor([3.0, 4.0]) + 12 * model["b"].sum()
+    model.zero_grad()
+    scaler.scale(loss).backward()
+    with EventStorage() as storage:
+        scaler.step(optimizer)
+    assert storage.latest()["grad_norm"][0] == 13.0
+    assert model["b"].grad.item() == pytest.approx(12 / 13)
+
+
+def test_an_overflow_of_the_gradient_scaler_is_no_error():
+    model = two_parameters()
+    optimizer = build_optimizer(clipping(), model)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    model.zero_grad()
+    scaler.scale(model["b"].sum() * 3e38).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert model["b"].item() == 0 and scaler.get_scale() == 512.0
+
+
+def test_an_unknown_clip_type_names_the_known_ones():
+    cfg = make_cfg(CLIP_GRADIENTS__CLIP_TYPE="full")
+    with pytest.raises(ValueError, match="CLIP_TYPE is 'full': it must be one of full_model, value, norm"):
+        build_optimizer(cfg, make_model())

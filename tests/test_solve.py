@@ -1,0 +1,269 @@
+import math
+
+import pytest
+import torch
+
+from deqdet.equilibrium import FixedPointIteration, Status, relative_residual, solve
+
+PLAIN = FixedPointIteration()
+
+
+def affine(flat):
+    """(B, 2) -> A y + b; its fixed point is (4, 4)."""
+    return flat @ torch.tensor([[0.5, 0.25], [0.0, 0.5]], dtype=flat.dtype).T + flat.new_tensor([1.0, 2.0])
+
+
+def contraction(flat):
+    """Rows (y, a) -> (a y + 1, a): a sample brings its own rate a. Bitwise the same in any batch."""
+    value, rate = flat.unbind(1)
+    return torch.stack([rate * value + 1, rate], dim=1)
+
+
+def narrowing_root(flat):
+    """sqrt(3 y - 2): from above 1 it goes to 2; from below 1 it falls until the root has no value."""
+    return (3 * flat - 2).sqrt()
+
+
+class Counting:
+    """A map that counts how often it is applied."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, flat):
+        self.calls += 1
+        return self.function(flat)
+
+
+class RunningMean:
+    """y_t is the mean of all images so far: it needs its memory, and both the value and the image."""
+
+    def init(self, value):
+        return torch.zeros_like(value), 0
+
+    def step(self, value, image, memory):
+        total, count = memory[0] + image, memory[1] + 1
+        return total / count, (total, count)
+
+
+class HalfWay:
+    """y <- (y + f(y)) / 2."""
+
+    def init(self, value):
+        return None
+
+    def step(self, value, image, memory):
+        return (value + image) / 2, None
+
+
+def test_first_iterates_and_residuals_by_hand():
+    initial = torch.zeros(1, 2, dtype=torch.float64)
+    solution = solve(affine, initial, solver=PLAIN, max_steps=2, record=[1, 2])
+    # (0, 0) -> (1, 2) -> (2, 3): changes of norm sqrt 5 and sqrt 2, over sqrt 5 and sqrt 13.
+    assert solution.recorded[1].tolist() == [[1.0, 2.0]]
+    assert solution.recorded[2].tolist() == solution.value.tolist() == [[2.0, 3.0]]
+    assert solution.residuals.flatten().tolist() == pytest.approx([1.0, math.sqrt(2 / 13)], rel=1e-12)
+    assert solution.residuals.shape == (2, 1)
+
+
+def test_linear_contraction_reaches_its_fixed_point():
+    initial = torch.tensor([[0.0, 0.0], [-300.0, 70.0]], dtype=torch.float64)
+    solution = solve(affine, initial, solver=PLAIN, max_steps=200, rtol=1e-13)
+    assert (solution.value - 4).abs().max() < 1e-11
+    assert solution.status.tolist() == [Status.CONVERGED] * 2
+
+
+def test_cosine_and_the_number_of_steps():
+    steps, value = 0, 1.0
+    while True:  # the definition, in plain Python
+        steps, old, value = steps + 1, value, math.cos(value)
+        if abs(value - old) / abs(value) < 1e-8:
+            break
+    solution = solve(torch.cos, torch.ones(1, 1, dtype=torch.float64), solver=PLAIN, max_steps=100, rtol=1e-8)
+    assert solution.value.item() == pytest.approx(0.7390851332151607, abs=1e-8)
+    assert solution.status.item() == Status.CONVERGED
+    assert solution.steps.item() == len(solution.residuals) == steps
+
+
+def test_two_cycle_uses_all_steps():
+    solution = solve(torch.neg, torch.tensor([[3.0]]), solver=PLAIN, max_steps=5, rtol=1e-3, record=[0, 3, 4])
+    assert solution.status.tolist() == [Status.MAX_STEPS] and solution.steps.tolist() == [5]
+    assert solution.residuals.flatten().tolist() == [2.0] * 5
+    assert {t: y.item() for t, y in solution.recorded.items()} == {0: 3.0, 3: -3.0, 4: 3.0}
+    assert solution.value.item() == -3.0
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-10])
+def test_one_sample_without_a_value_leaves_the_others_alone(rtol):
+    # Backwards from 1/2, where 3 y - 2 < 0: (1/4 + 2) / 3 = 3/4, (9/16 + 2) / 3 = 41/48.
+    initial = torch.tensor([[3.0], [41 / 48], [5.0]], dtype=torch.float64)
+    solution = solve(narrowing_root, initial, solver=PLAIN, max_steps=90, rtol=rtol, record=[2, 90])
+    alone = solve(narrowing_root, initial[[0, 2]], solver=PLAIN, max_steps=90, rtol=rtol)
+    good = Status.CONVERGED if rtol else Status.MAX_STEPS
+    assert solution.status.tolist() == [good, Status.NONFINITE, good]
+    assert solution.steps[1] == 3
+    assert solution.value[1].item() == pytest.approx(0.5, abs=1e-12)  # its last finite value
+    assert torch.equal(solution.value[1], solution.recorded[2][1])
+    assert torch.equal(solution.recorded[90], solution.value)
+    assert torch.equal(solution.value[[0, 2]], alone.value)
+    assert torch.equal(solution.steps[[0, 2]], alone.steps)
+    assert (solution.value[[0, 2]] - 2).abs().max() < 1e-8
+
+
+def test_all_samples_without_a_value_end_the_iteration():
+    function = Counting(narrowing_root)
+    solution = solve(function, torch.tensor([[0.5], [41 / 48]]), solver=PLAIN, max_steps=50, rtol=1e-3)
+    assert solution.status.tolist() == [Status.NONFINITE] * 2
+    assert solution.steps.tolist() == [1, 3] and function.calls == 3
+    assert solution.value[0].item() == 0.5
+
+
+def test_divergent_but_finite():
+    initial = torch.tensor([[1.0, -3.0]])
+    solution = solve(lambda y: 2 * y, initial, solver=PLAIN, max_steps=10, rtol=1e-3)
+    assert solution.value.tolist() == [[1024.0, -3072.0]]
+    assert solution.status.tolist() == [Status.MAX_STEPS] and solution.steps.tolist() == [10]
+    assert solution.residuals.flatten().tolist() == pytest.approx([0.5] * 10)
+
+
+def test_divergent_to_infinity_keeps_the_last_finite_value():
+    # 2^0, 2^50, 2^100; the next is beyond float32.
+    solution = solve(lambda y: y * 2.0**50, torch.ones(1, 1), solver=PLAIN, max_steps=10)
+    assert solution.value.item() == 2.0**100
+    assert solution.status.tolist() == [Status.NONFINITE] and solution.steps.tolist() == [3]
+
+
+def test_large_but_finite_images_are_finite():
+    # 2^100 is a float32; its square is not.
+    solution = solve(lambda y: y * 2.0**50, torch.ones(1, 3), solver=PLAIN, max_steps=2)
+    assert solution.value.tolist() == [[2.0**100] * 3]
+    assert solution.status.tolist() == [Status.MAX_STEPS]
+
+
+def test_a_fixed_point_at_zero_is_finite():
+    initial = torch.tensor([[10.0, 0.0], [0.1, 0.0]])
+    solution = solve(torch.zeros_like, initial, solver=PLAIN, max_steps=5, rtol=1e-3)
+    assert solution.value.tolist() == [[0.0, 0.0]] * 2
+    assert solution.status.tolist() == [Status.CONVERGED] * 2 and solution.steps.tolist() == [2, 2]
+
+
+def test_each_sample_stops_on_its_own():
+    rates = [0.0, 0.5, 0.9, 1.0]  # the last one never converges: y + 1
+    initial = torch.tensor([[7.0, rate] for rate in rates])
+    solution = solve(contraction, initial, solver=PLAIN, max_steps=40, rtol=1e-2, record=range(41))
+    assert solution.status.tolist() == [Status.CONVERGED] * 3 + [Status.MAX_STEPS]
+    # (7, 0) -> (1, 0) -> (1, 0). (7, .5): y_t = 2 + 5 / 2^t, the residual is 5 / 2^t / |(y_t, .5)|: 0.019 at
+    # t = 7, 0.0094 at t = 8.
+    assert solution.steps[:2].tolist() == [2, 8] and solution.steps[3] == 40
+    assert solution.value[1].tolist() == [2 + 5 / 2**8, 0.5]  # f(y) of the last step is taken in
+    for sample, steps in enumerate(solution.steps.tolist()):
+        alone = solve(contraction, initial[sample : sample + 1], solver=PLAIN, max_steps=40, rtol=1e-2)
+        assert torch.equal(alone.value[0], solution.value[sample])
+        assert alone.steps[0] == steps and alone.status[0] == solution.status[sample]
+        assert torch.equal(alone.residuals[:, 0], solution.residuals[:steps, sample])
+        assert (solution.residuals[steps:, sample] == solution.residuals[steps - 1, sample]).all()
+        iterate = initial[sample : sample + 1]
+        for t in range(41):
+            assert torch.equal(solution.recorded[t][sample], iterate[0])
+            iterate = contraction(iterate) if t < steps else iterate
+
+
+def test_early_stop_gives_the_last_value_for_later_steps():
+    function = Counting(contraction)
+    initial = torch.tensor([[7.0, 0.0], [7.0, 0.5]])
+    solution = solve(function, initial, solver=PLAIN, max_steps=100, rtol=1e-2, record=[100, 0, 1, 9])
+    assert function.calls == len(solution.residuals) == 8
+    assert list(solution.recorded) == [0, 1, 9, 100]
+    assert torch.equal(solution.recorded[0], initial)
+    assert solution.recorded[1].tolist() == [[1.0, 0.0], [4.5, 0.5]]
+    assert torch.equal(solution.recorded[9], solution.value)
+    assert torch.equal(solution.recorded[100], solution.value)
+
+
+def test_the_threshold_is_strict():
+    # From 0 to 1 to 1.5: residuals 1 and 1/3.
+    def status(max_steps, rtol):
+        initial = torch.zeros(1, 1, dtype=torch.float64)
+        return solve(lambda y: y / 2 + 1, initial, solver=PLAIN, max_steps=max_steps, rtol=rtol).status.item()
+
+    assert status(max_steps=2, rtol=1 / 3 - 1e-9) == Status.MAX_STEPS
+    assert status(max_steps=2, rtol=1 / 3 + 1e-9) == Status.CONVERGED
+    assert status(max_steps=1, rtol=1.0) == Status.MAX_STEPS
+
+
+def test_no_tolerance_takes_all_steps_at_a_fixed_point_too():
+    function = Counting(affine)
+    initial = torch.full((2, 2), 4.0)
+    solution = solve(function, initial, solver=PLAIN, max_steps=6)
+    assert function.calls == 6 and solution.steps.tolist() == [6, 6]
+    assert solution.status.tolist() == [Status.MAX_STEPS] * 2
+    assert solution.residuals.tolist() == [[0.0, 0.0]] * 6
+    assert torch.equal(solution.value, initial)
+
+
+def test_no_tolerance_waits_for_nothing():
+    # Tensors on "meta" have no values: reading one on the host is an error, as the run with a tolerance
+    # shows.
+    initial = torch.empty(3, 5, device="meta")
+    solution = solve(torch.cos, initial, solver=PLAIN, max_steps=4, record=[0, 2, 4])
+    assert solution.value.shape == (3, 5) and solution.residuals.shape == (4, 3)
+    with pytest.raises(RuntimeError, match="meta"):
+        solve(torch.cos, initial, solver=PLAIN, max_steps=4, rtol=1e-3)
+
+
+def test_no_step_at_all():
+    initial = torch.tensor([[1.0, 2.0]])
+    solution = solve(affine, initial, solver=PLAIN, max_steps=0, rtol=1e-3, record=[0])
+    assert torch.equal(solution.value, initial) and torch.equal(solution.recorded[0], initial)
+    assert solution.residuals.shape == (0, 1)
+    assert solution.steps.tolist() == [0] and solution.status.tolist() == [Status.MAX_STEPS]
+
+
+def test_the_initial_value_is_not_written_to():
+    initial = torch.tensor([[7.0, 0.5], [0.5, 0.9]])
+    before = initial.clone()
+    solve(contraction, initial, solver=PLAIN, max_steps=20, rtol=1e-1)
+    assert torch.equal(initial, before)
+
+
+def test_the_solver_gets_value_image_and_memory():
+    # f(y) = 1 - y from 0. Means of the images: 1; (1 + 0) / 2; (1 + 0 + 1/2) / 3. Then f(1/2) = 1/2.
+    initial = torch.zeros(1, 1)
+    means = solve(lambda y: 1 - y, initial, solver=RunningMean(), max_steps=9, rtol=1e-4, record=[1, 2, 3])
+    assert [means.recorded[t].item() for t in (1, 2, 3)] == [1.0, 0.5, 0.5]
+    assert means.steps.item() == 3 and means.status.item() == Status.CONVERGED
+    # From 4: f = -3, half way 1/2, which stays. The residuals, 7/3 and 0, are the map's, not the solver's.
+    half = solve(lambda y: 1 - y, torch.full((1, 1), 4.0), solver=HalfWay(), max_steps=2)
+    assert half.value.item() == 0.5
+    assert half.residuals.flatten().tolist() == pytest.approx([7 / 3, 0.0])
+
+
+def test_bfloat16_state():
+    # 0, 1, 1.5, 1.75 are exact in bfloat16; the residual 1/3 is not, and is float32.
+    initial = torch.zeros(2, 1, dtype=torch.bfloat16)
+    solution = solve(lambda y: y / 2 + 1, initial, solver=PLAIN, max_steps=3, record=[2])
+    assert solution.value.dtype == solution.recorded[2].dtype == torch.bfloat16
+    assert solution.value.tolist() == [[1.75]] * 2
+    assert solution.residuals.dtype == torch.float32
+    assert solution.residuals[:, 0].tolist() == pytest.approx([1.0, 1 / 3, 1 / 7], rel=1e-6)
+
+
+def test_relative_residual_by_hand():
+    value = torch.tensor([[3.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    image = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 1.0]])
+    assert relative_residual(value, image).tolist() == pytest.approx([0.8, 0.0, 0.0])
+    assert relative_residual(image, value)[0].item() == pytest.approx(4 / 3)  # over ||f(y)||, not over ||y||
+    assert relative_residual(value.double(), image.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"max_steps": -1}, "must not be negative, got -1 and 0.0"),
+        ({"max_steps": 4, "rtol": -0.5}, "must not be negative, got 4 and -0.5"),
+        ({"max_steps": 4, "record": [5, 2, -1]}, r"lie in 0\.\.4 \(max_steps\), got \[-1, 5\]"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        solve(affine, torch.zeros(1, 2), solver=PLAIN, **arguments)
