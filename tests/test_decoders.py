@@ -1,4 +1,4 @@
-"""Decoders over a layer that can be followed by hand, and over a small AdaMixer layer against explicit loops."""
+"""Decoders of a layer that can be followed by hand; of small AdaMixer layers, against explicit loops."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from deqdet.structures import Prediction, QueryState
 
 
 class ToyLayer(RefinementLayer):
-    """q <- a q + b + c cx + x, cx <- cx + d, on contents of one channel; x, one number an image, is the feature.
+    """q <- a q + b + c cx + x, cx <- cx + d; contents of one channel; x, a number an image, is the feature.
 
     Unlike a real layer it reads the position as it is given, so that it shows what the decoder detaches.
     """
@@ -50,21 +50,22 @@ class Push:
 
 
 INITIAL = QueryState(
-    torch.tensor([10.0, 20.0, 5.0, 0.0], dtype=torch.float64).expand(2, 1, 4), torch.zeros(2, 1, 1, dtype=torch.float64)
+    torch.tensor([10.0, 20.0, 5.0, 0.0], dtype=torch.float64).expand(2, 1, 4),
+    torch.zeros(2, 1, 1, dtype=torch.float64),
 )
 FEATURES = [torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1)]  # x of the two images
 
 
 def toy_decoder(
-    *, use_init=True, coupling=0.0, train_steps=4, extra=2, steps=2, damping=1.0, kind="none", checkpointed=False
+    *, use_init=True, coupling=0.0, extra=2, steps=2, damping=1.0, kind="none", checkpointed=False
 ) -> EquilibriumDecoder:
-    """g: q = 4 and cx + 100; f: q / 2 + 1 + x and cx + 1; Omega = {1, 3, train_steps}."""
+    """g: q = 4 + x and cx + 100; f: q / 2 + 1 + coupling cx + x and cx + 1; Omega = {1, 3, 4}; k = steps."""
     return EquilibriumDecoder(
         initialization=ToyLayer(0.0, 4.0, 0.0, 100.0) if use_init else None,
         refinement=ToyLayer(0.5, 1.0, coupling, 1.0),
         solver=FixedPointIteration(),
         test_steps=3,
-        supervision=Supervision(train_steps=train_steps, extra=extra, count=1, interval=3),
+        supervision=Supervision(train_steps=4, extra=extra, count=1, interval=3),
         estimator=Phantom(steps=steps, damping=damping),
         perturbation=Push(kind),
         checkpoint_segments=checkpointed,
@@ -164,7 +165,9 @@ def test_decoding_takes_test_steps_without_noise():
     assert read(decoder.decode(INITIAL, FEATURES)) == (2 + 2 / 32, 115.0)
 
 
-@pytest.mark.parametrize("checkpointed, forward, backward", [(False, 2 + 4 + 2, 0), (True, 2 + 4 + 2 * 3, 2 * 3)])
+@pytest.mark.parametrize(
+    "checkpointed, forward, backward", [(False, 2 + 4 + 2, 0), (True, 2 + 4 + 2 * 3, 2 * 3)]
+)
 def test_applications_are_counted(checkpointed, forward, backward):
     """h + T on the way, k for all of Omega at once or k for each point; these are recomputed one by one."""
     decoder = toy_decoder(checkpointed=checkpointed)
@@ -234,7 +237,7 @@ def test_only_the_first_refinement_moves_the_initial_position(use_init, first, s
     [
         ("none", [(3.0, 111.0), (2.25, 113.0), (2.125, 114.0)]),
         ("zero-step", [(11.0, 1111.0), (10.25, 1113.0), (10.125, 1114.0)]),
-        ("one-step", [(7.0, 1111.0), (6.25, 1113.0), (6.125, 1114.0)]),  # (q + 8) / 2 + 1 of the clean q before
+        ("one-step", [(7.0, 1111.0), (6.25, 1113.0), (6.125, 1114.0)]),  # (q + 8) / 2 + 1 of the clean q
         ("multi-step", [(7.0, 1111.0), (9.25, 3113.0), (9.625, 4114.0)]),  # 4, 7, 8.5, 9.25, 9.625
     ],
 )
@@ -242,8 +245,8 @@ def test_noise_by_hand(kind, points, checkpointed):
     predictions = toy_decoder(kind=kind, checkpointed=checkpointed).supervise(INITIAL, FEATURES)
     for t, (q, cx) in zip((1, 3, 4), points, strict=True):
         assert read(predictions[f"step{t}"]) == ((q / 2 + 1) / 2 + 1, cx + 2)  # k = 2 clean applications
-    # Noise is on the solving path only.
-    assert [read(predictions[x]) for x in ("init", "init+1", "init+2")] == [(4.0, 110.0), (3.0, 111.0), (2.5, 112.0)]
+    early = [read(predictions[name]) for name in ("init", "init+1", "init+2")]
+    assert early == [(4.0, 110.0), (3.0, 111.0), (2.5, 112.0)]  # noise is on the solving path only
 
 
 def test_an_image_that_overflows_leaves_the_others_alone():
@@ -325,13 +328,15 @@ def test_gradient_at_a_point_against_explicit_steps(small_decoder, steps):
 
     torch.testing.assert_close(found, explicit(steps), rtol=1e-8, atol=1e-10)
     # One step is another gradient than two, not by rounding.
-    name, other = [x for x, _ in decoder.refinement.named_parameters()].index("mixing.out.weight"), explicit(3 - steps)
-    assert (found[name] - other[name]).norm() > 1e-2 * found[name].norm()
+    other = explicit(3 - steps)
+    index = [name for name, _ in decoder.refinement.named_parameters()].index("mixing.out.weight")
+    assert (found[index] - other[index]).norm() > 1e-2 * found[index].norm()
 
 
 def test_checkpointed_segments_have_the_same_gradients(small_decoder):
     """Also with noise, which is drawn before the segments and not again when they are recomputed."""
-    decoder = small_decoder("MODEL.DEQDET.PERTURBATION.KIND", "multi-step", "MODEL.DEQDET.PERTURBATION.PROBABILITY", 1.0)
+    key = "MODEL.DEQDET.PERTURBATION"
+    decoder = small_decoder(f"{key}.KIND", "multi-step", f"{key}.PROBABILITY", 1.0)
     initial, features = make_problem()
     inputs = [*decoder.parameters(), *features, initial.position, initial.content]
     found = []
@@ -341,7 +346,8 @@ def test_checkpointed_segments_have_the_same_gradients(small_decoder):
         predictions = decoder.supervise(initial, features)
         found.append(torch.autograd.grad(sum(loss(x) for x in predictions.values()), inputs))
     torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
-    assert (found[1][-3] - found[2][-3]).norm() > 1e-3 * found[1][-3].norm()  # another noise is another gradient
+    # Another noise is another gradient, of the coarser level.
+    assert (found[1][-3] - found[2][-3]).norm() > 1e-3 * found[1][-3].norm()
 
 
 @torch.no_grad()
@@ -376,8 +382,8 @@ def test_every_parameter_has_a_gradient(small_decoder, use_init, extra):
 
 def test_layers_have_weights_of_their_own(small_decoder):
     decoder = small_decoder()
-    shared = {id(p) for p in decoder.initialization.parameters()} & {id(p) for p in decoder.refinement.parameters()}
-    assert not shared
+    ours, theirs = decoder.initialization.parameters(), decoder.refinement.parameters()
+    assert not {id(p) for p in ours} & {id(p) for p in theirs}
     assert not torch.equal(decoder.initialization.mixing.out.weight, decoder.refinement.mixing.out.weight)
 
 
@@ -401,7 +407,7 @@ def test_the_config_reaches_the_decoder(small_cfg):
     assert decoder.test_steps == 23 and decoder.checkpoint_segments
     assert decoder.supervision == Supervision(train_steps=17, extra=5, count=4, interval=2)
     assert decoder.estimator == Phantom(steps=3, damping=0.75)
-    assert decoder.perturbation == Perturbation("one-step", probability=0.3, content_size=0.6, position_size=7.0)
+    assert decoder.perturbation == Perturbation("one-step", 0.3, content_size=0.6, position_size=7.0)
 
 
 @pytest.mark.parametrize(

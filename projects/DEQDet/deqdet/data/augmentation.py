@@ -13,9 +13,13 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     Raises:
         ValueError: as `build_augmentation`.
     """
-    if is_train:
-        return DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg))
-    return DatasetMapper(cfg, is_train=False)
+    if not is_train:
+        return DatasetMapper(cfg, is_train=False)
+    augmentations = build_augmentation(cfg)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.RANDOM_FLIP = "none"  # detectron2 builds a list of its own first, and knows no "both"
+    return DatasetMapper(cfg, is_train=True, augmentations=augmentations)
 
 
 def build_augmentation(cfg: CfgNode) -> list[T.Augmentation]:

@@ -23,8 +23,8 @@ _FORM = "[[name, json file, image root], ...]"
 _CORRECT_ROOT = "correct the image root, the entry's third string"
 
 
-def prepare_datasets(cfg: CfgNode) -> None:
-    """Register what DATASETS.REGISTER lists, and draw the shapes sets that DATASETS.TRAIN and TEST name.
+def prepare_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """Register DATASETS.REGISTER; draw the shapes sets of DATASETS.TEST and, unless `eval_only`, of TRAIN.
 
     Call it in every process before it builds loaders and evaluators: COCOEvaluator reads the annotation file
     when it is constructed. Names such as "shapes_seed3_200" (200 images from seed 3) need no registration.
@@ -33,7 +33,7 @@ def prepare_datasets(cfg: CfgNode) -> None:
         ValueError, OSError: as `register_datasets`; FileExistsError as `generate_shapes`.
     """
     register_datasets(cfg)
-    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+    for name in cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         numbers = re.fullmatch(r"shapes_seed(\d+)_(\d+)", name)
         if numbers and name not in DatasetCatalog:
             register_shapes(name, ShapesConfig(seed=int(numbers[1]), num_images=int(numbers[2])))
@@ -111,13 +111,13 @@ def check_num_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
         for name in cfg.DATASETS[key]:
             if MetadataCatalog.get(name).get("thing_classes") is None:
                 DatasetCatalog.get(name)  # some sets know their classes only once loaded
-            classes = MetadataCatalog.get(name).thing_classes
+            classes = MetadataCatalog.get(name).get("thing_classes", ())
             expected = cfg.MODEL.DEQDET.NUM_CLASSES
             if len(classes) != expected:
                 shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
                 raise ValueError(
                     f"{name!r} of DATASETS.{key} has {len(classes)} categories ({shown}), but the model has "
-                    f"{expected}: set MODEL.DEQDET.NUM_CLASSES to {len(classes)}, or DATASETS.{key} to other sets"
+                    f"{expected}: set MODEL.DEQDET.NUM_CLASSES to {len(classes)}, or change DATASETS.{key}"
                 )
 
 

@@ -75,9 +75,9 @@ def generate_shapes(root: str | os.PathLike, config: ShapesConfig) -> str:
     """Make sure that `root` holds the set that `config` describes; returns the path of its annotation file.
 
     Writes `annotations.json` (boxes xywh in pixels, `area` in covered pixels, category ids from 1 in CLASSES'
-    order) and `images/*.jpg`: on these noisy pictures JPEG of quality 95 takes half of PNG's time to decode, and
-    less than half of its space. The set is drawn beside `root` and renamed when complete. Of processes asking at
-    once one draws and the others wait. A set with other parameters, or lacking images, is made again.
+    order) and `images/*.jpg`: on such noisy pictures JPEG of quality 95 takes half of PNG's space and half of
+    its time to decode. The set is drawn beside `root` and renamed when complete. Of processes asking at once
+    one draws and the others wait. A set with other parameters, or lacking images, is made again.
 
     Raises:
         FileExistsError: `root` holds something else, which is left alone.

@@ -122,13 +122,20 @@ def _explained(cfg: CfgNode, where: str) -> Iterator[None]:
 
 
 def _suggest(key: str, known: list[str]) -> str:
+    """Known keys for an unknown one: a like name in its section, the same name elsewhere, else a like key."""
     by_upper = {name.upper(): name for name in known}
-    # A key in the wrong section is as common as a misspelt one.
-    same_name = [name for name in by_upper if name.rsplit(".", 1)[-1] == key.upper().rsplit(".", 1)[-1]]
-    close = dict.fromkeys(difflib.get_close_matches(key.upper(), by_upper, n=3, cutoff=0.75) + same_name)
-    if not close:
+    section, _, last = key.upper().rpartition(".")
+    beside = [f"{section}.{name}" for name in _close(last, [n.rpartition(".")[2] for n in by_upper])]
+    elsewhere = [name for name in by_upper if name.rpartition(".")[2] == last]
+    found = [name for name in dict.fromkeys(beside + elsewhere) if name in by_upper]
+    found = found or _close(key.upper(), list(by_upper))
+    if not found:
         return "the known ones are in deqdet/config.py and detectron2/config/defaults.py"
-    return "did you mean " + " or ".join(by_upper[name] for name in list(close)[:4]) + "?"
+    return "did you mean " + " or ".join(by_upper[name] for name in found[:4]) + "?"
+
+
+def _close(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, dict.fromkeys(names), n=3, cutoff=0.75)
 
 
 def _flatten(node: CfgNode, prefix: str = "") -> Iterator[str]:

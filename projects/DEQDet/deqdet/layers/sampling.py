@@ -66,13 +66,14 @@ def sample_pyramid(features: list[Tensor], strides: list[int], points: Tensor) -
     # One grid an image: (S * B, N, G, P, 3) -> (B * G, S * N, P, 3)
     points = points.unflatten(0, (rows // images, images)).permute(1, 3, 0, 2, 4, 5).flatten(0, 1).flatten(1, 2)
     depths = points.new_tensor([math.log2(s) for s in strides])
-    weights = (-0.5 * (points[..., 2:] - depths).square()).softmax(dim=-1)  # (B * G, S * N, P, L)
+    # Levels first, so that each level's weights are contiguous: (L, B * G, 1, S * N, P).
+    weights = (-0.5 * (points[..., 2] - depths[:, None, None, None]).square()).softmax(dim=0)[:, :, None]
     sampled = 0
-    for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+    for feature, stride, weight in zip(features, strides, weights, strict=True):
         height, width = feature.shape[2:]
         grid = points[..., :2] * points.new_tensor([2 / (width * stride), 2 / (height * stride)]) - 1
         per_group = feature.unflatten(1, (groups, -1)).flatten(0, 1)  # (B * G, C / G, H, W)
         values = F.grid_sample(per_group, grid, align_corners=False)  # (B * G, C / G, S * N, P)
-        sampled = sampled + values * weights[:, None, ..., level]
+        sampled = sampled + values * weight
     sampled = sampled.unflatten(2, (-1, queries)).unflatten(0, (images, groups))  # (B, G, C / G, S, N, P)
     return sampled.permute(3, 0, 4, 1, 5, 2).flatten(0, 1)

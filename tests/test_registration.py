@@ -1,0 +1,244 @@
+"""Registering data sets: what is accepted, what is refused and in which words, and the shapes' names."""
+
+import copy
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+
+from deqdet import add_deqdet_config
+from deqdet.data import (
+    ShapesConfig,
+    build_mapper,
+    check_num_classes,
+    prepare_datasets,
+    register_datasets,
+    register_shapes,
+)
+
+TINY = {
+    "images": [{"id": 7, "file_name": "a.png", "height": 20, "width": 30}],
+    "categories": [{"id": 5, "name": "cat"}, {"id": 2, "name": "dog"}],
+    "annotations": [
+        {"id": 1, "image_id": 7, "category_id": 5, "bbox": [2.0, 3.0, 10.0, 8.0], "area": 80.0, "iscrowd": 0},
+        {"id": 2, "image_id": 7, "category_id": 2, "bbox": [9.0, 9.0, 0.0, 0.0], "area": 0.0, "iscrowd": 0},
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def catalogs():
+    """Forget what a test registers."""
+    before = set(DatasetCatalog), set(MetadataCatalog)
+    yield
+    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
+        for name in set(catalog) - names:
+            catalog.remove(name)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> tuple[dict, Path, Path]:
+    """A set of one image: what its file holds, to be changed and written by `write`; file and image root."""
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "images" / "a.png")
+    return copy.deepcopy(TINY), tmp_path / "tiny.json", tmp_path / "images"
+
+
+def make_cfg(*entries, **datasets):
+    cfg = get_cfg()
+    add_deqdet_config(cfg)
+    cfg.DATASETS.REGISTER = [list(entry) for entry in entries]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = datasets.get("train", ()), datasets.get("test", ())
+    return cfg
+
+
+def register(tiny, name="tiny", **datasets):
+    whole, json_file, image_root = tiny
+    json_file.write_text(json.dumps(whole))
+    cfg = make_cfg((name, str(json_file), str(image_root)), **datasets)
+    register_datasets(cfg)
+    return cfg
+
+
+def test_registered_set_loads_and_tells_its_classes(tiny):
+    register(tiny)
+    meta = MetadataCatalog.get("tiny")
+    assert (meta.evaluator_type, meta.json_file, meta.image_root) == ("coco", str(tiny[1]), str(tiny[2]))
+    assert meta.thing_classes == ["dog", "cat"]  # by id, before anything is loaded
+    (record,) = DatasetCatalog.get("tiny")
+    assert record["file_name"] == str(tiny[2] / "a.png")
+    assert [annotation["category_id"] for annotation in record["annotations"]] == [1, 0]
+
+
+def test_yaml_and_command_line_give_the_same(tiny, tmp_path):
+    tiny[1].write_text(json.dumps(tiny[0]))
+    (tmp_path / "a.yaml").write_text(f"DATASETS:\n  REGISTER:\n    - [tiny, {tiny[1]}, {tiny[2]}]\n")
+    from_yaml, from_command_line = make_cfg(), make_cfg()
+    from_yaml.merge_from_file(str(tmp_path / "a.yaml"))
+    from_command_line.merge_from_list(["DATASETS.REGISTER", f"[['tiny','{tiny[1]}','{tiny[2]}']]"])
+    assert from_yaml.DATASETS.REGISTER == from_command_line.DATASETS.REGISTER
+    register_datasets(from_yaml)
+    assert "tiny" in DatasetCatalog
+
+
+def test_registering_twice_is_fine_but_not_with_other_paths(tiny, tmp_path):
+    register(tiny)
+    register(tiny)
+    other = tiny[0], tmp_path / "other.json", tiny[2]
+    with pytest.raises(ValueError, match=r"DATASETS.REGISTER\[0\] \('tiny'\): this name is taken .*tiny.json"):
+        register(other)
+
+
+@pytest.mark.parametrize("name", ["coco_2017_val", "shapes_val"])
+def test_names_of_other_sets_are_taken(tiny, name):
+    with pytest.raises(ValueError, match=rf"REGISTER\[0\] \('{name}'\): this name is taken .* choose another name"):
+        register(tiny, name=name)
+
+
+@pytest.mark.parametrize("entries", [["tiny", "a.json", "images"], [["a", "b"]], [["a", "b", 3]], [["a", "", "c"]]])
+def test_entry_must_be_three_strings(entries):
+    cfg = make_cfg()
+    cfg.DATASETS.REGISTER = entries
+    with pytest.raises(ValueError, match=r"DATASETS.REGISTER\[0\] is .*: it must be three strings, as in \[\["):
+        register_datasets(cfg)
+
+
+def test_missing_file_and_directories(tiny, tmp_path):
+    whole, json_file, image_root = tiny
+    where = rf"DATASETS.REGISTER\[0\] \('tiny'\): {json_file}"
+    with pytest.raises(FileNotFoundError, match=where + r" cannot be read .* relative to " + os.getcwd()):
+        register_datasets(make_cfg(("tiny", str(json_file), str(image_root))))
+    with pytest.raises(NotADirectoryError, match=where + rf": its image root {tmp_path}/nowhere is not a directory"):
+        register((whole, json_file, tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=where + rf": its first image {tmp_path}/a.png does not exist"):
+        register((whole, json_file, tmp_path))
+    assert "tiny" not in DatasetCatalog
+
+
+@pytest.mark.parametrize("text, words", [("{", "is not valid JSON"), ("[]", 'has no list "images"')])
+def test_file_must_be_a_json_object(tiny, text, words):
+    tiny[1].write_text(text)
+    with pytest.raises(ValueError, match=rf"REGISTER\[0\] \('tiny'\): {tiny[1]} {words}"):
+        register_datasets(make_cfg(("tiny", str(tiny[1]), str(tiny[2]))))
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_file_must_have_three_lists(tiny, key):
+    del tiny[0][key]
+    with pytest.raises(ValueError, match=f'{tiny[1]} has no list "{key}"'):
+        register(tiny)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"bbox": [1, 2, 3]}, r"annotation 1 has bbox \[1, 2, 3\]: it must be four finite numbers"),
+        ({"bbox": [1, 2, 3, float("nan")]}, r"annotation 1 has bbox \[1, 2, 3, nan\]"),
+        ({"bbox": [1, 2, 3, "4"]}, "annotation 1 has bbox"),
+        ({"bbox": None}, "annotation 1 has bbox None"),
+        ({"image_id": 8}, 'annotation 1 has image_id 8, which "images" lacks'),
+        ({"category_id": 1}, 'annotation 1 has category_id 1, which "categories" lacks'),
+        ({"id": 2}, "annotation id 2 occurs twice"),
+    ],
+)
+def test_faulty_annotation_is_named(tiny, change, words):
+    tiny[0]["annotations"][0] |= change
+    with pytest.raises(ValueError, match=rf"{tiny[1]}: {words}"):
+        register(tiny)
+
+
+@pytest.mark.parametrize("list_name, key", [("images", "height"), ("categories", "name"), ("annotations", "bbox")])
+def test_missing_field_is_named(tiny, list_name, key):
+    del tiny[0][list_name][0][key]
+    kind, number = {"images": ("image", 7), "categories": ("category", 5), "annotations": ("annotation", 1)}[list_name]
+    with pytest.raises(ValueError, match=f"{tiny[1]}: {kind} {number} has no {key}"):
+        register(tiny)
+
+
+def test_area_is_needed_for_evaluation_only(tiny):
+    del tiny[0]["annotations"][0]["area"]
+    with pytest.raises(ValueError, match="annotation 1 has no area"):
+        register(tiny, test=("tiny",))
+    register(tiny, train=("tiny",))
+
+
+def test_box_without_area_is_reported_and_survives(tiny, caplog):
+    with caplog.at_level(logging.WARNING, logger="deqdet.data.registration"):
+        cfg = register(tiny)
+    assert "1 of 2 boxes have no area (annotation 2)" in caplog.text
+    (record,) = DatasetCatalog.get("tiny")
+    assert build_mapper(cfg, is_train=True)(record)["instances"].gt_classes.tolist() == [1]  # only the cat
+
+
+def test_box_without_area_counts_as_not_found(tiny):
+    """Both boxes of one image "found" exactly: the one without area still has recall 0."""
+    register(tiny)
+    DatasetCatalog.get("tiny")
+    evaluator = COCOEvaluator("tiny", tasks=("bbox",), distributed=False)
+    evaluator.reset()
+    for annotation in tiny[0]["annotations"]:
+        result = {"image_id": 7, "category_id": {2: 0, 5: 1}[annotation["category_id"]], "score": 0.9}
+        evaluator._predictions.append({"image_id": 7, "instances": [result | {"bbox": annotation["bbox"]}]})
+    results = evaluator.evaluate()["bbox"]
+    assert results["AP-cat"] == pytest.approx(100.0)
+    assert results["AP-dog"] == pytest.approx(0.0)
+
+
+def test_num_classes(tiny):
+    cfg = register(tiny, train=("tiny",), test=("tiny",))
+    cfg.MODEL.DEQDET.NUM_CLASSES = 2
+    check_num_classes(cfg)
+    cfg.MODEL.DEQDET.NUM_CLASSES = 3
+    words = r"'tiny' of DATASETS.TRAIN has 2 categories \(dog, cat\), but the model has 3"
+    with pytest.raises(ValueError, match=words + ": set MODEL.DEQDET.NUM_CLASSES to 2"):
+        check_num_classes(cfg)
+    with pytest.raises(ValueError, match="'tiny' of DATASETS.TEST has 2 categories"):
+        check_num_classes(cfg, eval_only=True)
+    cfg.DATASETS.TEST = ("coco_2017_val",)
+    cfg.MODEL.DEQDET.NUM_CLASSES = 80
+    check_num_classes(cfg, eval_only=True)
+
+
+def test_unregistered_name_is_an_error():
+    with pytest.raises(KeyError, match="'unheard_of' is not registered"):
+        check_num_classes(make_cfg(train=("unheard_of",)))
+
+
+def test_prepared_shapes_can_be_evaluated_before_they_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    cfg = make_cfg(train=("shapes_seed5_3",), test=("shapes_seed6_2",))
+    cfg.MODEL.DEQDET.NUM_CLASSES = 8
+    prepare_datasets(cfg, eval_only=True)
+    assert sorted(path.name for path in (tmp_path / "shapes").iterdir() if path.is_dir()) == ["shapes_seed6_2"]
+    prepare_datasets(cfg)
+    check_num_classes(cfg)
+    COCOEvaluator("shapes_seed6_2", tasks=("bbox",), distributed=False)
+    records = DatasetCatalog.get("shapes_seed5_3")
+    assert len(records) == 3
+    assert all(Path(record["file_name"]).parent == tmp_path / "shapes/shapes_seed5_3/images" for record in records)
+
+
+def test_shapes_are_drawn_when_loaded(tmp_path):
+    config = ShapesConfig(num_images=2, seed=9)
+    register_shapes("my_shapes", config, root=tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+    assert len(DatasetCatalog.get("my_shapes")) == 2
+    register_shapes("my_shapes", config, root=tmp_path / "mine")
+    with pytest.raises(ValueError, match="'my_shapes' is taken"):
+        register_shapes("my_shapes", ShapesConfig(num_images=3, seed=9), root=tmp_path / "mine")
+
+
+@pytest.mark.parametrize("name, num_images, seed", [("shapes_train", 6000, 1), ("shapes_val", 400, 2)])
+def test_builtin_shapes(name, num_images, seed):
+    meta = MetadataCatalog.get(name)
+    assert name in DatasetCatalog and len(meta.thing_classes) == 8 and meta.evaluator_type == "coco"
+    assert (meta.shapes_config.num_images, meta.shapes_config.seed) == (num_images, seed)
+    assert meta.json_file.endswith(f"/shapes/{name}/annotations.json")
