@@ -1,7 +1,5 @@
 """Augmentation policies for detectron2's own DatasetMapper (the recipes of the paper's Table 5)."""
 
-from collections.abc import Callable
-
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -32,33 +30,23 @@ def build_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
     """
     if cfg.INPUT.CROP.ENABLED:
         raise ValueError("INPUT.CROP.ENABLED must be False: use INPUT.AUGMENTATION and INPUT.DETR_CROP")
-    policy = _choose("INPUT.AUGMENTATION", POLICIES, cfg.INPUT.AUGMENTATION)
-    flips = _choose("INPUT.RANDOM_FLIP", _FLIPS, cfg.INPUT.RANDOM_FLIP)
-    return [T.RandomFlip(horizontal=d == "horizontal", vertical=d == "vertical") for d in flips] + policy(cfg)
-
-
-def _resize(cfg: CfgNode) -> list[T.Augmentation]:
+    left_right, up_down = T.RandomFlip(), T.RandomFlip(horizontal=False, vertical=True)
+    flips = {"none": [], "horizontal": [left_right], "vertical": [up_down], "both": [left_right, up_down]}
+    # DETR's: half of the time a resize and a crop come before the resize.
+    crop = [
+        T.ResizeShortestEdge(cfg.INPUT.DETR_CROP.RESIZE, sample_style="choice"),
+        T.RandomCrop("absolute_range", cfg.INPUT.DETR_CROP.SIZE),
+    ]
+    policies = {"1x": [], "2x": [T.RandomApply(T.AugmentationList(crop), prob=0.5)]}
     size = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-    return [T.ResizeShortestEdge(*size)]
+    return [
+        *_choose("INPUT.RANDOM_FLIP", flips, cfg.INPUT.RANDOM_FLIP),
+        *_choose("INPUT.AUGMENTATION", policies, cfg.INPUT.AUGMENTATION),
+        T.ResizeShortestEdge(*size),
+    ]
 
 
-def _detr(cfg: CfgNode) -> list[T.Augmentation]:
-    """DETR's: half of the time a resize and a crop come before the resize."""
-    resize = T.ResizeShortestEdge(cfg.INPUT.DETR_CROP.RESIZE, sample_style="choice")
-    crop = T.RandomCrop("absolute_range", cfg.INPUT.DETR_CROP.SIZE)
-    return [T.RandomApply(T.AugmentationList([resize, crop]), prob=0.5), *_resize(cfg)]
-
-
-POLICIES: dict[str, Callable[[CfgNode], list[T.Augmentation]]] = {"1x": _resize, "2x": _detr}
-_FLIPS = {
-    "none": (),
-    "horizontal": ("horizontal",),
-    "vertical": ("vertical",),
-    "both": ("horizontal", "vertical"),  # drawn independently
-}
-
-
-def _choose(key: str, options: dict, name: str):
+def _choose(key: str, options: dict[str, list[T.Augmentation]], name: str) -> list[T.Augmentation]:
     if name not in options:
         raise ValueError(f"{key} is {name!r}: it must be one of {', '.join(options)}")
     return options[name]

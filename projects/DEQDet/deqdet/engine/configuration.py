@@ -77,7 +77,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         UserError: a data set or file is missing, or the number of classes is not the model's.
     """
     try:
-        prepare_datasets(cfg)
+        prepare_datasets(cfg, eval_only=args.eval_only)
         check_num_classes(cfg, eval_only=args.eval_only)
     except (KeyError, ValueError, OSError) as error:
         # str() of a KeyError is the repr of its message.

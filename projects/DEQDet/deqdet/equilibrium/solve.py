@@ -59,13 +59,12 @@ def relative_residual(value: Tensor, image: Tensor) -> Tensor:
 def solve(
     function: Map, initial: Tensor, *, solver: Solver, max_steps: int, rtol: float = 0.0, record: Collection[int] = ()
 ) -> Solution:
-    """Iterate towards y* = f(y*) (Eq. 6).
+    """Iterate towards y* = f(y*) (Eq. 6), f being `function`.
 
     A sample stops at its first residual below rtol, with f(y) taken in, and keeps its value while the others go on.
     With rtol = 0 all steps are taken and nothing waits for the device.
 
     Args:
-        function: f.
         initial: (B, D) y_0.
         solver: how the next iterate follows from y and f(y).
         max_steps: T, the most applications of f.
@@ -94,8 +93,8 @@ def solve(
         proposal, memory = solver.step(value, image, memory)
         finite = residual.isfinite()
         value = torch.where((active & finite)[:, None], proposal, value)
-        status = status.masked_fill(active & (residual < rtol), Status.CONVERGED)
         status = status.masked_fill(active & ~finite, Status.NONFINITE)
+        status = status.masked_fill(active & (residual < rtol), Status.CONVERGED)
         steps = steps + active
         residuals.append(residual if not residuals else torch.where(active, residual, residuals[-1]))
         if step in record:
