@@ -42,10 +42,10 @@ class ShapesConfig:
     empty_fraction: float = 0.08  # probability of an image without objects
     max_rotation: float = 10.0  # 180: free
     max_overlap: float = 0.5  # intersection / smaller box's area; also the hidden part of a shape
-    min_contrast: float = 24.0  # of 255: a shape's largest difference, over the channels, to what is under it
+    min_contrast: float = 48.0  # of 255: a shape's largest difference, over the channels, to what is under it
     max_contrast: float = 127.0  # above 127 some backgrounds leave no room on either side
-    max_texture: float = 0.5  # of the background, relative to the contrast; half of that on the shapes
-    max_noise: float = 0.25  # standard deviation, relative to the contrast
+    max_texture: float = 0.35  # of the background, relative to the contrast; half of that on the shapes
+    max_noise: float = 0.2  # standard deviation, relative to the contrast
 
     def __post_init__(self):
         sizes = 0 < self.min_size <= self.max_size <= self.image_size
