@@ -167,7 +167,7 @@ def test_decoding_takes_test_steps_without_noise():
 
 @pytest.mark.parametrize("checkpointed, segments, recomputed", [(False, 2, 0), (True, 2 * 3, 2 * 3)])
 def test_applications_are_counted(checkpointed, segments, recomputed):
-    """h = 2; T = 4 without a graph; k = 2 for all of Omega at once or for each point, recomputed in backward."""
+    """h = 2; T = 4 without a graph; k = 2 for all of Omega at once or for each point, then recomputed."""
     decoder = toy_decoder(checkpointed=checkpointed)
     predictions = decoder.supervise(INITIAL, FEATURES)
     assert decoder.refinement.calls == [True] * 2 + [False] * 4 + [True] * segments

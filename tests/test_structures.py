@@ -19,7 +19,7 @@ def random_state(batch=2, queries=5, channels=7, dtype=torch.float32):
 
 def instances(height, width, boxes, labels):
     result = Instances((height, width))
-    result.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4))
+    result.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
     result.gt_classes = torch.tensor(labels, dtype=torch.int32)
     return result
 

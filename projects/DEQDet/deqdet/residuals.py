@@ -25,7 +25,7 @@ def measure_residuals(model: DEQDet, batches: Iterable[list[dict]], steps: int) 
     training = model.training
     model.eval()
     columns = []
-    for batch in tqdm(batches, desc="residuals", leave=False):
+    for batch in tqdm(batches, desc="residuals", disable=None):
         features, initial = model.encode(model.preprocess(batch))
         start = model.decoder.initialize(initial, features)
         solution = model.decoder.solve(start, features, steps=steps)
