@@ -11,7 +11,7 @@ from torch import Tensor
 from detectron2.data import Metadata
 from detectron2.data import detection_utils as utils
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import ColorMode, Visualizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -32,11 +32,13 @@ def draw_pair(record: dict, detections: Instances, metadata: Metadata, *, width:
         (height, 2 * width + MARGIN, 3) uint8 RGB.
     """
     image = utils.read_image(record["file_name"], "RGB")
-    scale = width / image.shape[1]
-    truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
-    kept = detections[detections.scores >= threshold].to("cpu")
-    found = Visualizer(image, metadata, scale=scale).draw_instance_predictions(kept)
-    halves = [_fit(half.get_image(), width) for half in (truth, found)]
+    coloured = _one_colour_a_class(metadata)
+    truth, found = (
+        Visualizer(image, coloured, scale=width / image.shape[1], instance_mode=ColorMode.SEGMENTATION) for _ in range(2)
+    )
+    truth.draw_dataset_dict(record)
+    found.draw_instance_predictions(detections[detections.scores >= threshold].to("cpu"))
+    halves = [_fit(half.get_output().get_image(), width) for half in (truth, found)]
     gap = np.full((halves[0].shape[0], MARGIN, 3), 255, np.uint8)
     return np.concatenate([halves[0], gap, halves[1]], axis=1)
 
@@ -98,6 +100,14 @@ def plot_residuals(residuals: Tensor, path: str | Path) -> None:
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _one_colour_a_class(metadata: Metadata) -> Metadata:
+    """A copy with bright colours, since the Visualizer's own are random and some too dark to read."""
+    classes = metadata.thing_classes
+    hues = matplotlib.colormaps["hsv"](np.arange(len(classes)) / len(classes))[:, :3]
+    colours = (255 * (0.15 + 0.85 * hues)).astype(int).tolist()
+    return Metadata(name=f"{metadata.name}, coloured", thing_classes=classes, thing_colors=colours)
 
 
 def _fit(image: np.ndarray, width: int) -> np.ndarray:
