@@ -344,5 +344,5 @@ def test_the_config_gives_g_and_f_points_of_their_own(small_cfg):
 
 def test_an_unknown_layer_is_an_error(small_cfg):
     cfg = small_cfg("MODEL.DEQDET.REFINEMENT_LAYER", "NoSuchLayer")
-    with pytest.raises(KeyError, match="NoSuchLayer"):
+    with pytest.raises(ValueError, match="NoSuchLayer.*AdaMixerLayer"):
         build_refinement_layer(cfg, [], initialization=True)

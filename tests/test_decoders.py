@@ -425,5 +425,5 @@ def test_bad_values_are_errors(small_cfg, key, value, message):
 
 
 def test_an_unknown_decoder_is_an_error(small_cfg):
-    with pytest.raises(KeyError, match="NoSuchDecoder"):
+    with pytest.raises(ValueError, match="NoSuchDecoder.*EquilibriumDecoder"):
         build_decoder(small_cfg("MODEL.DEQDET.DECODER", "NoSuchDecoder"), SHAPES)

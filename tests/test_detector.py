@@ -293,3 +293,18 @@ def test_mixed_precision_detections(small_model, make_inputs):
         found = model(inputs)[0]["instances"]
     assert found.scores.dtype == torch.float32 and isinstance(found.pred_boxes, Boxes)
     assert found.scores.tolist() == pytest.approx(exact.scores.tolist(), abs=0.005)
+
+
+def test_fixed_statistics_stay_before_any_call_of_train(small_model, make_inputs):
+    model = small_model("MODEL.DEQDET.FIX_BN_STATISTICS", True)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model(make_inputs(1, 1))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_detections_with_gradient(small_model, make_inputs):
+    """Scaling to another size is in place; outside torch.no_grad that must not touch a view of the predictions."""
+    inputs = [{**x, "height": 2 * x["image"].shape[1], "width": 2 * x["image"].shape[2]} for x in make_inputs(1, 1)]
+    found = small_model().eval()(inputs)[0]["instances"]
+    assert found.image_size == (2 * inputs[0]["image"].shape[1], 2 * inputs[0]["image"].shape[2])
+    assert found.pred_boxes.tensor.requires_grad

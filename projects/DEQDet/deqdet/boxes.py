@@ -65,6 +65,6 @@ def embed_position(position: Tensor, dim: int, temperature: float = 10000.0) -> 
     """
     coordinates = position / position.new_tensor([1000.0, 1000.0, 1.0, 1.0])
     features = torch.arange(dim // 4, device=position.device)
-    frequency = temperature ** (-2.0 * (features // 2) / (dim // 4))
-    angles = coordinates[..., None] * frequency.to(position.dtype)  # (B, N, 4, dim / 4)
+    frequency = temperature ** (-2.0 * (features // 2).to(position.dtype) / (dim // 4))
+    angles = coordinates[..., None] * frequency  # (B, N, 4, dim / 4)
     return torch.where(features % 2 == 0, angles.sin(), angles.cos()).flatten(2)

@@ -15,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
 from .equilibrium import FixedPointIteration, Map, Phantom, Solution, Solver, solve
-from .layers import RefinementLayer, build_refinement_layer
+from .layers import RefinementLayer, build_refinement_layer, look_up
 from .perturbation import Perturbation
 from .structures import Prediction, QueryState
 
@@ -29,7 +29,7 @@ Decoders, called as `obj(cfg, input_shapes)` with the pyramid's ShapeSpecs, fine
 
 def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> nn.Module:
     """The decoder that MODEL.DEQDET.DECODER names."""
-    return DECODER_REGISTRY.get(cfg.MODEL.DEQDET.DECODER)(cfg, input_shapes)
+    return look_up(DECODER_REGISTRY, "MODEL.DEQDET.DECODER", cfg.MODEL.DEQDET.DECODER)(cfg, input_shapes)
 
 
 @dataclass(frozen=True)

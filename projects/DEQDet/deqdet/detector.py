@@ -51,6 +51,7 @@ class DEQDet(nn.Module):
         self.fix_bn_statistics = fix_bn_statistics
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.train()  # BatchNorm's mode, see below
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:

@@ -25,6 +25,7 @@ def top_detections(
     queries, classes = indices // num_classes, indices % num_classes
     boxes = prediction.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
     return [
-        Instances(size, pred_boxes=Boxes(b), scores=s, pred_classes=c)
+        # A clone, because detectron2 scales boxes in place.
+        Instances(size, pred_boxes=Boxes(b.clone()), scores=s, pred_classes=c)
         for size, b, s, c in zip(image_sizes, boxes, scores, classes, strict=True)
     ]

@@ -147,4 +147,4 @@ def _check_labels(labels: Tensor, valid: Tensor, num_classes: int, image_names: 
 
 
 def _describe(image: int, image_names: Sequence[str]) -> str:
-    return f"image {image}: {image_names[image]}" if image_names else f"image {image}"
+    return f"image {image}: {image_names[image]}" if image_names and image_names[image] else f"image {image}"

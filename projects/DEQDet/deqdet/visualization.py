@@ -32,10 +32,8 @@ def draw_pair(record: dict, detections: Instances, metadata: Metadata, *, width:
         (height, 2 * width + MARGIN, 3) uint8 RGB.
     """
     image = utils.read_image(record["file_name"], "RGB")
-    coloured = _one_colour_a_class(metadata)
-    truth, found = (
-        Visualizer(image, coloured, scale=width / image.shape[1], instance_mode=ColorMode.SEGMENTATION) for _ in range(2)
-    )
+    coloured, scale = _one_colour_a_class(metadata), width / image.shape[1]
+    truth, found = (Visualizer(image, coloured, scale, ColorMode.SEGMENTATION) for _ in range(2))
     truth.draw_dataset_dict(record)
     found.draw_instance_predictions(detections[detections.scores >= threshold].to("cpu"))
     halves = [_fit(half.get_output().get_image(), width) for half in (truth, found)]

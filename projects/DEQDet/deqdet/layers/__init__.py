@@ -1,6 +1,6 @@
 """Refinement layers, by name in REFINEMENT_LAYER_REGISTRY."""
 
 from .adamixer import AdaMixerLayer
-from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, build_refinement_layer
+from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, build_refinement_layer, look_up
 
-__all__ = ["REFINEMENT_LAYER_REGISTRY", "AdaMixerLayer", "RefinementLayer", "build_refinement_layer"]
+__all__ = ["REFINEMENT_LAYER_REGISTRY", "AdaMixerLayer", "RefinementLayer", "build_refinement_layer", "look_up"]

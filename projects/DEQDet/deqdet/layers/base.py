@@ -1,6 +1,7 @@
 """What the decoders ask of a refinement layer, and the registry that config names choose from."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,5 +44,16 @@ class RefinementLayer(nn.Module, ABC):
 
 def build_refinement_layer(cfg: CfgNode, input_shapes: list[ShapeSpec], *, initialization: bool) -> RefinementLayer:
     """The layer that MODEL.DEQDET.REFINEMENT_LAYER names, as f or as g."""
-    layer = REFINEMENT_LAYER_REGISTRY.get(cfg.MODEL.DEQDET.REFINEMENT_LAYER)
+    layer = look_up(REFINEMENT_LAYER_REGISTRY, "MODEL.DEQDET.REFINEMENT_LAYER", cfg.MODEL.DEQDET.REFINEMENT_LAYER)
     return layer(cfg, input_shapes, initialization)
+
+
+def look_up(registry: Registry, key: str, name: str) -> Any:
+    """The object that a config key names.
+
+    Raises:
+        ValueError: the registry does not have it.
+    """
+    if name not in registry:
+        raise ValueError(f"{key} is {name!r}: it must be one of {', '.join(known for known, _ in registry)}")
+    return registry.get(name)
