@@ -200,3 +200,15 @@ def test_steps_must_be_positive(kind, steps):
 def test_damping_must_be_a_share(damping):
     with pytest.raises(ValueError, match=rf"damping must lie in \(0, 1\], got {damping}"):
         Phantom(steps=2, damping=damping)
+
+
+@pytest.mark.parametrize("numbers", [{"rtol": 0.0}, {"max_steps": 0}])
+def test_implicit_refuses_numbers_with_which_it_could_never_converge(numbers):
+    with pytest.raises(ValueError, match=next(iter(numbers))):
+        Implicit(**numbers)
+
+
+def test_implicit_needs_no_gradient():
+    value = torch.full((2, 3), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(Implicit()(torch.cos, value), value.cos())

@@ -68,6 +68,11 @@ class Implicit:
     max_steps: int = 200
     rtol: float = 1e-6
 
+    def __post_init__(self) -> None:
+        _require_positive("max_steps", self.max_steps)
+        if self.rtol <= 0:
+            raise ValueError(f"rtol must be above 0, got {self.rtol}")
+
     def __call__(self, function: Map, value: Tensor) -> Tensor:
         """(B, D) fixed point of f -> (B, D), f of it.
 
@@ -91,7 +96,8 @@ class Implicit:
             return solution.value
 
         result = function(value.detach())
-        result.register_hook(solve_adjoint)
+        if result.requires_grad:
+            result.register_hook(solve_adjoint)
         return result
 
 

@@ -48,7 +48,7 @@ def relative_residual(value: Tensor, image: Tensor) -> Tensor:
         image: (B, D) f(y).
 
     Returns:
-        (B,) in float32, or float64 if the state is; 0 where both are 0.
+        (B,) in float32, or float64 if the state is; 0 where both are 0, very large or inf where f(y) alone is.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
     change = torch.linalg.vector_norm(image - value, dim=1, dtype=dtype)
@@ -91,7 +91,7 @@ def solve(
         image = function(value)
         residual = relative_residual(value, image)
         proposal, memory = solver.step(value, image, memory)
-        finite = residual.isfinite()
+        finite = image.isfinite().all(dim=1)
         value = torch.where((active & finite)[:, None], proposal, value)
         status = status.masked_fill(active & ~finite, Status.NONFINITE)
         status = status.masked_fill(active & (residual < rtol), Status.CONVERGED)
@@ -103,6 +103,6 @@ def solve(
         value=value,
         status=status,
         steps=steps,
-        residuals=torch.stack(residuals) if residuals else value.new_zeros((0, len(value))),
+        residuals=torch.stack(residuals) if residuals else relative_residual(value, value)[None][:0],
         recorded={t: recorded.get(t, value) for t in sorted(record)},
     )
