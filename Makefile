@@ -7,6 +7,8 @@ OUTPUT = output/demo
 # Keeps freed tensors in the heap: without it, CPU training spends much of its time in page faults.
 MALLOC = MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 
+DOWNLOAD_FAILED = { echo "make setup: pip failed (its error is above): check the network and the disk, then say make again" >&2; exit 1; }
+
 .PHONY: help setup demo test lint
 
 help:  ## list the targets
@@ -17,10 +19,11 @@ setup: $(STAMP)  ## make .venv with torch, detectron2 and this package (about 5 
 $(STAMP): setup.py pyproject.toml tools/install_detectron2.py tools/detectron2-28fd05ee.sha256
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "make setup needs Python 3.10 or later: PYTHON=$(PYTHON) is missing or older; say make PYTHON=/path/to/python3" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install torchvision
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "make setup could not make $(VENV): on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install torchvision || $(DOWNLOAD_FAILED)
 	$(BIN)/python tools/install_detectron2.py
-	$(BIN)/python -m pip install -e '.[dev]'
+	@$(BIN)/python -m pip install -e '.[dev]' || $(DOWNLOAD_FAILED)
 	@touch $@
 
 demo: setup  ## train DEQDet on generated shapes with two CPU processes, and report what came of it

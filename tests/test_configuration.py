@@ -65,11 +65,17 @@ def test_mistakes_in_the_config_file(tmp_path, text, message):
         (["MODEL.WEIGHTS", "gone.pth"], r"MODEL.WEIGHTS gone.pth does not exist: give a checkpoint file"),
         (["MODEL.DEQDET.NUM_CLASSES", 2], r"1 categories \(half\), .*MODEL.DEQDET.NUM_CLASSES"),
         (["DATASETS.TRAIN", "('nowhere',)"], r"'nowhere' is not registered"),
+        (["DATASETS.TRAIN", "()"], r"DATASETS.TRAIN is empty"),
     ],
 )
 def test_a_run_that_does_not_fit_its_files(toy_config, words, message):
     with pytest.raises(UserError, match=message):
         setup(parse(toy_config, *words))
+
+
+def test_evaluation_needs_weights(toy_config):
+    with pytest.raises(UserError, match="nothing to evaluate: give a checkpoint as MODEL.WEIGHTS, or --resume"):
+        setup(parse(toy_config, "--eval-only", "MODEL.WEIGHTS", ""))
 
 
 def test_missing_config_file_and_run_ends_with_one_line(toy_config):

@@ -427,3 +427,32 @@ def test_bad_values_are_errors(small_cfg, key, value, message):
 def test_an_unknown_decoder_is_an_error(small_cfg):
     with pytest.raises(ValueError, match="NoSuchDecoder.*EquilibriumDecoder"):
         build_decoder(small_cfg("MODEL.DEQDET.DECODER", "NoSuchDecoder"), SHAPES)
+
+
+def test_tolerance_stops_an_image_early(small_decoder):
+    """At any tolerance above the first residual, one step is taken and a longer path changes nothing."""
+    initial, features = make_problem()
+    early = small_decoder("MODEL.DEQDET.SOLVER.RTOL", 1e6, "MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 9)
+    single = small_decoder("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 1)
+    full = small_decoder("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 9)
+    with torch.no_grad():
+        stopped, one, nine = (decoder.decode(initial, features).boxes for decoder in (early, single, full))
+    assert torch.equal(stopped, one)
+    assert (nine - one).abs().max() > 1e-3
+
+
+def test_unknown_solver_and_negative_tolerance_are_errors(small_decoder):
+    with pytest.raises(ValueError, match="MODEL.DEQDET.SOLVER.NAME is 'Newton'.*FixedPointIteration"):
+        small_decoder("MODEL.DEQDET.SOLVER.NAME", "Newton")
+    with pytest.raises(ValueError, match="RTOL must not be negative"):
+        small_decoder("MODEL.DEQDET.SOLVER.RTOL", -1.0)
+
+
+def test_nonfinite_iteration_is_reported(small_decoder, caplog):
+    decoder = small_decoder()
+    initial, features = make_problem()
+    with torch.no_grad():
+        decoder.refinement.feedforward[0].weight.fill_(float("nan"))
+        boxes = decoder.decode(initial, features).boxes
+    assert boxes.isfinite().all()
+    assert f"non-finite in {len(boxes)} of {len(boxes)} images" in caplog.text

@@ -18,7 +18,7 @@ from deqdet import add_deqdet_config
 from deqdet.data import (
     ShapesConfig,
     build_mapper,
-    check_num_classes,
+    check_datasets,
     prepare_datasets,
     register_datasets,
     register_shapes,
@@ -195,21 +195,29 @@ def test_box_without_area_counts_as_not_found(tiny):
 def test_num_classes(tiny):
     cfg = register(tiny, train=("tiny",), test=("tiny",))
     cfg.MODEL.DEQDET.NUM_CLASSES = 2
-    check_num_classes(cfg)
+    check_datasets(cfg)
     cfg.MODEL.DEQDET.NUM_CLASSES = 3
     words = r"'tiny' of DATASETS.TRAIN has 2 categories \(dog, cat\), but the model has 3"
     with pytest.raises(ValueError, match=words + ": set MODEL.DEQDET.NUM_CLASSES to 2"):
-        check_num_classes(cfg)
+        check_datasets(cfg)
     with pytest.raises(ValueError, match="'tiny' of DATASETS.TEST has 2 categories"):
-        check_num_classes(cfg, eval_only=True)
-    cfg.DATASETS.TEST = ("coco_2017_val",)
-    cfg.MODEL.DEQDET.NUM_CLASSES = 80
-    check_num_classes(cfg, eval_only=True)
+        check_datasets(cfg, eval_only=True)
+
+
+def test_a_builtin_set_that_is_not_there_is_an_error():
+    with pytest.raises(FileNotFoundError, match="'coco_2017_val' of DATASETS.TEST is not there.*DETECTRON2_DATASETS"):
+        check_datasets(make_cfg(test=("coco_2017_val",)), eval_only=True)
+
+
+@pytest.mark.parametrize(("eval_only", "key"), [(False, "TRAIN"), (True, "TEST")])
+def test_no_data_set_at_all_is_an_error(eval_only, key):
+    with pytest.raises(ValueError, match=f"DATASETS.{key} is empty"):
+        check_datasets(make_cfg(), eval_only=eval_only)
 
 
 def test_unregistered_name_is_an_error():
     with pytest.raises(KeyError, match="'unheard_of' is not registered"):
-        check_num_classes(make_cfg(train=("unheard_of",)))
+        check_datasets(make_cfg(train=("unheard_of",)))
 
 
 def test_prepared_shapes_can_be_evaluated_before_they_are_loaded(tmp_path, monkeypatch):
@@ -219,7 +227,7 @@ def test_prepared_shapes_can_be_evaluated_before_they_are_loaded(tmp_path, monke
     prepare_datasets(cfg, eval_only=True)
     assert sorted(path.name for path in (tmp_path / "shapes").iterdir() if path.is_dir()) == ["shapes_seed6_2"]
     prepare_datasets(cfg)
-    check_num_classes(cfg)
+    check_datasets(cfg)
     COCOEvaluator("shapes_seed6_2", tasks=("bbox",), distributed=False)
     records = DatasetCatalog.get("shapes_seed5_3")
     assert len(records) == 3

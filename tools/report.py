@@ -3,7 +3,7 @@
 
     python tools/report.py --config-file F [--images 8] [--steps 25] [KEY VALUE ...]
 
-reads the weights that MODEL.WEIGHTS names (default: OUTPUT_DIR/model_final.pth) and the run's metrics.json, and writes
+reads OUTPUT_DIR/model_final.pth, or the MODEL.WEIGHTS of the command line, and the run's metrics.json, and writes
 detections.png, loss.png, residual.png and residual.json into OUTPUT_DIR.
 """
 
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.modeling import build_model
 
-from deqdet.engine import argument_parser, run, setup
+from deqdet.engine import argument_parser, load_config, load_weights, run, setup
 from deqdet.residuals import measure_residuals
 from deqdet.visualization import contact_sheet, draw_pair, plot_losses, plot_residuals
 
@@ -27,11 +26,12 @@ SHEET_SCORE = 0.3  # detections below are not drawn
 
 
 def main(args: argparse.Namespace) -> None:
+    if "MODEL.WEIGHTS" not in args.opts:
+        args.opts += ["MODEL.WEIGHTS", str(Path(load_config(args).OUTPUT_DIR) / "model_final.pth")]
     cfg = setup(args)
     output = Path(cfg.OUTPUT_DIR)
     model = build_model(cfg).eval()
-    weights = cfg.MODEL.WEIGHTS or str(output / "model_final.pth")
-    DetectionCheckpointer(model).load(weights)
+    load_weights(model, cfg, resume=False)
     dataset = cfg.DATASETS.TEST[0]
 
     draw_detections(model, cfg, dataset, args.images, output / "detections.png")
@@ -64,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser = argument_parser()
     parser.add_argument("--images", type=int, default=8, help="number of images on the contact sheet")
     parser.add_argument("--steps", type=int, default=25, help="steps of the residual plot")
+    parser.set_defaults(eval_only=True)
     return parser.parse_args()
 
 

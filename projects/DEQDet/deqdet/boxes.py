@@ -63,7 +63,7 @@ def embed_position(position: Tensor, dim: int, temperature: float = 10000.0) -> 
     cx and cy are divided by 1000; z and r are taken as they are. Feature i of a coordinate v is
     sin (i even) or cos (i odd) of v / temperature^(2 floor(i / 2) / (dim / 4)).
     """
-    coordinates = position / position.new_tensor([1000.0, 1000.0, 1.0, 1.0])
+    coordinates = torch.cat([position[..., :2] / 1000.0, position[..., 2:]], dim=-1)
     features = torch.arange(dim // 4, device=position.device)
     frequency = temperature ** (-2.0 * (features // 2).to(position.dtype) / (dim // 4))
     angles = coordinates[..., None] * frequency  # (B, N, 4, dim / 4)

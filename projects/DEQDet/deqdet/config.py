@@ -64,6 +64,11 @@ def _add_equilibrium_keys(deqdet: CN) -> None:
     # grow with Omega. False: all in one batch, which is faster.
     deqdet.EQUILIBRIUM.CHECKPOINT_SEGMENTS = False
 
+    deqdet.SOLVER = CN()
+    deqdet.SOLVER.NAME = "FixedPointIteration"  # a name in SOLVER_REGISTRY
+    # At test time, the relative residual ||f(y) - y|| / ||f(y)|| at which an image stops; 0: all TEST_STEPS are taken.
+    deqdet.SOLVER.RTOL = 0.0
+
     deqdet.PERTURBATION = CN()
     deqdet.PERTURBATION.KIND = "multi-step"  # multi-step (the paper's), one-step, zero-step (Table 4e) or none
     deqdet.PERTURBATION.PROBABILITY = 0.2  # v, for the content and the position each

@@ -3,7 +3,7 @@
 Each has the same two methods: `supervise` for training and `decode` for inference.
 """
 
-from collections.abc import Collection
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
-from .equilibrium import FixedPointIteration, Map, Phantom, Solution, Solver, solve
+from .equilibrium import FixedPointIteration, Map, Phantom, Solution, Solver, Status, solve
 from .layers import RefinementLayer, build_refinement_layer, look_up
 from .perturbation import Perturbation
 from .structures import Prediction, QueryState
+
+logger = logging.getLogger(__name__)
 
 DECODER_REGISTRY = Registry("DECODER")
 DECODER_REGISTRY.__doc__ = """
@@ -25,6 +27,11 @@ Decoders, called as `obj(cfg, input_shapes)` with the pyramid's ShapeSpecs, fine
 `supervise(initial, features) -> dict[str, Prediction]`, every prediction to be supervised by its name;
 `decode(initial, features) -> Prediction`.
 """
+
+
+SOLVER_REGISTRY = Registry("SOLVER")
+SOLVER_REGISTRY.__doc__ = "Solvers of deqdet.equilibrium, called without arguments."
+SOLVER_REGISTRY.register(FixedPointIteration)
 
 
 def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> nn.Module:
@@ -71,6 +78,7 @@ class EquilibriumDecoder(nn.Module):
         refinement: RefinementLayer,
         solver: Solver,
         test_steps: int,
+        rtol: float = 0.0,
         supervision: Supervision,
         estimator: Phantom,
         perturbation: Perturbation,
@@ -80,15 +88,18 @@ class EquilibriumDecoder(nn.Module):
         Args:
             initialization: g; None starts f at the initial queries.
             test_steps: T_infer.
+            rtol: of `decode`, see MODEL.DEQDET.SOLVER.RTOL.
             estimator: k steps of gradient at each point of Omega.
             checkpoint_segments: trade time for memory, see MODEL.DEQDET.EQUILIBRIUM.CHECKPOINT_SEGMENTS.
 
         Raises:
-            ValueError: nothing would train the initial queries, or test_steps is below 1.
+            ValueError: nothing would train the initial queries, test_steps is below 1 or rtol below 0.
         """
         super().__init__()
         if test_steps < 1:
             raise ValueError(f"MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS must be at least 1, got {test_steps}")
+        if rtol < 0:
+            raise ValueError(f"MODEL.DEQDET.SOLVER.RTOL must not be negative, got {rtol}")
         if initialization is None and supervision.extra == 0:
             raise ValueError(
                 "without an initialization layer, MODEL.DEQDET.EQUILIBRIUM.EXTRA_SUPERVISION must be at least 1: "
@@ -98,6 +109,7 @@ class EquilibriumDecoder(nn.Module):
         self.refinement = refinement
         self.solver = solver
         self.test_steps = test_steps
+        self.rtol = rtol
         self.supervision = supervision
         self.estimator = estimator
         self.perturbation = perturbation
@@ -112,7 +124,8 @@ class EquilibriumDecoder(nn.Module):
         return {
             "initialization": initialization,
             "refinement": build_refinement_layer(cfg, input_shapes, initialization=False),
-            "solver": FixedPointIteration(),
+            "solver": look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME", cfg.MODEL.DEQDET.SOLVER.NAME)(),
+            "rtol": cfg.MODEL.DEQDET.SOLVER.RTOL,
             "test_steps": equilibrium.TEST_STEPS,
             "supervision": Supervision(
                 train_steps=equilibrium.TRAIN_STEPS,
@@ -134,15 +147,20 @@ class EquilibriumDecoder(nn.Module):
         """y_0 = g(x, y_0-) (Eq. 7); the initial queries themselves without a g."""
         return initial if self.initialization is None else self.initialization(initial, features)
 
-    def solve(self, start: QueryState, features: list[Tensor], *, steps: int, record: Collection[int] = ()) -> Solution:
-        """`steps` applications of f from y_0, without noise, on packed states (see QueryState.pack)."""
+    def solve(self, start: QueryState, features: list[Tensor], *, steps: int, rtol: float = 0.0) -> Solution:
+        """At most `steps` applications of f from y_0, without noise, on packed states (see QueryState.pack)."""
         function = self._packed_refinement(features, start.content.shape[1])
-        return solve(function, start.pack(), solver=self.solver, max_steps=steps, record=record)
+        return solve(function, start.pack(), solver=self.solver, max_steps=steps, rtol=rtol)
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Prediction:
-        """Predictions at the last of `test_steps` iterates."""
+        """Predictions at the last of at most `test_steps` iterates.
+
+        An image whose iteration became non-finite is predicted from its last finite iterate, with a warning.
+        """
         start = self.initialize(initial, features)
-        solution = self.solve(start, features, steps=self.test_steps)
+        solution = self.solve(start, features, steps=self.test_steps, rtol=self.rtol)
+        if failed := int((solution.status == Status.NONFINITE).sum()):
+            logger.warning("The iteration became non-finite in %d of %d images.", failed, len(solution.status))
         return self.refinement.predict(QueryState.unpack(solution.value, start.content.shape[1]))
 
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:

@@ -8,9 +8,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from detectron2.structures import Instances
 
-# pack() divides the position by these, so that pixels do not swamp the content in a norm over the whole state.
-# Powers of two: the division and its undoing are exact.
-PACKED_POSITION_UNITS = (1024.0, 1024.0, 8.0, 8.0)
+# pack() divides cx, cy and z, r by these, so that pixels do not swamp the content in a norm over the whole state.
+# Powers of two: the division and its undoing are exact. Numbers, since a new tensor would wait for the device.
+CENTER_UNIT = 1024.0
+SCALE_UNIT = 8.0
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class QueryState:
 
     def pack(self) -> Tensor:
         """(B, N * (4 + C)): one flat vector an image, as the solvers take it."""
-        units = self.position.new_tensor(PACKED_POSITION_UNITS)
-        return torch.cat([self.position / units, self.content], dim=2).flatten(1)
+        center, scale = self.position.split(2, dim=2)
+        return torch.cat([center / CENTER_UNIT, scale / SCALE_UNIT, self.content], dim=2).flatten(1)
 
     @classmethod
     def unpack(cls, flat: Tensor, num_queries: int) -> "QueryState":
@@ -41,8 +42,8 @@ class QueryState:
             flat: (B, num_queries * (4 + C)).
         """
         rows = flat.unflatten(1, (num_queries, -1))
-        position, content = rows.split([4, rows.shape[2] - 4], dim=2)
-        return cls(position * position.new_tensor(PACKED_POSITION_UNITS), content)
+        center, scale, content = rows.split([2, 2, rows.shape[2] - 4], dim=2)
+        return cls(torch.cat([center * CENTER_UNIT, scale * SCALE_UNIT], dim=2), content)
 
 
 @dataclass(frozen=True)

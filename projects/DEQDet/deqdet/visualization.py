@@ -6,15 +6,13 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from detectron2.data import Metadata
 from detectron2.data import detection_utils as utils
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
 MARGIN = 6  # pixels between the pictures of a sheet
 
@@ -64,12 +62,18 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
 
 
 def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
-    """The loss against the iteration, from a run's metrics.json: the sum over all predictions, and g's and y_T's."""
-    lines = [json.loads(line) for line in Path(metrics_file).read_text().splitlines()]
-    lines = [line for line in lines if "total_loss" in line]
+    """The loss of each supervised prediction against the iteration, from a run's metrics.json.
+
+    The file is appended to: where a later run or a resumed one goes over the same iterations, it replaces them.
+    """
+    lines: list[dict] = []
+    for line in map(json.loads, Path(metrics_file).read_text().splitlines()):
+        if "total_loss" in line:
+            lines = [earlier for earlier in lines if earlier["iteration"] < line["iteration"]] + [line]
     iterations = [line["iteration"] for line in lines]
     names = sorted({key.removeprefix("loss_cls_") for line in lines for key in line if key.startswith("loss_cls_")})
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would choose a backend
+    axes = figure.subplots()
     for name in names:
         sums = [sum(v for k, v in line.items() if k.startswith("loss_") and k.endswith(f"_{name}")) for line in lines]
         axes.plot(iterations, sums, label=name, linewidth=1.2)
@@ -77,7 +81,6 @@ def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(title="prediction", frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_residuals(residuals: Tensor, path: str | Path) -> None:
@@ -88,7 +91,8 @@ def plot_residuals(residuals: Tensor, path: str | Path) -> None:
     """
     quartiles = np.quantile(residuals.numpy(), [0.25, 0.5, 0.75], axis=1)
     steps = np.arange(len(residuals))
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would choose a backend
+    axes = figure.subplots()
     axes.fill_between(steps, quartiles[0], quartiles[2], alpha=0.25, label="middle half of the images")
     axes.plot(steps, quartiles[1], marker="o", markersize=3, label="median image")
     axes.set(xlabel="layer", ylabel="relative residual", yscale="log")
@@ -97,7 +101,6 @@ def plot_residuals(residuals: Tensor, path: str | Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _one_colour_a_class(metadata: Metadata) -> Metadata:

@@ -1,14 +1,14 @@
 """Data sets, generated and registered, and augmentation for detectron2's DatasetMapper."""
 
 from .augmentation import build_augmentation, build_mapper
-from .registration import check_num_classes, prepare_datasets, register_datasets, register_shapes
+from .registration import check_datasets, prepare_datasets, register_datasets, register_shapes
 from .shapes import ShapesConfig, generate_shapes
 
 __all__ = [
     "ShapesConfig",
     "build_augmentation",
     "build_mapper",
-    "check_num_classes",
+    "check_datasets",
     "generate_shapes",
     "prepare_datasets",
     "register_datasets",

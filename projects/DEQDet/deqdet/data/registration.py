@@ -100,15 +100,25 @@ def register_datasets(cfg: CfgNode) -> None:
         register_coco_instances(name, {"thing_classes": thing_classes}, json_file, image_root)
 
 
-def check_num_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Compare MODEL.DEQDET.NUM_CLASSES with the sets of DATASETS.TEST and, unless `eval_only`, of TRAIN.
+def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """See that the sets of DATASETS.TEST and, unless `eval_only`, of TRAIN exist and have MODEL.DEQDET.NUM_CLASSES.
 
     Raises:
-        ValueError: a number differs.
+        ValueError: a number differs, or there is no set to train on, or with `eval_only` to evaluate on.
+        FileNotFoundError: an annotation file is missing.
         KeyError: a data set is not registered.
     """
+    needed = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[needed]:
+        raise ValueError(f"DATASETS.{needed} is empty: name a built-in data set or one of DATASETS.REGISTER")
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
+            json_file = MetadataCatalog.get(name).get("json_file")
+            if json_file and not PathManager.isfile(json_file):
+                raise FileNotFoundError(
+                    f"{name!r} of DATASETS.{key} is not there: its {json_file} does not exist. Set the environment "
+                    "variable DETECTRON2_DATASETS to the folder that holds the built-in data sets"
+                )
             if MetadataCatalog.get(name).get("thing_classes") is None:
                 DatasetCatalog.get(name)  # some sets know their classes only once loaded
             classes = MetadataCatalog.get(name).get("thing_classes", ())

@@ -18,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import add_deqdet_config
-from ..data import check_num_classes, prepare_datasets
+from ..data import check_datasets, prepare_datasets
 
 logger = logging.getLogger(__name__)
 
@@ -78,20 +78,23 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """
     try:
         prepare_datasets(cfg, eval_only=args.eval_only)
-        check_num_classes(cfg, eval_only=args.eval_only)
+        check_datasets(cfg, eval_only=args.eval_only)
     except (KeyError, ValueError, OSError) as error:
         # str() of a KeyError is the repr of its message.
         raise UserError(_one_line(error.args[0] if isinstance(error, KeyError) else error)) from error
     world_size = args.num_gpus * args.num_machines
-    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
+    rescaled = cfg.SOLVER.REFERENCE_WORLD_SIZE > 0  # detectron2 then adapts the batch to the processes
+    if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
         batch = f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}"
         raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
     if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
-        _check_weights(cfg.MODEL.WEIGHTS)
+        _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only)
 
 
-def _check_weights(path: str) -> None:
+def _check_weights(path: str, *, eval_only: bool) -> None:
     path = path.split("?")[0]  # detectron2's ?matching_heuristics=True
+    if eval_only and not path:
+        raise UserError("nothing to evaluate: give a checkpoint as MODEL.WEIGHTS, or --resume to take the last one")
     if path and "://" not in path and not PathManager.isfile(path):
         raise UserError(
             f'MODEL.WEIGHTS {path} does not exist: give a checkpoint file, or "" to start from random weights'

@@ -48,7 +48,7 @@ class Trainer(DefaultTrainer):
         Raises:
             UserError: MODEL.WEIGHTS cannot be read or downloaded.
         """
-        with _readable_weights(self.cfg.MODEL.WEIGHTS):
+        with _readable_weights():
             super().resume_or_load(resume)
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -88,18 +88,18 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
     Raises:
         UserError: the file cannot be read or downloaded.
     """
-    with _readable_weights(cfg.MODEL.WEIGHTS):
+    with _readable_weights():
         DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 
 
 @contextmanager
-def _readable_weights(path: str) -> Iterator[None]:
+def _readable_weights() -> Iterator[None]:
     try:
         yield
     except OSError as error:  # URLError is one
         raise UserError(
-            f"cannot read the weights ({error}): with no network, download {path} elsewhere and set "
-            "MODEL.WEIGHTS to the file"
+            f"cannot read the weights ({error}): with no network, download them elsewhere and give the file "
+            "as MODEL.WEIGHTS"
         ) from error
 
 

@@ -65,13 +65,14 @@ def sample_pyramid(features: list[Tensor], strides: list[int], points: Tensor) -
     images, (rows, queries, groups) = len(features[0]), points.shape[:3]
     # One grid an image: (S * B, N, G, P, 3) -> (B * G, S * N, P, 3)
     points = points.unflatten(0, (rows // images, images)).permute(1, 3, 0, 2, 4, 5).flatten(0, 1).flatten(1, 2)
-    depths = points.new_tensor([math.log2(s) for s in strides])
+    x, y, depth = points.unbind(-1)  # (B * G, S * N, P) each
     # Levels first, so that each level's weights are contiguous: (L, B * G, 1, S * N, P).
-    weights = (-0.5 * (points[..., 2] - depths[:, None, None, None]).square()).softmax(dim=0)[:, :, None]
+    distances = torch.stack([depth - math.log2(stride) for stride in strides])
+    weights = (-0.5 * distances.square()).softmax(dim=0)[:, :, None]
     sampled = 0
     for feature, stride, weight in zip(features, strides, weights, strict=True):
         height, width = feature.shape[2:]
-        grid = points[..., :2] * points.new_tensor([2 / (width * stride), 2 / (height * stride)]) - 1
+        grid = torch.stack([x * (2 / (width * stride)) - 1, y * (2 / (height * stride)) - 1], dim=-1)
         per_group = feature.unflatten(1, (groups, -1)).flatten(0, 1)  # (B * G, C / G, H, W)
         values = F.grid_sample(per_group, grid, align_corners=False)  # (B * G, C / G, S * N, P)
         sampled = sampled + values * weight
