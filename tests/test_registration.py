@@ -234,6 +234,14 @@ def test_prepared_shapes_can_be_evaluated_before_they_are_loaded(tmp_path, monke
     assert all(Path(record["file_name"]).parent == tmp_path / "shapes/shapes_seed5_3/images" for record in records)
 
 
+def test_names_of_freely_turned_shapes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    prepare_datasets(make_cfg(train=("shapes_free_seed7_2", "shapes_seed7_2")))
+    free, upright = (MetadataCatalog.get(name).shapes_config for name in ("shapes_free_seed7_2", "shapes_seed7_2"))
+    assert (free.max_rotation, upright.max_rotation) == (180.0, 10.0)
+    assert (free.seed, free.num_images) == (7, 2)
+
+
 def test_shapes_are_drawn_when_loaded(tmp_path):
     config = ShapesConfig(num_images=2, seed=9)
     register_shapes("my_shapes", config, root=tmp_path / "mine")

@@ -27,16 +27,18 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
     """Register DATASETS.REGISTER; draw the shapes sets of DATASETS.TEST and, unless `eval_only`, of TRAIN.
 
     Call it in every process before it builds loaders and evaluators: COCOEvaluator reads the annotation file
-    when it is constructed. Names such as "shapes_seed3_200" (200 images from seed 3) need no registration.
+    when it is constructed. Names such as "shapes_seed3_200" (200 images from seed 3) and "shapes_free_seed3_200" (the
+    same with shapes turned freely) need no registration.
 
     Raises:
         ValueError, OSError: as `register_datasets`; FileExistsError as `generate_shapes`.
     """
     register_datasets(cfg)
     for name in cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        numbers = re.fullmatch(r"shapes_seed(\d+)_(\d+)", name)
-        if numbers and name not in DatasetCatalog:
-            register_shapes(name, ShapesConfig(seed=int(numbers[1]), num_images=int(numbers[2])))
+        parts = re.fullmatch(r"shapes_(free_)?seed(\d+)_(\d+)", name)
+        if parts and name not in DatasetCatalog:
+            turn = {"max_rotation": 180.0} if parts[1] else {}
+            register_shapes(name, ShapesConfig(seed=int(parts[2]), num_images=int(parts[3]), **turn))
         config = MetadataCatalog.get(name).get("shapes_config")
         if config is not None:
             generate_shapes(os.path.dirname(MetadataCatalog.get(name).json_file), config)
