@@ -21,7 +21,9 @@ LEVELS = (
     {"criterion", "inference"},
     {"detector", "data"},
     {"residuals", "visualization"},
+    {"checkpoints", "analysis"},
     {"engine"},
+    {"comparison"},
     {""},  # deqdet/__init__.py
 )
 # Functions that may read a config.

@@ -4,8 +4,12 @@ Every real vector of the chart is a valid box, so a solver may combine states af
 inverted.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+MAX_LOG_SCALE = math.log(100000 / 16)  # of one refinement by deltas, as in R-CNN
 
 
 def decode_boxes(position: Tensor) -> Tensor:
@@ -42,6 +46,22 @@ def refine_position(position: Tensor, delta: Tensor) -> Tensor:
     """
     scale = position[..., 2:3].exp2()
     return torch.cat([position[..., :2] + delta[..., :2] * scale, position[..., 2:] + delta[..., 2:]], dim=-1)
+
+
+def refine_position_by_deltas(position: Tensor, deltas: Tensor) -> Tensor:
+    """Move boxes by R-CNN's deltas (dx, dy, dw, dh), with Sparse R-CNN's weights (2, 2, 1, 1).
+
+    dx, dy are in halves of the box's width and height; the sides are multiplied by e^dw, e^dh, at most 6,250.
+
+    Args:
+        position: (..., 4) cx, cy, z, r.
+        deltas: (..., 4).
+    """
+    shift, log_scale = deltas.split(2, dim=-1)
+    width, height = log_scale.clamp(max=MAX_LOG_SCALE).unbind(-1)
+    center = position[..., :2] + 0.5 * shift * box_sizes(position)
+    change = torch.stack([0.5 * (width + height), height - width], dim=-1) / math.log(2)
+    return torch.cat([center, position[..., 2:] + change], dim=-1)
 
 
 def pairwise_iof(boxes: Tensor, min_area: float = 1e-6) -> Tensor:

@@ -18,6 +18,7 @@ def _add_model_keys(cfg: CN) -> None:
     deqdet.IN_FEATURES = ["p2", "p3", "p4", "p5"]  # the levels that the decoder reads, finest first
     deqdet.REFINEMENT_LAYER = "AdaMixerLayer"  # a name in REFINEMENT_LAYER_REGISTRY
     deqdet.DECODER = "EquilibriumDecoder"  # a name in DECODER_REGISTRY
+    deqdet.NUM_LAYERS = 6  # T of StackedDecoder and of RecurrentDecoder, the initialization layer counted
 
     # BatchNorm of the backbone: keep the statistics of the checkpoint, train only the affine part (not in
     # the stages that MODEL.BACKBONE.FREEZE_AT freezes). Needs MODEL.RESNETS.NORM "BN".
@@ -25,6 +26,14 @@ def _add_model_keys(cfg: CN) -> None:
 
     # Basic blocks in res2..res5 of build_basic_resnet_channel_mapper_backbone, a narrow ResNet for CPUs.
     cfg.MODEL.RESNETS.BASIC_BLOCKS = [1, 1, 1, 1]
+
+    # detectron2's SwinTransformer, which has no config keys of its own; Swin-S here. MODEL.BACKBONE.FREEZE_AT holds.
+    cfg.MODEL.SWIN = CN()
+    cfg.MODEL.SWIN.EMBED_DIM = 96
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 18, 2]
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.3  # above 0, this needs the package timm
 
     deqdet.NECK = CN()
     deqdet.NECK.KERNEL_SIZE = 1  # k of the channel mapper's convolutions: 1 (the paper) or 3 (its released weights)
@@ -40,6 +49,15 @@ def _add_model_keys(cfg: CN) -> None:
     deqdet.ADAMIXER.NUM_GROUPS = 4  # G
     deqdet.ADAMIXER.NUM_HEADS = 8  # of the attention among queries
     deqdet.ADAMIXER.FEEDFORWARD_DIM = 2048
+
+    deqdet.SPARSE_RCNN = CN()
+    deqdet.SPARSE_RCNN.POOLER_RESOLUTION = 7  # cells of RoIAlign along a side
+    deqdet.SPARSE_RCNN.POOLER_SAMPLING_RATIO = 2
+    deqdet.SPARSE_RCNN.DYNAMIC_DIM = 64  # channels between the two dynamic convolutions
+    deqdet.SPARSE_RCNN.NUM_CLASS_LAYERS = 1  # hidden layers of the class tower
+    deqdet.SPARSE_RCNN.NUM_BOX_LAYERS = 3  # the same of the box tower
+    deqdet.SPARSE_RCNN.NUM_HEADS = 8  # of the attention among queries
+    deqdet.SPARSE_RCNN.FEEDFORWARD_DIM = 2048
 
     # One weight for the matching cost and for the loss (Table 5).
     deqdet.LOSS = CN()

@@ -60,6 +60,12 @@ class DEQDet(nn.Module):
         in_features = cfg.MODEL.DEQDET.IN_FEATURES
         if unknown := [name for name in in_features if name not in shapes]:
             raise ValueError(f"MODEL.DEQDET.IN_FEATURES has {unknown}, but the backbone's levels are {list(shapes)}")
+        for name in in_features:
+            if shapes[name].channels != cfg.MODEL.DEQDET.HIDDEN_DIM:
+                raise ValueError(
+                    f"the backbone's level {name} has {shapes[name].channels} channels, MODEL.DEQDET.HIDDEN_DIM is "
+                    f"{cfg.MODEL.DEQDET.HIDDEN_DIM}: they must be equal (with an FPN, set MODEL.FPN.OUT_CHANNELS)"
+                )
         return {
             "backbone": backbone,
             "in_features": in_features,

@@ -2,5 +2,13 @@
 
 from .adamixer import AdaMixerLayer
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, build_refinement_layer, look_up
+from .sparse_rcnn import SparseRCNNLayer
 
-__all__ = ["REFINEMENT_LAYER_REGISTRY", "AdaMixerLayer", "RefinementLayer", "build_refinement_layer", "look_up"]
+__all__ = [
+    "REFINEMENT_LAYER_REGISTRY",
+    "AdaMixerLayer",
+    "RefinementLayer",
+    "SparseRCNNLayer",
+    "build_refinement_layer",
+    "look_up",
+]

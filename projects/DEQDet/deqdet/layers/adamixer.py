@@ -1,7 +1,5 @@
 """The AdaMixer layer (AdaMixer, CVPR 2022; Sec. 3.1 and Fig. 2 of the paper)."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -10,11 +8,9 @@ from detectron2.layers import ShapeSpec
 
 from ..boxes import decode_boxes, embed_position, pairwise_iof, refine_position
 from ..structures import Prediction, QueryState
-from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer
+from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
 from .mixing import AdaptiveMixing
 from .sampling import SamplingPoints, sample_pyramid
-
-CLASS_PRIOR = 0.01  # the probability that every class starts with
 
 
 class PositionalAttention(nn.Module):
@@ -111,7 +107,7 @@ class AdaMixerLayer(RefinementLayer):
                     nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(self.box_branch[-1].weight)
         nn.init.zeros_(self.box_branch[-1].bias)
-        nn.init.constant_(self.class_branch[-1].bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+        set_class_prior(self.class_branch[-1])
 
     def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
         """See RefinementLayer.forward."""

@@ -1,5 +1,6 @@
 """What the decoders ask of a refinement layer, and the registry that config names choose from."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -16,6 +17,9 @@ REFINEMENT_LAYER_REGISTRY.__doc__ = """
 Refinement layers f, from which the initialization layer g is built as well, with its own weights. Called as
 `obj(cfg, input_shapes, initialization)`: the pyramid's ShapeSpecs, finest first, and whether it is to be g.
 """
+
+
+CLASS_PRIOR = 0.01  # the probability that every class starts with
 
 
 class RefinementLayer(nn.Module, ABC):
@@ -40,6 +44,11 @@ class RefinementLayer(nn.Module, ABC):
     @abstractmethod
     def predict(self, state: QueryState) -> Prediction:
         """Class logits and boxes of a state that this layer returned."""
+
+
+def set_class_prior(classifier: nn.Linear) -> None:
+    """Set the bias so that every class starts near CLASS_PRIOR (RetinaNet, Sec. 4.1)."""
+    nn.init.constant_(classifier.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
 
 
 def build_refinement_layer(cfg: CfgNode, input_shapes: list[ShapeSpec], *, initialization: bool) -> RefinementLayer:

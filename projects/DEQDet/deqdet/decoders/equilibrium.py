@@ -1,7 +1,4 @@
-"""Decoders: from initial queries and features to predictions, by name in DECODER_REGISTRY.
-
-Each has the same two methods: `supervise` for training and `decode` for inference.
-"""
+"""DEQDet's decoder: the fixed point of one refinement layer."""
 
 import logging
 from dataclasses import dataclass
@@ -14,29 +11,17 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
-from .equilibrium import FixedPointIteration, Map, Phantom, Solution, Solver, Status, solve
-from .layers import RefinementLayer, build_refinement_layer, look_up
-from .perturbation import Perturbation
-from .structures import Prediction, QueryState
+from ..equilibrium import FixedPointIteration, Map, Phantom, Solution, Solver, Status, solve
+from ..layers import RefinementLayer, build_refinement_layer, look_up
+from ..perturbation import Perturbation
+from ..structures import Prediction, QueryState
+from .base import DECODER_REGISTRY
 
 logger = logging.getLogger(__name__)
-
-DECODER_REGISTRY = Registry("DECODER")
-DECODER_REGISTRY.__doc__ = """
-Decoders, called as `obj(cfg, input_shapes)` with the pyramid's ShapeSpecs, finest first. Methods:
-`supervise(initial, features) -> dict[str, Prediction]`, every prediction to be supervised by its name;
-`decode(initial, features) -> Prediction`.
-"""
-
 
 SOLVER_REGISTRY = Registry("SOLVER")
 SOLVER_REGISTRY.__doc__ = "Solvers of deqdet.equilibrium, called without arguments."
 SOLVER_REGISTRY.register(FixedPointIteration)
-
-
-def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> nn.Module:
-    """The decoder that MODEL.DEQDET.DECODER names."""
-    return look_up(DECODER_REGISTRY, "MODEL.DEQDET.DECODER", cfg.MODEL.DEQDET.DECODER)(cfg, input_shapes)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""RNNDet's decoder: an initialization layer, then one layer unrolled."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+
+from ..layers import RefinementLayer, build_refinement_layer
+from ..structures import Prediction, QueryState
+from .base import DECODER_REGISTRY, run_layers
+
+
+@DECODER_REGISTRY.register()
+class RecurrentDecoder(nn.Module):
+    """g, then T - 1 applications of f, every one supervised; back-propagation through all of them (Sec. 3.2).
+
+    Its parameters have the names of EquilibriumDecoder's, so that each can start from a checkpoint of the other.
+    """
+
+    @configurable
+    def __init__(self, *, initialization: RefinementLayer, refinement: RefinementLayer, num_layers: int):
+        """
+        Args:
+            initialization: g.
+            refinement: f.
+            num_layers: T, g counted.
+
+        Raises:
+            ValueError: num_layers leaves f unused.
+        """
+        super().__init__()
+        if num_layers < 2:
+            raise ValueError(f"MODEL.DEQDET.NUM_LAYERS of a RecurrentDecoder must be at least 2, got {num_layers}")
+        self.initialization = initialization
+        self.refinement = refinement
+        self.num_layers = num_layers
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> dict:
+        return {
+            "initialization": build_refinement_layer(cfg, input_shapes, initialization=True),
+            "refinement": build_refinement_layer(cfg, input_shapes, initialization=False),
+            "num_layers": cfg.MODEL.DEQDET.NUM_LAYERS,
+        }
+
+    def decode(self, initial: QueryState, features: list[Tensor]) -> Prediction:
+        """The last step's prediction."""
+        *_, (layer, state) = self._run(initial, features)
+        return layer.predict(state)
+
+    def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
+        """All predictions: "init" of g, then "step1" to "step<T - 1>"."""
+        states = enumerate(self._run(initial, features))
+        return {f"step{i}" if i else "init": layer.predict(state) for i, (layer, state) in states}
+
+    def _run(self, initial: QueryState, features: list[Tensor]) -> Iterator[tuple[RefinementLayer, QueryState]]:
+        layers = [self.initialization] + [self.refinement] * (self.num_layers - 1)
+        return run_layers(layers, initial, features)

@@ -1,0 +1,44 @@
+"""The decoder of AdaMixer and Sparse R-CNN: one layer after the other, each with weights of its own."""
+
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+
+from ..layers import RefinementLayer, build_refinement_layer
+from ..structures import Prediction, QueryState
+from .base import DECODER_REGISTRY, run_layers
+
+
+@DECODER_REGISTRY.register()
+class StackedDecoder(nn.Module):
+    """T untied refinement layers, every one supervised (Eq. 5)."""
+
+    @configurable
+    def __init__(self, *, layers: list[RefinementLayer]):
+        """
+        Args:
+            layers: T of them, first to last.
+
+        Raises:
+            ValueError: there is none.
+        """
+        super().__init__()
+        if not layers:
+            raise ValueError("MODEL.DEQDET.NUM_LAYERS must be at least 1")
+        self.layers = nn.ModuleList(layers)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> dict:
+        count = cfg.MODEL.DEQDET.NUM_LAYERS
+        return {"layers": [build_refinement_layer(cfg, input_shapes, initialization=i == 0) for i in range(count)]}
+
+    def decode(self, initial: QueryState, features: list[Tensor]) -> Prediction:
+        """The last layer's prediction."""
+        *_, (layer, state) = run_layers(self.layers, initial, features)
+        return layer.predict(state)
+
+    def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
+        """The predictions of all layers: "layer1" to "layer<T>"."""
+        states = enumerate(run_layers(self.layers, initial, features), start=1)
+        return {f"layer{i}": layer.predict(state) for i, (layer, state) in states}

@@ -1,0 +1,116 @@
+"""The Sparse R-CNN layer (Sparse R-CNN, CVPR 2021, Sec. 3.1; Appendix F of the paper)."""
+
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+
+from ..boxes import decode_boxes, refine_position_by_deltas
+from ..structures import Prediction, QueryState
+from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
+from .dynamic_conv import DynamicConvolution
+
+FARTHEST = 1e6  # pixels; RoIAlign of an infinite box would read outside its input
+
+
+@REFINEMENT_LAYER_REGISTRY.register()
+class SparseRCNNLayer(RefinementLayer):
+    """Attend to the other queries, pool the box's region, filter it by the query, and refine content and box."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        strides: list[int],
+        dim: int,
+        num_classes: int,
+        pooler_resolution: int,
+        pooler_sampling_ratio: int,
+        dynamic_dim: int,
+        num_class_layers: int,
+        num_box_layers: int,
+        num_heads: int,
+        feedforward_dim: int,
+    ):
+        """
+        Args:
+            strides: of the pyramid's levels, pixels, finest first: powers of two, each twice the last.
+            dim: C, of the content and of every level.
+            pooler_resolution: cells along a side of a pooled region.
+
+        Raises:
+            ValueError: dim is not a multiple of num_heads.
+        """
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"the hidden dimension {dim} is not a multiple of the {num_heads} heads")
+        self.pooler = ROIPooler(
+            output_size=pooler_resolution,
+            scales=[1 / stride for stride in strides],
+            sampling_ratio=pooler_sampling_ratio,
+            pooler_type="ROIAlignV2",
+        )
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.dynamic_conv = DynamicConvolution(dim=dim, dynamic_dim=dynamic_dim, num_cells=pooler_resolution**2)
+        self.dynamic_conv_norm = nn.LayerNorm(dim)
+        self.feedforward = nn.Sequential(nn.Linear(dim, feedforward_dim), nn.ReLU(), nn.Linear(feedforward_dim, dim))
+        self.feedforward_norm = nn.LayerNorm(dim)
+        self.class_branch = _tower(dim, num_class_layers, num_classes)
+        self.box_branch = _tower(dim, num_box_layers, 4)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        set_class_prior(self.class_branch[-1])
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec], initialization: bool) -> dict:
+        """g and f have the same numbers."""
+        deqdet, sparse = cfg.MODEL.DEQDET, cfg.MODEL.DEQDET.SPARSE_RCNN
+        return {
+            "strides": [shape.stride for shape in input_shapes],
+            "dim": deqdet.HIDDEN_DIM,
+            "num_classes": deqdet.NUM_CLASSES,
+            "pooler_resolution": sparse.POOLER_RESOLUTION,
+            "pooler_sampling_ratio": sparse.POOLER_SAMPLING_RATIO,
+            "dynamic_dim": sparse.DYNAMIC_DIM,
+            "num_class_layers": sparse.NUM_CLASS_LAYERS,
+            "num_box_layers": sparse.NUM_BOX_LAYERS,
+            "num_heads": sparse.NUM_HEADS,
+            "feedforward_dim": sparse.FEEDFORWARD_DIM,
+        }
+
+    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
+        """See RefinementLayer.forward."""
+        regions = self._pool(features, decode_boxes(state.position.detach()))
+        attended, _ = self.attention(state.content, state.content, state.content, need_weights=False)
+        content = self.attention_norm(state.content + attended)
+        content = self.dynamic_conv_norm(content + self.dynamic_conv(content, regions))
+        content = self.feedforward_norm(content + self.feedforward(content))
+        return QueryState(refine_position_by_deltas(state.position, self.box_branch(content)), content)
+
+    def predict(self, state: QueryState) -> Prediction:
+        """See RefinementLayer.predict."""
+        return Prediction(self.class_branch(state.content), decode_boxes(state.position))
+
+    def _pool(self, features: list[Tensor], boxes: Tensor) -> Tensor:
+        """RoIAlign of S * B rows of N boxes (xyxy, pixels), segment-major, each row in its own image.
+
+        Returns:
+            (S * B, N, M, C), M cells row by row.
+        """
+        images, queries = len(features[0]), boxes.shape[1]
+        boxes = boxes.nan_to_num().clamp(-FARTHEST, FARTHEST)
+        by_image = boxes.unflatten(0, (-1, images)).transpose(0, 1).flatten(1, 2)  # (B, S * N, 4)
+        regions = self.pooler(features, [Boxes(x) for x in by_image])  # (B * S * N, C, side, side)
+        regions = regions.flatten(2).transpose(1, 2)  # (B * S * N, M, C)
+        return regions.unflatten(0, (images, -1, queries)).transpose(0, 1).flatten(0, 1)
+
+
+def _tower(dim: int, num_layers: int, num_outputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(num_layers):
+        layers += [nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(dim, num_outputs))
