@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import sys
 
 import torch
 import torch.distributed as dist
@@ -61,6 +63,34 @@ def average_batch_norm(model: nn.Module) -> None:
     flat /= comm.get_world_size()
     for buffer, average in zip(statistics, flat.split([len(b) for b in statistics]), strict=True):
         buffer.copy_(average)
+
+
+class PeakMemory(HookBase):
+    """Puts "peak_memory_mb", the most memory that training has used so far, into the event storage.
+
+    On CUDA it is what tensors took of this rank's GPU; on a CPU the resident memory of rank 0's process,
+    libraries and data included.
+    """
+
+    def __init__(self, period: int = 20):
+        """
+        Args:
+            period: iterations between two looks, best that of detectron2's writers.
+        """
+        self._period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0 or done == self.trainer.max_iter:
+            self.trainer.storage.put_scalar("peak_memory_mb", peak_memory_mb(), smoothing_hint=False)
+
+
+def peak_memory_mb() -> float:
+    """Of this process in MiB since it began: tensors on the current GPU where CUDA is in use, else resident memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 class BestCheckpointer(hooks.BestCheckpointer):

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 
 from ..data import build_mapper
 from .configuration import UserError
-from .hooks import AverageBatchNorm, BestCheckpointer, WeightsCheckpointer
+from .hooks import AverageBatchNorm, BestCheckpointer, PeakMemory, WeightsCheckpointer
 from .optimizer import build_optimizer
 
 
@@ -57,7 +57,7 @@ class Trainer(DefaultTrainer):
         ret = super().build_hooks()
         readers = (hooks.PeriodicCheckpointer, hooks.EvalHook)  # ranks other than 0 have no checkpointer
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, readers))
-        ret.insert(first, AverageBatchNorm(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD))
+        ret[first:first] = [AverageBatchNorm(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD), PeakMemory()]
         if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and comm.is_main_process():
             # With several sets, detectron2 puts a set's name before its metrics.
             metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
