@@ -25,6 +25,8 @@ setup(
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later releases lack
     ],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.6"],
+        "swin": ["timm>=0.9"],  # the drop path of detectron2's SwinTransformer
+        "safetensors": ["safetensors>=0.4"],  # converted checkpoints in that format
+        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9", "safetensors>=0.4"],
     },
 )

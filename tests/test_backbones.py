@@ -191,3 +191,59 @@ def test_bottlenecks_under_the_same_neck(small_cfg):
 def test_the_config_sets_the_kernel(small_cfg):
     backbone = build_backbone(small_cfg("MODEL.DEQDET.NECK.KERNEL_SIZE", 3))
     assert [conv.kernel_size for conv in backbone.convs] == [(3, 3)] * 4
+
+
+LEVELS = ["res2", "res3", "res4", "res5"]
+FPN = ["MODEL.BACKBONE.NAME", "build_basic_resnet_fpn_backbone", "MODEL.FPN.IN_FEATURES", LEVELS]
+
+
+def test_the_narrow_resnet_under_an_fpn(small_cfg):
+    backbone = build_backbone(small_cfg(*FPN, "MODEL.FPN.OUT_CHANNELS", 16))
+    outputs = backbone(torch.randn(2, 3, 64, 96))
+    assert {name: tuple(level.shape) for name, level in outputs.items()} == {
+        "p2": (2, 16, 16, 24),
+        "p3": (2, 16, 8, 12),
+        "p4": (2, 16, 4, 6),
+        "p5": (2, 16, 2, 3),
+    }
+    assert {name: (s.channels, s.stride) for name, s in backbone.output_shape().items()} == {
+        "p2": (16, 4),
+        "p3": (16, 8),
+        "p4": (16, 16),
+        "p5": (16, 32),
+    }
+    assert backbone.size_divisibility == 32
+    # As under a channel mapper but for the neck: 1x1 from 8, 16, 32 and 64 channels, and 3x3, with biases.
+    body = build_backbone(small_cfg()).bottom_up
+    assert list(backbone.bottom_up.state_dict()) == list(body.state_dict())
+    neck = sum(p.numel() for name, p in backbone.named_parameters() if not name.startswith("bottom_up."))
+    assert neck == 16 * (8 + 16 + 32 + 64) + 4 * 16 + 4 * (9 * 16 * 16 + 16)
+
+
+def test_keys_of_the_fpn(small_cfg):
+    """Without norms and with biases of 0 the neck is linear: of the mean of two maps it makes half of the sum's."""
+    images = torch.randn(1, 3, 64, 64)
+    outputs = []
+    for fuse_type in ("sum", "avg"):
+        torch.manual_seed(0)
+        outputs.append(build_backbone(small_cfg(*FPN, "MODEL.FPN.FUSE_TYPE", fuse_type)).eval()(images))
+    torch.testing.assert_close(outputs[1]["p5"], outputs[0]["p5"])
+    torch.testing.assert_close(outputs[1]["p4"], 0.5 * outputs[0]["p4"])
+    normed = build_backbone(small_cfg(*FPN, "MODEL.FPN.NORM", "GN"))
+    assert isinstance(normed.fpn_lateral2.norm, nn.GroupNorm) and isinstance(normed.fpn_output5.norm, nn.GroupNorm)
+
+
+@pytest.mark.parametrize("freeze_at", [0, 2])
+@pytest.mark.parametrize("body", ["resnet", "basic_resnet"])
+@pytest.mark.parametrize("neck", ["channel_mapper", "fpn"])
+def test_every_trained_parameter_gets_a_gradient(small_cfg, stir, body, neck, freeze_at):
+    name = ["MODEL.BACKBONE.NAME", f"build_{body}_{neck}_backbone", "MODEL.BACKBONE.FREEZE_AT", freeze_at]
+    small = ["MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.FPN.OUT_CHANNELS", 16]
+    backbone = build_backbone(small_cfg(*FPN, *name, *small))
+    stir(backbone)
+    levels = backbone(torch.randn(2, 3, 64, 64))
+    sum(levels[name].square().sum() for name in ("p2", "p3", "p4", "p5")).backward()
+    for name, parameter in backbone.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.count_nonzero() > 0) == parameter.requires_grad, name
+    frozen = [name for name, p in backbone.named_parameters() if not p.requires_grad]
+    assert bool(frozen) == (freeze_at > 0) and all(name.startswith("bottom_up.") for name in frozen)

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode as CN
 def add_deqdet_config(cfg: CN) -> None:
     """Add DEQDet's keys, with the values of the paper's Table 5, to a detectron2 config in place."""
     _add_model_keys(cfg)
+    _add_layer_keys(cfg.MODEL.DEQDET)
     _add_equilibrium_keys(cfg.MODEL.DEQDET)
     _add_training_keys(cfg)
 
@@ -42,6 +43,16 @@ def _add_model_keys(cfg: CN) -> None:
     deqdet.QUERIES.NORM_CONTENT = True  # LayerNorm without affine part on the initial content
     deqdet.QUERIES.LEARN_BOXES = False  # False: every query starts at the whole image, and that stays fixed
 
+    # One weight for the matching cost and for the loss (Table 5).
+    deqdet.LOSS = CN()
+    deqdet.LOSS.FOCAL_WEIGHT = 2.0  # lambda_focal
+    deqdet.LOSS.L1_WEIGHT = 5.0  # lambda_l1, on xyxy divided by the image's size
+    deqdet.LOSS.GIOU_WEIGHT = 2.0  # lambda_giou
+    deqdet.LOSS.FOCAL_ALPHA = 0.25
+    deqdet.LOSS.FOCAL_GAMMA = 2.0
+
+
+def _add_layer_keys(deqdet: CN) -> None:
     deqdet.ADAMIXER = CN()
     deqdet.ADAMIXER.NUM_POINTS_INIT = 32  # P of the initialization layer g
     deqdet.ADAMIXER.NUM_POINTS_REFINE = 32  # P of the refinement layer f
@@ -58,14 +69,6 @@ def _add_model_keys(cfg: CN) -> None:
     deqdet.SPARSE_RCNN.NUM_BOX_LAYERS = 3  # the same of the box tower
     deqdet.SPARSE_RCNN.NUM_HEADS = 8  # of the attention among queries
     deqdet.SPARSE_RCNN.FEEDFORWARD_DIM = 2048
-
-    # One weight for the matching cost and for the loss (Table 5).
-    deqdet.LOSS = CN()
-    deqdet.LOSS.FOCAL_WEIGHT = 2.0  # lambda_focal
-    deqdet.LOSS.L1_WEIGHT = 5.0  # lambda_l1, on xyxy divided by the image's size
-    deqdet.LOSS.GIOU_WEIGHT = 2.0  # lambda_giou
-    deqdet.LOSS.FOCAL_ALPHA = 0.25
-    deqdet.LOSS.FOCAL_GAMMA = 2.0
 
 
 def _add_equilibrium_keys(deqdet: CN) -> None:

@@ -1,10 +1,14 @@
 """Backbones with a neck, by name in detectron2's BACKBONE_REGISTRY."""
 
-from .basic_resnet import build_basic_resnet_channel_mapper_backbone
+from .basic_resnet import build_basic_resnet_channel_mapper_backbone, build_basic_resnet_fpn_backbone
 from .channel_mapper import ChannelMapper, build_resnet_channel_mapper_backbone
+from .swin import build_swin_channel_mapper_backbone, build_swin_fpn_backbone
 
 __all__ = [
     "ChannelMapper",
     "build_basic_resnet_channel_mapper_backbone",
+    "build_basic_resnet_fpn_backbone",
     "build_resnet_channel_mapper_backbone",
+    "build_swin_channel_mapper_backbone",
+    "build_swin_fpn_backbone",
 ]

@@ -3,9 +3,11 @@
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
 from .channel_mapper import ChannelMapper
+from .fpn import build_fpn
 
 
 def build_basic_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
@@ -35,3 +37,9 @@ def build_basic_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 def build_basic_resnet_channel_mapper_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ChannelMapper:
     """The narrow ResNet under a channel mapper on MODEL.RESNETS.OUT_FEATURES."""
     return ChannelMapper.from_bottom_up(build_basic_resnet(cfg, input_shape), cfg)
+
+
+@BACKBONE_REGISTRY.register()
+def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The narrow ResNet under detectron2's FPN on MODEL.FPN.IN_FEATURES."""
+    return build_fpn(cfg, build_basic_resnet(cfg, input_shape), cfg.MODEL.FPN.IN_FEATURES)

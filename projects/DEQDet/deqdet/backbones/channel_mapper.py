@@ -45,10 +45,10 @@ class ChannelMapper(Backbone):
 
     @classmethod
     def from_bottom_up(cls, bottom_up: Backbone, cfg: CfgNode) -> "ChannelMapper":
-        """The neck that the config describes, on MODEL.RESNETS.OUT_FEATURES of a backbone."""
+        """The neck that the config describes, on all levels that a backbone puts out."""
         return cls(
             bottom_up=bottom_up,
-            in_features=cfg.MODEL.RESNETS.OUT_FEATURES,
+            in_features=list(bottom_up.output_shape()),
             out_channels=cfg.MODEL.DEQDET.HIDDEN_DIM,
             kernel_size=cfg.MODEL.DEQDET.NECK.KERNEL_SIZE,
         )
