@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
+from ..checkpoints import Checkpointer, ConversionError
 from ..data import build_mapper
 from .configuration import UserError
 from .hooks import AverageBatchNorm, BestCheckpointer, PeakMemory, WeightsCheckpointer
@@ -39,7 +39,7 @@ class Trainer(DefaultTrainer):
             raise UserError(
                 f"SOLVER.AMP.ENABLED needs CUDA, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set it to False"
             )
-        with _ddp_devices(on_cuda):
+        with _our_parts(on_cuda):
             super().__init__(cfg)
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -89,13 +89,15 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
         UserError: the file cannot be read or downloaded.
     """
     with _readable_weights():
-        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 
 
 @contextmanager
 def _readable_weights() -> Iterator[None]:
     try:
         yield
+    except ConversionError as error:  # of a .safetensors file
+        raise UserError(str(error)) from error
     except OSError as error:  # URLError is one
         raise UserError(
             f"cannot read the weights ({error}): with no network, download them elsewhere and give the file "
@@ -104,17 +106,18 @@ def _readable_weights() -> Iterator[None]:
 
 
 @contextmanager
-def _ddp_devices(on_cuda: bool) -> Iterator[None]:
-    """Within it, DefaultTrainer wraps a model that is not on CUDA in a DDP that accepts it.
+def _our_parts(on_cuda: bool) -> Iterator[None]:
+    """Within it, DefaultTrainer loads .safetensors files, and a DDP takes a model that is not on CUDA.
 
-    DefaultTrainer.__init__ calls its module's create_ddp_model, whose default device_ids, the local rank, DDP
-    refuses for such a model. It offers no argument for this, so the module's name stands for a partial
-    meanwhile, which is less than a copy of __init__.
+    DefaultTrainer.__init__ calls its module's DetectionCheckpointer, and its create_ddp_model, whose default
+    device_ids, the local rank, DDP refuses for such a model. It offers no argument for either, so other objects stand
+    for the module's names meanwhile, which is less than a copy of __init__.
     """
-    original = defaults.create_ddp_model
+    originals = defaults.create_ddp_model, defaults.DetectionCheckpointer
+    defaults.DetectionCheckpointer = Checkpointer
     if not on_cuda:
-        defaults.create_ddp_model = functools.partial(original, device_ids=None)
+        defaults.create_ddp_model = functools.partial(originals[0], device_ids=None)
     try:
         yield
     finally:
-        defaults.create_ddp_model = original
+        defaults.create_ddp_model, defaults.DetectionCheckpointer = originals
