@@ -1,9 +1,11 @@
 """Small detectors and inputs that several test files share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from engine_toy import loggers_as_before, write_dataset
+from small_decoders import SHAPES
 from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
@@ -11,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from deqdet import add_deqdet_config
+from deqdet.decoders import build_decoder
 
 HEIGHT, WIDTH = 64, 96  # of the images, pixels: multiples of 32, so that nothing is padded
 # Omega = {1, 2, 3}; no noise.
@@ -24,6 +27,9 @@ MODEL.DEQDET.HIDDEN_DIM 32 MODEL.DEQDET.NUM_CLASSES 3 MODEL.DEQDET.NUM_QUERIES 6
 MODEL.DEQDET.ADAMIXER.NUM_GROUPS 2 MODEL.DEQDET.ADAMIXER.NUM_HEADS 4 MODEL.DEQDET.ADAMIXER.FEEDFORWARD_DIM 64
 MODEL.DEQDET.ADAMIXER.NUM_POINTS_INIT 4 MODEL.DEQDET.ADAMIXER.NUM_POINTS_REFINE 4
 MODEL.DEQDET.ADAMIXER.NUM_OUT_POINTS 8
+MODEL.DEQDET.SPARSE_RCNN.DYNAMIC_DIM 8 MODEL.DEQDET.SPARSE_RCNN.NUM_HEADS 4
+MODEL.DEQDET.SPARSE_RCNN.FEEDFORWARD_DIM 64
+MODEL.FPN.IN_FEATURES ['res2','res3','res4','res5'] MODEL.FPN.OUT_CHANNELS 32
 MODEL.DEQDET.EQUILIBRIUM.TRAIN_STEPS 3 MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS 4
 MODEL.DEQDET.EQUILIBRIUM.SUPERVISION_COUNT 1 MODEL.DEQDET.EQUILIBRIUM.SUPERVISION_INTERVAL 2
 MODEL.DEQDET.PERTURBATION.KIND none MODEL.DEQDET.PERTURBATION.POSITION_SIZE 4.0
@@ -70,6 +76,27 @@ def stir() -> Callable[..., None]:
     return _stir
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New tensors are float64 too."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def small_decoder() -> Callable[..., nn.Module]:
+    """small_decoder("KEY", value, ...): of two levels, see small_decoders.py; in float64, stirred."""
+
+    def build(*overrides) -> nn.Module:
+        torch.manual_seed(0)
+        decoder = build_decoder(_small_cfg(*overrides), SHAPES).double()
+        _stir(decoder)
+        return decoder
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def small_model() -> Callable[..., nn.Module]:
     """small_model("KEY", value, ...): built from small_cfg, always with the same weights, stirred."""
@@ -98,3 +125,16 @@ def make_inputs() -> Callable[..., list[dict]]:
         return batch
 
     return make
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """The loggers are afterwards as they were, whatever a set-up does to them."""
+    with loggers_as_before():
+        yield
+
+
+@pytest.fixture
+def toy_config(tmp_path) -> str:
+    """The config file of the toy detector (engine_toy.py), with its data set beside it."""
+    return write_dataset(tmp_path, tmp_path.name)

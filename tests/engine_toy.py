@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -17,6 +18,13 @@ from detectron2.structures import Boxes, Instances
 
 from deqdet.engine import argument_parser
 
+TRAIN_NET = Path(__file__).parents[1] / "tools" / "train_net.py"
+# For tests that set up a run without a process of its own.
+IN_PROCESS = [
+    pytest.mark.usefixtures("loggers"),
+    # detectron2's default_setup reads the config file without closing it.
+    pytest.mark.filterwarnings(r"ignore:unclosed file .*\.yaml:ResourceWarning"),
+]
 CONFIG = """
 MODEL:
   META_ARCHITECTURE: "EngineToy"

@@ -4,87 +4,42 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from slow_modules import (
+    slow_attention,
+    slow_box,
+    slow_branch,
+    slow_feedforward,
+    slow_linear,
+    slow_norm,
+    slow_normalise,
+)
+from small_layers import (
+    ADAMIXER,
+    CLASSES,
+    DIM,
+    GROUPS,
+    OUT_POINTS,
+    POINTS,
+    STRIDES,
+    make_adamixer,
+    norm_weights,
+    other_than_xavier,
+)
+from torch import Tensor
 
 from detectron2.layers import ShapeSpec
 
 from deqdet.layers import AdaMixerLayer, build_refinement_layer
 from deqdet.structures import QueryState
 
-STRIDES, SIZES = [4, 8, 16], [(8, 12), (4, 6), (2, 3)]  # of a 32 x 48 input
-DIM, HEADS, GROUPS, POINTS, OUT_POINTS, CLASSES = 16, 2, 4, 3, 5, 3
-
-
-@pytest.fixture
-def float64():
-    """New tensors are float64 too."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def make_layer(**changed) -> AdaMixerLayer:
-    torch.manual_seed(0)
-    numbers = {
-        "strides": STRIDES,
-        "dim": DIM,
-        "num_classes": CLASSES,
-        "num_points": POINTS,
-        "num_out_points": OUT_POINTS,
-        "num_groups": GROUPS,
-        "num_heads": HEADS,
-        "feedforward_dim": 24,
-    }
-    return AdaMixerLayer(**(numbers | changed))
-
 
 def stirred_layer(stir) -> AdaMixerLayer:
-    layer = make_layer()
+    layer = make_adamixer()
     stir(layer, size=0.3)
     return layer
 
 
-def make_features(images: int = 2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(images, DIM, h, w, generator=generator) for h, w in SIZES]
-
-
-def make_state(rows: int = 2, queries: int = 4) -> QueryState:
-    """Boxes of some 5 to 30 pixels, overlapping, some beyond the image's edge."""
-    generator = torch.Generator().manual_seed(2)
-    position = torch.rand(rows, queries, 4, generator=generator) * torch.tensor([48.0, 32.0, 2.0, 3.0])
-    return QueryState(
-        position + torch.tensor([0.0, 0.0, 2.5, -1.5]), torch.randn(rows, queries, DIM, generator=generator)
-    )
-
-
 # The slow layer: one image, one query, one group, one point, one level at a time.
-
-
-def slow_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return torch.stack([row.dot(x) for row in module.weight]) + module.bias
-
-
-def slow_normalise(x: Tensor) -> Tensor:
-    """Over all of x."""
-    deviation = x - x.sum() / x.numel()
-    return deviation / (deviation.square().sum() / x.numel() + 1e-5).sqrt()
-
-
-def slow_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    return slow_normalise(x) * module.weight + module.bias
-
-
-def slow_branch(module: nn.Sequential, x: Tensor) -> Tensor:
-    """Linear-LN-ReLU, then Linear."""
-    return slow_linear(module[3], slow_norm(module[1], slow_linear(module[0], x)).clamp(min=0))
-
-
-def slow_box(position: list[float]) -> tuple[float, float, float, float]:
-    """Eq. 3: z = log2 sqrt(w h), r = log2(h / w), so w = 2^z / sqrt(2^r), h = 2^z sqrt(2^r)."""
-    cx, cy, z, r = position
-    width, height = 2**z / math.sqrt(2**r), 2**z * math.sqrt(2**r)
-    return cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2
 
 
 def slow_iof(box: tuple, other: tuple) -> float:
@@ -103,24 +58,16 @@ def slow_embedding(position: list[float]) -> Tensor:
     return torch.tensor(features)
 
 
-def slow_attention(layer: AdaMixerLayer, content: Tensor, positions: list[list[float]]) -> list[Tensor]:
+def slow_attend(layer: AdaMixerLayer, content: Tensor, positions: list[list[float]]) -> list[Tensor]:
     """Steps 1 and 2 for one image: (N, C) and N positions -> q1 of each query."""
-    module, boxes = layer.attention.attention, [slow_box(p) for p in positions]
+    boxes = [slow_box(p) for p in positions]
     u = [q + slow_embedding(p) for q, p in zip(content, positions, strict=True)]
-    weights, biases = module.in_proj_weight.view(3, DIM, DIM), module.in_proj_bias.view(3, DIM)
-    query, key, value = ([w @ x + b for x in u] for w, b in zip(weights, biases, strict=True))
-    size, out = DIM // HEADS, []
-    for i, box in enumerate(boxes):
-        attended = []
-        for head in range(HEADS):
-            part, tau = slice(head * size, (head + 1) * size), layer.attention.iof_scale[head]
-            odds = []
-            for other_key, other_box in zip(key, boxes, strict=True):
-                bias = tau * math.log(slow_iof(box, other_box) + 1e-7)
-                odds.append((query[i][part].dot(other_key[part]) / math.sqrt(size) + bias).exp())
-            attended.append(sum(o / sum(odds) * v[part] for o, v in zip(odds, value, strict=True)))
-        out.append(slow_norm(layer.attention_norm, u[i] + slow_linear(module.out_proj, torch.cat(attended))))
-    return out
+
+    def bias(head: int, i: int, j: int) -> Tensor:
+        return layer.attention.iof_scale[head] * math.log(slow_iof(boxes[i], boxes[j]) + 1e-7)
+
+    attended = slow_attention(layer.attention.attention, u, bias)
+    return [slow_norm(layer.attention_norm, x + y) for x, y in zip(u, attended, strict=True)]
 
 
 def slow_bilinear(level: Tensor, x: float, y: float) -> Tensor:
@@ -158,7 +105,7 @@ def slow_layer(layer: AdaMixerLayer, state: QueryState, features: list[Tensor]) 
     all_positions, all_contents = [], []
     for row, (content, positions) in enumerate(zip(state.content, state.position.tolist(), strict=True)):
         levels = [level[row % len(level)] for level in features]
-        q1s = slow_attention(layer, content, positions)
+        q1s = slow_attend(layer, content, positions)
         for q1, position in zip(q1s, positions, strict=True):
             generated, mixed = slow_linear(layer.mixing.generator, q1), []
             for group in range(GROUPS):
@@ -168,8 +115,7 @@ def slow_layer(layer: AdaMixerLayer, state: QueryState, features: list[Tensor]) 
                 x = slow_normalise(x @ channel).clamp(min=0)
                 mixed.append(slow_normalise(point @ x).clamp(min=0).flatten())
             q2 = slow_norm(layer.mixing_norm, q1 + slow_linear(layer.mixing.out, torch.cat(mixed)))
-            hidden = slow_linear(layer.feedforward[0], q2).clamp(min=0)
-            q3 = slow_norm(layer.feedforward_norm, q2 + slow_linear(layer.feedforward[2], hidden))
+            q3 = slow_norm(layer.feedforward_norm, q2 + slow_feedforward(layer.feedforward, q2))
             dx, dy, dz, dr = slow_branch(layer.box_branch, q3).tolist()
             cx, cy, z, r = position
             all_positions.append([cx + dx * 2**z, cy + dy * 2**z, z + dz, r + dr])
@@ -182,7 +128,7 @@ def slow_layer(layer: AdaMixerLayer, state: QueryState, features: list[Tensor]) 
 @torch.no_grad()
 def test_against_loops(float64, stir):
     """Four rows: two segments of two images."""
-    layer, features, state = stirred_layer(stir), make_features(), make_state(rows=4)
+    layer, features, state = stirred_layer(stir), ADAMIXER.features(), ADAMIXER.state(rows=4)
     fast, slow = layer(state, features), slow_layer(layer, state, features)
     torch.testing.assert_close(fast.content, slow.content, rtol=0, atol=1e-10)
     torch.testing.assert_close(fast.position, slow.position, rtol=0, atol=1e-10)
@@ -198,38 +144,9 @@ def test_against_loops(float64, stir):
             assert prediction.boxes[row, query].tolist() == pytest.approx(box, abs=1e-9)
 
 
-@torch.no_grad()
-def test_the_order_of_queries_does_not_matter(float64, stir):
-    layer, features, state = stirred_layer(stir), make_features(), make_state()
-    order = torch.tensor([2, 0, 3, 1])
-    straight = layer(state, features)
-    permuted = layer(QueryState(state.position[:, order], state.content[:, order]), features)
-    torch.testing.assert_close(permuted.content, straight.content[:, order], rtol=0, atol=1e-12)
-    torch.testing.assert_close(permuted.position, straight.position[:, order], rtol=0, atol=1e-12)
-    assert not straight.content.isclose(straight.content[:, order]).any()
-
-
-@torch.no_grad()
-def test_queries_see_each_other_but_images_do_not(float64, stir):
-    layer, features, state = stirred_layer(stir), make_features(), make_state()
-    before = layer(state, features).content
-    content = state.content.clone()
-    content[0, 1] += 1
-    changed = layer(QueryState(state.position, content), features).content.ne(before).any(dim=2)
-    assert changed.tolist() == [[True] * 4, [False] * 4]
-
-
-def test_content_has_no_gradient_to_the_position(float64, stir):
-    layer, features, state = stirred_layer(stir), make_features(), make_state()
-    position = state.position.requires_grad_()
-    content = layer(QueryState(position, state.content), features).content
-    assert content.requires_grad
-    assert torch.autograd.grad(content.square().sum(), position, allow_unused=True) == (None,)
-
-
 def test_jacobian_of_the_refined_position(float64, stir):
     """Of cx + d_x 2^z, cy + d_y 2^z, z + d_z, r + d_r with the deltas held fast."""
-    layer, features, state = stirred_layer(stir), make_features(1), make_state(rows=1, queries=2)
+    layer, features, state = stirred_layer(stir), ADAMIXER.features(1), ADAMIXER.state(rows=1, queries=2)
 
     def refined(position: Tensor) -> Tensor:
         return layer(QueryState(position, state.content), features).position
@@ -245,51 +162,24 @@ def test_jacobian_of_the_refined_position(float64, stir):
     torch.testing.assert_close(jacobian, expected, rtol=0, atol=1e-12)
 
 
-def test_gradients_by_finite_differences(float64, stir):
-    """Through the content and the features, with the positions held fast."""
-    layer, features, state = stirred_layer(stir), make_features(1), make_state(rows=1, queries=2)
-
-    def function(content: Tensor, *levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        refined = layer(QueryState(state.position, content), list(levels))
-        return refined.content, refined.position, layer.predict(refined).logits
-
-    inputs = [x.requires_grad_() for x in (state.content, *features)]
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
-
-
-def test_every_parameter_has_a_gradient(float64, stir):
-    layer = stirred_layer(stir)
-    refined = layer(make_state(), make_features())
-    prediction = layer.predict(refined)
-    (prediction.logits.square().sum() + prediction.boxes.square().sum()).backward()
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None and parameter.grad.any(), name
-
-
 # Initialisation
 
 
 def test_first_refinement_leaves_boxes_as_they_are():
-    layer, state = make_layer(), make_state()
-    refined = layer(state, make_features())
+    layer, state = make_adamixer(), ADAMIXER.state()
+    refined = layer(state, ADAMIXER.features())
     assert torch.equal(refined.position, state.position)
     assert not refined.content.isclose(state.content).all(dim=2).any()
-
-
-def test_the_first_scores_are_the_prior():
-    layer = make_layer()
-    assert layer.class_branch[3].bias.sigmoid().tolist() == pytest.approx([0.01] * CLASSES, rel=1e-5)
     assert layer.box_branch[3].weight.count_nonzero() == layer.box_branch[3].bias.count_nonzero() == 0
 
 
 def test_iof_scale_starts_uniform_up_to_4():
-    scale = make_layer(dim=512, num_heads=512).attention.iof_scale.detach()
+    scale = make_adamixer(dim=512, num_heads=512).attention.iof_scale.detach()
     assert 0 <= scale.min() < 0.1 and 3.9 < scale.max() <= 4
     assert scale.mean().item() == pytest.approx(2, abs=0.2)  # standard error 0.05
 
 
 def test_other_weights_start_as_xavier_uniform():
-    layer = make_layer(dim=64, num_heads=8, feedforward_dim=256)
     weights = {
         "attention.attention.in_proj_weight": (64, 192),
         "attention.attention.out_proj.weight": (64, 64),
@@ -300,15 +190,11 @@ def test_other_weights_start_as_xavier_uniform():
         "class_branch.3.weight": (64, CLASSES),
         "mixing.out.weight": (64 * OUT_POINTS, 64),
     }
-    for name, fans in weights.items():
-        bound = math.sqrt(6 / sum(fans))
-        weight = layer.get_parameter(name).detach()
-        assert 0.95 * bound < weight.abs().max() <= bound * (1 + 1e-6), name
-        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
+    layer = make_adamixer(dim=64, num_heads=8, feedforward_dim=256)
+    assert other_than_xavier(layer, weights) == []
     zero = {"points.offsets.weight", "mixing.generator.weight", "box_branch.3.weight"}
-    norms = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.LayerNorm)}
     ours = {name for name, _ in layer.named_parameters() if name.endswith("weight")}
-    assert ours == weights.keys() | zero | norms
+    assert ours == weights.keys() | zero | norm_weights(layer)
     assert all(not layer.get_parameter(name).any() for name in zero)
 
 
@@ -325,7 +211,7 @@ def test_other_weights_start_as_xavier_uniform():
 )
 def test_dimensions_must_divide(changed, message):
     with pytest.raises(ValueError, match=message):
-        make_layer(**changed)
+        make_adamixer(**changed)
 
 
 def test_the_config_gives_g_and_f_points_of_their_own(small_cfg):
@@ -340,9 +226,3 @@ def test_the_config_gives_g_and_f_points_of_their_own(small_cfg):
         assert layer.feedforward[0].weight.shape == (64, 32)
         assert layer.attention.iof_scale.shape == (4,)
         assert layer.class_branch[3].weight.shape == (3, 32)
-
-
-def test_an_unknown_layer_is_an_error(small_cfg):
-    cfg = small_cfg("MODEL.DEQDET.REFINEMENT_LAYER", "NoSuchLayer")
-    with pytest.raises(ValueError, match="NoSuchLayer.*AdaMixerLayer"):
-        build_refinement_layer(cfg, [], initialization=True)

@@ -3,7 +3,17 @@ import math
 import pytest
 import torch
 
-from deqdet.boxes import box_sizes, decode_boxes, embed_position, encode_boxes, pairwise_iof, refine_position
+from detectron2.modeling.box_regression import Box2BoxTransform
+
+from deqdet.boxes import (
+    box_sizes,
+    decode_boxes,
+    embed_position,
+    encode_boxes,
+    pairwise_iof,
+    refine_position,
+    refine_position_by_deltas,
+)
 
 
 def random_positions(*shape):
@@ -54,6 +64,43 @@ def test_refinement_grows_with_the_box():
     scale, shift = torch.tensor([4.0, 4.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 2.0, 0.0])
     larger = refine_position(position * scale + shift, delta)
     torch.testing.assert_close(larger, refine_position(position, delta) * scale + shift)
+
+
+def test_refine_by_deltas_by_hand():
+    """In xyxy: the centre moves by dx w / 2, dy h / 2; the sides are multiplied by e^dw, e^dh."""
+    # 32 x 8 around (26, 24) moves by (0.5 * 16, -1 * 4) and becomes 64 x 4.
+    before = encode_boxes(torch.tensor([[10.0, 20.0, 42.0, 28.0]]))
+    after = decode_boxes(refine_position_by_deltas(before, torch.tensor([[0.5, -1.0, math.log(2), -math.log(2)]])))
+    torch.testing.assert_close(after, torch.tensor([[2.0, 18.0, 66.0, 22.0]]), rtol=0, atol=1e-4)
+    # z = log2 sqrt(32 * 8) = 4 stays, for the area does; r = log2(8 / 32) = -2 becomes log2(4 / 64) = -4.
+    assert refine_position_by_deltas(before, torch.zeros(1, 4)).tolist() == before.tolist() == [[26.0, 24.0, 4.0, -2.0]]
+
+
+@pytest.mark.parametrize("size", [0.5, 4.0])
+def test_refine_by_deltas_is_rcnns_transform(size):
+    """detectron2's, on corners and in float32, with Sparse R-CNN's numbers."""
+    generator = torch.Generator().manual_seed(3)
+    position = random_positions(50)
+    deltas = size * torch.randn(50, 4, dtype=torch.float64, generator=generator)
+    transform = Box2BoxTransform(weights=(2.0, 2.0, 1.0, 1.0), scale_clamp=math.log(100000 / 16))
+    expected = transform.apply_deltas(deltas, decode_boxes(position))
+    found = decode_boxes(refine_position_by_deltas(position, deltas))
+    scale = (expected[:, 2:] - expected[:, :2]).amax(dim=1, keepdim=True)
+    assert ((found - expected) / scale.clamp(min=100)).abs().max() < 1e-5
+    assert (found - decode_boxes(position)).abs().amax(dim=1).min() > 0.1
+
+
+def test_one_refinement_by_deltas_enlarges_a_side_6250_times_at_most():
+    position = torch.tensor([[100.0, 100.0, 3.0, 0.0]], dtype=torch.float64)  # 8 x 8
+    for delta in (math.log(6250), 9.0, 1e4, math.inf):
+        widened = refine_position_by_deltas(position, torch.tensor([[0.0, 0.0, delta, 0.0]], dtype=torch.float64))
+        assert box_sizes(widened)[0].tolist() == pytest.approx([8 * 6250, 8])
+        heightened = refine_position_by_deltas(position, torch.tensor([[0.0, 0.0, 0.0, delta]], dtype=torch.float64))
+        assert box_sizes(heightened)[0].tolist() == pytest.approx([8, 8 * 6250])
+    # Nothing holds it from shrinking, or from moving.
+    small = refine_position_by_deltas(position, torch.tensor([[1e4, 0.0, -20.0, -20.0]], dtype=torch.float64))
+    assert box_sizes(small)[0].tolist() == pytest.approx([8 * math.exp(-20)] * 2)
+    assert small[0, 0].item() == pytest.approx(100 + 1e4 * 4)
 
 
 def test_iof_by_hand():
@@ -117,6 +164,7 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(decode_boxes, position)
     assert torch.autograd.gradcheck(encode_boxes, boxes)
     assert torch.autograd.gradcheck(refine_position, (position, delta))
+    assert torch.autograd.gradcheck(refine_position_by_deltas, (position, delta))
     assert torch.autograd.gradcheck(pairwise_iof, boxes)
     assert torch.autograd.gradcheck(lambda x: embed_position(x, 16), position)
 

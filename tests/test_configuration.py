@@ -2,29 +2,14 @@
 
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from engine_toy import loggers_as_before, parse, write_dataset
+from engine_toy import IN_PROCESS, TRAIN_NET, parse
 
 from deqdet.engine import Trainer, UserError, load_config, run, setup
 
-# detectron2's default_setup reads the config file without closing it.
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*toy\.yaml:ResourceWarning")
-
-TOOL = Path(__file__).parents[1] / "tools" / "train_net.py"
-
-
-@pytest.fixture(autouse=True)
-def loggers():
-    with loggers_as_before():
-        yield
-
-
-@pytest.fixture
-def toy_config(tmp_path):
-    return write_dataset(tmp_path, tmp_path.name)
+pytestmark = IN_PROCESS
 
 
 @pytest.mark.parametrize(
@@ -92,7 +77,7 @@ def test_missing_config_file_and_run_ends_with_one_line(toy_config):
 def test_the_tool_ends_with_one_line(toy_config, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", toy_config, "SOLVER.MAX_ITR", "3"])
     with pytest.raises(SystemExit, match=r"^error: .*: unknown config key SOLVER.MAX_ITR; .*\?$"):
-        runpy.run_path(str(TOOL), run_name="__main__")
+        runpy.run_path(str(TRAIN_NET), run_name="__main__")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")

@@ -8,31 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_toy import loggers_as_before, parse, write_dataset
+from engine_toy import IN_PROCESS, TRAIN_NET, parse, write_dataset
 from torch import nn
 
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
 from deqdet.engine import Trainer, run, setup
-from deqdet.engine.hooks import average_batch_norm
+from deqdet.engine.hooks import average_batch_norm, peak_memory_mb
 from deqdet.engine.launcher import count_cores
 
-# detectron2's default_setup reads the config file without closing it.
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*toy\.yaml:ResourceWarning")
-
-TOOL = Path(__file__).parents[1] / "tools" / "train_net.py"
-
-
-@pytest.fixture(autouse=True)
-def loggers():
-    with loggers_as_before():
-        yield
-
-
-@pytest.fixture
-def toy_config(tmp_path):
-    return write_dataset(tmp_path, tmp_path.name)
+pytestmark = IN_PROCESS
 
 
 class SteadyTrainer(Trainer):
@@ -72,6 +58,18 @@ def test_training_writes_losses_norms_and_the_last_evaluation(toy_config, tmp_pa
     assert metrics[4, "bbox/AP"] == trainer._last_eval_results["bbox"]["AP"] > 0
     assert "copypaste: AP,AP50" in capsys.readouterr().out
     assert not list(tmp_path.glob("out/model_best*"))
+
+
+def test_peak_memory_is_written_with_the_losses(toy_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # by another test, on a GPU
+    train(parse(toy_config, "SOLVER.MAX_ITER", 50, "SOLVER.CHECKPOINT_PERIOD", 100))
+    metrics = read_metrics(tmp_path / "out")
+    peaks = [metrics[iteration, "peak_memory_mb"] for iteration in (19, 39, 49)]
+    assert 10 < peaks[0] <= peaks[1] <= peaks[2] <= peak_memory_mb()
+    process = Path("/proc/self/status")
+    if process.exists():  # on Linux, whose own figure is in KiB
+        (highest,) = (line for line in process.read_text().splitlines() if line.startswith("VmHWM:"))
+        assert peaks[2] == pytest.approx(int(highest.split()[1]) / 1024, rel=0.2)
 
 
 def test_an_interrupted_training_resumes_to_the_same_end(toy_config, tmp_path):
@@ -184,7 +182,7 @@ def test_the_checkpoint_gives_the_detections_of_the_end_of_training(two_ranks, t
     config, _ = two_ranks
     out = Path(config).parent / "out"
     words = ["--eval-only", "MODEL.WEIGHTS", out / "model_final.pth", "OUTPUT_DIR", tmp_path]
-    results = runpy.run_path(str(TOOL))["main"](parse(config, *words))
+    results = runpy.run_path(str(TRAIN_NET))["main"](parse(config, *words))
     assert results["bbox"]["AP"] == read_metrics(out)[4, "bbox/AP"]
     name = "inference/coco_instances_results.json"
     assert json.loads((tmp_path / name).read_text()) == json.loads((out / name).read_text())
