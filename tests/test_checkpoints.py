@@ -218,8 +218,9 @@ def test_resnets(stir, depth, blocks, groups):
     assert {f"MODEL.RESNETS.{key}": value for key, value in expected.items()}.items() <= conversion.config.items()
     assert not any(name.endswith("tracked") or "fc" in name for name in conversion.weights)
 
+    # The stem and res2 are frozen. Counters of batches are not in the file, and not missed.
     overrides = ["MODEL.META_ARCHITECTURE", "DEQDet", "MODEL.BACKBONE.NAME", MAPPER["resnet"]]
-    model = build_converted(conversion, *overrides, part="backbone.bottom_up.")
+    model = build_converted(conversion, *overrides, "MODEL.RESNETS.NORM", "BN", part="backbone.bottom_up.")
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         assert_same_levels(model.backbone.bottom_up(images), resnet_levels(resnet, images))
@@ -397,11 +398,28 @@ def test_the_misshapen_key_is_the_one_that_is_named(name):
     assert str(refusal.value) == f"taken as deqdet: {expected}"
 
 
-def test_a_config_that_cannot_be_built():
-    weights = golden_weights("deqdet")
-    changed = {name: value[..., :31] for name, value in weights.items() if not name.startswith("backbone")}
-    with pytest.raises(ConversionError, match="taken as deqdet: "):
-        convert(weights | changed)
+def test_a_detector_that_cannot_be_built():
+    config = convert(golden_weights("deqdet")).config | {"MODEL.DEQDET.HIDDEN_DIM": 48}
+    with pytest.raises(ConversionError, match="a detector that cannot be built: .*HIDDEN_DIM must be a multiple of 32"):
+        build_structure(config, backbone_only=False)
+
+
+def test_towers_of_other_lengths():
+    """Two class layers and one box layer, where the golden file has one and three."""
+    weights = {}
+    for name, value in golden_weights("sparse_rcnn").items():
+        if not re.search(r"reg_module\.[3-9]", name):
+            weights[name] = value
+        if ".cls_module." in name:
+            weights[re.sub(r"cls_module\.(\d)", lambda m: f"cls_module.{int(m[1]) + 3}", name)] = value + 1
+    conversion = convert(weights)
+    expected = {"NUM_CLASS_LAYERS": 2, "NUM_BOX_LAYERS": 1, "POOLER_RESOLUTION": 7, "DYNAMIC_DIM": 4}
+    expected = {f"MODEL.DEQDET.SPARSE_RCNN.{key}": value for key, value in expected.items()}
+    assert expected.items() <= conversion.config.items()
+    layer = build_converted(conversion).decoder.layers[2]
+    assert (len(layer.class_branch), len(layer.box_branch)) == (7, 4)
+    logits, deltas = weights["head.head_series.2.class_logits.bias"], weights["head.head_series.2.bboxes_delta.weight"]
+    assert torch.equal(layer.class_branch[6].bias, logits) and torch.equal(layer.box_branch[3].weight, deltas)
 
 
 def test_make_cfg_reads_pairs_as_a_shell_does():

@@ -79,7 +79,7 @@ def make_result(name: str, seed: int, ap: float | None, **figures: object) -> Re
     return Result(name, seed, settings, metrics, MEASURED, "a machine", 1.5)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
@@ -186,23 +186,23 @@ class TestRestart:
             complete(run, [sys.executable, "-c", ""], lambda run: MEASURED)
 
     def test_an_interruption_ends_every_process_of_the_training(self, run):
-        """The stub and a process that it starts hold a lock for a minute."""
+        """The stub and a process that it starts hold a lock, for longer than the test waits."""
         run.folder.mkdir()
         lock, ready = run.folder / "lock", run.folder / "ready"
-        sleep = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
+        sleep = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(300)"
         stub = f"""
 import fcntl, subprocess, sys, time
 lock = open({str(lock)!r}, "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 subprocess.Popen([sys.executable, "-c", {sleep!r}], pass_fds=[lock.fileno()])
-time.sleep(60)"""
+time.sleep(300)"""
 
         def interrupt(*_) -> None:
             raise KeyboardInterrupt
 
         def alarm() -> None:
-            assert wait_for(ready.exists)
-            os.kill(os.getpid(), signal.SIGUSR1)
+            wait_for(ready.exists)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
         before = signal.signal(signal.SIGUSR1, interrupt)
         thread = threading.Thread(target=alarm)
@@ -211,6 +211,7 @@ time.sleep(60)"""
             complete(run, [sys.executable, "-c", stub], lambda run: MEASURED)
         thread.join()
         signal.signal(signal.SIGUSR1, before)
+        assert ready.exists()
         with open(lock) as file:
             assert wait_for(lambda: is_free(file))
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def convert_file(
         raise ConversionError(f"{source}: {error}") from error
     write_checkpoint(conversion.weights, target)
     ignored = (f"left out, beside the weights: {', '.join(checkpoint.ignored)}",) if checkpoint.ignored else ()
-    return Conversion(**{**vars(conversion), "notes": conversion.notes + ignored})
+    return replace(conversion, notes=conversion.notes + ignored)
 
 
 def convert(weights: Mapping[str, Tensor], *, kind: str | None = None, num_classes: int | None = None) -> Conversion:

@@ -39,17 +39,25 @@ def write_checkpoint(weights: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         ConversionError: the file cannot be written.
     """
-    # Own memory for each: slices would be saved with all that they are cut from, shared ones not as safetensors.
-    weights = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in weights.items()}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        # Own memory for each: slices would be saved with all that they are cut from, shared ones not as safetensors.
+        own = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in weights.items()}
         if path.suffix == ".safetensors":
-            import_safetensors().torch.save_file(weights, unfinished, metadata={"format": "pt", "author": AUTHOR})
+            _save_safetensors(own, unfinished)
         else:
             with unfinished.open("wb") as file:
-                torch.save({"model": weights, "__author__": AUTHOR}, file)
+                torch.save({"model": own, "__author__": AUTHOR}, file)
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         raise ConversionError(f"{path} cannot be written ({error})") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _save_safetensors(weights: dict[str, Tensor], path: Path) -> None:
+    safetensors = import_safetensors()
+    try:
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt", "author": AUTHOR})
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
