@@ -23,7 +23,7 @@ from detectron2.modeling import build_model
 from ..analysis import count_multiply_adds, count_parameters
 from ..detector import DEQDet
 from ..engine import UserError, argument_parser, load_config
-from ..engine.configuration import check_run
+from ..engine.configuration import adapt_device, check_run
 from ..engine.launcher import count_cores
 
 WARM_UP = 2  # images that the memory is measured on, before the clock counts
@@ -71,8 +71,7 @@ def build_trained(arguments: Sequence[str], weights: Path) -> tuple[DEQDet, Iter
     """The model with the weights of a checkpoint, in eval mode, and the loader of its first test set."""
     args = argument_parser().parse_args(arguments)
     cfg = load_config(args)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    adapt_device(cfg)
     check_run(cfg, args)
     model = build_model(cfg).eval()
     # The optimizer's state stays on the disk, and the weights take the place of the random ones.

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from ..engine import UserError, argument_parser, load_config
-from ..engine.configuration import check_run
+from ..engine.configuration import check_run, flatten
 from .measurement import Measurement, describe_machine
 from .metrics import Metrics, read_metrics
 
@@ -122,9 +122,8 @@ def prepare_settings(arguments: Sequence[str]) -> dict[str, object]:
         UserError: as `load_config`.
     """
     cfg = load_config(argument_parser().parse_args(arguments))
-    settings = _flatten(yaml.safe_load(cfg.dump()))
-    del settings["OUTPUT_DIR"]
-    return settings
+    keys = flatten(yaml.safe_load(cfg.dump()))
+    return {key: value for key, value in keys if key != "OUTPUT_DIR" and not isinstance(value, dict)}
 
 
 def check_budgets(configs: dict[str, dict[str, object]]) -> None:
@@ -213,13 +212,6 @@ def _trained_metrics(run: Run) -> Metrics | None:
     if not run.weights.is_file():
         return None
     return read_metrics(run.folder / "metrics.json", run.settings["SOLVER.MAX_ITER"])
-
-
-def _flatten(node: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in node.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def _write(path: Path, content: dict) -> None:

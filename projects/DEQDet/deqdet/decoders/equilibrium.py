@@ -15,7 +15,7 @@ from ..equilibrium import FixedPointIteration, Map, Phantom, Solution, Solver, S
 from ..layers import RefinementLayer, build_refinement_layer, look_up
 from ..perturbation import Perturbation
 from ..structures import Prediction, QueryState
-from .base import DECODER_REGISTRY
+from .base import DECODER_REGISTRY, run_layers
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +155,8 @@ class EquilibriumDecoder(nn.Module):
         if self.initialization is not None:
             predictions["init"] = self.initialization.predict(start)
             start = start.detach_position()
-        state = start
-        for extra in range(1, self.supervision.extra + 1):
-            state = self.refinement(state, features)
-            predictions[f"init+{extra}"] = self.refinement.predict(state)
-            state = state.detach_position()
+        extra = run_layers([self.refinement] * self.supervision.extra, start, features)
+        predictions |= {f"init+{i}": layer.predict(state) for i, (layer, state) in enumerate(extra, start=1)}
         return predictions | self._supervise_path(start.detach(), features)
 
     def _supervise_path(self, start: QueryState, features: list[Tensor]) -> dict[str, Prediction]:

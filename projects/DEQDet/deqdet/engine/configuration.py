@@ -41,13 +41,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args)
     # default_setup does the same for detectron2's and fvcore's loggers.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="deqdet")
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.info("CUDA is not available: MODEL.DEVICE is cpu instead of %s", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
+    adapt_device(cfg)
     check_run(cfg, args)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
+
+
+def adapt_device(cfg: CfgNode) -> None:
+    """Make a MODEL.DEVICE of "cuda" "cpu", in place, where there is no CUDA."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.info("CUDA is not available: MODEL.DEVICE is cpu instead of %s", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
@@ -91,6 +96,14 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only)
 
 
+def flatten(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys of a config with their values, the sections among them."""
+    for key, value in node.items():
+        yield prefix + key, value
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+
+
 def _check_weights(path: str, *, eval_only: bool) -> None:
     path = path.split("?")[0]  # detectron2's ?matching_heuristics=True
     if eval_only and not path:
@@ -113,7 +126,7 @@ def _check_pairs(opts: list[str]) -> None:
 @contextmanager
 def _explained(cfg: CfgNode, where: str) -> Iterator[None]:
     """Turn yacs' and YAML's exceptions into a UserError that names the key and the known ones like it."""
-    known = list(_flatten(cfg))
+    known = [key for key, _ in flatten(cfg)]
     try:
         yield
     except (AssertionError, KeyError, TypeError, ValueError, OSError, yaml.YAMLError) as error:
@@ -139,13 +152,6 @@ def _suggest(key: str, known: list[str]) -> str:
 
 def _close(name: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(name, dict.fromkeys(names), n=3, cutoff=0.75)
-
-
-def _flatten(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _flatten(value, f"{prefix}{key}.")
 
 
 def _one_line(message: object) -> str:
