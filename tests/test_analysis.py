@@ -89,7 +89,7 @@ class Detector(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features, initial = self.model.encode(self.model.preprocess([{"image": image}]))
-        prediction = self.model.decoder.decode(initial, features)
+        prediction = self.model.decoder.decode(initial, features).prediction
         return prediction.logits, prediction.boxes
 
 

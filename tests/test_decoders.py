@@ -6,7 +6,7 @@ from small_decoders import SHAPES, loss, make_problem
 from torch import Tensor
 
 from deqdet.decoders import DECODER_REGISTRY, Supervision, build_decoder
-from deqdet.equilibrium import Phantom
+from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, Phantom
 from deqdet.layers import RefinementLayer
 from deqdet.perturbation import Perturbation
 from deqdet.structures import QueryState
@@ -31,7 +31,7 @@ def test_predictions_against_a_loop(small_decoder):
     for name, prediction in predictions.items():
         torch.testing.assert_close(prediction.logits, expected[name].logits, rtol=0, atol=1e-10)
         torch.testing.assert_close(prediction.boxes, expected[name].boxes, rtol=0, atol=1e-8)
-    decoded = decoder.decode(initial, features)  # TEST_STEPS 4
+    decoded = decoder.decode(initial, features).prediction  # TEST_STEPS 4
     torch.testing.assert_close(decoded.logits, expected["step2"].logits, rtol=0, atol=1e-10)
     # Far enough from each other that one cannot stand for another.
     assert (expected["step2"].logits - expected["step3"].logits).abs().max() > 1e-6
@@ -176,23 +176,83 @@ def test_tolerance_stops_an_image_early(small_decoder):
     single = small_decoder("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 1)
     full = small_decoder("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 9)
     with torch.no_grad():
-        stopped, one, nine = (decoder.decode(initial, features).boxes for decoder in (early, single, full))
+        stopped, one, nine = (x.decode(initial, features).prediction.boxes for x in (early, single, full))
     assert torch.equal(stopped, one)
     assert (nine - one).abs().max() > 1e-3
 
 
-def test_unknown_solver_and_negative_tolerance_are_errors(small_decoder):
-    with pytest.raises(ValueError, match="MODEL.DEQDET.SOLVER.NAME is 'Newton'.*FixedPointIteration"):
-        small_decoder("MODEL.DEQDET.SOLVER.NAME", "Newton")
-    with pytest.raises(ValueError, match="RTOL must not be negative"):
-        small_decoder("MODEL.DEQDET.SOLVER.RTOL", -1.0)
+def test_solvers_by_their_keys(small_decoder):
+    key = "MODEL.DEQDET.SOLVER"
+    numbers = f"{key}.DAMPING", 0.25, f"{key}.MEMORY", 7, f"{key}.REGULARIZATION", 1e-3, f"{key}.RETURN_BEST", True
+    plain, anderson, broyden = (
+        small_decoder(f"{key}.NAME", name, *numbers) for name in ("FixedPointIteration", "Anderson", "Broyden")
+    )
+    assert plain.solver == FixedPointIteration(damping=0.25)
+    assert anderson.solver == Anderson(memory=7, damping=0.25, regularization=1e-3)
+    assert broyden.solver == Broyden(memory=7)
+    assert broyden.return_best and not small_decoder().return_best
+    assert small_decoder().solver == FixedPointIteration()
 
 
-def test_nonfinite_iteration_is_reported(small_decoder, caplog):
+@pytest.mark.parametrize("key, value, message", [
+    ("NAME", "Newton", "SOLVER.NAME is 'Newton': it must be one of FixedPointIteration, Anderson, Broyden"),
+    ("RTOL", -1.0, "MODEL.DEQDET.SOLVER.RTOL must not be negative"),
+    ("DAMPING", 1.5, r"MODEL.DEQDET.SOLVER .NAME FixedPointIteration.: damping must lie in \(0, 1\], got 1.5"),
+])  # fmt: skip
+def test_bad_solver_keys_are_errors(small_decoder, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        small_decoder(f"MODEL.DEQDET.SOLVER.{key}", value)
+
+
+def pick(state: QueryState, image: int) -> QueryState:
+    return QueryState(state.position[image : image + 1], state.content[image : image + 1])
+
+
+@pytest.mark.parametrize("solver", [None, Anderson(memory=3)], ids=["plain", "anderson"])
+def test_images_that_converge_leave_the_batch(small_decoder, monkeypatch, solver):
+    decoder, (initial, features) = small_decoder(), make_problem(images=4)
+    sizes, forward = [], decoder.refinement.forward
+
+    def measure(state, levels):
+        sizes.append((len(state.content), len(levels[0])))
+        return forward(state, levels)
+
+    monkeypatch.setattr(decoder.refinement, "forward", measure)
+    with torch.no_grad():
+        start = decoder.initialize(initial, features)
+        free = decoder.solve(start, features, steps=30, solver=solver)
+        rtol = 1.001 * free.residuals[2:12].median().item()  # the images pass it at different steps
+        sizes.clear()
+        stopped = decoder.solve(start, features, steps=30, rtol=rtol, solver=solver)
+        alone = [
+            decoder.solve(pick(start, i), [x[i : i + 1] for x in features], steps=30, rtol=rtol, solver=solver)
+            for i in range(len(start.content))
+        ]
+    assert len(set(stopped.steps.tolist())) > 1 and stopped.steps.max() < 30
+    assert all(features == queries for queries, features in sizes)
+    assert sum(queries for queries, _ in sizes) == sum(int(x.steps) for x in alone) + stopped.steps.sum()
+    for i, single in enumerate(alone):
+        assert single.steps.item() == stopped.steps[i]
+        torch.testing.assert_close(stopped.value[i], single.value[0], rtol=0, atol=1e-9)
+
+
+def test_training_does_not_depend_on_the_solver(small_decoder):
+    problem = make_problem()
+    found = []
+    for name in ("FixedPointIteration", "Anderson"):
+        decoder = small_decoder("MODEL.DEQDET.SOLVER.NAME", name)
+        torch.manual_seed(0)
+        found.append(decoder.supervise(*problem))
+    for name, prediction in found[0].items():
+        assert torch.equal(prediction.logits, found[1][name].logits)
+
+
+def test_nonfinite_iteration_is_reported(small_decoder):
     decoder = small_decoder()
     initial, features = make_problem()
     with torch.no_grad():
         decoder.refinement.feedforward[0].weight.fill_(float("nan"))
-        boxes = decoder.decode(initial, features).boxes
-    assert boxes.isfinite().all()
-    assert f"non-finite in {len(boxes)} of {len(boxes)} images" in caplog.text
+        decoded = decoder.decode(initial, features)
+    assert decoded.prediction.boxes.isfinite().all()
+    assert not decoded.finite.any()
+    assert decoded.steps.tolist() == [1] * len(decoded.steps)

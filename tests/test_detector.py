@@ -9,7 +9,7 @@ from torch import nn
 
 from detectron2.modeling import build_model
 
-from deqdet.structures import Prediction
+from deqdet.structures import Decoded, Prediction
 
 
 class FixedDecoder(nn.Module):
@@ -19,8 +19,9 @@ class FixedDecoder(nn.Module):
         super().__init__()
         self.prediction = prediction
 
-    def decode(self, initial, features) -> Prediction:
-        return self.prediction
+    def decode(self, initial, features) -> Decoded:
+        finite = self.prediction.logits.isfinite().flatten(1).all(dim=1)
+        return Decoded(self.prediction, steps=torch.arange(len(finite)) + 3, finite=finite)
 
 
 # Preprocessing and initial queries
@@ -116,6 +117,27 @@ def test_the_number_of_detections(small_model, make_inputs, most):
         scores = found["instances"].scores
         assert len(scores) == min(most, 18)
         assert scores.tolist() == sorted(scores.tolist(), reverse=True)
+
+
+@torch.no_grad()
+def test_steps_of_each_image(small_model, make_inputs):
+    model = small_model("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 7).eval()
+    assert [int(x["steps"]) for x in model(strip(make_inputs(0, 0)))] == [7, 7]
+    model.decoder.rtol = 1e9  # above any first residual
+    assert [int(x["steps"]) for x in model(strip(make_inputs(0, 0)))] == [1, 1]
+    for name in ("StackedDecoder", "RecurrentDecoder"):
+        model = small_model("MODEL.DEQDET.DECODER", name, "MODEL.DEQDET.NUM_LAYERS", 4).eval()
+        assert [int(x["steps"]) for x in model(strip(make_inputs(0, 0)))] == [3, 3]
+
+
+@torch.no_grad()
+def test_images_that_left_the_finite_numbers_are_counted(small_model, make_inputs, caplog):
+    model = fixed_model(small_model, [[0.0, 0.0, 9.0, 9.0]], [[1.0, math.nan, 0.0]])
+    model(strip(make_inputs(0)))
+    assert "infinite or NaN in 1 of 1 images" in caplog.text
+    caplog.clear()
+    fixed_model(small_model, [[0.0, 0.0, 9.0, 9.0]], [[1.0, 2.0, 0.0]])(strip(make_inputs(0)))
+    assert "NaN" not in caplog.text
 
 
 def test_detections_with_gradient(small_model, make_inputs):

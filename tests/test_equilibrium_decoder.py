@@ -80,10 +80,10 @@ def test_no_extra_supervision():
 
 def test_decoding_takes_test_steps_without_noise():
     decoder = toy_decoder(kind="multi-step")
-    assert read(decoder.decode(INITIAL, FEATURES)) == (2 + 2 / 8, 113.0)
+    assert read(decoder.decode(INITIAL, FEATURES).prediction) == (2 + 2 / 8, 113.0)
     assert (len(decoder.initialization.calls), len(decoder.refinement.calls)) == (1, 3)
     decoder.test_steps = 5
-    assert read(decoder.decode(INITIAL, FEATURES)) == (2 + 2 / 32, 115.0)
+    assert read(decoder.decode(INITIAL, FEATURES).prediction) == (2 + 2 / 32, 115.0)
 
 
 @pytest.mark.parametrize("checkpointed, segments, recomputed", [(False, 2, 0), (True, 2 * 3, 2 * 3)])

@@ -92,7 +92,7 @@ def test_detections_of_deqdet(build):
     with torch.no_grad():
         images = model.preprocess(inputs(expected))
         features, initial = model.encode(images)
-        prediction = model.decoder.decode(initial, features)
+        prediction = model.decoder.decode(initial, features).prediction
     found = top_detections(prediction, images.image_sizes, model.max_detections)
     assert [len(x) for x in found] == [12, 12]
     compare_detections(found, expected)

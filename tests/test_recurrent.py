@@ -32,7 +32,7 @@ def test_predictions_by_hand():
 
 def test_decoding_gives_the_last_steps_prediction():
     decoder = toy_decoder()
-    assert read(decoder.decode(INITIAL, FEATURES)) == (2.25, 113.0)
+    assert read(decoder.decode(INITIAL, FEATURES).prediction) == (2.25, 113.0)
     assert decoder.initialization.calls == [True] and decoder.refinement.calls == [True] * 3
 
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_fits_the_equilibrium_decoder_and_back(small_decoder, layer
         parameter.zero_()
     equilibrium.load_state_dict(recurrent.state_dict(), strict=True)
     problem = make_problem()
-    expected, found = recurrent.decode(*problem), equilibrium.decode(*problem)
+    expected, found = recurrent.decode(*problem).prediction, equilibrium.decode(*problem).prediction
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-11)
     torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=1e-9)
     recurrent.load_state_dict(equilibrium.state_dict(), strict=True)

@@ -39,7 +39,7 @@ class RunningMean:
     """y_t is the mean of all images so far: it needs its memory, and both the value and the image."""
 
     def init(self, value):
-        return torch.zeros_like(value), 0
+        return torch.zeros_like(value), torch.zeros_like(value[:, :1])
 
     def step(self, value, image, memory):
         total, count = memory[0] + image, memory[1] + 1
@@ -50,10 +50,10 @@ class HalfWay:
     """y <- (y + f(y)) / 2."""
 
     def init(self, value):
-        return None
+        return ()
 
     def step(self, value, image, memory):
-        return (value + image) / 2, None
+        return (value + image) / 2, ()
 
 
 def test_first_iterates_and_residuals_by_hand():
@@ -240,10 +240,11 @@ def test_the_initial_value_is_not_written_to():
 
 
 def test_the_solver_gets_value_image_and_memory():
-    # f(y) = 1 - y from 0. Means of the images: 1; (1 + 0) / 2; (1 + 0 + 1/2) / 3. Then f(1/2) = 1/2.
+    # f(y) = 1 - y from 0. Iterates, the means of the images so far: 1; (1 + 0) / 2, which is the fixed point.
+    # What is given are images: f(0), f(1), f(1/2).
     initial = torch.zeros(1, 1)
     means = solve(lambda y: 1 - y, initial, solver=RunningMean(), max_steps=9, rtol=1e-4, record=[1, 2, 3])
-    assert [means.recorded[t].item() for t in (1, 2, 3)] == [1.0, 0.5, 0.5]
+    assert [means.recorded[t].item() for t in (1, 2, 3)] == [1.0, 0.0, 0.5]
     assert means.steps.item() == 3 and means.status.item() == Status.CONVERGED
     # From 4: f = -3, half way 1/2, which stays. The residuals, 7/3 and 0, are the map's, not the solver's.
     half = solve(lambda y: 1 - y, torch.full((1, 1), 4.0), solver=HalfWay(), max_steps=2)
@@ -259,6 +260,78 @@ def test_bfloat16_state():
     assert solution.value.tolist() == [[1.75]] * 2
     assert solution.residuals.dtype == torch.float32
     assert solution.residuals[:, 0].tolist() == pytest.approx([1.0, 1 / 3, 1 / 7], rel=1e-6)
+
+
+def test_the_best_iterate_is_given():
+    # Heron's rule for the root of 2 from 1, but its third image is spoilt: 1 -> 3/2 -> 17/12 -> 100 -> ...
+    def heron(flat):
+        return torch.full_like(flat, 100.0) if function.calls == 3 else (flat + 2 / flat) / 2
+
+    results = {}
+    for best in (True, False):
+        function = Counting(heron)
+        results[best] = solve(
+            function, torch.ones(1, 1, dtype=torch.float64), solver=PLAIN, max_steps=4, best=best, record=range(5)
+        )
+    assert results[False].value.item() == (100 + 2 / 100) / 2
+    # Residuals 1/3, 1/17, 0.986, 0.9996: the second step took f(3/2) = 17/12 in, and no later one does better.
+    assert results[True].residuals.flatten().tolist() == pytest.approx([1 / 3, 1 / 17, 0.98583, 0.9996], abs=1e-4)
+    assert results[True].value.item() == pytest.approx(17 / 12)
+    assert [results[True].recorded[t].item() for t in range(5)] == pytest.approx([1, 3 / 2] + [17 / 12] * 3)
+    assert results[True].steps.item() == 4
+
+
+def test_the_best_of_each_sample():
+    # y -> a - y swings between y and a - y for ever: its residual is |a - 2 y| / |a - y| from y, and from a - y
+    # |a - 2 y| / |y|: the image with the larger size is best, whichever step it comes from.
+    initial = torch.tensor([[1.0], [9.0]])
+    solution = solve(lambda y: 10 - y, initial, solver=PLAIN, max_steps=6, best=True)
+    assert solution.value.tolist() == [[9.0], [9.0]]  # steps 1, 3, 5 of the first and 2, 4, 6 of the second
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("solver", [PLAIN, RunningMean()], ids=["plain", "running mean"])
+def test_stopped_samples_leave_the_batch(solver, best):
+    # Targets 2, 4, 6, 8, and rates that stop the samples one after the other; the third fails at its second step.
+    rates, offsets = torch.tensor([[0.0], [0.5], [0.1], [0.9]]), torch.tensor([[2.0], [2.0], [5.4], [0.8]])
+    sizes = []
+
+    def restrict(rows):
+        def function(flat):
+            sizes.append(len(flat))
+            image = rates[rows] * flat + offsets[rows]
+            return torch.where((rows == 2)[:, None] & (flat > 3), math.nan, image)
+
+        return function
+
+    everything = restrict(torch.arange(4))
+    arguments = {"solver": solver, "max_steps": 60, "rtol": 1e-2, "record": [0, 1, 7, 60], "best": best}
+    initial = torch.full((4, 1), 3.0)
+    stayed = solve(everything, initial, **arguments)
+    computed_before, sizes[:] = sum(sizes), []
+    left = solve(everything, initial, restrict=restrict, **arguments)
+    assert torch.equal(left.value, stayed.value) and torch.equal(left.status, stayed.status)
+    assert torch.equal(left.steps, stayed.steps)
+    torch.testing.assert_close(left.residuals, stayed.residuals, rtol=0, atol=0, equal_nan=True)
+    assert all(torch.equal(left.recorded[t], stayed.recorded[t]) for t in stayed.recorded)
+    assert left.status.tolist().count(Status.NONFINITE) == 1 and left.status[2] == Status.NONFINITE
+    assert sum(sizes) == left.steps.sum() < computed_before
+    assert sizes[0] == 4 and sizes == sorted(sizes, reverse=True)
+
+
+def test_without_a_tolerance_nothing_leaves_the_batch():
+    def restrict(rows):
+        raise AssertionError("restricted")
+
+    solution = solve(torch.cos, torch.zeros(2, 1), solver=PLAIN, max_steps=50, restrict=restrict)
+    assert solution.steps.tolist() == [50, 50]
+
+
+def test_a_value_that_overflows_a_norm_has_not_converged():
+    # The squares of 2^80 are beyond float32: the residual is still 1/2.
+    solution = solve(lambda y: 2 * y, torch.full((1, 3), 2.0**80), solver=PLAIN, max_steps=20, rtol=1e-3)
+    assert solution.status.item() == Status.MAX_STEPS
+    assert solution.residuals.flatten().tolist() == pytest.approx([0.5] * 20)
 
 
 def test_relative_residual_by_hand():

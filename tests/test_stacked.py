@@ -30,7 +30,7 @@ def test_predictions_by_hand():
 
 def test_decoding_gives_the_last_layers_prediction():
     decoder = toy_decoder()
-    assert read(decoder.decode(INITIAL, FEATURES)) == (2.75, 121.0)
+    assert read(decoder.decode(INITIAL, FEATURES).prediction) == (2.75, 121.0)
     assert [layer.calls for layer in decoder.layers] == [[True]] * 3
 
 

@@ -85,10 +85,14 @@ def _add_equilibrium_keys(deqdet: CN) -> None:
     # grow with Omega. False: all in one batch, which is faster.
     deqdet.EQUILIBRIUM.CHECKPOINT_SEGMENTS = False
 
-    deqdet.SOLVER = CN()
-    deqdet.SOLVER.NAME = "FixedPointIteration"  # a name in SOLVER_REGISTRY
-    # At test time, the relative residual ||f(y) - y|| / ||f(y)|| at which an image stops; 0: all TEST_STEPS are taken.
+    deqdet.SOLVER = CN()  # at test time; training iterates plainly
+    deqdet.SOLVER.NAME = "FixedPointIteration"  # a name in SOLVER_REGISTRY: that, "Anderson" or "Broyden"
+    deqdet.SOLVER.DAMPING = 1.0  # beta of FixedPointIteration and Anderson: how far y goes towards f(y); 1: no damping
+    deqdet.SOLVER.MEMORY = 4  # m: iterates that Anderson combines, rank-one terms that Broyden keeps
+    deqdet.SOLVER.REGULARIZATION = 1e-6  # of Anderson's least-squares problem, whose columns have norm 1
+    # The relative residual ||f(y) - y|| / ||f(y)|| at which an image stops; 0: all TEST_STEPS are taken.
     deqdet.SOLVER.RTOL = 0.0
+    deqdet.SOLVER.RETURN_BEST = False  # True: f(y) of the iterate y with the smallest residual, not of the last one
 
     deqdet.PERTURBATION = CN()
     deqdet.PERTURBATION.KIND = "multi-step"  # multi-step (the paper's), one-step, zero-step (Table 4e) or none

@@ -1,5 +1,7 @@
 """The meta architecture: every detector of the paper, by its refinement layer and its decoder."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ from .decoders import build_decoder
 from .inference import top_detections
 from .queries import InitialQueries
 from .structures import QueryState, Targets
+
+logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -93,7 +97,7 @@ class DEQDet(nn.Module):
                     module.eval()
         return self
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """detectron2's protocol.
 
         Args:
@@ -102,8 +106,9 @@ class DEQDet(nn.Module):
                 original image in pixels, to which detections are scaled (inference, default the input's size).
 
         Returns:
-            In training the weighted losses, to be summed; else per image {"instances": Instances} with
-            pred_boxes (xyxy, pixels), scores and pred_classes, best first.
+            In training the weighted losses, to be summed; else per image "instances" with
+            pred_boxes (xyxy, pixels), scores and pred_classes, best first; "steps": () int64, the
+            layers that the image went through after the first.
         """
         images = self.preprocess(batched_inputs)
         features, initial = self.encode(images)
@@ -111,9 +116,12 @@ class DEQDet(nn.Module):
             targets = Targets.from_instances([x["instances"] for x in batched_inputs], self.device)
             names = [x.get("file_name", "") for x in batched_inputs]
             return self.criterion(self.decoder.supervise(initial, features), targets, names)
-        prediction = self.decoder.decode(initial, features)
-        detections = top_detections(prediction, images.image_sizes, self.max_detections)
-        return [self._postprocess(*x) for x in zip(detections, batched_inputs, strict=True)]
+        decoded = self.decoder.decode(initial, features)
+        detections = top_detections(decoded.prediction, images.image_sizes, self.max_detections)
+        found = [self._postprocess(*x) for x in zip(detections, batched_inputs, strict=True)]
+        if failed := int((~decoded.finite).sum()):  # last, since it waits for the device
+            logger.warning("The states became infinite or NaN in %d of %d images.", failed, len(found))
+        return [{"instances": x, "steps": steps} for x, steps in zip(found, decoded.steps, strict=True)]
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, and pad on the right and bottom to the backbone's size divisibility."""
@@ -127,7 +135,6 @@ class DEQDet(nn.Module):
         return [levels[name] for name in self.in_features], self.queries(sizes.to(self.device))
 
     @staticmethod
-    def _postprocess(detections: Instances, inputs: dict) -> dict[str, Instances]:
+    def _postprocess(detections: Instances, inputs: dict) -> Instances:
         height, width = detections.image_size
-        scaled = detector_postprocess(detections, inputs.get("height", height), inputs.get("width", width))
-        return {"instances": scaled}
+        return detector_postprocess(detections, inputs.get("height", height), inputs.get("width", width))

@@ -55,6 +55,15 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """What a decoder returns at test time."""
+
+    prediction: Prediction
+    steps: Tensor  # (B,)  int64, layers that each image went through after the first
+    finite: Tensor  # (B,)  bool, False where the states became infinite or NaN
+
+
+@dataclass(frozen=True)
 class Targets:
     """The batch's ground truth, padded to its largest number of boxes M, which may be 0."""
 

@@ -4,8 +4,9 @@ Each has the same two methods: `supervise` for training and `decode` for inferen
 """
 
 from .base import DECODER_REGISTRY, build_decoder
-from .equilibrium import SOLVER_REGISTRY, EquilibriumDecoder, Supervision
+from .equilibrium import EquilibriumDecoder, Supervision
 from .recurrent import RecurrentDecoder
+from .solvers import SOLVER_REGISTRY, build_solver
 from .stacked import StackedDecoder
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "StackedDecoder",
     "Supervision",
     "build_decoder",
+    "build_solver",
 ]

@@ -1,6 +1,6 @@
 """DEQDet's decoder: the fixed point of one refinement layer."""
 
-import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -9,19 +9,13 @@ from torch.utils.checkpoint import checkpoint
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.utils.registry import Registry
 
 from ..equilibrium import FixedPointIteration, Map, Phantom, Solution, Solver, Status, solve
-from ..layers import RefinementLayer, build_refinement_layer, look_up
+from ..layers import RefinementLayer, build_refinement_layer
 from ..perturbation import Perturbation
-from ..structures import Prediction, QueryState
+from ..structures import Decoded, Prediction, QueryState
 from .base import DECODER_REGISTRY, run_layers
-
-logger = logging.getLogger(__name__)
-
-SOLVER_REGISTRY = Registry("SOLVER")
-SOLVER_REGISTRY.__doc__ = "Solvers of deqdet.equilibrium, called without arguments."
-SOLVER_REGISTRY.register(FixedPointIteration)
+from .solvers import build_solver
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,7 @@ class EquilibriumDecoder(nn.Module):
         solver: Solver,
         test_steps: int,
         rtol: float = 0.0,
+        return_best: bool = False,
         supervision: Supervision,
         estimator: Phantom,
         perturbation: Perturbation,
@@ -72,8 +67,9 @@ class EquilibriumDecoder(nn.Module):
         """
         Args:
             initialization: g; None starts f at the initial queries.
+            solver: of `solve` and `decode`. Training iterates plainly (Algorithm 1).
             test_steps: T_infer.
-            rtol: of `decode`, see MODEL.DEQDET.SOLVER.RTOL.
+            rtol, return_best: of `decode`, see MODEL.DEQDET.SOLVER.
             estimator: k steps of gradient at each point of Omega.
             checkpoint_segments: trade time for memory, see MODEL.DEQDET.EQUILIBRIUM.CHECKPOINT_SEGMENTS.
 
@@ -95,6 +91,7 @@ class EquilibriumDecoder(nn.Module):
         self.solver = solver
         self.test_steps = test_steps
         self.rtol = rtol
+        self.return_best = return_best
         self.supervision = supervision
         self.estimator = estimator
         self.perturbation = perturbation
@@ -109,8 +106,9 @@ class EquilibriumDecoder(nn.Module):
         return {
             "initialization": initialization,
             "refinement": build_refinement_layer(cfg, input_shapes, initialization=False),
-            "solver": look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME", cfg.MODEL.DEQDET.SOLVER.NAME)(),
+            "solver": build_solver(cfg),
             "rtol": cfg.MODEL.DEQDET.SOLVER.RTOL,
+            "return_best": cfg.MODEL.DEQDET.SOLVER.RETURN_BEST,
             "test_steps": equilibrium.TEST_STEPS,
             "supervision": Supervision(
                 train_steps=equilibrium.TRAIN_STEPS,
@@ -132,21 +130,58 @@ class EquilibriumDecoder(nn.Module):
         """y_0 = g(x, y_0-) (Eq. 7); the initial queries themselves without a g."""
         return initial if self.initialization is None else self.initialization(initial, features)
 
-    def solve(self, start: QueryState, features: list[Tensor], *, steps: int, rtol: float = 0.0) -> Solution:
-        """At most `steps` applications of f from y_0, without noise, on packed states (see QueryState.pack)."""
-        function = self._packed_refinement(features, start.content.shape[1])
-        return solve(function, start.pack(), solver=self.solver, max_steps=steps, rtol=rtol)
+    def packed_refinement(self, features: list[Tensor], num_queries: int) -> Map:
+        """f on packed states (B, N * (4 + C)). It detaches the position that it receives from another layer."""
 
-    def decode(self, initial: QueryState, features: list[Tensor]) -> Prediction:
-        """Predictions at the last of at most `test_steps` iterates.
+        def function(flat: Tensor) -> Tensor:
+            state = QueryState.unpack(flat, num_queries).detach_position()
+            return self.refinement(state, features).pack()
 
-        An image whose iteration became non-finite is predicted from its last finite iterate, with a warning.
+        return function
+
+    def solve(
+        self,
+        start: QueryState,
+        features: list[Tensor],
+        *,
+        steps: int,
+        rtol: float = 0.0,
+        record: Collection[int] = (),
+        solver: Solver | None = None,
+    ) -> Solution:
+        """At most `steps` applications of f from y_0, without noise, on packed states (see QueryState.pack).
+
+        With rtol > 0 an image that has converged leaves the batch.
+
+        Args:
+            record: steps whose states to keep.
+            solver: in place of the decoder's own.
+        """
+        num_queries = start.content.shape[1]
+
+        def restrict(rows: Tensor) -> Map:
+            return self.packed_refinement([level[rows] for level in features], num_queries)
+
+        return solve(
+            self.packed_refinement(features, num_queries),
+            start.pack(),
+            solver=self.solver if solver is None else solver,
+            max_steps=steps,
+            rtol=rtol,
+            record=record,
+            best=self.return_best,
+            restrict=restrict,
+        )
+
+    def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
+        """Predictions after at most `test_steps` applications of f.
+
+        An image whose iteration became non-finite is predicted from its last finite state.
         """
         start = self.initialize(initial, features)
         solution = self.solve(start, features, steps=self.test_steps, rtol=self.rtol)
-        if failed := int((solution.status == Status.NONFINITE).sum()):
-            logger.warning("The iteration became non-finite in %d of %d images.", failed, len(solution.status))
-        return self.refinement.predict(QueryState.unpack(solution.value, start.content.shape[1]))
+        state = QueryState.unpack(solution.value, start.content.shape[1])
+        return Decoded(self.refinement.predict(state), solution.steps, solution.status != Status.NONFINITE)
 
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
         """All predictions to be supervised: "init" of g, "init+i" for i = 1..h, "step<t>" for t in Omega."""
@@ -164,7 +199,7 @@ class EquilibriumDecoder(nn.Module):
         num_queries = start.content.shape[1]
         with torch.no_grad():
             points = self._perturbed_points(start, features)
-        refine = self._packed_refinement(features, num_queries)
+        refine = self.packed_refinement(features, num_queries)
 
         def segment(flat: Tensor) -> Prediction:
             return self.refinement.predict(QueryState.unpack(self.estimator(refine, flat), num_queries))
@@ -180,7 +215,7 @@ class EquilibriumDecoder(nn.Module):
     def _perturbed_points(self, start: QueryState, features: list[Tensor]) -> list[Tensor]:
         """The perturbed states at Omega, each (B, N * (4 + C)) packed."""
         kind, steps, num_queries = self.perturbation.kind, self.supervision.steps, start.content.shape[1]
-        refine = self._packed_refinement(features, num_queries)
+        refine = self.packed_refinement(features, num_queries)
 
         def perturb(flat: Tensor) -> Tensor:
             return self.perturbation(QueryState.unpack(flat, num_queries)).pack()
@@ -190,19 +225,10 @@ class EquilibriumDecoder(nn.Module):
 
         function = perturb_and_refine if kind == "multi-step" else refine  # Eq. 15: noise travels with the path
         record = [t - 1 for t in steps] if kind == "one-step" else steps
-        path = solve(function, start.pack(), solver=self.solver, max_steps=steps[-1], record=record)
+        path = solve(function, start.pack(), solver=FixedPointIteration(), max_steps=steps[-1], record=record)
         points = [path.recorded[t] for t in record]
         if kind == "one-step":  # Eq. 14: noise projected by f once; the path itself stays clean
             points = [perturb_and_refine(x) for x in points]
         elif kind == "zero-step":  # Eq. 13: plain noise on the supervised state
             points = [perturb(x) for x in points]
         return points
-
-    def _packed_refinement(self, features: list[Tensor], num_queries: int) -> Map:
-        """f on packed states. It detaches the position that it receives from another layer."""
-
-        def function(flat: Tensor) -> Tensor:
-            state = QueryState.unpack(flat, num_queries).detach_position()
-            return self.refinement(state, features).pack()
-
-        return function

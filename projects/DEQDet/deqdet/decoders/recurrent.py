@@ -8,8 +8,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
 from ..layers import RefinementLayer, build_refinement_layer
-from ..structures import Prediction, QueryState
-from .base import DECODER_REGISTRY, run_layers
+from ..structures import Decoded, Prediction, QueryState
+from .base import DECODER_REGISTRY, decode_last, run_layers
 
 
 @DECODER_REGISTRY.register()
@@ -45,10 +45,9 @@ class RecurrentDecoder(nn.Module):
             "num_layers": cfg.MODEL.DEQDET.NUM_LAYERS,
         }
 
-    def decode(self, initial: QueryState, features: list[Tensor]) -> Prediction:
+    def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
         """The last step's prediction."""
-        *_, (layer, state) = self._run(initial, features)
-        return layer.predict(state)
+        return decode_last(self._run(initial, features))
 
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
         """All predictions: "init" of g, then "step1" to "step<T - 1>"."""

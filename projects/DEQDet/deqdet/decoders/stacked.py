@@ -6,8 +6,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
 from ..layers import RefinementLayer, build_refinement_layer
-from ..structures import Prediction, QueryState
-from .base import DECODER_REGISTRY, run_layers
+from ..structures import Decoded, Prediction, QueryState
+from .base import DECODER_REGISTRY, decode_last, run_layers
 
 
 @DECODER_REGISTRY.register()
@@ -33,10 +33,9 @@ class StackedDecoder(nn.Module):
         count = cfg.MODEL.DEQDET.NUM_LAYERS
         return {"layers": [build_refinement_layer(cfg, input_shapes, initialization=i == 0) for i in range(count)]}
 
-    def decode(self, initial: QueryState, features: list[Tensor]) -> Prediction:
+    def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
         """The last layer's prediction."""
-        *_, (layer, state) = run_layers(self.layers, initial, features)
-        return layer.predict(state)
+        return decode_last(run_layers(self.layers, initial, features))
 
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
         """The predictions of all layers: "layer1" to "layer<T>"."""

@@ -2,9 +2,11 @@
 
 from .estimators import Implicit, Phantom, Unrolled
 from .solve import Map, Solution, Solver, Status, relative_residual, solve
-from .solvers import FixedPointIteration
+from .solvers import Anderson, Broyden, FixedPointIteration
 
 __all__ = [
+    "Anderson",
+    "Broyden",
     "FixedPointIteration",
     "Implicit",
     "Map",

@@ -20,20 +20,23 @@ class Status(enum.IntEnum):
 
 
 class Solver(Protocol):
-    """A frozen record of a solver's numbers. `memory` is what one step hands to the next."""
+    """A frozen record of a solver's numbers. `memory` is what one step hands to the next: tensors (B, ...)."""
 
-    def init(self, value: Tensor) -> Any:
+    def init(self, value: Tensor) -> tuple[Tensor, ...]:
         """The memory before the first step, for value (B, D)."""
 
-    def step(self, value: Tensor, image: Tensor, memory: Any) -> tuple[Tensor, Any]:
+    def step(self, value: Tensor, image: Tensor, memory: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The next iterate from value (B, D) and image = map(value) (B, D), and the next memory."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Where the iteration came to, for B samples of D numbers after at most T steps."""
+    """Where the iteration came to, for B samples of D numbers after at most T steps.
 
-    value: Tensor  # (B, D)
+    What it gives, also at the recorded steps, are images f(y): a solver's extrapolation is never given unapplied.
+    """
+
+    value: Tensor  # (B, D)  f of the last iterate, or of the one with the smallest residual
     status: Tensor  # (B,)  int64, of Status
     steps: Tensor  # (B,)  int64, applications of the map that the sample took part in
     residuals: Tensor  # (t, B)  relative residual of each step's input; t < T if all samples stopped early
@@ -51,13 +54,22 @@ def relative_residual(value: Tensor, image: Tensor) -> Tensor:
         (B,) in float32, or float64 if the state is; 0 where both are 0, very large or inf where f(y) alone is.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
-    change = torch.linalg.vector_norm(image - value, dim=1, dtype=dtype)
-    size = torch.linalg.vector_norm(image, dim=1, dtype=dtype)
+    unit = image.abs().amax(dim=1, keepdim=True).to(dtype).clamp(min=torch.finfo(dtype).tiny)  # lest squares overflow
+    change = torch.linalg.vector_norm((image - value) / unit, dim=1)
+    size = torch.linalg.vector_norm(image / unit, dim=1)
     return change / size.clamp(min=torch.finfo(dtype).tiny)
 
 
 def solve(
-    function: Map, initial: Tensor, *, solver: Solver, max_steps: int, rtol: float = 0.0, record: Collection[int] = ()
+    function: Map,
+    initial: Tensor,
+    *,
+    solver: Solver,
+    max_steps: int,
+    rtol: float = 0.0,
+    record: Collection[int] = (),
+    best: bool = False,
+    restrict: Callable[[Tensor], Map] | None = None,
 ) -> Solution:
     """Iterate towards y* = f(y*) (Eq. 6), f being `function`.
 
@@ -69,7 +81,10 @@ def solve(
         solver: how the next iterate follows from y and f(y).
         max_steps: T, the most applications of f.
         rtol: relative residual at which a sample has converged.
-        record: the steps t whose iterate y_t to keep; a sample that stopped before t gives its last value.
+        record: the steps t to record: what the result would be with max_steps = t.
+        best: give f(y) of the iterate y with the smallest residual so far, not of the last one.
+        restrict: f for some of the samples, from their indices (b,) into the batch; with it, samples that have
+            stopped are no longer computed.
 
     Raises:
         ValueError: max_steps or rtol is negative, or a recorded step lies outside 0..max_steps.
@@ -79,30 +94,71 @@ def solve(
     if outside := [t for t in record if not 0 <= t <= max_steps]:
         raise ValueError(f"recorded steps must lie in 0..{max_steps} (max_steps), got {sorted(outside)}")
 
-    value, memory = initial, solver.init(initial)
-    status = torch.full_like(initial[:, 0], Status.MAX_STEPS, dtype=torch.int64)
-    steps = torch.zeros_like(status)
-    residuals: list[Tensor] = []
-    recorded = {0: initial} if 0 in record else {}
+    books = _Books(initial, rtol, best)
+    value, memory, rows = initial, solver.init(initial), slice(None)
     for step in range(1, max_steps + 1):
-        active = status == Status.MAX_STEPS
-        if rtol > 0 and not active.any():
-            break
+        active = books.status[rows] == Status.MAX_STEPS
+        if rtol > 0:
+            if not active.any():
+                break
+            if restrict is not None and not active.all():
+                rows = (books.status == Status.MAX_STEPS).nonzero()[:, 0]
+                function = restrict(rows)
+                value, memory, active = value[active], tuple(part[active] for part in memory), active[active]
         image = function(value)
-        residual = relative_residual(value, image)
         proposal, memory = solver.step(value, image, memory)
-        finite = image.isfinite().all(dim=1)
-        value = torch.where((active & finite)[:, None], proposal, value)
-        status = status.masked_fill(active & ~finite, Status.NONFINITE)
-        status = status.masked_fill(active & (residual < rtol), Status.CONVERGED)
-        steps = steps + active
-        residuals.append(residual if not residuals else torch.where(active, residual, residuals[-1]))
+        usable = active & image.isfinite().all(dim=1)
+        books.enter(rows, active, usable, image, relative_residual(value, image))
+        value = torch.where(usable[:, None], proposal, value)
         if step in record:
-            recorded[step] = value
-    return Solution(
-        value=value,
-        status=status,
-        steps=steps,
-        residuals=torch.stack(residuals) if residuals else relative_residual(value, value)[None][:0],
-        recorded={t: recorded.get(t, value) for t in sorted(record)},
-    )
+            books.record(step)
+    return books.close(record)
+
+
+class _Books:
+    """What becomes a Solution. `rows` are the samples that a step computed."""
+
+    def __init__(self, initial: Tensor, rtol: float, best: bool):
+        self.status = torch.full_like(initial[:, 0], Status.MAX_STEPS, dtype=torch.int64)
+        self._rtol, self._best = rtol, best
+        self._value = initial.clone()
+        self._steps = torch.zeros_like(self.status)
+        self._residual = torch.full_like(relative_residual(initial, initial), torch.inf)
+        self._lowest = self._residual.clone()
+        self._residuals: list[Tensor] = []
+        self._recorded = {0: initial}
+
+    def enter(
+        self, rows: Tensor | slice, active: Tensor, usable: Tensor, image: Tensor, residual: Tensor
+    ) -> None:
+        """One step.
+
+        Args:
+            active: (b,) samples that had not stopped before it.
+            usable: (b,) those of them whose image is finite.
+            image: (b, D).
+            residual: (b,).
+        """
+        self._steps[rows] += active
+        self._residual[rows] = torch.where(active, residual, self._residual[rows])
+        self._residuals.append(self._residual.clone())
+        status = self.status[rows].masked_fill(active & ~usable, Status.NONFINITE)
+        self.status[rows] = status.masked_fill(usable & (residual < self._rtol), Status.CONVERGED)
+        if self._best:
+            usable = usable & (residual < self._lowest[rows])
+            self._lowest[rows] = torch.where(usable, residual, self._lowest[rows])
+        self._value[rows] = torch.where(usable[:, None], image, self._value[rows])
+
+    def record(self, step: int) -> None:
+        """Keep the value as it is after this step."""
+        self._recorded[step] = self._value.clone()
+
+    def close(self, record: Collection[int]) -> Solution:
+        """The result; recorded steps that were not reached have the last value."""
+        return Solution(
+            value=self._value,
+            status=self.status,
+            steps=self._steps,
+            residuals=torch.stack(self._residuals) if self._residuals else self._residual[None][:0],
+            recorded={t: self._recorded.get(t, self._value) for t in sorted(record)},
+        )

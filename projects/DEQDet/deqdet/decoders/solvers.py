@@ -1,0 +1,31 @@
+"""Solvers by their config name."""
+
+from dataclasses import fields
+
+from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
+
+from ..equilibrium import Anderson, Broyden, FixedPointIteration, Solver
+from ..layers import look_up
+
+SOLVER_REGISTRY = Registry("SOLVER")
+SOLVER_REGISTRY.__doc__ = """
+Solvers (see deqdet.equilibrium.Solver): dataclasses whose fields have the names, in lower case, of the keys of
+MODEL.DEQDET.SOLVER that they read.
+"""
+for _solver in (FixedPointIteration, Anderson, Broyden):
+    SOLVER_REGISTRY.register(_solver)
+
+
+def build_solver(cfg: CfgNode) -> Solver:
+    """The solver that MODEL.DEQDET.SOLVER.NAME names, with its numbers from the keys beside it.
+
+    Raises:
+        ValueError: an unknown name, or a number out of range.
+    """
+    options = cfg.MODEL.DEQDET.SOLVER
+    solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME", options.NAME)
+    try:
+        return solver(**{field.name: options[field.name.upper()] for field in fields(solver)})
+    except ValueError as error:
+        raise ValueError(f"MODEL.DEQDET.SOLVER (NAME {options.NAME}): {error}") from error

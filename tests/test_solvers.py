@@ -1,0 +1,209 @@
+"""Every solver on problems with known answers."""
+
+import math
+
+import pytest
+import torch
+
+from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, Status, solve
+
+SOLVERS = {
+    "plain": FixedPointIteration(),
+    "damped": FixedPointIteration(damping=0.5),
+    "anderson2": Anderson(memory=2),
+    "anderson4": Anderson(memory=4),
+    "anderson damped": Anderson(memory=4, damping=0.7),
+    "broyden": Broyden(memory=4),
+}
+ACCELERATED = {name: solver for name, solver in SOLVERS.items() if name.startswith(("anderson", "broyden"))}
+
+# Eigenvalues from -0.5 to 0.98 in directions that are no axes.
+BASIS = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+STIFF = BASIS @ torch.diag(torch.linspace(-0.5, 0.98, 20, dtype=torch.float64)) @ BASIS.T
+STIFF_POINT = torch.linalg.solve(torch.eye(20, dtype=torch.float64) - STIFF, torch.ones(20, dtype=torch.float64))
+LINEAR = torch.tensor([[0.5, 0.25], [0.0, 0.5]], dtype=torch.float64)
+
+
+def linear(flat):
+    return flat @ LINEAR.T.to(flat) + flat.new_tensor([1.0, 2.0])
+
+
+def stiff(flat):
+    return flat @ STIFF.T.to(flat) + 1
+
+
+def rotation(flat):
+    """A quarter turn about (1, 0): a 4-cycle from anywhere else. Its eigenvalues are +-i."""
+    x, y = flat.unbind(1)
+    return torch.stack([1 - y, x - 1], dim=1)
+
+
+def logistic(flat):
+    """From 0.6 plain iteration falls into a 2-cycle around the fixed point 1 - 1/3.2 = 0.6875."""
+    return 3.2 * flat * (1 - flat)
+
+
+def broken(flat):
+    return flat * math.nan
+
+
+def breaks_later(flat):
+    """-2 sqrt(y) + 8 has the fixed point 4, but from 20 the first image is below 0."""
+    return 8 - 2 * flat.sqrt()
+
+
+def exploding(flat):
+    return flat.exp() + flat**2 + 1
+
+
+CONVERGES, CYCLES, FAILS = Status.CONVERGED, Status.MAX_STEPS, Status.NONFINITE
+# Map, initial sample, fixed point, and each solver's verdict after 600 steps: one for all, or a dict of exceptions.
+PROBLEMS = {
+    "linear": (linear, [0.0, -300.0], [4.0, 4.0], CONVERGES),
+    "cosine": (torch.cos, [1.0, 0.2], [0.7390851332151607] * 2, CONVERGES),
+    "stiff": (stiff, [0.0] * 20, STIFF_POINT.tolist(), {"damped": CYCLES, "plain": CYCLES}),
+    "two-cycle": (logistic, [0.6], [0.6875], {"plain": CYCLES}),
+    "reflection": (lambda y: 6 - y, [1.0, 5.5], [3.0, 3.0], {"plain": CYCLES}),
+    "four-cycle": (rotation, [3.0, 4.0], [1.0, 0.0], {"plain": CYCLES}),
+    "constant": (lambda y: torch.full_like(y, 7.0), [0.0, 9.0], [7.0, 7.0], CONVERGES),
+    "nan": (broken, [1.0, 2.0], None, FAILS),
+    "nan in one number": (lambda y: y * y.new_tensor([1.0, math.nan]), [1.0, 2.0], None, FAILS),
+    # -0.94 is the first image; half of the way to it is still above 0.
+    "nan at the second step": (breaks_later, [20.0], [4.0], {name: FAILS for name in SOLVERS if "damped" not in name}),
+    "exploding": (exploding, [1.0, 2.0], None, FAILS),
+}
+
+
+def run(name, solver, **options):
+    function, initial, _, _ = PROBLEMS[name]
+    arguments = {"max_steps": 600, "rtol": 1e-9} | options
+    return solve(function, torch.tensor([initial], dtype=torch.float64), solver=solver, **arguments)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_verdicts(problem, solver):
+    function, _, point, verdicts = PROBLEMS[problem]
+    expected = verdicts.get(solver, CONVERGES) if isinstance(verdicts, dict) else verdicts
+    solution = run(problem, SOLVERS[solver])
+    assert solution.status.item() == expected
+    assert solution.value.isfinite().all()
+    if expected == CONVERGES:
+        assert solution.value[0].tolist() == pytest.approx(point, abs=1e-6)
+        assert solution.residuals[-1].item() < 1e-9
+    if expected == CYCLES:
+        assert solution.steps.item() == 600
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_acceleration_saves_evaluations(name):
+    plain = run("stiff", SOLVERS["plain"], max_steps=5000, rtol=1e-6)
+    fast = run("stiff", ACCELERATED[name], max_steps=5000, rtol=1e-6)
+    assert plain.status.item() == fast.status.item() == Status.CONVERGED
+    assert fast.steps < 0.7 * plain.steps
+
+
+def test_broyden_solves_a_linear_map_in_two_steps_a_dimension():
+    # Gay, SIAM J. Numer. Anal. 1979: 2 n steps at most for n dimensions, with all terms kept.
+    torch.manual_seed(1)
+    for size in (2, 3, 5):
+        matrix = torch.randn(size, size, dtype=torch.float64)  # no contraction
+        solution = solve(
+            lambda y, m=matrix: y @ m.T + 1,
+            torch.zeros(1, size, dtype=torch.float64),
+            solver=Broyden(memory=50),
+            max_steps=2 * size + 1,
+            rtol=1e-8,
+        )
+        assert solution.status.item() == Status.CONVERGED, size
+
+
+def test_the_full_anderson_is_gmres():
+    # Walker and Ni: on a linear map, with all iterates kept, it reaches the fixed point in n + 1 combinations.
+    matrix = torch.tensor([[0.9, 0.3, 0.0], [0.0, -0.7, 0.2], [0.1, 0.0, 0.5]], dtype=torch.float64)
+    initial = torch.tensor([[5.0, -2.0, 1.0]], dtype=torch.float64)
+    solver = Anderson(memory=10, regularization=0)
+    solution = solve(lambda y: y @ matrix.T + 2, initial, solver=solver, max_steps=5, rtol=0)
+    point = torch.linalg.solve(torch.eye(3, dtype=torch.float64) - matrix, torch.full((3,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(solution.value[0], point, rtol=0, atol=1e-10)
+
+
+def test_anderson_by_hand():
+    # f(y) = y / 2 + 1 from 0: g = 1 at 0, g = 1/2 at 1. The secant through them is 0 at y = 2, the fixed point.
+    solver = Anderson(memory=2, regularization=0)
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    first, memory = solver.step(zero, one, solver.init(zero))
+    second, _ = solver.step(one, 1.5 * one, memory)
+    assert first.item() == 1.0 and second.item() == pytest.approx(2.0, abs=1e-14)
+    # Damped by 1/2: from (0, g 1) and (1/2, g 3/4) the best combination has weights -3, 4: the same point.
+    damped = Anderson(memory=2, damping=0.5, regularization=0)
+    first, memory = damped.step(zero, one, damped.init(zero))
+    second, _ = damped.step(first, first / 2 + 1, memory)
+    assert first.item() == 0.5 and second.item() == pytest.approx(2.0, abs=1e-14)
+
+
+def test_regularization_shortens_the_extrapolation():
+    # One difference of norm 1 and lambda = 1 halve the weight: from 1.5 on, back by -1/2 of the -1 that would do.
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    solver = Anderson(memory=2, regularization=1.0)
+    _, memory = solver.step(zero, one, solver.init(zero))
+    proposal, _ = solver.step(one, 1.5 * one, memory)
+    assert proposal.item() == pytest.approx(1.75, abs=1e-14)
+
+
+@pytest.mark.parametrize("regularization", [0.0, 1e-6])
+@pytest.mark.parametrize("solver", [Anderson, Broyden])
+def test_no_new_information_is_a_plain_step(solver, regularization):
+    # The same iterate twice: all differences are 0, the least-squares problem is singular.
+    options = {"regularization": regularization} if solver is Anderson else {}
+    value, image = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 5.0]])
+    _, memory = solver(memory=3, **options).step(value, image, solver(memory=3, **options).init(value))
+    proposal, _ = solver(memory=3, **options).step(value, image, memory)
+    assert proposal.tolist() == image.tolist()
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_parallel_differences_do_no_harm(name):
+    # All numbers of a sample do the same: every difference has one direction, the Gram matrix has rank 1.
+    solution = solve(lambda y: 0.9 * y + 1, torch.zeros(1, 50), solver=ACCELERATED[name], max_steps=60, rtol=1e-5)
+    assert solution.status.item() == Status.CONVERGED
+    assert solution.value[0].tolist() == pytest.approx([10.0] * 50, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_samples_do_not_see_each_other(name):
+    generator = torch.Generator().manual_seed(3)
+    initial = 100 * torch.randn(5, 20, dtype=torch.float64, generator=generator)
+    initial[2, 4] = math.nan
+    together = solve(stiff, initial, solver=SOLVERS[name], max_steps=12)
+    for sample in range(5):
+        alone = solve(stiff, initial[sample : sample + 1], solver=SOLVERS[name], max_steps=12)
+        torch.testing.assert_close(together.value[sample], alone.value[0], rtol=1e-6, atol=1e-8, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_bfloat16_state(name):
+    solution = solve(linear, torch.zeros(2, 2, dtype=torch.bfloat16), solver=SOLVERS[name], max_steps=30, record=[3])
+    assert solution.value.dtype == solution.recorded[3].dtype == torch.bfloat16
+    assert solution.value.float().tolist() == [pytest.approx([4.0, 4.0], rel=2**-6)] * 2
+    assert solution.residuals.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_nothing_waits_for_the_device(name):
+    # Reading a value of a tensor on "meta" is an error.
+    initial = torch.empty(3, 5, device="meta")
+    assert solve(torch.cos, initial, solver=SOLVERS[name], max_steps=7, record=[2]).value.shape == (3, 5)
+
+
+@pytest.mark.parametrize("build, message", [
+    (lambda: FixedPointIteration(damping=0), r"damping must lie in \(0, 1\], got 0"),
+    (lambda: FixedPointIteration(damping=1.5), r"damping must lie in \(0, 1\], got 1.5"),
+    (lambda: Anderson(damping=-1), "damping"),
+    (lambda: Anderson(memory=1), "at least 2 .1 would be plain iteration., got 1"),
+    (lambda: Anderson(regularization=-1e-3), "regularization must not be negative, got -0.001"),
+    (lambda: Broyden(memory=0), "memory of Broyden must be at least 1, got 0"),
+])  # fmt: skip
+def test_numbers_out_of_range(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
