@@ -15,6 +15,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
 from deqdet.engine import Trainer, run, setup
+from deqdet.engine.evaluation import StepsEvaluator
 from deqdet.engine.hooks import average_batch_norm, peak_memory_mb
 from deqdet.engine.launcher import count_cores
 
@@ -129,6 +130,25 @@ def test_the_evaluator_is_cocos(toy_config, tmp_path):
     assert evaluator._output_dir == str(tmp_path / "out" / "inference")
 
 
+def test_the_steps_until_convergence_are_in_the_summary(toy_config, capsys):
+    trainer = train(parse(toy_config, "MODEL.DEQDET.SOLVER.RTOL", 0.1, "SOLVER.MAX_ITER", 1))
+    results = trainer._last_eval_results
+    assert results["steps"] == pytest.approx({"mean": 2.5, "p50": 2.5, "p95": 3.85})
+    assert results["bbox"]["AP"] >= 0
+    printed = capsys.readouterr().out
+    assert "Steps of 4 images until convergence: mean 2.50, median 2.5, 95th percentile 3.9, most 4" in printed
+    assert "copypaste: Task: steps" in printed
+
+
+def test_the_steps_of_an_earlier_evaluation_do_not_count():
+    evaluator = StepsEvaluator()
+    assert evaluator.evaluate() == {}
+    evaluator.process([{}, {}], [{"steps": torch.tensor(7)}, {"steps": torch.tensor(9)}])
+    evaluator.reset()
+    evaluator.process([{}], [{"steps": torch.tensor(3)}])
+    assert evaluator.evaluate() == {"steps": {"mean": 3.0, "p50": 3.0, "p95": 3.0}}
+
+
 # Two processes
 
 
@@ -158,7 +178,7 @@ def two_ranks(tmp_path_factory):
     config = write_dataset(root, "two_ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)
-        run(observe_worker, parse(config, "--num-gpus", 2))
+        run(observe_worker, parse(config, "--num-gpus", 2, "MODEL.DEQDET.SOLVER.RTOL", 0.1))
     return config, [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -176,6 +196,13 @@ def test_batch_norm_statistics_are_averaged_unless_fixed(two_ranks):
         assert rank["averaged"] == [[0.5, 0.5], [4.0, 4.0]]
     assert [rank["fixed"] for rank in ranks] == [[0.0, 0.0], [1.0, 1.0]]
     assert ranks[0]["statistics"] == ranks[1]["statistics"]
+
+
+def test_steps_are_those_of_the_images_of_all_ranks(two_ranks):
+    config, _ = two_ranks
+    metrics = read_metrics(Path(config).parent / "out")
+    found = [metrics[4, f"steps/{name}"] for name in ("mean", "p50", "p95")]
+    assert found == pytest.approx([2.5, 2.5, 3.85])  # of 1, 2, 3, 4
 
 
 def test_the_checkpoint_gives_the_detections_of_the_end_of_training(two_ranks, tmp_path):

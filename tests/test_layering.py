@@ -20,10 +20,10 @@ LEVELS = (
     {"decoders", "matcher"},
     {"criterion", "inference"},
     {"detector", "data"},
-    {"residuals", "visualization"},
+    {"residuals", "spectrum", "visualization"},
     {"checkpoints", "analysis"},
     {"engine"},
-    {"comparison"},
+    {"comparison", "convergence", "demo"},
     {""},  # deqdet/__init__.py
 )
 # Functions that may read a config.

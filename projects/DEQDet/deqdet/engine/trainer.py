@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
 from ..checkpoints import Checkpointer, ConversionError
 from ..data import build_mapper
 from .configuration import UserError
+from .evaluation import StepsEvaluator
 from .hooks import AverageBatchNorm, BestCheckpointer, PeakMemory, WeightsCheckpointer
 from .optimizer import build_optimizer
 
@@ -77,9 +78,13 @@ class Trainer(DefaultTrainer):
         return build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True))
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO's box AP, at most 100 detections an image; detections are written to OUTPUT_DIR/inference."""
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """COCO's box AP, at most 100 detections an image; detections are written to OUTPUT_DIR/inference.
+
+        Where images stop as they converge (MODEL.DEQDET.SOLVER.RTOL), the number of steps beside it.
+        """
+        coco = COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return DatasetEvaluators([coco, StepsEvaluator()]) if cfg.MODEL.DEQDET.SOLVER.RTOL > 0 else coco
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:

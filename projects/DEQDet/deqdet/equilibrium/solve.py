@@ -73,18 +73,16 @@ def solve(
 ) -> Solution:
     """Iterate towards y* = f(y*) (Eq. 6), f being `function`.
 
-    A sample stops at its first residual below rtol, with f(y) taken in, and keeps its value while the others go on.
-    With rtol = 0 all steps are taken and nothing waits for the device.
+    A sample stops at its first residual below rtol, with f(y) taken in. With rtol = 0 nothing waits for the device.
 
     Args:
         initial: (B, D) y_0.
         solver: how the next iterate follows from y and f(y).
         max_steps: T, the most applications of f.
-        rtol: relative residual at which a sample has converged.
+        rtol: relative residual at which a sample has converged; 0: all steps are taken.
         record: the steps t to record: what the result would be with max_steps = t.
         best: give f(y) of the iterate y with the smallest residual so far, not of the last one.
-        restrict: f for some of the samples, from their indices (b,) into the batch; with it, samples that have
-            stopped are no longer computed.
+        restrict: gives f for some samples, by their indices (b,) in the batch: those that stopped leave the batch.
 
     Raises:
         ValueError: max_steps or rtol is negative, or a recorded step lies outside 0..max_steps.

@@ -1,0 +1,46 @@
+"""What is evaluated beside COCO's AP."""
+
+import logging
+
+import numpy as np
+
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
+
+
+class StepsEvaluator(DatasetEvaluator):
+    """How many applications of f the images took until they converged (MODEL.DEQDET.SOLVER.RTOL).
+
+    `evaluate` logs a line and returns {"steps": {"mean": ..., "p50": ..., "p95": ...}}, the percentiles over the
+    images of all ranks; in training, detectron2 puts them into the event storage as "steps/mean" and so on.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+
+    def reset(self) -> None:
+        self._steps = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """
+        Args:
+            outputs: DEQDet's, with "steps".
+        """
+        self._steps += [int(output["steps"]) for output in outputs]
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """None on ranks other than 0."""
+        steps = [count for part in comm.gather(self._steps) for count in part]
+        if not comm.is_main_process():
+            return None
+        if not steps:
+            return {}
+        median, high = np.percentile(steps, [50, 95])
+        result = {"mean": float(np.mean(steps)), "p50": float(median), "p95": float(high)}
+        logger.info(
+            "Steps of %d images until convergence: mean %.2f, median %.1f, 95th percentile %.1f, most %d",
+            len(steps), result["mean"], median, high, max(steps),
+        )  # fmt: skip
+        return {"steps": result}
