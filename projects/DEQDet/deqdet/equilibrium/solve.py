@@ -91,7 +91,6 @@ def solve(
         raise ValueError(f"max_steps and rtol must not be negative, got {max_steps} and {rtol}")
     if outside := [t for t in record if not 0 <= t <= max_steps]:
         raise ValueError(f"recorded steps must lie in 0..{max_steps} (max_steps), got {sorted(outside)}")
-
     books = _Books(initial, rtol, best)
     value, memory, rows = initial, solver.init(initial), slice(None)
     for step in range(1, max_steps + 1):
