@@ -1,0 +1,83 @@
+"""COCO's AP of any choice of one step an image."""
+
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, fields
+
+from tqdm import tqdm
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+
+from ..engine import UserError
+from .paths import ImagePath
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """COCO's box AP, 0 to 100; None where it has no value: APs on a set without small objects, say."""
+
+    AP: float | None
+    AP50: float | None
+    AP75: float | None
+    APs: float | None
+    APm: float | None
+    APl: float | None
+
+
+class Evaluation:
+    """Detections against the annotations of a data set; only the images that are given count."""
+
+    def __init__(self, dataset: str):
+        """
+        Args:
+            dataset: a registered one.
+
+        Raises:
+            UserError: it is not in COCO's format.
+        """
+        if not MetadataCatalog.get(dataset).get("json_file"):
+            raise UserError(f"{dataset} of DATASETS.TEST is not in COCO's format, which this evaluation needs")
+        self._dataset = dataset
+        with _quiet():
+            self._evaluator = COCOEvaluator(dataset, distributed=False)
+
+    def __call__(self, paths: Sequence[ImagePath], choices: Sequence[tuple[int, ...]]) -> list[Accuracy]:
+        """
+        Args:
+            paths: of B images.
+            choices: of a step for each image, (B,) each; equal ones are evaluated once.
+
+        Raises:
+            UserError: the data set has no annotations.
+        """
+        distinct = tqdm(dict.fromkeys(choices), desc="evaluations", leave=False, disable=None)
+        known = {choice: self._evaluate(paths, choice) for choice in distinct}
+        return [known[choice] for choice in choices]
+
+    def _evaluate(self, paths: Sequence[ImagePath], choice: tuple[int, ...]) -> Accuracy:
+        self._evaluator.reset()
+        for path, step in zip(paths, choice, strict=True):
+            self._evaluator.process([{"image_id": path.image_id}], [{"instances": path.detections[step]}])
+        with _quiet():
+            results = self._evaluator.evaluate(img_ids=[path.image_id for path in paths])
+        if "bbox" not in results:
+            raise UserError(f"{self._dataset} of DATASETS.TEST has no annotations: choose a set that has some")
+        metrics = {field.name: results["bbox"][field.name] for field in fields(Accuracy)}
+        return Accuracy(**{name: value if math.isfinite(value) else None for name, value in metrics.items()})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what detectron2 and pycocotools print of every evaluation."""
+    logger = logging.getLogger("detectron2.evaluation.coco_evaluation")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
