@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import TextIO
@@ -16,6 +18,7 @@ from typing import TextIO
 import cv2
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from deqdet.analysis import count_multiply_adds
 from deqdet.comparison import (
@@ -30,7 +33,8 @@ from deqdet.comparison import (
 )
 from deqdet.comparison.measurement import IMAGES, WARM_UP, measure, peak_memory
 from deqdet.comparison.report import summarize
-from deqdet.comparison.runs import check_budgets, check_record
+from deqdet.comparison.runs import check_record
+from deqdet.comparison.settings import check_budgets
 from deqdet.engine import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +162,10 @@ class TestRestart:
         assert self.calls(run) == [" ".join(run.arguments)] and measured == ["x"]
         assert (run.folder / "log").read_text() == "the stub's output\n"
 
+    def test_a_finished_run_may_be_renamed(self, run, train):
+        complete(run, train, lambda run: MEASURED)
+        assert complete(replace(run, name="y"), train, lambda run: MEASURED).name == "y"
+
     def test_a_trained_run_is_only_measured(self, run, train):
         complete(run, train, lambda run: MEASURED)
         run.result_file.unlink()
@@ -214,6 +222,14 @@ time.sleep(300)"""
         assert ready.exists()
         with open(lock) as file:
             assert wait_for(lambda: is_free(file))
+
+    @pytest.mark.parametrize("now, error", [(0.9, None), (0.5, "SOLVER.MOMENTUM 0.9, which is 0.5 now")])
+    def test_a_key_that_is_newer_than_the_run_had_its_default(self, run, train, now, error):
+        """SOLVER.MOMENTUM stands for it, which is 0.9 by default."""
+        complete(run, train, lambda run: MEASURED)
+        later = Run(run.name, run.seed, run.folder, run.arguments, {**run.settings, "SOLVER.MOMENTUM": now})
+        with nullcontext() if error is None else pytest.raises(UserError, match=f"x-seed1 was begun with {error}"):
+            check_record(later)
 
     @pytest.mark.parametrize("key, now", [("SOLVER.BASE_LR", 0.2), ("SOLVER.NEW", 0.2)])
     def test_other_settings_than_at_the_start_are_an_error(self, run, train, key, now):
@@ -280,6 +296,7 @@ class TestPreparation:
         (("DATASETS.TEST", "()"), "name the one set to compare on"),
         (("SOLVER.REFERENCE_WORLD_SIZE", "8"), "SOLVER.REFERENCE_WORLD_SIZE rescales the budget"),
         (("MODEL.DEQDET.NUM_CLASSES", "7"), "set MODEL.DEQDET.NUM_CLASSES to 8"),
+        (("MODEL.DEQDET.EQUILIBRIUM.TRAIN_STEPS", "2"), "^deqdet_shapes: Omega reaches step m C = 1 . 3"),
         (("SOLVER.MAXITER", "7"), "did you mean SOLVER.MAX_ITER"),
     ])  # fmt: skip
     def test_wrong_overrides(self, prepare, overrides, message):
@@ -357,6 +374,25 @@ class TestReport:
         whole = json.loads((tmp_path / "comparison.json").read_text())
         assert whole["command"] == "the command" and whole["configs"] == summarize(results)
 
+    def test_what_differs_from_the_first_config(self, tmp_path):
+        """Not the seed, and not a key that the first one's run did not know."""
+        results = [make_result("A", seed, 20.0) for seed in (1, 2)] + [make_result(name, 1, 30.0) for name in "BA"]
+        results[3] = replace(results[0], name="C")
+        results[0].settings["SEED"] = 1
+        results[2].settings.update({"SEED": 5, "SOLVER.MAX_ITER": 40, "SOLVER.NEWER": 1})
+        write_report(results, tmp_path, "")
+        assert [config["changes"] for config in summarize(results)] == [
+            {}, {"MODEL.DEQDET.DECODER": "BDecoder", "SOLVER.MAX_ITER": 40}, {}
+        ]  # fmt: skip
+        lines = (tmp_path / "comparison.md").read_text().splitlines()
+        start = lines.index("- What differs from A:")
+        assert lines[start + 1 : start + 3] == [
+            "  - B: `MODEL.DEQDET.DECODER` BDecoder, `SOLVER.MAX_ITER` 40",
+            "  - C: nothing",
+        ]
+        write_report(results[:2], tmp_path, "")
+        assert "differs" not in (tmp_path / "comparison.md").read_text()
+
     def test_curve_has_a_colour_for_each_config(self, tmp_path):
         curve = [[10, None], [20, 20.0], [30, 30.0]]  # the first AP has no value
         write_report([make_result("A", 1, 20.0), make_result("B", 1, 30.0, curve=curve)], tmp_path, "")
@@ -364,6 +400,18 @@ class TestReport:
         for colour in ([31, 119, 180], [255, 127, 14], [255, 255, 255]):  # tab10's first two, the ground
             assert (abs(picture.astype(int) - colour).max(axis=-1) < 3).sum() > 300
         assert (abs(picture.astype(int) - [44, 160, 44]).max(axis=-1) < 3).sum() == 0  # there is no third
+
+    def test_an_eleventh_curve_is_dashed(self, tmp_path, monkeypatch):
+        drawn, plot = [], Axes.plot
+
+        def note(axes, *values, **style):
+            drawn.append((style["color"], style["linestyle"]))
+            return plot(axes, *values, **style)
+
+        monkeypatch.setattr(Axes, "plot", note)
+        write_report([make_result(f"config {index}", 1, 20.0) for index in range(12)], tmp_path, "")
+        assert len(set(drawn)) == 12
+        assert drawn[10] == (drawn[0][0], "--") and drawn[9][1] == "-"
 
 
 def test_the_tool_trains_two_detectors_once(tmp_path):

@@ -35,6 +35,33 @@ ROWS = {
     "deq_sparse_rcnn_r50_300q_3x": ("Table 6", 47.5),
 }
 
+# Of configs/ablations/: the part of Table 4 (nothing for the row that all parts share) and the AP there.
+ABLATIONS = {
+    "default": ("", 45.5),
+    "init_layer_none": ("a", 45.2),
+    "init_layer_p32": ("a", 45.3),
+    "extra_supervision_0": ("b", 44.7),
+    "extra_supervision_1": ("b", 45.1),
+    "rag_1": ("c", 41.9),
+    "rag_3": ("c", 45.5),
+    "rag_4": ("c", 45.7),
+    "supervision_m4_c4": ("d", 45.4),
+    "supervision_m3_c3": ("d", 45.1),
+    "supervision_m5_c3": ("d", 45.2),
+    "perturbation_zero_step": ("e", 44.9),
+    "perturbation_one_step": ("e", 45.1),
+    "noise_none": ("f", 44.3),
+    "noise_position_25": ("f", 45.4),
+    "noise_position_50": ("f", 45.5),
+    "noise_content_0.1": ("f", 45.0),
+    "noise_content_0.2": ("f", 45.2),
+    "noise_content_0.1_position_50": ("g", 45.5),
+    "noise_content_0.2_position_25": ("g", 45.2),
+    "noise_content_0.2_position_50": ("g", 45.2),
+    "train_steps_15": ("h", 45.1),
+    "train_steps_25": ("h", 45.3),
+}
+
 
 def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in node.items():
@@ -50,8 +77,13 @@ def header(path: str) -> list[str]:
     return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
 
 
-def test_every_row_of_the_paper_has_a_file():
-    assert {Path(path).stem for path in COMPLETE if Path(path).parent.name == "configs"} == set(ROWS)
+def comment_of(path: str) -> str:
+    return " ".join(line.removeprefix("#").strip() for line in header(path))
+
+
+@pytest.mark.parametrize("folder, rows", [("configs", ROWS), ("ablations", ABLATIONS)], ids=["tables 1-3", "table 4"])
+def test_every_row_of_the_paper_has_a_file(folder, rows):
+    assert {Path(path).stem for path in COMPLETE if Path(path).parent.name == folder} == set(rows)
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -85,7 +117,7 @@ def test_it_begins_with_its_command(path):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_it_begins_with_the_papers_row(name):
-    comment = " ".join(line.removeprefix("#").strip() for line in header(f"configs/{name}.yaml"))
+    comment = comment_of(f"configs/{name}.yaml")
     assert "8 GPUs with 2 images each: python" in comment
     if ROWS[name] is None:
         assert "The paper has no such row" in comment and "we have not trained it" in comment
@@ -96,6 +128,15 @@ def test_it_begins_with_the_papers_row(name):
     assert f"AP {ap} on COCO val2017 after {epochs} epochs" in comment
     assert ("with 300 queries" in comment) == ("_300q_" in name)
     assert "(paper; not trained by us)" in comment
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_begins_with_the_papers_row(name):
+    part, ap = ABLATIONS[name]
+    comment = comment_of(f"configs/ablations/{name}.yaml")
+    assert comment.startswith(f"Table 4{part}, ")
+    recipe = f"AP {ap} on COCO val2017 after 12 epochs (paper; not trained by us). 8 GPUs with 2 images each: python"
+    assert recipe in comment
 
 
 @pytest.mark.parametrize("path", CONFIGS)

@@ -1,7 +1,9 @@
 """Numbers of parameters of the full-size models: counted by hand from DESIGN section 2, and against its section 5."""
 
+from pathlib import Path
+
 import pytest
-from config_files import build
+from config_files import COMPLETE, build
 
 DIM, HIDDEN, CLASSES = 256, 2048, 80
 R50, R101 = (3, 4, 6, 3), (3, 4, 23, 3)  # bottlenecks in res2..res5
@@ -31,6 +33,9 @@ MODELS = {
     "deq_sparse_rcnn_r50_300q_2x": ([None] * 2, 53, 53.3),
     "deq_sparse_rcnn_r50_300q_3x": ([None] * 2, 53, 53.3),
 }
+# Table 4's rows, which the paper gives no millions for: P of each layer that is there.
+ABLATIONS = {Path(path).stem: [64, 32] for path in COMPLETE if Path(path).parent.name == "ablations"}
+ABLATIONS |= {"init_layer_none": [32], "init_layer_p32": [32, 32]}
 
 
 def linear(inputs: int, outputs: int) -> int:
@@ -121,3 +126,9 @@ def test_parameters(name):
     assert count == count_by_hand(name, points)
     assert count / 1e6 == pytest.approx(design, abs=0.1)
     assert truncated is None or count // 10**6 == truncated
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_parameters_of_an_ablation(name):
+    count = sum(p.numel() for p in build(f"configs/ablations/{name}.yaml").parameters())
+    assert count == count_by_hand("deqdet_r50_100q_1x", ABLATIONS[name])

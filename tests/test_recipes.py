@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from config_files import COMPLETE, EPOCH, load, value_of
 
+from deqdet.engine.configuration import flatten
+
 NAMES = [Path(path).stem for path in COMPLETE if Path(path).parent.name == "configs"]
 
 COMMON = {
@@ -138,6 +140,33 @@ DECODERS = {
     r"deqdet|deq_sparse_rcnn": "EquilibriumDecoder",
 }
 
+# Of configs/ablations/, under MODEL.DEQDET: what each row of Table 4 has in place of the default row's.
+ABLATIONS = {
+    "default": {},
+    "init_layer_none": {"EQUILIBRIUM.USE_INIT_LAYER": False},
+    "init_layer_p32": {"ADAMIXER.NUM_POINTS_INIT": 32},
+    "extra_supervision_0": {"EQUILIBRIUM.EXTRA_SUPERVISION": 0},
+    "extra_supervision_1": {"EQUILIBRIUM.EXTRA_SUPERVISION": 1},
+    "rag_1": {"EQUILIBRIUM.GRADIENT_STEPS": 1},
+    "rag_3": {"EQUILIBRIUM.GRADIENT_STEPS": 3},
+    "rag_4": {"EQUILIBRIUM.GRADIENT_STEPS": 4},
+    "supervision_m4_c4": {"EQUILIBRIUM.SUPERVISION_INTERVAL": 4},
+    "supervision_m3_c3": {"EQUILIBRIUM.SUPERVISION_COUNT": 3},
+    "supervision_m5_c3": {"EQUILIBRIUM.SUPERVISION_COUNT": 5},
+    "perturbation_zero_step": {"PERTURBATION.KIND": "zero-step"},
+    "perturbation_one_step": {"PERTURBATION.KIND": "one-step"},
+    "noise_none": {"PERTURBATION.KIND": "none"},
+    "noise_position_25": {"PERTURBATION.CONTENT_SIZE": 0.0},
+    "noise_position_50": {"PERTURBATION.CONTENT_SIZE": 0.0, "PERTURBATION.POSITION_SIZE": 50.0},
+    "noise_content_0.1": {"PERTURBATION.POSITION_SIZE": 0.0},
+    "noise_content_0.2": {"PERTURBATION.CONTENT_SIZE": 0.2, "PERTURBATION.POSITION_SIZE": 0.0},
+    "noise_content_0.1_position_50": {"PERTURBATION.POSITION_SIZE": 50.0},
+    "noise_content_0.2_position_25": {"PERTURBATION.CONTENT_SIZE": 0.2},
+    "noise_content_0.2_position_50": {"PERTURBATION.CONTENT_SIZE": 0.2, "PERTURBATION.POSITION_SIZE": 50.0},
+    "train_steps_15": {"EQUILIBRIUM.TRAIN_STEPS": 15},
+    "train_steps_25": {"EQUILIBRIUM.TRAIN_STEPS": 25},
+}
+
 
 def expected(name: str) -> dict[str, object]:
     """What the name of a file and DESIGN say."""
@@ -168,3 +197,13 @@ def expected(name: str) -> dict[str, object]:
 def test_the_recipe(name):
     cfg, values = load(f"configs/{name}.yaml"), expected(name)
     assert {key: value_of(cfg, key) for key in values} == values
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_is_the_1x_recipe_but_for_its_row(name):
+    """Every key. The default row has 64 sampling points in the initialization layer."""
+    base, row = load("configs/deqdet_r50_100q_1x.yaml"), load(f"configs/ablations/{name}.yaml")
+    changes = {"ADAMIXER.NUM_POINTS_INIT": 64} | ABLATIONS[name]
+    for key, value in changes.items():
+        base.merge_from_list([f"MODEL.DEQDET.{key}", value])
+    assert dict(flatten(row)) == dict(flatten(base))

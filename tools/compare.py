@@ -8,6 +8,14 @@ lives in DIR/CONFIG-seedN, its output in the file "log" there. Called again, it 
 and goes on with an interrupted one from its last checkpoint (SOLVER.CHECKPOINT_PERIOD). A run that was begun with
 another config is an error: delete its folder to train it again. Changes of the code go unnoticed.
 
+    python tools/compare.py configs/ablations/{default,rag_1}.yaml --scale FILE --output DIR [...]
+
+trains rows of an ablation at the scale of the config FILE: what a CONFIG changes is put on FILE, and the default row
+then equals FILE. A CONFIG changes the keys in which it differs, once loaded, from the default.yaml beside it. A size in
+pixels (MODEL.DEQDET.PERTURBATION.POSITION_SIZE) keeps its ratio to the default row's: 50 of 25 pixels become twice
+FILE's. Any other change must start from a value that FILE shares with the default row; if not, that is an error before
+any training. The pairs after --opts are put on FILE first, and can provide such values.
+
 Memory in training is, on a GPU, the most that tensors took of the first one; on a CPU, the most that the first process
 had resident, with more than 0.5 GB of libraries. At inference it is the most that tensors took for one image, weights
 included.
@@ -37,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
         num_gpus=args.num_gpus,
         overrides=args.opts,
         eval_period=args.eval_period,
+        scale=args.scale,
     )
     results = []
     for number, run in enumerate(runs, start=1):
@@ -54,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="config files, each with a name of its own")
     parser.add_argument("--output", type=Path, required=True, help="folder of the table and of the runs")
+    parser.add_argument("--scale", metavar="FILE", help="config on which the changes of the CONFIGs are put, see above")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="each config is trained with each; default 1")
     parser.add_argument("--num-gpus", type=int, default=1, help="as tools/train_net.py: processes on a CPU")
     parser.add_argument(

@@ -115,3 +115,10 @@ def _add_training_keys(cfg: CN) -> None:
     # The paper decays normalization layers as all others (None); detectron2's default is 0.
     cfg.SOLVER.WEIGHT_DECAY_NORM = None
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model": the norm over all parameters, which detectron2 does not have.
+
+    # Every PERIOD iterations, how well the training converges to its equilibrium goes to metrics.json and tensorboard,
+    # measured on the first images of DATASETS.TRAIN (see deqdet.engine.insight). 0: never.
+    cfg.MODEL.DEQDET.INSIGHT = CN()
+    cfg.MODEL.DEQDET.INSIGHT.PERIOD = 0
+    cfg.MODEL.DEQDET.INSIGHT.NUM_IMAGES = 4
+    cfg.MODEL.DEQDET.INSIGHT.POWER_ITERATIONS = 20  # of the Jacobian's spectral radius

@@ -42,9 +42,11 @@ def write_report(results: Sequence[Result], folder: Path, command: str) -> None:
 def summarize(results: Sequence[Result]) -> list[dict]:
     """One dict a config: the means of all figures over its seeds, and under "seeds" each one's.
 
+    "changes" are the settings in which it differs from the first config, where both have them.
+
     A mean that lacks one of its figures is None. A curve's mean has the points that every seed has.
     """
-    configs = []
+    configs, first = [], results[0].settings
     for name in dict.fromkeys(result.name for result in results):
         mine = [result for result in results if result.name == name]
         seeds = [{"seed": result.seed, **asdict(result.metrics), **asdict(result.measurement)} for result in mine]
@@ -53,6 +55,11 @@ def summarize(results: Sequence[Result]) -> list[dict]:
             "name": name,
             "decoder": mine[0].settings["MODEL.DEQDET.DECODER"],
             "layer": mine[0].settings["MODEL.DEQDET.REFINEMENT_LAYER"],
+            "changes": {
+                key: value
+                for key, value in mine[0].settings.items()
+                if key != "SEED" and value != first.get(key, value)
+            },
             "image_size": seeds[0]["image_size"],
             **{key: _mean([seed[key] for seed in seeds]) for key in seeds[0] if key not in same},
             "curve": _mean_curve([seed["curve"] for seed in seeds]),
@@ -73,9 +80,12 @@ def format_table(configs: Sequence[dict], results: Sequence[Result], command: st
         cells = [_format(config[key], unit, form) for _, key, unit, form in COLUMNS]
         rows.append([*names, _format(config["AP"], 1, ".1f"), each, *cells])
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    changes = "".join(f"  - {config['name']}: {_format_changes(config['changes'])}\n" for config in configs[1:])
+    if changes:
+        changes = f"- What differs from {configs[0]['name']}:\n{changes}"
     return f"""{text}
 
-- {budget["SOLVER.MAX_ITER"]} iterations of {budget["SOLVER.IMS_PER_BATCH"]} images of \
+{changes}- {budget["SOLVER.MAX_ITER"]} iterations of {budget["SOLVER.IMS_PER_BATCH"]} images of \
 {", ".join(budget["DATASETS.TRAIN"])}; seed {", ".join(map(str, seeds))}; every figure is the mean of the seeds.
 - AP on {budget["DATASETS.TEST"][0]} after the last iteration.
 - Multiply-adds of convolutions and linear layers on an image of {", ".join(sizes)} pixels.
@@ -95,21 +105,29 @@ def plot_curves(configs: Sequence[dict], path: Path) -> None:
     """AP against iterations: thin lines for the seeds, a thick one for their mean."""
     figure = Figure(figsize=(8, 5), layout="constrained")  # pyplot would choose a backend
     axes = figure.subplots()
-    colours = matplotlib.colormaps["tab10"].colors
+    colours, lines = matplotlib.colormaps["tab10"].colors, ("-", "--", ":")
     for index, config in enumerate(configs):
-        colour = colours[index % len(colours)]
+        colour, line = colours[index % len(colours)], lines[index // len(colours) % len(lines)]
         if len(config["seeds"]) > 1:
             for seed in config["seeds"]:
-                _plot(axes, seed["curve"], color=colour, linewidth=0.8, alpha=0.5)
-        _plot(axes, config["curve"], color=colour, linewidth=2.2, marker="o", markersize=4, label=config["name"])
+                _plot(axes, seed["curve"], color=colour, linestyle=line, linewidth=0.8, alpha=0.5)
+        style = {"color": colour, "linestyle": line, "linewidth": 2.2, "marker": "o", "markersize": 4}
+        _plot(axes, config["curve"], **style, label=config["name"])
     axes.set(xlabel="iterations", ylabel="AP", xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if len(configs) > len(colours):
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small", handlelength=4)
+    else:
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
 def _plot(axes: Axes, curve: list[list], **style: object) -> None:
     axes.plot([point[0] for point in curve], [float("nan") if ap is None else ap for _, ap in curve], **style)
+
+
+def _format_changes(changes: dict[str, object]) -> str:
+    return ", ".join(f"`{key}` {value}" for key, value in changes.items()) or "nothing"
 
 
 def _format(value: float | None, unit: float, form: str) -> str:

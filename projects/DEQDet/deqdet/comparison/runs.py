@@ -13,15 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
+from detectron2.modeling import build_model
 
 from ..engine import UserError, argument_parser, load_config
-from ..engine.configuration import check_run, flatten
+from ..engine.configuration import check_run
 from .measurement import Measurement, describe_machine
 from .metrics import Metrics, read_metrics
+from .settings import OWN_KEYS, carry_over, check_budgets, prepare_defaults, prepare_settings
 
-BUDGET = ("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
-OWN_KEYS = {"OUTPUT_DIR": "--output", "SEED": "--seeds", "TEST.EVAL_PERIOD": "--eval-period"}
 EVALUATIONS = 6  # of a training, if no period is given
 
 
@@ -75,17 +74,20 @@ def prepare_runs(
     num_gpus: int,
     overrides: Sequence[str],
     eval_period: int | None = None,
+    scale: str | None = None,
 ) -> list[Run]:
     """Every config with the first seed, then with the next; all are checked before any is trained.
 
     Args:
+        config_files: with a `scale`, rows of an ablation.
         output: the folder that gets a folder for each run.
-        overrides: KEY VALUE pairs, the same for all configs.
+        overrides: KEY VALUE pairs, the same for all configs; with a `scale`, put on that one first.
         eval_period: iterations between two points of the curve; a sixth of SOLVER.MAX_ITER if None.
+        scale: a config file on which the rows' changes are put, see `carry_over`.
 
     Raises:
-        UserError: a config is wrong or has another budget than the first, two have the same name, or a run was
-            begun with other settings.
+        UserError: a config is wrong or has another budget than the first, two have the same name, a row cannot be
+            put on `scale`, or a run was begun with other settings.
     """
     files = {Path(file).stem: file for file in config_files}
     if len(files) < len(config_files):
@@ -94,73 +96,64 @@ def prepare_runs(
         if key in OWN_KEYS:
             raise UserError(f"{key} cannot be overridden here: use {OWN_KEYS[key]}")
     common = ("--num-gpus", str(num_gpus), "--resume", *overrides)
-    configs = {name: prepare_settings(["--config-file", file, *common]) for name, file in files.items()}
+    arguments = _arguments(files, scale, common)
+    configs = {name: prepare_settings(mine) for name, mine in arguments.items()}
     check_budgets(configs)
     if eval_period is None:
         eval_period = max(1, round(next(iter(configs.values()))["SOLVER.MAX_ITER"] / EVALUATIONS))
     runs = []
     for seed in dict.fromkeys(seeds):
-        for name, file in files.items():
+        for name, mine in arguments.items():
             folder = output / f"{name}-seed{seed}"
             own = ("OUTPUT_DIR", str(folder), "SEED", str(seed), "TEST.EVAL_PERIOD", str(eval_period))
-            arguments = ("--config-file", file, *common, *own)
-            settings = {**prepare_settings(arguments), "num_gpus": num_gpus}
-            runs.append(Run(name, seed, folder, arguments, settings))
+            settings = {**prepare_settings((*mine, *own)), "num_gpus": num_gpus}
+            runs.append(Run(name, seed, folder, (*mine, *own), settings))
     for run in runs:
         check_record(run)
-    for run in runs:
-        if not run.result_file.is_file():
-            args = argument_parser().parse_args(run.arguments)
-            check_run(load_config(args), args)
+    check_trainings([run for run in runs if not run.result_file.is_file()])
     return runs
 
 
-def prepare_settings(arguments: Sequence[str]) -> dict[str, object]:
-    """Every dotted key of the config that tools/train_net.py gets from `arguments`, but OUTPUT_DIR, which may move.
+def _arguments(files: dict[str, str], scale: str | None, common: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Those of tools/train_net.py by the names of the config files."""
+    if scale is None:
+        return {name: ("--config-file", file, *common) for name, file in files.items()}
+    base = ("--config-file", scale, *common)
+    settings = prepare_settings(base)
+    return {name: (*base, *carry_over(file, scale, settings)) for name, file in files.items()}
 
+
+def check_trainings(runs: Sequence[Run]) -> None:
+    """
     Raises:
-        UserError: as `load_config`.
+        UserError: the data or the weights of one are not there or do not fit, or its model cannot be built.
     """
-    cfg = load_config(argument_parser().parse_args(arguments))
-    keys = flatten(yaml.safe_load(cfg.dump()))
-    return {key: value for key, value in keys if key != "OUTPUT_DIR" and not isinstance(value, dict)}
-
-
-def check_budgets(configs: dict[str, dict[str, object]]) -> None:
-    """
-    Args:
-        configs: by name; the settings of each.
-
-    Raises:
-        UserError: two differ in a key of BUDGET; there is not one test set; or detectron2 would change the budget.
-    """
-    (first, expected), *_ = configs.items()
-    for name, settings in configs.items():
-        for key in BUDGET:
-            if settings[key] != expected[key]:
-                raise UserError(
-                    f"{key} is {expected[key]} in {first}, but {settings[key]} in {name}: "
-                    "give one value for all configs after --opts"
-                )
-        if settings["SOLVER.REFERENCE_WORLD_SIZE"] > 0:
-            raise UserError(f"{name}: SOLVER.REFERENCE_WORLD_SIZE rescales the budget: set it to 0")
-    if len(expected["DATASETS.TEST"]) != 1:
-        raise UserError(f"DATASETS.TEST is {expected['DATASETS.TEST']}: name the one set to compare on")
+    for run in runs:
+        args = argument_parser().parse_args(run.arguments)
+        check_run(load_config(args), args)
+    for run in {run.name: run for run in runs}.values():
+        cfg = load_config(argument_parser().parse_args(run.arguments))
+        cfg.MODEL.DEVICE = "cpu"
+        try:
+            build_model(cfg)
+        except ValueError as error:
+            raise UserError(f"{run.name}: {error}") from error
 
 
 def check_record(run: Run) -> None:
     """
     Raises:
-        UserError: the run was begun with other settings than it has now.
+        UserError: the run was begun with other settings than it has now. A key that is newer had its default then.
     """
     record = run.folder / "run.json"
     if not record.is_file():
         return
-    begun = json.loads(record.read_text())
+    begun, defaults = json.loads(record.read_text()), prepare_defaults()
     for key in sorted(begun.keys() | run.settings.keys()):
-        if begun.get(key) != run.settings.get(key):
+        was, now = begun.get(key, defaults.get(key)), run.settings.get(key)
+        if was != now:
             raise UserError(
-                f"{run.folder} was begun with {key} {begun.get(key)}, which is {run.settings.get(key)} now: "
+                f"{run.folder} was begun with {key} {was}, which is {now} now: "
                 "choose another --output, or delete that folder to train it again"
             )
 
@@ -178,7 +171,7 @@ def complete(run: Run, train: Sequence[str], measure: Callable[[Run], Measuremen
     if run.result_file.is_file():
         known = json.loads(run.result_file.read_text())
         parts = {"metrics": Metrics(**known["metrics"]), "measurement": Measurement(**known["measurement"])}
-        return Result(**{**known, **parts})
+        return Result(**{**known, **parts, "name": run.name})  # config and folder may have been renamed
     run.folder.mkdir(parents=True, exist_ok=True)
     _write(run.folder / "run.json", run.settings)
     start = time.monotonic()

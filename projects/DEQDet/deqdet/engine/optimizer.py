@@ -1,16 +1,13 @@
 """AdamW with a learning rate and a decay of their own for the decoder, and clipping of the whole gradient."""
 
+import math
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from detectron2.config import CfgNode
-from detectron2.solver.build import (
-    get_default_optimizer_params,
-    maybe_add_gradient_clipping,
-    reduce_param_groups,
-)
+from detectron2.solver.build import get_default_optimizer_params, reduce_param_groups
 from detectron2.utils.events import get_event_storage, has_event_storage
 
 CLIP_TYPES = ("full_model", "value", "norm")
@@ -20,6 +17,8 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """AdamW over `parameter_groups`, with the clipping of SOLVER.CLIP_GRADIENTS.
 
+    Whatever that is, the norm of the whole gradient before it goes to the event storage (see `GradientClipper`).
+
     Raises:
         ValueError: an unknown SOLVER.CLIP_GRADIENTS.CLIP_TYPE.
     """
@@ -28,10 +27,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         known = ", ".join(CLIP_TYPES)
         raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}: it must be one of {known}")
     optimizer = AdamW(parameter_groups(cfg, model))
-    if clip.CLIP_TYPE != "full_model":
-        return maybe_add_gradient_clipping(cfg, optimizer)
-    if clip.ENABLED:
-        optimizer.register_step_pre_hook(GradientClipper(model, clip.CLIP_VALUE, clip.NORM_TYPE))
+    whole = clip.ENABLED and clip.CLIP_TYPE == "full_model"
+    optimizer.register_step_pre_hook(GradientClipper(model, clip.CLIP_VALUE if whole else math.inf, clip.NORM_TYPE))
+    if clip.ENABLED and not whole:
+        # detectron2's own clipping replaces the optimizer's step, so that it would come before any hook.
+        optimizer.register_step_pre_hook(ParameterClipper(model, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE))
     return optimizer
 
 
@@ -71,7 +71,7 @@ def _multipliers(cfg: CfgNode, model: nn.Module) -> Iterator[tuple[nn.Parameter,
 
 
 class GradientClipper:
-    """Scales all gradients together so that the norm over all of them is at most `max_norm`.
+    """Scales all gradients together so that the norm over all of them is at most `max_norm`, which may be infinite.
 
     It runs right before the optimizer's step. By then DDP has averaged the gradients over the ranks, and
     AMP's GradScaler has divided out its scale (where a gradient overflowed, it skips the step and this with
@@ -107,3 +107,21 @@ class GradientClipper:
         bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         at = f" at iteration={get_event_storage().iter}" if has_event_storage() else ""
         return f"the gradient became infinite or NaN{at}, in {len(bad)} parameters: {', '.join(bad[:5])}"
+
+
+class ParameterClipper:
+    """Clips the gradient of each parameter by itself, as detectron2's CLIP_TYPE "norm" and "value" do."""
+
+    def __init__(self, model: nn.Module, clip_type: str, clip_value: float, norm_type: float):
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._clip_type = clip_type
+        self._clip_value = clip_value
+        self._norm_type = norm_type
+
+    def __call__(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """The signature of Optimizer.register_step_pre_hook."""
+        for parameter in self._parameters:
+            if self._clip_type == "value":
+                nn.utils.clip_grad_value_(parameter, self._clip_value)
+            else:
+                nn.utils.clip_grad_norm_(parameter, self._clip_value, self._norm_type)

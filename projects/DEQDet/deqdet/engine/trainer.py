@@ -20,6 +20,7 @@ from ..data import build_mapper
 from .configuration import UserError
 from .evaluation import StepsEvaluator
 from .hooks import AverageBatchNorm, BestCheckpointer, PeakMemory, WeightsCheckpointer
+from .insight import build_insight
 from .optimizer import build_optimizer
 
 
@@ -55,10 +56,12 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """detectron2's hooks with ours in between: the order matters."""
         cfg = self.cfg
+        insight = build_insight(cfg, self.model)
         ret = super().build_hooks()
         readers = (hooks.PeriodicCheckpointer, hooks.EvalHook)  # ranks other than 0 have no checkpointer
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, readers))
-        ret[first:first] = [AverageBatchNorm(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD), PeakMemory()]
+        average = AverageBatchNorm(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+        ret[first:first] = [average, PeakMemory(), *insight]
         if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and comm.is_main_process():
             # With several sets, detectron2 puts a set's name before its metrics.
             metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"

@@ -1,0 +1,154 @@
+"""How well a training converges to its equilibrium, in numbers that metrics.json and tensorboard keep.
+
+The norm of the gradient before clipping (the paper's Figure 4) is there too: see `optimizer.GradientClipper`.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.engine import HookBase
+from detectron2.evaluation import inference_context
+from detectron2.utils import comm
+
+from ..data import build_mapper
+from ..decoders import EquilibriumDecoder
+from ..detector import DEQDet
+from ..equilibrium import FixedPointIteration, solve
+from ..spectrum import spectral_radius
+from .configuration import UserError
+
+RTOL = 0.05  # of the steps that are counted
+
+
+def build_insight(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
+    """The hook that MODEL.DEQDET.INSIGHT asks for, on the main process; else an empty list.
+
+    Raises:
+        UserError: the model has no equilibrium, or a number of MODEL.DEQDET.INSIGHT is out of range.
+    """
+    options = cfg.MODEL.DEQDET.INSIGHT
+    for key, least in (("PERIOD", 0), ("NUM_IMAGES", 1), ("POWER_ITERATIONS", 2)):
+        if options[key] < least:
+            raise UserError(f"MODEL.DEQDET.INSIGHT.{key} is {options[key]}: it must be at least {least}")
+    if options.PERIOD == 0:
+        return []
+    model = _unwrap(model)
+    if not (isinstance(model, DEQDet) and isinstance(model.decoder, EquilibriumDecoder)):
+        raise UserError(
+            f"MODEL.DEQDET.INSIGHT.PERIOD is {options.PERIOD}, but MODEL.DEQDET.DECODER {cfg.MODEL.DEQDET.DECODER} "
+            "has no equilibrium to look at: set the period to 0, or choose EquilibriumDecoder"
+        )
+    if not comm.is_main_process():
+        return []
+
+    def load_probe() -> list[dict]:
+        mapper = build_mapper(cfg, is_train=False)
+        return [mapper(record) for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[: options.NUM_IMAGES]]
+
+    return [EquilibriumInsight(options.PERIOD, load_probe, options.POWER_ITERATIONS)]
+
+
+class EquilibriumInsight(HookBase):
+    """Puts the figures of `measure_equilibrium` into the event storage, as "equilibrium/<name>".
+
+    The training goes on as it would without: no random state, statistics or gradient changes, and no other process
+    is waited for. Register it on the main process alone.
+
+    detectron2's writers look every 20 iterations and find the last figures; a shorter period shows no more.
+    """
+
+    def __init__(self, period: int, load_probe: Callable[[], list[dict]], power_iterations: int):
+        """
+        Args:
+            period: in iterations; the last iteration counts too.
+            load_probe: returns the images to measure on, as a test loader gives them; called once, when first needed.
+            power_iterations: of the spectral radius.
+        """
+        self._period = period
+        self._load_probe = load_probe
+        self._power_iterations = power_iterations
+        self._probe: list[dict] | None = None
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period != 0 and done != self.trainer.max_iter:
+            return
+        model = _unwrap(self.trainer.model)
+        with _random_state_kept(model.device):
+            if self._probe is None:
+                self._probe = self._load_probe()
+            figures = measure_equilibrium(model, self._probe, self._power_iterations)
+        for name, value in figures.items():
+            self.trainer.storage.put_scalar(f"equilibrium/{name}", value, smoothing_hint=False)
+
+
+@torch.no_grad()
+def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int) -> dict[str, float]:
+    """How plain iteration without noise, as training has it, converges: medians over the images of a batch.
+
+    Args:
+        model: with an EquilibriumDecoder; its training mode is restored afterwards.
+        batch: of detectron2's inputs, as a test loader gives them.
+        power_iterations: of the spectral radius.
+
+    Returns:
+        "residual_step1" and "residual": relative residuals at the first and at step T_train;
+        "steps_to_rtol0.05": the first step with a residual below that, T where there is none, T being the larger of
+        T_train and T_infer;
+        "spectral_radius": of f's Jacobian along the content at y_T_train (see `deqdet.spectrum`); above 1, small
+        changes of the content grow.
+    """
+    decoder = model.decoder
+    train_steps = decoder.supervision.train_steps
+    with inference_context(model):
+        features, initial = model.encode(model.preprocess(batch))
+        refine = decoder.packed_refinement(features, initial.content.shape[1])
+        path = solve(
+            refine,
+            decoder.initialize(initial, features).pack(),
+            solver=FixedPointIteration(),
+            max_steps=max(train_steps, decoder.test_steps),
+            record=[train_steps],
+        )
+        generator = torch.Generator(model.device).manual_seed(0)
+        end = path.recorded[train_steps]
+        radius = spectral_radius(refine, end, iterations=power_iterations, generator=generator)
+    return {
+        "residual_step1": median(path.residuals[0].tolist()),
+        "residual": median(path.residuals[train_steps - 1].tolist()),
+        f"steps_to_rtol{RTOL}": float(median(steps_to(path.residuals, RTOL).tolist())),
+        "spectral_radius": median(radius.tolist()),
+    }
+
+
+def steps_to(residuals: Tensor, rtol: float) -> Tensor:
+    """(B,) int64: the first step whose residual lies below rtol, T where none does.
+
+    Args:
+        residuals: (T, B), row t - 1 of step t.
+    """
+    below = residuals < rtol
+    return torch.where(below.any(dim=0), below.int().argmax(dim=0) + 1, len(residuals))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Python's, NumPy's (detectron2's test-time resize draws a number), and torch's on the CPU and on `device`."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
