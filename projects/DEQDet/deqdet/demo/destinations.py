@@ -1,0 +1,92 @@
+"""Where results go: one picture an image, never on another one's or on an input."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..engine import UserError
+from .sources import IMAGE_SUFFIXES
+
+KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")  # other pictures become .png
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi")
+
+
+def plan_pictures(sources: Sequence[Path], output: Path, endings: Sequence[str] = ()) -> list[Path]:
+    """A path for the picture of each source, and make the folder.
+
+    The names are those of the sources; of several with the same name, later ones get _2, _3, ...
+
+    Args:
+        output: a folder, or for a single source a file.
+        endings: of the files beside each picture, see `beside`.
+
+    Raises:
+        UserError: one file for several sources, the folder cannot be made, or an input would be written over.
+    """
+    as_file = not output.is_dir() and output.suffix.lower() in IMAGE_SUFFIXES
+    if as_file and len(sources) > 1:
+        raise UserError(f"--output {output} is one file, but there are {len(sources)} images: give a folder")
+    make_folder(output.parent if as_file else output)
+    pictures = [output] if as_file else _number(sources, output, endings)
+    inputs = {source.resolve() for source in sources}
+    for picture in pictures:
+        for file in (picture, *(beside(picture, ending) for ending in endings)):
+            if file.resolve() in inputs:
+                raise UserError(f"--output {output}: the input {file} would be written over: choose another folder")
+    return pictures
+
+
+def plan_video(source: Path | None, output: Path) -> Path:
+    """The file that a video is written to, and make its folder.
+
+    Args:
+        source: the video that is read; None for a camera.
+        output: a file by its suffix, else a folder; there, a camera's videos are webcam.mp4, webcam_2.mp4, ...
+
+    Raises:
+        UserError: the folder cannot be made, or the source would be written over.
+    """
+    if not output.is_dir() and output.suffix.lower() in VIDEO_SUFFIXES:
+        make_folder(output.parent)
+        file = output
+    else:
+        make_folder(output)
+        file = output / ("webcam.mp4" if source is None else f"{source.stem}.mp4")
+        numbers = itertools.count(2)
+        while source is None and file.exists():
+            file = output / f"webcam_{next(numbers)}.mp4"
+    if source is not None and file.resolve() == source.resolve():
+        raise UserError(f"--output {output}: the input {source} would be written over: choose another one")
+    return file
+
+
+def beside(picture: Path, ending: str) -> Path:
+    """out/a.jpg with "_strip.png" is out/a_strip.png."""
+    return picture.with_name(picture.stem + ending)
+
+
+def make_folder(folder: Path) -> None:
+    """
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _number(sources: Sequence[Path], folder: Path, endings: Sequence[str]) -> list[Path]:
+    taken: set[str] = set()
+    pictures = []
+    for source in sources:
+        suffix = source.suffix if source.suffix.lower() in KEPT_SUFFIXES else ".png"
+        for number in itertools.count(1):
+            stem = source.stem if number == 1 else f"{source.stem}_{number}"
+            # The stem too, so that the files beside a.jpg and a.png differ; some file systems ignore case.
+            names = {name.lower() for name in (stem, stem + suffix, *(stem + ending for ending in endings))}
+            if not names & taken:
+                break
+        taken |= names
+        pictures.append(folder / (stem + suffix))
+    return pictures
