@@ -36,7 +36,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         path.open("rb").close()
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}): give the checkpoint's file") from error
-    loaded = read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    loaded = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if not isinstance(loaded, Mapping):
         raise ConversionError(f"{path} holds a {type(loaded).__name__}: a checkpoint is a dict of tensors")
     weights, ignored = loaded, ()
@@ -80,7 +80,12 @@ def import_safetensors():
     return safetensors
 
 
-def _read_torch(path: Path) -> object:
+def read_torch(path: Path) -> object:
+    """What torch.save wrote, if it is tensors and plain Python values.
+
+    Raises:
+        ConversionError: the file is damaged, or holds other objects.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they are about is in the error

@@ -79,8 +79,8 @@ class EquilibriumDecoder(nn.Module):
         super().__init__()
         if test_steps < 1:
             raise ValueError(f"MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS must be at least 1, got {test_steps}")
-        if rtol < 0:
-            raise ValueError(f"MODEL.DEQDET.SOLVER.RTOL must not be negative, got {rtol}")
+        if not rtol >= 0:
+            raise ValueError(f"MODEL.DEQDET.SOLVER.RTOL must not be negative or NaN, got {rtol}")
         if initialization is None and supervision.extra == 0:
             raise ValueError(
                 "without an initialization layer, MODEL.DEQDET.EQUILIBRIUM.EXTRA_SUPERVISION must be at least 1: "

@@ -15,7 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
-from ..checkpoints import Checkpointer, ConversionError
+from ..checkpoints import Checkpointer, CompleteCheckpointer, ConversionError
 from ..data import build_mapper
 from .configuration import UserError
 from .evaluation import StepsEvaluator
@@ -94,18 +94,18 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
     """Load MODEL.WEIGHTS, or with `resume` the last checkpoint in OUTPUT_DIR if there is one, to evaluate.
 
     Raises:
-        UserError: the file cannot be read or downloaded.
+        UserError: the file cannot be read or downloaded, or is not a checkpoint of this model.
     """
     with _readable_weights():
-        Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 
 
 @contextmanager
 def _readable_weights() -> Iterator[None]:
     try:
         yield
-    except ConversionError as error:  # of a .safetensors file
-        raise UserError(str(error)) from error
+    except ConversionError as error:
+        raise UserError(f"cannot load the weights: {error}") from error
     except OSError as error:  # URLError is one
         raise UserError(
             f"cannot read the weights ({error}): with no network, download them elsewhere and give the file "

@@ -87,7 +87,7 @@ def solve(
     Raises:
         ValueError: max_steps or rtol is negative, or a recorded step lies outside 0..max_steps.
     """
-    if max_steps < 0 or rtol < 0:
+    if max_steps < 0 or not rtol >= 0:
         raise ValueError(f"max_steps and rtol must not be negative, got {max_steps} and {rtol}")
     if outside := [t for t in record if not 0 <= t <= max_steps]:
         raise ValueError(f"recorded steps must lie in 0..{max_steps} (max_steps), got {sorted(outside)}")

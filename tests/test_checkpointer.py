@@ -1,0 +1,88 @@
+"""Loading checkpoints to evaluate them."""
+
+import pytest
+import torch
+from torch import nn
+
+from deqdet.checkpoints import Checkpointer, CompleteCheckpointer, ConversionError
+from deqdet.engine import UserError, load_weights
+
+
+def make_model(width: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = make_model()
+    torch.save({"model": model.state_dict(), "iteration": 7}, tmp_path / "whole.pth")
+    return tmp_path, model
+
+
+def test_a_whole_checkpoint_is_loaded(saved):
+    folder, model = saved
+    loaded = make_model()
+    assert CompleteCheckpointer(loaded).load(str(folder / "whole.pth")) == {"iteration": 7}
+    assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+def test_a_missing_weight_is_an_error_for_an_evaluation_only(saved):
+    folder, model = saved
+    torch.save({k: v for k, v in model.state_dict().items() if k != "0.bias"}, folder / "part.pth")
+    with pytest.raises(ConversionError, match=r"does not fit the model: 0.bias is missing. Give the config that it"):
+        CompleteCheckpointer(make_model()).load(str(folder / "part.pth"))
+    Checkpointer(make_model()).load(str(folder / "part.pth"))  # a training may begin with it
+
+
+def test_counters_of_batch_norm_may_be_missing(saved):
+    folder, model = saved
+    weights = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
+    torch.save(weights, folder / "uncounted.pth")
+    CompleteCheckpointer(make_model()).load(str(folder / "uncounted.pth"))
+
+
+def test_another_shape_is_an_error(saved):
+    folder, _ = saved
+    message = r"0.weight is \(3, 2\), not \(5, 2\); 0.bias is \(3,\), not \(5,\); 1.weight is .* and 3 more. Give"
+    with pytest.raises(ConversionError, match=message):
+        CompleteCheckpointer(make_model(width=5)).load(str(folder / "whole.pth"))
+
+
+def truncated(folder):
+    whole = (folder / "whole.pth").read_bytes()
+    (folder / "bad.pth").write_bytes(whole[: len(whole) // 2])
+
+
+def text(folder):
+    (folder / "bad.pth").write_text("no weights here\n")
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def code(folder):
+    torch.save({"model": {"0.weight": Code()}}, folder / "bad.pth")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (truncated, "bad.pth is damaged"),
+    (text, "bad.pth is damaged, or was not written by torch.save"),
+    (code, r"bad.pth holds (\S+\.)?print, which is not loaded"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [Checkpointer, CompleteCheckpointer])
+def test_a_bad_file_is_one_clear_error(saved, capsys, kind, damage, message):
+    folder, _ = saved
+    damage(folder)
+    with pytest.raises(ConversionError, match=message):
+        kind(make_model()).load(str(folder / "bad.pth"))
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_the_tools_report_weights_of_another_config(small_cfg, small_model, tmp_path):
+    torch.save(small_model("MODEL.DEQDET.NUM_CLASSES", 5).state_dict(), tmp_path / "five.pth")
+    cfg = small_cfg("MODEL.WEIGHTS", str(tmp_path / "five.pth"))
+    message = r"cannot load the weights: .*class_branch.3.weight is \(5, 32\), not \(3, 32\)"
+    with pytest.raises(UserError, match=message):
+        load_weights(small_model(), cfg, resume=False)
