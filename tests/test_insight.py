@@ -21,7 +21,7 @@ from detectron2.utils.events import EventStorage
 
 from deqdet import add_deqdet_config
 from deqdet.engine import Trainer, UserError, setup
-from deqdet.engine.insight import EquilibriumInsight, build_insight, measure_equilibrium, steps_to
+from deqdet.engine.insight import EquilibriumInsight, build_insight, measure_equilibrium
 from deqdet.engine.optimizer import build_optimizer
 from deqdet.equilibrium import FixedPointIteration, relative_residual
 from deqdet.residuals import measure_residuals
@@ -76,11 +76,6 @@ def test_the_radius_is_that_of_the_contents_jacobian_after_the_training_steps(sm
 
     jacobian = torch.autograd.functional.jacobian(content, state.content.flatten())
     assert found == pytest.approx(torch.linalg.eigvals(jacobian).abs().max().item(), rel=0.02)
-
-
-def test_steps_to_a_tolerance():
-    residuals = torch.tensor([[0.9, 0.01, 0.9, 0.9], [0.04, 0.9, 0.9, float("nan")], [0.03, 0.9, 0.05, float("nan")]])
-    assert steps_to(residuals, 0.05).tolist() == [2, 1, 3, 3]  # 0.05 is not below
 
 
 def test_images_that_do_not_converge_count_with_all_steps(small_model, make_inputs):

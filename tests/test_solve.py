@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from deqdet.equilibrium import FixedPointIteration, Status, relative_residual, solve
+from deqdet.equilibrium import FixedPointIteration, Status, first_below, relative_residual, solve
 
 PLAIN = FixedPointIteration()
 
@@ -281,6 +281,29 @@ def test_the_best_iterate_is_given():
     assert results[True].steps.item() == 4
 
 
+def test_the_best_is_an_image_even_if_every_residual_is_infinite():
+    solution = solve(torch.zeros_like, torch.ones(1, 3), solver=PLAIN, max_steps=1, best=True)
+    assert solution.residuals.item() == math.inf
+    assert solution.value.tolist() == [[0.0] * 3]
+
+
+def test_first_below_by_hand():
+    residuals = torch.tensor([[0.5, 0.04, 0.06, math.nan], [0.04, 0.3, 0.05, 0.2], [0.6, 0.01, 0.2, 0.3]])
+    assert first_below(residuals, 0.05).tolist() == [2, 1, 3, 3]  # 0.05 is not below
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-2])
+def test_a_map_may_return_another_dtype(rtol):
+    def halve(flat):
+        return (flat.double() / 2 + 1).to(torch.float64)
+
+    found = solve(
+        halve, torch.zeros(2, 1), solver=FixedPointIteration(0.5), max_steps=60, rtol=rtol, restrict=lambda rows: halve
+    )
+    assert found.value.dtype == torch.float32
+    assert found.value.tolist() == [pytest.approx([2.0], abs=0.1)] * 2
+
+
 def test_the_best_of_each_sample():
     # y -> a - y swings between y and a - y for ever: its residual is |a - 2 y| / |a - y| from y, and from a - y
     # |a - 2 y| / |y|: the image with the larger size is best, whichever step it comes from.
@@ -345,8 +368,9 @@ def test_relative_residual_by_hand():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"max_steps": -1}, "must not be negative, got -1 and 0.0"),
-        ({"max_steps": 4, "rtol": -0.5}, "must not be negative, got 4 and -0.5"),
+        ({"max_steps": -1}, "must be finite and not negative, got -1 and 0.0"),
+        ({"max_steps": 4, "rtol": -0.5}, "must be finite and not negative, got 4 and -0.5"),
+        ({"max_steps": 4, "rtol": math.inf}, "must be finite and not negative, got 4 and inf"),
         ({"max_steps": 4, "record": [5, 2, -1]}, r"lie in 0\.\.4 \(max_steps\), got \[-1, 5\]"),
     ],
 )

@@ -190,6 +190,30 @@ def test_bfloat16_state(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_autocast_leaves_the_arithmetic_of_a_solver_alone(name):
+    initial = torch.zeros(2, 20)
+    expected = solve(stiff, initial, solver=SOLVERS[name], max_steps=9).value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = solve(lambda y: (y[:, None] * STIFF.float()).sum(2) + 1, initial, solver=SOLVERS[name], max_steps=9)
+    assert found.value.dtype == torch.float32
+    torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_proposal_that_overflows_is_a_plain_step():
+    # The second number's secant extrapolates 1e5 times the last step, which was 3e38 in the first number.
+    solver = Anderson(memory=2)
+    values = torch.tensor([[[-1.5e38, 0.0]], [[1.5e38, 0.0]]])
+    images = torch.tensor([[[-1.5e38, 1.0]], [[1.5e38, 0.99999]]])
+    _, memory = solver.step(values[0], images[0], solver.init(values[0]))
+    proposal, _ = solver.step(values[1], images[1], memory)
+    assert proposal.tolist() == images[1].tolist()
+    # A term of H that no number can bear.
+    none, huge = torch.zeros(1, 0, 1), torch.full((1, 1, 1), 3e38)
+    proposal, _ = Broyden(memory=2).step(torch.zeros(1, 1), torch.ones(1, 1), (none, none, huge, huge))
+    assert proposal.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 def test_nothing_waits_for_the_device(name):
     # Reading a value of a tensor on "meta" is an error.
     initial = torch.empty(3, 5, device="meta")
@@ -201,7 +225,8 @@ def test_nothing_waits_for_the_device(name):
     (lambda: FixedPointIteration(damping=1.5), r"damping must lie in \(0, 1\], got 1.5"),
     (lambda: Anderson(damping=-1), "damping"),
     (lambda: Anderson(memory=1), "at least 2 .1 would be plain iteration., got 1"),
-    (lambda: Anderson(regularization=-1e-3), "regularization must not be negative, got -0.001"),
+    (lambda: Anderson(regularization=-1e-3), "regularization must be finite and not negative, got -0.001"),
+    (lambda: Anderson(regularization=math.nan), "regularization must be finite"),
     (lambda: Broyden(memory=0), "memory of Broyden must be at least 1, got 0"),
 ])  # fmt: skip
 def test_numbers_out_of_range(build, message):

@@ -1,5 +1,6 @@
 """DEQDet's decoder: the fixed point of one refinement layer."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -79,8 +80,8 @@ class EquilibriumDecoder(nn.Module):
         super().__init__()
         if test_steps < 1:
             raise ValueError(f"MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS must be at least 1, got {test_steps}")
-        if not rtol >= 0:
-            raise ValueError(f"MODEL.DEQDET.SOLVER.RTOL must not be negative or NaN, got {rtol}")
+        if not 0 <= rtol < math.inf:
+            raise ValueError(f"MODEL.DEQDET.SOLVER.RTOL must not be negative or infinite, got {rtol}")
         if initialization is None and supervision.extra == 0:
             raise ValueError(
                 "without an initialization layer, MODEL.DEQDET.EQUILIBRIUM.EXTRA_SUPERVISION must be at least 1: "

@@ -10,7 +10,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.config import CfgNode
@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from ..data import build_mapper
 from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
-from ..equilibrium import FixedPointIteration, solve
+from ..equilibrium import FixedPointIteration, first_below, solve
 from ..spectrum import spectral_radius
 from .configuration import UserError
 
@@ -125,19 +125,9 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
     return {
         "residual_step1": median(path.residuals[0].tolist()),
         "residual": median(path.residuals[train_steps - 1].tolist()),
-        f"steps_to_rtol{RTOL}": float(median(steps_to(path.residuals, RTOL).tolist())),
+        f"steps_to_rtol{RTOL}": float(median(first_below(path.residuals, RTOL).tolist())),
         "spectral_radius": median(radius.tolist()),
     }
-
-
-def steps_to(residuals: Tensor, rtol: float) -> Tensor:
-    """(B,) int64: the first step whose residual lies below rtol, T where none does.
-
-    Args:
-        residuals: (T, B), row t - 1 of step t.
-    """
-    below = residuals < rtol
-    return torch.where(below.any(dim=0), below.int().argmax(dim=0) + 1, len(residuals))
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Fixed points and their gradients: torch and nothing else, no box, no detector."""
 
 from .estimators import Implicit, Phantom, Unrolled
-from .solve import Map, Solution, Solver, Status, relative_residual, solve
+from .solve import Map, Solution, Solver, Status, first_below, relative_residual, solve
 from .solvers import Anderson, Broyden, FixedPointIteration
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Solver",
     "Status",
     "Unrolled",
+    "first_below",
     "relative_residual",
     "solve",
 ]

@@ -1,7 +1,9 @@
 """The only iteration loop: it applies the map, counts, records, measures residuals and gives the verdict."""
 
 import enum
+import math
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,7 +41,8 @@ class Solution:
     value: Tensor  # (B, D)  f of the last iterate, or of the one with the smallest residual
     status: Tensor  # (B,)  int64, of Status
     steps: Tensor  # (B,)  int64, applications of the map that the sample took part in
-    residuals: Tensor  # (t, B)  relative residual of each step's input; t < T if all samples stopped early
+    # (t, B)  relative residual of each step's input, of a sample that has stopped the last one; t < T if all stopped
+    residuals: Tensor
     recorded: dict[int, Tensor]  # step -> (B, D); step 0 is the initial value
 
 
@@ -58,6 +61,16 @@ def relative_residual(value: Tensor, image: Tensor) -> Tensor:
     change = torch.linalg.vector_norm((image - value) / unit, dim=1)
     size = torch.linalg.vector_norm(image / unit, dim=1)
     return change / size.clamp(min=torch.finfo(dtype).tiny)
+
+
+def first_below(residuals: Tensor, rtol: float) -> Tensor:
+    """(B,) int64: the first step whose residual is below rtol, as solve() with that rtol stops; T where none is.
+
+    Args:
+        residuals: (T, B), row t - 1 of step t, as solve() gives them with rtol = 0.
+    """
+    below = residuals < rtol  # False where NaN
+    return torch.where(below.any(dim=0), below.int().argmax(dim=0) + 1, len(residuals))
 
 
 def solve(
@@ -85,12 +98,9 @@ def solve(
         restrict: gives f for some samples, by their indices (b,) in the batch: those that stopped leave the batch.
 
     Raises:
-        ValueError: max_steps or rtol is negative, or a recorded step lies outside 0..max_steps.
+        ValueError: max_steps or rtol is negative or not finite, or a recorded step lies outside 0..max_steps.
     """
-    if max_steps < 0 or not rtol >= 0:
-        raise ValueError(f"max_steps and rtol must not be negative, got {max_steps} and {rtol}")
-    if outside := [t for t in record if not 0 <= t <= max_steps]:
-        raise ValueError(f"recorded steps must lie in 0..{max_steps} (max_steps), got {sorted(outside)}")
+    _check(max_steps, rtol, record)
     books = _Books(initial, rtol, best)
     value, memory, rows = initial, solver.init(initial), slice(None)
     for step in range(1, max_steps + 1):
@@ -102,14 +112,29 @@ def solve(
                 rows = (books.status == Status.MAX_STEPS).nonzero()[:, 0]
                 function = restrict(rows)
                 value, memory, active = value[active], tuple(part[active] for part in memory), active[active]
-        image = function(value)
-        proposal, memory = solver.step(value, image, memory)
+        image = function(value).to(value.dtype)
+        with _full_precision(value.device):
+            proposal, memory = solver.step(value, image, memory)
         usable = active & image.isfinite().all(dim=1)
         books.enter(rows, active, usable, image, relative_residual(value, image))
         value = torch.where(usable[:, None], proposal, value)
         if step in record:
             books.record(step)
     return books.close(record)
+
+
+def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
+    if max_steps < 0 or not 0 <= rtol < math.inf:
+        raise ValueError(f"max_steps and rtol must be finite and not negative, got {max_steps} and {rtol}")
+    if outside := [t for t in record if not 0 <= t <= max_steps]:
+        raise ValueError(f"recorded steps must lie in 0..{max_steps} (max_steps), got {sorted(outside)}")
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast is off within it: a solver computes in the precision that it asks for."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class _Books:
@@ -121,7 +146,7 @@ class _Books:
         self._value = initial.clone()
         self._steps = torch.zeros_like(self.status)
         self._residual = torch.full_like(relative_residual(initial, initial), torch.inf)
-        self._lowest = self._residual.clone()
+        self._lowest = torch.full_like(self._residual, torch.nan)  # of the value; NaN: that is still the initial one
         self._residuals: list[Tensor] = []
         self._recorded = {0: initial}
 
@@ -142,7 +167,7 @@ class _Books:
         status = self.status[rows].masked_fill(active & ~usable, Status.NONFINITE)
         self.status[rows] = status.masked_fill(usable & (residual < self._rtol), Status.CONVERGED)
         if self._best:
-            usable = usable & (residual < self._lowest[rows])
+            usable = usable & ~(residual >= self._lowest[rows])
             self._lowest[rows] = torch.where(usable, residual, self._lowest[rows])
         self._value[rows] = torch.where(usable[:, None], image, self._value[rows])
 

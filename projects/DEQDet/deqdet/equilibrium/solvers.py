@@ -4,6 +4,7 @@ Each sample is solved for itself. D is large and the memory m small, so that a s
 it runs in float32 or better, whatever the state's type, and nothing in it waits for the device.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,8 @@ class Anderson:
     def __post_init__(self) -> None:
         if self.memory < 2:
             raise ValueError(f"memory of Anderson must be at least 2 (1 would be plain iteration), got {self.memory}")
-        if self.regularization < 0:
-            raise ValueError(f"regularization must not be negative, got {self.regularization}")
+        if not 0 <= self.regularization < math.inf:
+            raise ValueError(f"regularization must be finite and not negative, got {self.regularization}")
         _require_damping(self.damping)
 
     def init(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ class Anderson:
         change = _precise(image) - current  # (B, D)
         values = torch.cat([memory[0], current[:, None]], dim=1)[:, -self.memory :]
         changes = torch.cat([memory[1], change[:, None]], dim=1)[:, -self.memory :]
-        plain = current + self.damping * change
+        plain, _ = FixedPointIteration(self.damping).step(current, _precise(image), ())
         if values.shape[1] == 1:
             return plain.to(value.dtype), (values, changes)
         differences = changes.diff(dim=1)  # (B, j, D), j < m
@@ -79,7 +80,8 @@ class Anderson:
         gram = unit @ unit.mT + self.regularization * torch.eye(unit.shape[1], device=unit.device, dtype=unit.dtype)
         weights, info = torch.linalg.solve_ex(gram, unit @ change[:, :, None])
         weights = weights[:, :, 0] / size
-        return torch.where((info == 0)[:, None] & weights.isfinite(), weights, 0.0)
+        solved = (info == 0) & weights.isfinite().all(dim=1)
+        return torch.where(solved[:, None], weights, 0.0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Broyden:
             new_left, new_right = _rank_one(current - last_value[:, 0], change - last_change[:, 0], left, right)
             left = torch.cat([left, new_left[:, None]], dim=1)
             right = torch.cat([right, new_right[:, None]], dim=1)
-        proposal = _finite_or(current - _product(left, right, change), current + change)
+        proposal = _finite_or(current - _product(left, right, change), _precise(image))
         return proposal.to(value.dtype), (current[:, None], change[:, None], left, right)
 
 
