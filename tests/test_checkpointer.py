@@ -66,7 +66,17 @@ def code(folder):
     torch.save({"model": {"0.weight": Code()}}, folder / "bad.pth")
 
 
+def a_list(folder):
+    torch.save([1, 2], folder / "bad.pth")
+
+
+def numbers(folder):
+    torch.save({"model": {"0.weight": 1}}, folder / "bad.pth")
+
+
 @pytest.mark.parametrize("damage, message", [
+    (a_list, "bad.pth holds a list: a checkpoint is a dict of tensors"),
+    (numbers, "bad.pth is no dict of tensors: its entry '0.weight' is a int"),
     (truncated, "bad.pth is damaged"),
     (text, "bad.pth is damaged, or was not written by torch.save"),
     (code, r"bad.pth holds (\S+\.)?print, which is not loaded"),
@@ -78,6 +88,13 @@ def test_a_bad_file_is_one_clear_error(saved, capsys, kind, damage, message):
     with pytest.raises(ConversionError, match=message):
         kind(make_model()).load(str(folder / "bad.pth"))
     assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["no weights here", ""])
+def test_a_bad_pickle_is_one_clear_error(tmp_path, content):
+    (tmp_path / "bad.pkl").write_text(content)
+    with pytest.raises(ConversionError, match="bad.pkl is damaged or no checkpoint"):
+        Checkpointer(make_model()).load(str(tmp_path / "bad.pkl"))
 
 
 def test_the_tools_report_weights_of_another_config(small_cfg, small_model, tmp_path):

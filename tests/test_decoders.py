@@ -6,7 +6,7 @@ from small_decoders import SHAPES, loss, make_problem
 from torch import Tensor
 
 from deqdet.decoders import DECODER_REGISTRY, Supervision, build_decoder
-from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, Phantom
+from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, Phantom, solve
 from deqdet.layers import RefinementLayer
 from deqdet.perturbation import Perturbation
 from deqdet.structures import QueryState
@@ -234,6 +234,21 @@ def test_images_that_converge_leave_the_batch(small_decoder, monkeypatch, solver
     for i, single in enumerate(alone):
         assert single.steps.item() == stopped.steps[i]
         torch.testing.assert_close(stopped.value[i], single.value[0], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_best_iterate_of_an_image(small_decoder):
+    initial, features = make_problem()
+    decoder = small_decoder("MODEL.DEQDET.SOLVER.RETURN_BEST", True)
+    start = decoder.initialize(initial, features)
+    found = decoder.solve(start, features, steps=9)
+    every = solve(
+        decoder.packed_refinement(features, 6), start.pack(), solver=decoder.solver, max_steps=9, record=range(10)
+    )
+    best = every.residuals.argmin(dim=0) + 1
+    assert (best < 9).any()  # else the last one is best, and the test shows nothing
+    for image, step in enumerate(best.tolist()):
+        torch.testing.assert_close(found.value[image], every.recorded[step][image], rtol=0, atol=1e-12)
 
 
 def test_training_does_not_depend_on_the_solver(small_decoder):

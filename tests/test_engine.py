@@ -14,7 +14,7 @@ from torch import nn
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
-from deqdet.engine import Trainer, run, setup
+from deqdet.engine import Trainer, UserError, run, setup
 from deqdet.engine.evaluation import StepsEvaluator
 from deqdet.engine.hooks import average_batch_norm, peak_memory_mb
 from deqdet.engine.launcher import count_cores
@@ -136,8 +136,18 @@ def test_the_steps_until_convergence_are_in_the_summary(toy_config, capsys):
     assert results["steps"] == pytest.approx({"mean": 2.5, "p50": 2.5, "p95": 3.85})
     assert results["bbox"]["AP"] >= 0
     printed = capsys.readouterr().out
-    assert "Steps of 4 images until convergence: mean 2.50, median 2.5, 95th percentile 3.8, most 4" in printed
+    assert "Steps that 4 images took: mean 2.50, median 2.5, 95th percentile 3.8, most 4" in printed
     assert "copypaste: Task: steps" in printed
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("MODEL.META_ARCHITECTURE", "Nothing", "Nothing.*META_ARCH"),
+    ("OUTPUT_DIR", __file__, "OUTPUT_DIR .*test_engine.py is a file: choose a folder"),
+    ("OUTPUT_DIR", f"{__file__}/out", r"OUTPUT_DIR .*test_engine.py/out cannot be made \(Not a directory\)"),
+])  # fmt: skip
+def test_what_cannot_be_built_is_one_clear_error(toy_config, key, value, message):
+    with pytest.raises(UserError, match=message):
+        Trainer(setup(parse(toy_config, key, value)))
 
 
 def test_the_steps_of_an_earlier_evaluation_do_not_count():

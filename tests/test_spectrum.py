@@ -119,3 +119,9 @@ def test_a_refinement_layer_has_the_radius_of_its_contents_jacobian(name, stir):
     assert torch.linalg.eigvals(jacobian).abs().max().item() == pytest.approx(by_differences, rel=1e-5)
     assert found == pytest.approx(by_differences, rel=0.01)
     assert by_differences > 0.05
+
+
+def test_a_growth_beyond_the_dtype_is_infinite():
+    radius = spectral_radius(lambda y: y * torch.tensor([[1e30], [0.5]]), torch.ones(2, 3), iterations=6)
+    assert radius[0].item() == float("inf")
+    assert radius[1].item() == pytest.approx(0.5)

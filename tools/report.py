@@ -16,9 +16,8 @@ import torch
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
-from detectron2.modeling import build_model
 
-from deqdet.engine import argument_parser, load_config, load_weights, run, setup
+from deqdet.engine import argument_parser, build_model, load_config, load_weights, run, setup
 from deqdet.residuals import measure_residuals
 from deqdet.visualization import contact_sheet, draw_pair, plot_losses, plot_residuals
 

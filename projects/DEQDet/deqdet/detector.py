@@ -107,8 +107,7 @@ class DEQDet(nn.Module):
 
         Returns:
             In training the weighted losses, to be summed; else per image "instances" with
-            pred_boxes (xyxy, pixels), scores and pred_classes, best first; "steps": () int64, the
-            layers that the image went through after the first.
+            pred_boxes (xyxy, pixels), scores and pred_classes, best first; "steps": () int64, see Decoded.
         """
         images = self.preprocess(batched_inputs)
         features, initial = self.encode(images)

@@ -26,7 +26,7 @@ def spectral_radius(
         generator: of the first, random vector; of the value's device, None is torch's own.
 
     Returns:
-        (B,).
+        (B,); inf where the growth is beyond the dtype.
 
     Raises:
         ValueError: iterations is below 2.
@@ -43,4 +43,5 @@ def spectral_radius(
         unit = vector / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # 0 stays 0
         (vector,) = torch.autograd.grad(image, value, unit, retain_graph=True)
         growths.append(torch.linalg.vector_norm(vector, dim=1))
-    return torch.stack(growths[iterations // 2 :]).log().mean(dim=0).exp()
+    growth = torch.stack(growths)
+    return torch.where(growth.isfinite().all(dim=0), growth[iterations // 2 :].log().mean(dim=0).exp(), torch.inf)

@@ -59,7 +59,7 @@ class Decoded:
     """What a decoder returns at test time."""
 
     prediction: Prediction
-    steps: Tensor  # (B,)  int64, layers that each image went through after the first
+    steps: Tensor  # (B,)  int64, applications of f that each image took; layers after the first without an equilibrium
     finite: Tensor  # (B,)  bool, False where the states became infinite or NaN
 
 

@@ -1,11 +1,13 @@
 """detectron2's checkpointer, for .safetensors files too."""
 
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from .reading import ConversionError, read_safetensors, read_torch
+from .reading import ConversionError, check_weights, read_safetensors, read_torch
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -14,14 +16,27 @@ class Checkpointer(DetectionCheckpointer):
     It does not warn of missing counters of BatchNorm, which nothing reads and ImageNet weights do not have. (torch does
     not miss them, but detectron2 turns the BatchNorm of frozen stages into a module that would.)
 
+    No object that a .pth file may hold beside tensors and plain Python values is built, since that can run code. The
+    .pkl files of detectron2's model zoo are pickles and can: load none that you do not trust.
+
     Raises:
-        ConversionError: in `load`, if a .pth or .safetensors file is damaged, or holds other objects than tensors and
-            plain Python values, which are never built, since that can run code.
+        ConversionError: in `load`, if the file is damaged or no checkpoint.
     """
 
-    def _torch_load(self, f: str) -> Any:
+    def _load_file(self, filename: str) -> dict:
+        try:
+            return super()._load_file(filename)
+        except (pickle.UnpicklingError, EOFError, KeyError, UnicodeDecodeError) as error:  # of a .pkl or .pyth file
+            raise ConversionError(f"{filename} is damaged or no checkpoint ({type(error).__name__})") from error
+
+    def _torch_load(self, f: str) -> dict:
         path = Path(f)
-        return {"model": read_safetensors(path)} if path.suffix == ".safetensors" else read_torch(path)
+        if path.suffix == ".safetensors":
+            return {"model": read_safetensors(path)}
+        loaded = read_torch(path)
+        is_checkpoint = isinstance(loaded, Mapping) and "model" in loaded
+        check_weights(path, loaded["model"] if is_checkpoint else loaded, ["model"])
+        return loaded
 
     def _load_model(self, checkpoint: dict) -> Any:
         incompatible = super()._load_model(checkpoint)

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,13 +46,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
             break
     if not weights:
         raise ConversionError(f"{path} holds no tensor")
+    check_weights(path, weights, ENTRIES)
+    return Checkpoint(dict(weights), ignored)
+
+
+def check_weights(path: Path, weights: object, entries: Sequence[str]) -> None:
+    """
+    Args:
+        entries: of the file, where the weights were sought before they were taken from its top; for the message.
+
+    Raises:
+        ConversionError: `weights` is no dict of named tensors.
+    """
+    if not isinstance(weights, Mapping):
+        raise ConversionError(f"{path} holds a {type(weights).__name__}: a checkpoint is a dict of tensors")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ConversionError(
                 f"{path} is no dict of tensors: its entry {name!r} is a {type(value).__name__} "
-                f"(the weights are sought in {' or '.join(ENTRIES)}, else at the top)"
+                f"(the weights are sought in {' or '.join(entries)}, else at the top)"
             )
-    return Checkpoint(dict(weights), ignored)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from detectron2.modeling import build_model
-
-from ..engine import UserError, argument_parser, load_config
+from ..engine import UserError, argument_parser, build_model, load_config
 from ..engine.configuration import check_run
 from .measurement import Measurement, describe_machine
 from .metrics import Metrics, read_metrics
@@ -136,7 +134,7 @@ def check_trainings(runs: Sequence[Run]) -> None:
         cfg.MODEL.DEVICE = "cpu"
         try:
             build_model(cfg)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{run.name}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from .configuration import UserError, load_config, setup
 from .launcher import argument_parser, run
+from .models import build_model
 from .trainer import Trainer, load_weights
 
-__all__ = ["Trainer", "UserError", "argument_parser", "load_config", "load_weights", "run", "setup"]
+__all__ = ["Trainer", "UserError", "argument_parser", "build_model", "load_config", "load_weights", "run", "setup"]

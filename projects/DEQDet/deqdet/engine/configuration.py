@@ -36,9 +36,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args: what `argument_parser` parses.
 
     Raises:
-        UserError: as `load_config` and `check_run`.
+        UserError: as `load_config` and `check_run`; or OUTPUT_DIR cannot be made.
     """
     cfg = load_config(args)
+    _make_folder(cfg.OUTPUT_DIR)
     # default_setup does the same for detectron2's and fvcore's loggers.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="deqdet")
     adapt_device(cfg)
@@ -102,6 +103,15 @@ def flatten(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield prefix + key, value
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
+
+
+def _make_folder(path: str) -> None:
+    try:
+        PathManager.mkdirs(path)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {path} cannot be made ({error.strerror}): choose another folder") from error
+    if not PathManager.isdir(path):
+        raise UserError(f"OUTPUT_DIR {path} is a file: choose a folder")
 
 
 def _check_weights(path: str, *, eval_only: bool) -> None:

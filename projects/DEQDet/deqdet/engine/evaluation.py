@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepsEvaluator(DatasetEvaluator):
-    """How many applications of f the images took until they converged (MODEL.DEQDET.SOLVER.RTOL).
+    """How many applications of f the images took, to converge (MODEL.DEQDET.SOLVER.RTOL) or to reach the limit.
 
     `evaluate` logs a line and returns {"steps": {"mean": ..., "p50": ..., "p95": ...}}, the percentiles over the
     images of all ranks; in training, detectron2 puts them into the event storage as "steps/mean" and so on.
@@ -40,7 +40,7 @@ class StepsEvaluator(DatasetEvaluator):
         median, high = np.percentile(steps, [50, 95])
         result = {"mean": float(np.mean(steps)), "p50": float(median), "p95": float(high)}
         logger.info(
-            "Steps of %d images until convergence: mean %.2f, median %.1f, 95th percentile %.1f, most %d",
+            "Steps that %d images took: mean %.2f, median %.1f, 95th percentile %.1f, most %d",
             len(steps), result["mean"], median, high, max(steps),
         )  # fmt: skip
         return {"steps": result}

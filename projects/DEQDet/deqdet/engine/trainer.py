@@ -21,6 +21,7 @@ from .configuration import UserError
 from .evaluation import StepsEvaluator
 from .hooks import AverageBatchNorm, BestCheckpointer, PeakMemory, WeightsCheckpointer
 from .insight import build_insight
+from .models import buildable
 from .optimizer import build_optimizer
 
 
@@ -69,6 +70,16 @@ class Trainer(DefaultTrainer):
             after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
             ret.insert(after, BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, metric))
         return ret
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """As DefaultTrainer's.
+
+        Raises:
+            UserError: a name in the config is unknown, or a value out of range.
+        """
+        with buildable():
+            return super().build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:

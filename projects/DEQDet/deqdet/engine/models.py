@@ -1,0 +1,32 @@
+"""From a config to a model, with errors that users understand."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from detectron2 import modeling
+from detectron2.config import CfgNode
+
+from .configuration import UserError
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """detectron2's, on MODEL.DEVICE.
+
+    Raises:
+        UserError: a name in the config is unknown, or a value out of range.
+    """
+    with buildable():
+        return modeling.build_model(cfg)
+
+
+@contextmanager
+def buildable() -> Iterator[None]:
+    """What goes wrong within it, building a model, becomes a UserError."""
+    try:
+        yield
+    except KeyError as error:  # of a registry; its str() is the repr of its message
+        raise UserError(str(error.args[0])) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
