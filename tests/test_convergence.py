@@ -31,13 +31,12 @@ from deqdet.convergence import (
     format_report,
     measure_latencies,
     prepare_model,
-    stopping_steps,
     summarize,
     walk_paths,
     write_report,
 )
 from deqdet.engine import UserError
-from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
+from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, first_below
 from deqdet.residuals import measure_residuals
 from deqdet.structures import QueryState
 
@@ -103,7 +102,7 @@ class TestPaths:
             for steps in (1, 4, 9):
                 assert_same(path.detections[steps], solve_alone(model, x, solver, steps, 0.0)[0])
             for rtol in plan.rtols:
-                stop = int(stopping_steps(path.residuals[:, None], rtol, LIMIT))
+                stop = int(first_below(path.residuals[:LIMIT, None], rtol))
                 found, taken = solve_alone(model, x, solver, LIMIT, rtol)
                 assert taken == stop
                 assert_same(path.detections[stop], found)
@@ -148,7 +147,7 @@ class TestPaths:
     ])  # fmt: skip
     def test_stopping_steps_by_hand(self, rtol, limit, expected):
         residuals = torch.tensor([[1.0, 0.3, 1.0], [0.4, 0.9, NAN], [0.1, 0.8, NAN], [0.1, 0.1, NAN]])
-        assert stopping_steps(residuals, rtol, limit).tolist() == expected
+        assert first_below(residuals[:limit], rtol).tolist() == expected
 
     @pytest.mark.parametrize("plan, message", [
         ({"steps": (4, 0)}, "a number of steps must be at least 1, got 0"),
@@ -425,7 +424,7 @@ class TestTool:
 
     def test_end_to_end(self, tool, tmp_path, capsys):
         # TEST_STEPS is 4. The KEY VALUE pairs follow a list.
-        tool("--limit", "2", "--solvers", "plain", "anderson2", "plain", "--rtols", "1e-9", "0.5", "--steps", "6", "2",
+        tool("--limit", "2", "--solvers", "plain", "anderson2", "plain", "--rtols", "1E-9", "0.5", "--steps", "6", "2",
              "3", "2", "MODEL.DEQDET.SOLVER.DAMPING", "0.5")  # fmt: skip
         found = json.loads((tmp_path / "out" / "steps.json").read_text())
         assert (found["images"], found["limit"], found["dataset"]) == (2, 4, "shapes_seed41_3")

@@ -154,6 +154,17 @@ class TestImages:
         assert not lines and f"the input {source} would be written over" in code
         assert source.read_bytes() == before
 
+    def test_what_one_picture_cannot_be_keeps_no_other_from_it(self, demo, tmp_path):
+        long = save(tmp_path / "in" / "a.png").rename(tmp_path / "in" / ("a" * 250 + ".png"))
+        # WebP ends at 16383 pixels.
+        wide, good = save(tmp_path / "in" / "b.webp", 2, 16383), save(tmp_path / "in" / "c$^$.png")
+        words = ["--input", long, wide, good, "~nosuchuser/d.png", "--output", tmp_path / "out", "--convergence-plot"]
+        code, printed, errors = demo(*words)
+        assert code == 1
+        assert any("c$^$.png: " in line and "-> " in line for line in printed)
+        assert (tmp_path / "out" / "c$^$_convergence.png").is_file()
+        assert any("nosuchuser" in line for line in errors)
+
     def test_a_picture_that_cannot_be_written(self, demo, tmp_path):
         sources = [save(tmp_path / name) for name in ("x.png", "y.png")]
         (tmp_path / "out" / "x.png").mkdir(parents=True)

@@ -259,7 +259,7 @@ class TestAnimation:
         write_gif(build_scene(image, traced, NAMES, 0.5, GIF_SIDE), tmp_path / "x.gif")
         with Image.open(tmp_path / "x.gif") as gif:
             assert gif.n_frames == 14
-        plot_convergence(traced, "none", 0.0).savefig(tmp_path / "x.png")
+        plot_convergence(traced, "a$^$b", 0.0).savefig(tmp_path / "x.png")  # a name is never a formula
 
 
 def test_the_plot_shows_the_residuals():

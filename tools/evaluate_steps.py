@@ -70,11 +70,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"\n{format_report(report)}\nWritten: {args.output}/steps.md, steps.json, steps.png")
 
 
+def is_key(word: str) -> bool:
+    """A KEY such as MODEL.WEIGHTS; neither a solver nor a number such as 1E-2."""
+    return word[:1].isalpha() and word.isupper()
+
+
 def split_lists(args: argparse.Namespace) -> None:
     """Hand the KEY VALUE pairs that follow a list, which argparse takes for part of it, back to args.opts."""
     for name in ("steps", "solvers", "rtols"):
         values = getattr(args, name)
-        count = next((i for i, value in enumerate(values) if value.isupper()), len(values))
+        count = next((i for i, value in enumerate(values) if is_key(value)), len(values))
         if count == 0:
             raise UserError(f"--{name} has no value")
         setattr(args, name, values[:count])

@@ -2,7 +2,7 @@
 
 from .accuracy import Accuracy, Evaluation
 from .latency import Latency, describe_device, measure_latencies
-from .paths import ImagePath, Plan, stopping_steps, walk_paths
+from .paths import ImagePath, Plan, walk_paths
 from .plots import plot_results
 from .preparation import build_solvers, count_cost, prepare_config, prepare_loader, prepare_model
 from .report import Report, format_report, write_report
@@ -27,7 +27,6 @@ __all__ = [
     "prepare_config",
     "prepare_loader",
     "prepare_model",
-    "stopping_steps",
     "summarize",
     "walk_paths",
     "write_report",

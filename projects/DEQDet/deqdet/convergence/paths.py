@@ -11,7 +11,7 @@ from detectron2.modeling import detector_postprocess
 from detectron2.structures import Instances
 
 from ..detector import DEQDet
-from ..equilibrium import Solver, Status
+from ..equilibrium import Solver, Status, first_below
 from ..inference import top_detections
 from ..structures import QueryState
 
@@ -52,22 +52,6 @@ class ImagePath:
     detections: dict[int, Instances]  # step -> in the pixels of the original image, on the CPU
 
 
-def stopping_steps(residuals: Tensor, rtol: float, limit: int) -> Tensor:
-    """The steps that a solve with this rtol would take: up to the first residual below it, with f(y) taken in.
-
-    Args:
-        residuals: (T, B), T at least `limit`, as solve gives them with rtol = 0.
-        rtol: 0 stops nowhere.
-        limit: the most steps.
-
-    Returns:
-        (B,) int64, 1 to `limit`.
-    """
-    below = residuals[:limit] < rtol  # False where NaN
-    first = below.int().argmax(dim=0) + 1
-    return torch.where(below.any(dim=0), first, limit)
-
-
 @torch.no_grad()
 def walk_paths(model: DEQDet, batches: Iterable[list[dict]], *, solver: Solver, plan: Plan) -> Iterator[ImagePath]:
     """Solve each batch once, and read out the states that the plan asks for.
@@ -85,7 +69,7 @@ def walk_paths(model: DEQDet, batches: Iterable[list[dict]], *, solver: Solver, 
         features, initial = model.encode(images)
         start = model.decoder.initialize(initial, features)
         solution = model.decoder.solve(start, features, steps=max(fixed), record=plan.record, solver=solver)
-        stops = [stopping_steps(solution.residuals, rtol, plan.limit).tolist() for rtol in plan.rtols]
+        stops = [first_below(solution.residuals[: plan.limit], rtol).tolist() for rtol in plan.rtols]
         detections = {}
         for step in sorted(fixed.union(*stops)):
             state = QueryState.unpack(solution.recorded[step], initial.content.shape[1])

@@ -8,12 +8,11 @@ from torch.utils.data import DataLoader
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
-from detectron2.modeling import build_model
 
 from ..analysis import Cost, count_multiply_adds
 from ..decoders import EquilibriumDecoder, build_solver
 from ..detector import DEQDet
-from ..engine import UserError, argument_parser, load_config, load_weights, setup
+from ..engine import UserError, argument_parser, build_model, load_config, load_weights, setup
 from ..equilibrium import Solver
 
 KINDS = {"plain": "FixedPointIteration", "anderson": "Anderson", "broyden": "Broyden"}
@@ -47,10 +46,7 @@ def prepare_model(cfg: CfgNode) -> DEQDet:
     Raises:
         UserError: it cannot be built, has no equilibrium, or its weights cannot be read.
     """
-    try:
-        model = build_model(cfg)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model = build_model(cfg)
     if not isinstance(model, DEQDet):
         raise UserError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: it must be DEQDet")
     if not isinstance(model.decoder, EquilibriumDecoder):

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from ..analysis import Cost
+from ..equilibrium import first_below
 from .accuracy import Accuracy
 from .latency import Latency
-from .paths import ImagePath, Plan, stopping_steps
+from .paths import ImagePath, Plan
 
 Evaluate = Callable[[Sequence[ImagePath], Sequence[tuple[int, ...]]], list[Accuracy]]
 
@@ -74,7 +75,7 @@ def summarize(
     # A residual that is NaN is further from convergence than any number.
     medians = [_number(np.median(row)) for row in residuals.nan_to_num(nan=math.inf, posinf=math.inf).numpy()]
     rtols = (0.0, *plan.rtols)
-    stops = [tuple(stopping_steps(residuals, rtol, plan.limit).tolist()) for rtol in rtols]
+    stops = [tuple(first_below(residuals[: plan.limit], rtol).tolist()) for rtol in rtols]
     accuracies = evaluate(paths, [(step,) * len(paths) for step in plan.steps] + stops)
     rows = [
         StepsRow(

@@ -1,5 +1,7 @@
 """The demo on image files: one that cannot be done does not keep the others from it."""
 
+import os
+import struct
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,12 +40,13 @@ class ImageDemo:
         targets = dict(zip(sources, pictures, strict=True))
         for source, image, found in self._detect(sources):
             picture = targets[source]
-            replaced = " (replaced)" if picture.exists() else ""
             try:
+                replaced = " (replaced)" if picture.exists() else ""
                 _save(draw(image, found, self.detector.class_names), picture)
                 self._write_extras(source, image, found, picture, extras)
-            except OSError as error:
-                self.report(picture, f"cannot be written: {error.strerror or error}")
+            except (OSError, ValueError, OverflowError, struct.error) as error:  # beyond a format's largest size, say
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                self.report(picture, f"cannot be written: {reason}")
                 continue
             names = ", ".join([str(picture) + replaced, *(beside(picture, ending).name for ending in extras)])
             tqdm.write(f"{describe(source, found)} -> {names}")
@@ -92,7 +95,8 @@ class ImageDemo:
         if STRIP in extras:
             write_strip(build_scene(image, refinement, names, threshold, PANEL_SIDE), beside(picture, STRIP))
         if PLOT in extras:
-            title = f"{source.name}, {type(model.decoder.solver).__name__}"
+            name = os.fsencode(source.name).decode(errors="replace")
+            title = f"{name}, {type(model.decoder.solver).__name__}"
             plot_convergence(refinement, title, model.decoder.rtol).savefig(beside(picture, PLOT), dpi=120)
 
 

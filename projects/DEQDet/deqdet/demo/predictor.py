@@ -18,17 +18,18 @@ from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
 from ..engine import UserError, load_weights
 from ..engine.configuration import adapt_device
+from ..engine.models import buildable
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image."""
+    """What was found in one image. `steps`: applications of f, or layers after the first of the other decoders."""
 
     instances: Instances  # those with at least the threshold's score, on the CPU; pixels of the image as it was given
     inputs: dict  # what the model got: "image" (3, h, w) in its own colour order and size, "height", "width"
-    steps: int  # layers after the first
+    steps: int
     seconds: float
 
 
@@ -116,10 +117,8 @@ def build_detector(cfg: CfgNode, threshold: float) -> Detector:
     bare = cfg.clone()
     bare.defrost()
     bare.MODEL.WEIGHTS = ""  # DefaultPredictor's own checkpointer knows no .safetensors
-    try:
+    with buildable():
         predictor = DefaultPredictor(bare)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     load_weights(predictor.model, cfg, resume=False)
     return Detector(predictor, build_class_names(cfg), threshold)
 

@@ -26,6 +26,9 @@ def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
         except OSError as error:
             faults.append(f"{pattern}: {error.strerror or error}")
             continue
+        except RuntimeError as error:  # a ~user that is not there
+            faults.append(f"{pattern}: {error}")
+            continue
         for file in found:
             files.setdefault(file.resolve(), file)
     return list(files.values()), faults
@@ -36,7 +39,8 @@ def _expand(pattern: str) -> list[Path]:
     Raises:
         OSError: there is nothing of this name, or no image in it.
     """
-    path = Path(pattern).expanduser()
+    pattern = os.path.expanduser(pattern)  # an unknown user's ~ stays, where Path's raises an error
+    path = Path(pattern)
     if path.is_dir():
         names = sorted(path.iterdir())
         files = [x for x in names if x.suffix.lower() in IMAGE_SUFFIXES and x.is_file() and x.name[0] != "."]
@@ -47,7 +51,7 @@ def _expand(pattern: str) -> list[Path]:
         return [path]
     if not glob.has_magic(pattern):
         raise FileNotFoundError("does not exist")
-    files = [Path(x) for x in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if os.path.isfile(x)]
+    files = [Path(x) for x in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(x)]
     if not files:
         raise FileNotFoundError("no file matches")
     return files
