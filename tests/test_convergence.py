@@ -362,6 +362,11 @@ class TestSolvers:
         }
         assert cfg.MODEL.DEQDET.SOLVER.NAME == "FixedPointIteration"
 
+    def test_each_comes_once_under_its_first_name(self, small_cfg):
+        names = ["anderson", "anderson04", "anderson4", "broyden4", "broyden004", "anderson5"]
+        found = build_solvers(small_cfg("MODEL.DEQDET.SOLVER.MEMORY", 4), names)
+        assert {name: solver.memory for name, solver in found.items()} == {"anderson": 4, "broyden4": 4, "anderson5": 5}
+
     @pytest.mark.parametrize("name, message", [
         ("newton", "unknown solver newton: choose plain, anderson or broyden, or with a memory, as anderson4"),
         ("plain2", "unknown solver plain2"),
@@ -389,6 +394,8 @@ def test_a_decoder_without_an_equilibrium(small_cfg):
         prepare_model(small_cfg("MODEL.META_ARCHITECTURE", "EngineToy"))
     with pytest.raises(UserError, match="MODEL.DEQDET.DECODER is 'Stack'"):
         prepare_model(small_cfg("MODEL.DEQDET.DECODER", "Stack"))
+    with pytest.raises(UserError, match="^No object named 'Nothing' found in 'BACKBONE' registry!$"):
+        prepare_model(small_cfg("MODEL.BACKBONE.NAME", "Nothing"))
 
 
 @pytest.fixture(scope="module")

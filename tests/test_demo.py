@@ -1,5 +1,6 @@
 """tools/demo.py with a small model of random weights: images, videos, errors, the exit code."""
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from detectron2.structures import Boxes, Instances
+
 from deqdet.demo import ImageDemo, build_detector, video, windows
-from deqdet.demo.predictor import Detector, build_class_names, prepare_config
+from deqdet.demo.predictor import Detections, Detector, build_class_names, prepare_config
 from deqdet.engine import UserError
 
 TOOL = Path(__file__).parents[1] / "tools" / "demo.py"
@@ -154,23 +157,42 @@ class TestImages:
         assert not lines and f"the input {source} would be written over" in code
         assert source.read_bytes() == before
 
-    def test_what_one_picture_cannot_be_keeps_no_other_from_it(self, demo, tmp_path):
-        long = save(tmp_path / "in" / "a.png").rename(tmp_path / "in" / ("a" * 250 + ".png"))
-        # WebP ends at 16383 pixels.
-        wide, good = save(tmp_path / "in" / "b.webp", 2, 16383), save(tmp_path / "in" / "c$^$.png")
-        words = ["--input", long, wide, good, "~nosuchuser/d.png", "--output", tmp_path / "out", "--convergence-plot"]
-        code, printed, errors = demo(*words)
-        assert code == 1
-        assert any("c$^$.png: " in line and "-> " in line for line in printed)
-        assert (tmp_path / "out" / "c$^$_convergence.png").is_file()
-        assert any("nosuchuser" in line for line in errors)
-
     def test_a_picture_that_cannot_be_written(self, demo, tmp_path):
         sources = [save(tmp_path / name) for name in ("x.png", "y.png")]
         (tmp_path / "out" / "x.png").mkdir(parents=True)
         code, lines, errors = demo("--input", *sources, "--output", tmp_path / "out")
         assert code == 1 and len(lines) == 1 and lines[0].endswith("out/y.png")
         assert errors == [f"error: {tmp_path}/out/x.png: cannot be written: Is a directory"]
+
+    def test_odd_names(self, demo, tmp_path):
+        """A formula that is none, one that is not UTF-8, and one to which .png cannot be added."""
+        names = ["a$^$b.png", os.fsdecode(b"\xff.png"), "x" * 255]
+        image = save(tmp_path / "image.png").read_bytes()
+        for name in names:
+            (tmp_path / name).write_bytes(image)
+        sources = [tmp_path / name for name in (*reversed(names), "image.png")]
+        code, lines, errors = demo("--input", *sources, "--output", tmp_path / "out", "--convergence-plot")
+        assert code == 1
+        assert errors == [f"error: {tmp_path}/out/{'x' * 255}.png: cannot be written: File name too long"]
+        assert [line.split(" -> ")[1] for line in lines] == [
+            f"{tmp_path}/out/{stem}.png, {stem}_convergence.png" for stem in (r"\udcff", "a$^$b", "image")
+        ]
+        assert len(list((tmp_path / "out").iterdir())) == 6
+
+    @pytest.mark.parametrize("suffix", [".gif", ".webp"])
+    def test_a_picture_that_its_format_cannot_hold(self, tmp_path, capsys, suffix):
+        def detect_nothing(image: np.ndarray) -> Detections:
+            found = Instances(image.shape[:2], pred_boxes=Boxes(torch.zeros(0, 4)))
+            found.scores, found.pred_classes = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+            return Detections(found, {}, 1, 0.0)
+
+        detect_nothing.class_names = ["thing"]
+        demo = ImageDemo(detect_nothing)
+        wide, normal = tmp_path / f"wide{suffix}", tmp_path / "normal.png"
+        demo.write([save(tmp_path / "1.png", 1, 70000), save(tmp_path / "2.png")], [wide, normal])
+        assert demo.faults == 1 and normal.exists()
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"error: {wide}: cannot be written: ")
 
     def test_refinement_files(self, demo, tmp_path):
         source = save(tmp_path / "x.jpg", 200, 300)
@@ -210,6 +232,8 @@ class TestErrors:
         (["--input", "X", "--output", "o", "--opts", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.WEIGHTS", "gone"], "MODEL.WEIGHTS gone does not exist"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.META_ARCHITECTURE", "RetinaNet"], "it must be DEQDet"),
+        (["--input", "X", "--output", "o", "--opts", "MODEL.DEVICE", "foo"], "cannot be built on MODEL.DEVICE foo: "),
+        (["--input", "X", "--output", "o", "--opts", "MODEL.BACKBONE.NAME", "Y"], "error: No object named 'Y' found"),
         (["--input", "X", "--output", "o", "--opts", "INPUT.FORMAT", "L"], "INPUT.FORMAT is 'L': it must be RGB or"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.DEQDET.NUM_QUERYS", "3"], "unknown config key"),
         (["--input", "X", "--opts", "A", "1", "--output", "o"], "--output must come before the KEY VALUE pairs"),

@@ -111,6 +111,14 @@ class TestFindImages:
         assert "no image directly in this folder" in faults[0]
         assert faults[1].endswith("does not exist") and faults[2].endswith("no file matches")
 
+    def test_a_tilde_that_is_nobodys_home(self, tmp_path, monkeypatch):
+        """It is one of the name's characters, and keeps no other file from being found."""
+        monkeypatch.chdir(tmp_path)
+        touch(Path("~draft.png"), Path("1.jpg"))
+        files, faults = find_images(["~nosuchuser/a.png", "~draft.png", "1.jpg"])
+        assert files == [Path("~draft.png"), Path("1.jpg")]
+        assert faults == ["~nosuchuser/a.png: does not exist"]
+
 
 class TestDestinations:
     def test_no_two_results_share_a_name(self, tmp_path):

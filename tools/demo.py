@@ -43,6 +43,7 @@ EXTRAS = {"refinement_gif": GIF, "refinement_strip": STRIP, "convergence_plot": 
 
 
 def main(args: argparse.Namespace) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
     extras = {as_option(name): ending for name, ending in EXTRAS.items() if getattr(args, name)}
     check_arguments(args, list(extras))
     cfg = load_config(args)

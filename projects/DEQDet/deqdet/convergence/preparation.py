@@ -90,13 +90,15 @@ def count_cost(model: DEQDet, batch: list[dict]) -> Cost:
 def build_solvers(cfg: CfgNode, names: Sequence[str]) -> dict[str, Solver]:
     """Solvers by short names; the numbers that these do not give are those of MODEL.DEQDET.SOLVER.
 
+    Each solver comes once, under the first of its names.
+
     Args:
         names: "plain", "anderson" or "broyden"; a number behind the last two is their memory m.
 
     Raises:
         UserError: an unknown name, or a number out of range.
     """
-    solvers = {}
+    solvers: dict[str, Solver] = {}
     for name in names:
         parts = re.fullmatch(r"plain|(anderson|broyden)(\d*)", name)
         if parts is None:
@@ -108,7 +110,9 @@ def build_solvers(cfg: CfgNode, names: Sequence[str]) -> dict[str, Solver]:
         if memory:
             options.MODEL.DEQDET.SOLVER.MEMORY = int(memory)
         try:
-            solvers[name] = build_solver(options)
+            solver = build_solver(options)
         except ValueError as error:
             raise UserError(f"solver {name}: {error}") from error
+        if solver not in solvers.values():
+            solvers[name] = solver
     return solvers

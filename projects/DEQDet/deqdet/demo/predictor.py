@@ -106,7 +106,7 @@ def build_detector(cfg: CfgNode, threshold: float) -> Detector:
         threshold: the lowest score of a detection, 0 to 1.
 
     Raises:
-        UserError: the config describes no model of ours, or the weights cannot be read.
+        UserError: the config describes no model of ours, MODEL.DEVICE is none, or the weights cannot be read.
     """
     if cfg.MODEL.META_ARCHITECTURE != DEQDet.__name__:
         raise UserError(
@@ -117,8 +117,12 @@ def build_detector(cfg: CfgNode, threshold: float) -> Detector:
     bare = cfg.clone()
     bare.defrost()
     bare.MODEL.WEIGHTS = ""  # DefaultPredictor's own checkpointer knows no .safetensors
-    with buildable():
-        predictor = DefaultPredictor(bare)
+    try:
+        with buildable():
+            predictor = DefaultPredictor(bare)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the model cannot be built on MODEL.DEVICE {cfg.MODEL.DEVICE}: {reason}") from error
     load_weights(predictor.model, cfg, resume=False)
     return Detector(predictor, build_class_names(cfg), threshold)
 

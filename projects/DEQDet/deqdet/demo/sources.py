@@ -26,9 +26,6 @@ def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
         except OSError as error:
             faults.append(f"{pattern}: {error.strerror or error}")
             continue
-        except RuntimeError as error:  # a ~user that is not there
-            faults.append(f"{pattern}: {error}")
-            continue
         for file in found:
             files.setdefault(file.resolve(), file)
     return list(files.values()), faults
