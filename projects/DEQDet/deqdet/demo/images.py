@@ -44,7 +44,7 @@ class ImageDemo:
                 replaced = " (replaced)" if picture.exists() else ""
                 _save(draw(image, found, self.detector.class_names), picture)
                 self._write_extras(source, image, found, picture, extras)
-            except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:  # a size beyond the format's
+            except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else error
                 self.report(picture, f"cannot be written: {reason}")
                 continue
