@@ -11,10 +11,11 @@ from PIL import Image
 from detectron2.structures import Boxes, Instances
 
 from deqdet.demo.animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
-from deqdet.demo.drawing import class_colours, draw_detections, enlarge, place_labels
+from deqdet.demo.drawing import draw_detections, enlarge, place_labels
 from deqdet.demo.refinement import Refinement, trace_refinement
 from deqdet.demo.residual_plot import plot_convergence
 from deqdet.equilibrium import relative_residual
+from deqdet.visualization import class_colours
 
 NAMES = ["red", "green", "blue"]
 

@@ -20,7 +20,7 @@ LEVELS = (
     {"decoders", "matcher"},
     {"criterion", "inference"},
     {"detector", "data"},
-    {"residuals", "spectrum", "visualization"},
+    {"residuals", "spectrum", "tables", "timing", "visualization"},
     {"checkpoints", "analysis"},
     {"engine"},
     {"comparison", "convergence", "demo"},

@@ -14,7 +14,15 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
+Colour = tuple[float, float, float]  # RGB, 0 to 1
+
 MARGIN = 6  # pixels between the pictures of a sheet
+
+
+def class_colours(count: int) -> list[Colour]:
+    """As bright as possible, and as different in hue."""
+    hues = matplotlib.colormaps["hsv"](np.arange(count) / count)[:, :3]
+    return [tuple(colour) for colour in (0.15 + 0.85 * hues).tolist()]
 
 
 def draw_pair(record: dict, detections: Instances, metadata: Metadata, *, width: int, threshold: float) -> np.ndarray:
@@ -106,8 +114,7 @@ def plot_residuals(residuals: Tensor, path: str | Path) -> None:
 def _one_colour_a_class(metadata: Metadata) -> Metadata:
     """A copy with bright colours, since the Visualizer's own are random and some too dark to read."""
     classes = metadata.thing_classes
-    hues = matplotlib.colormaps["hsv"](np.arange(len(classes)) / len(classes))[:, :3]
-    colours = (255 * (0.15 + 0.85 * hues)).astype(int).tolist()
+    colours = (255 * np.array(class_colours(len(classes)))).astype(int).tolist()
     return Metadata(name=f"{metadata.name}, coloured", thing_classes=classes, thing_colors=colours)
 
 

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import platform
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +24,7 @@ from ..detector import DEQDet
 from ..engine import UserError, argument_parser, load_config
 from ..engine.configuration import adapt_device, check_run
 from ..engine.launcher import count_cores
+from ..timing import timed
 
 WARM_UP = 2  # images that the memory is measured on, before the clock counts
 IMAGES = 20  # that are timed
@@ -96,7 +96,7 @@ def measure(model: DEQDet, batches: Iterable[list[dict]]) -> Measurement:
         if len(peaks) < WARM_UP:
             peaks.append(peak_memory(partial(model, batch), model.device))
         else:
-            times.append(_seconds(partial(model, batch), model.device))
+            times.append(timed(partial(model, batch), model.device)[1])
     if not times:
         raise ValueError(f"{len(sizes)} image(s) are too few to time a model: give more than {WARM_UP}")
     height, width = sizes[0]
@@ -124,14 +124,6 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     events = [e for e in events if e.device_type() == DeviceType.CPU]
     sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(accumulate(sizes), default=0)
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def describe_machine() -> str:

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..tables import format_table, format_value
 from .runs import Result
 
 # Heading, key of `summarize`, what it is divided by, format.
@@ -33,7 +34,7 @@ def write_report(results: Sequence[Result], folder: Path, command: str) -> None:
         command: that made them, for the reader to repeat.
     """
     configs = summarize(results)
-    (folder / "comparison.md").write_text(format_table(configs, results, command))
+    (folder / "comparison.md").write_text(format_report(configs, results, command))
     summary = {"command": command, "machines": _machines(results), "configs": configs}
     (folder / "comparison.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     plot_curves(configs, folder / "comparison.png")
@@ -68,18 +69,17 @@ def summarize(results: Sequence[Result]) -> list[dict]:
     return configs
 
 
-def format_table(configs: Sequence[dict], results: Sequence[Result], command: str) -> str:
+def format_report(configs: Sequence[dict], results: Sequence[Result], command: str) -> str:
     """Markdown: a row a config, and below the table what its columns mean and how to repeat it."""
     budget, seeds = results[0].settings, dict.fromkeys(result.seed for result in results)
     sizes = dict.fromkeys("{} x {}".format(*config["image_size"]) for config in configs)
     rows = [["config", "decoder", "layer", "AP", "AP of each seed", *(column[0] for column in COLUMNS)]]
-    rows.append(["---"] * 3 + ["---:"] * (len(rows[0]) - 3))
     for config in configs:
-        each = ", ".join(_format(seed["AP"], 1, ".1f") for seed in config["seeds"])
+        each = ", ".join(format_value(seed["AP"], ".1f") for seed in config["seeds"])
         names = [config["name"], config["decoder"], config["layer"]]
-        cells = [_format(config[key], unit, form) for _, key, unit, form in COLUMNS]
-        rows.append([*names, _format(config["AP"], 1, ".1f"), each, *cells])
-    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        cells = [_in_units(config[key], unit, form) for _, key, unit, form in COLUMNS]
+        rows.append([*names, format_value(config["AP"], ".1f"), each, *cells])
+    text = format_table(rows, names=3)
     changes = "".join(f"  - {config['name']}: {_format_changes(config['changes'])}\n" for config in configs[1:])
     if changes:
         changes = f"- What differs from {configs[0]['name']}:\n{changes}"
@@ -130,8 +130,8 @@ def _format_changes(changes: dict[str, object]) -> str:
     return ", ".join(f"`{key}` {value}" for key, value in changes.items()) or "nothing"
 
 
-def _format(value: float | None, unit: float, form: str) -> str:
-    return "-" if value is None else format(value / unit, form)
+def _in_units(value: float | None, unit: float, form: str) -> str:
+    return format_value(None if value is None else value / unit, form)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,13 +1,11 @@
 """How long an image takes, from the time of one step."""
 
 import platform
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from statistics import median
-from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -18,8 +16,7 @@ from ..detector import DEQDet
 from ..equilibrium import Solver
 from ..inference import top_detections
 from ..structures import QueryState
-
-Result = TypeVar("Result")
+from ..timing import timed
 
 WARM_UP = 2  # runs before the clock counts
 RUNS = 10  # that are timed
@@ -52,11 +49,11 @@ def measure_latencies(
     per_step: dict[str, list[float]] = {name: [] for name in solvers}
     images = cycle(list(islice(batches, RUNS)))
     for batch in tqdm(islice(images, WARM_UP + RUNS), desc="latency", total=WARM_UP + RUNS, disable=None):
-        (features, start), before = _timed(partial(_start, model, batch), model.device)
+        (features, start), before = timed(partial(_start, model, batch), model.device)
         for name, solver in solvers.items():
             solve = partial(model.decoder.solve, start, features, steps=STEPS, solver=solver)
-            per_step[name].append(_timed(solve, model.device)[1] / STEPS)
-        after = _timed(partial(_read_out, model, batch, start), model.device)[1]
+            per_step[name].append(timed(solve, model.device)[1] / STEPS)
+        after = timed(partial(_read_out, model, batch, start), model.device)[1]
         fixed.append(before + after)
     return {name: Latency(median(fixed[WARM_UP:]), median(times[WARM_UP:])) for name, times in per_step.items()}
 
@@ -78,17 +75,3 @@ def _read_out(model: DEQDet, batch: list[dict], state: QueryState) -> None:
     detections = top_detections(model.decoder.refinement.predict(state), sizes, model.max_detections)
     for found, inputs in zip(detections, batch, strict=True):
         detector_postprocess(found, inputs["height"], inputs["width"])
-
-
-def _timed(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """What the call returns, and its seconds, with all that it has started on the device."""
-    _synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    _synchronize(device)
-    return result, time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 
 from ..analysis import Cost
+from ..tables import format_table, format_value
 from .accuracy import Accuracy
 from .plots import plot_results
 from .rows import Results
@@ -60,9 +61,9 @@ def _steps_table(several: Sequence[Results], *, named: bool) -> str:
     for results in several:
         for row in results.steps:
             cells = [_billions(row.multiply_adds), str(row.steps), *_metrics(row.accuracy)]
-            cells += [_format(row.residual, ".3g"), f"{row.seconds:.3g}"]
+            cells += [format_value(row.residual, ".3g"), f"{row.seconds:.3g}"]
             rows.append([results.name] * named + cells)
-    return _table(rows, names=len(first))
+    return format_table(rows, names=len(first))
 
 
 def _tolerance_table(several: Sequence[Results]) -> str:
@@ -72,10 +73,10 @@ def _tolerance_table(several: Sequence[Results]) -> str:
         for row in results.tolerances:
             steps = (row.mean_steps, row.median_steps, row.percentile_95_steps)
             shares = (row.saved, row.converged, row.accuracy.AP)
-            cells = [f"{row.rtol:g}", *(_format(value, ".1f") for value in steps + shares)]
+            cells = [f"{row.rtol:g}", *(format_value(value, ".1f") for value in steps + shares)]
             change = None if row.difference is None else round(row.difference, 1) + 0.0  # no -0.0
-            rows.append([results.name, *cells, _format(change, "+.1f")])
-    return _table(rows, names=1)
+            rows.append([results.name, *cells, format_value(change, "+.1f")])
+    return format_table(rows, names=1)
 
 
 def _notes(report: Report) -> list[str]:
@@ -109,15 +110,4 @@ def _billions(count: int) -> str:
 
 
 def _metrics(accuracy: Accuracy) -> list[str]:
-    return [_format(getattr(accuracy, name), ".1f") for name in METRICS]
-
-
-def _format(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _table(rows: Sequence[Sequence[str]], *, names: int) -> str:
-    """The first row is the head; all columns but the first `names` are numbers."""
-    head, *body = rows
-    rule = ["---"] * names + ["---:"] * (len(head) - names)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
+    return [format_value(getattr(accuracy, name), ".1f") for name in METRICS]

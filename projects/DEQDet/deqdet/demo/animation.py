@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detectron2.utils.visualizer import Visualizer
 
-from .drawing import MOST_ENLARGED, Colour, class_colours, draw_box
+from ..visualization import Colour, class_colours
+from .drawing import MOST_ENLARGED, draw_box
 from .refinement import Refinement
 
 GIF_SIDE, PANEL_SIDE = 640, 256  # longest side of the picture in a frame of the GIF, in a panel of the strip; pixels

@@ -4,22 +4,16 @@ import math
 from collections.abc import Sequence
 
 import cv2
-import matplotlib
 import numpy as np
 from matplotlib.patheffects import withStroke
 
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 
+from ..visualization import Colour, class_colours
+
 ENLARGED_SIDE = 640  # pixels: smaller images are drawn about this large
 MOST_ENLARGED = 16  # times
-Colour = tuple[float, float, float]  # RGB, 0 to 1
-
-
-def class_colours(count: int) -> list[Colour]:
-    """As bright as possible, and as different in hue."""
-    hues = matplotlib.colormaps["hsv"](np.arange(count) / count)[:, :3]
-    return [tuple(colour) for colour in (0.15 + 0.85 * hues).tolist()]
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:

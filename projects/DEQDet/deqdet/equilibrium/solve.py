@@ -145,7 +145,8 @@ class _Books:
         self._rtol, self._best = rtol, best
         self._value = initial.clone()
         self._steps = torch.zeros_like(self.status)
-        self._residual = torch.full_like(relative_residual(initial, initial), torch.inf)
+        precise = torch.promote_types(initial.dtype, torch.float32)  # as relative_residual's
+        self._residual = torch.full_like(initial[:, 0], torch.inf, dtype=precise)
         self._lowest = torch.full_like(self._residual, torch.nan)  # of the value; NaN: that is still the initial one
         self._residuals: list[Tensor] = []
         self._recorded = {0: initial}
