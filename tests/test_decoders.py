@@ -208,7 +208,7 @@ def pick(state: QueryState, image: int) -> QueryState:
     return QueryState(state.position[image : image + 1], state.content[image : image + 1])
 
 
-@pytest.mark.parametrize("solver", [None, Anderson(memory=3)], ids=["plain", "anderson"])
+@pytest.mark.parametrize("solver", [None, Anderson(memory=3), Broyden(memory=3)], ids=["plain", "anderson", "broyden"])
 def test_images_that_converge_leave_the_batch(small_decoder, monkeypatch, solver):
     decoder, (initial, features) = small_decoder(), make_problem(images=4)
     sizes, forward = [], decoder.refinement.forward

@@ -1,7 +1,8 @@
 """Solvers: frozen records of their numbers, with `init` and `step` on a flat (B, D) tensor (see solve.Solver).
 
-Each sample is solved for itself. D is large and the memory m small, so that a step costs O(m D) beside the map;
-it runs in float32 or better, whatever the state's type, and nothing in it waits for the device.
+Each sample is solved for itself, by sums over its own row: batched matrix products would round differently in another
+batch size. D is large and the memory m small, so that a step costs O(m D) beside the map; it runs in float32 or better,
+whatever the state's type, and nothing in it waits for the device.
 """
 
 import math
@@ -67,7 +68,7 @@ class Anderson:
         differences = changes.diff(dim=1)  # (B, j, D), j < m
         weights = self._explain(change, differences)
         correction = values.diff(dim=1) + self.damping * differences
-        proposal = plain - torch.einsum("bj,bjd->bd", weights, correction)
+        proposal = plain - _combine(weights, correction)
         return _finite_or(proposal, plain).to(value.dtype), (values, changes)
 
     def _explain(self, change: Tensor, differences: Tensor) -> Tensor:
@@ -77,8 +78,9 @@ class Anderson:
         """
         size = torch.linalg.vector_norm(differences, dim=2).clamp(min=torch.finfo(change.dtype).tiny)
         unit = differences / size[:, :, None]
-        gram = unit @ unit.mT + self.regularization * torch.eye(unit.shape[1], device=unit.device, dtype=unit.dtype)
-        weights, info = torch.linalg.solve_ex(gram, unit @ change[:, :, None])
+        gram = torch.stack([_dot(unit, column) for column in unit.unbind(1)], dim=2)
+        gram = gram + self.regularization * torch.eye(unit.shape[1], device=unit.device, dtype=unit.dtype)
+        weights, info = torch.linalg.solve_ex(gram, _dot(unit, change)[:, :, None])
         weights = weights[:, :, 0] / size
         solved = (info == 0) & weights.isfinite().all(dim=1)
         return torch.where(solved[:, None], weights, 0.0)
@@ -130,7 +132,17 @@ def _rank_one(step: Tensor, difference: Tensor, left: Tensor, right: Tensor) -> 
 
 def _product(left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
     """(-I + sum_j u_j v_j^T) x for u, v (B, j, D) and x (B, D)."""
-    return torch.einsum("bjd,bj->bd", left, torch.einsum("bjd,bd->bj", right, vector)) - vector
+    return _combine(_dot(right, vector), left) - vector
+
+
+def _dot(rows: Tensor, vector: Tensor) -> Tensor:
+    """(B, j) scalar products of (B, j, D) with (B, D)."""
+    return (rows * vector[:, None]).sum(dim=2)
+
+
+def _combine(weights: Tensor, rows: Tensor) -> Tensor:
+    """(B, D) sums over j of weights (B, j) times rows (B, j, D)."""
+    return (weights[:, :, None] * rows).sum(dim=1)
 
 
 def _precise(tensor: Tensor) -> Tensor:
