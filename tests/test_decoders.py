@@ -198,6 +198,8 @@ def test_solvers_by_their_keys(small_decoder):
     ("NAME", "Newton", "SOLVER.NAME is 'Newton': it must be one of FixedPointIteration, Anderson, Broyden"),
     ("RTOL", -1.0, "MODEL.DEQDET.SOLVER.RTOL must not be negative"),
     ("DAMPING", 1.5, r"MODEL.DEQDET.SOLVER .NAME FixedPointIteration.: damping must lie in \(0, 1\], got 1.5"),
+    ("MEMORY", -5, "SOLVER .NAME FixedPointIteration.: memory of Broyden must be at least 1, got -5"),  # not read
+    ("REGULARIZATION", -1.0, "regularization must be finite and not negative, got -1.0"),
 ])  # fmt: skip
 def test_bad_solver_keys_are_errors(small_decoder, key, value, message):
     with pytest.raises(ValueError, match=message):

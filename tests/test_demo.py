@@ -241,6 +241,7 @@ class TestErrors:
         (["--input", "X"], "no window can be opened, since there is no display: give --output"),
         (["--video-input", "text"], "--video-input text is not a video"),
         (["--video-input", "gone.mp4", "--output", "o"], "--video-input gone.mp4 does not exist"),
+        (["--video-input", ".", "--output", "o"], "--video-input . is not a file"),
         (["--webcam", "97", "--output", "o"], "--webcam 97: this camera cannot be opened"),
     ])  # fmt: skip
     def test_message(self, demo, tmp_path, monkeypatch, words, message):
@@ -363,6 +364,11 @@ class TestVideo:
         (tmp_path / "out" / "film.mp4").mkdir(parents=True)
         code, lines, _ = demo("--video-input", source, "--output", tmp_path / "out")
         assert "cannot write this video (codec mp4v, 64 x 48 px)" in code and not lines
+
+    def test_frames_of_which_the_resize_leaves_nothing(self, demo, tmp_path):
+        source = write_video(tmp_path / "film.mp4", frames=2, width=2048, height=2)
+        code, lines, _ = demo("--video-input", source, "--output", tmp_path / "out")
+        assert "film.mp4: the detector fails on its 2048 x 2 pixels" in code and not lines
 
     def test_a_video_that_breaks_off(self, make_detector, tmp_path, monkeypatch, capsys):
         film = video.open_video(write_video(tmp_path / "film.mp4", frames=4))

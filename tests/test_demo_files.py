@@ -125,7 +125,7 @@ class TestDestinations:
         """Not even the files beside the pictures, nor where the file system ignores case."""
         sources = [Path(x) for x in ("a/x.jpg", "b/x.jpg", "b/X.png", "c/y.gif", "c/x_strip.png", "c/x_2.jpg")]
         pictures = plan_pictures(sources, tmp_path / "out" / "deeper", ENDINGS)
-        expected = ["x.jpg", "x_2.jpg", "X_3.png", "y.png", "x_strip_2.png", "x_2_2.jpg"]
+        expected = ["x.jpg", "x_3.jpg", "X_4.png", "y.png", "x_strip_2.png", "x_2.jpg"]
         assert pictures == [tmp_path / "out" / "deeper" / name for name in expected]
         assert (tmp_path / "out" / "deeper").is_dir()
 
@@ -145,6 +145,23 @@ class TestDestinations:
         ):
             with pytest.raises(UserError, match="the input .* would be written over"):
                 plan_pictures(sources, output, endings)
+
+    def test_nor_another_file_in_its_folder(self, tmp_path):
+        picture, video, *others = touch(*(tmp_path / name for name in ("a.webp", "v.avi", "a.png", "v.mp4")))
+        for plan in (lambda: plan_pictures([picture], tmp_path), lambda: plan_video(video, tmp_path)):
+            with pytest.raises(UserError, match="beside the input, would be written over"):
+                plan()
+        assert plan_pictures([picture], others[0]) == [others[0]]  # a file that was named
+        assert plan_video(video, others[1]) == others[1]
+        (tmp_path / "out").mkdir()
+        touch(tmp_path / "out" / "a.png")
+        assert plan_pictures([picture], tmp_path / "out") == [tmp_path / "out" / "a.png"]  # an earlier run's
+
+    def test_suffixes_of_other_files(self, tmp_path):
+        with pytest.raises(UserError, match="o.svg: give a folder, or a file that ends in one of .jpg"):
+            plan_pictures([Path("x.jpg")], tmp_path / "o.svg")
+        with pytest.raises(UserError, match="o.webm: give a folder, or a file that ends in one of .mp4"):
+            plan_video(tmp_path / "film.mov", tmp_path / "o.webm")
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (file,) = touch(tmp_path / "file")

@@ -15,6 +15,7 @@ from deqdet.demo.drawing import draw_detections, enlarge, place_labels
 from deqdet.demo.refinement import Refinement, trace_refinement
 from deqdet.demo.residual_plot import plot_convergence
 from deqdet.equilibrium import relative_residual
+from deqdet.structures import QueryState
 from deqdet.visualization import class_colours
 
 NAMES = ["red", "green", "blue"]
@@ -120,6 +121,7 @@ def moving(steps: int = 12) -> Refinement:
         scores=scores,
         detected=torch.tensor([[0, 1]]),
         residuals=0.5 ** torch.arange(1.0, steps + 1),
+        shown=0.5 ** torch.arange(1.0, steps + 1),
         content=torch.full((steps, 2), 0.3),
         position=torch.full((steps,), 0.2),
         shifts=torch.full((steps, 2), 3.5),
@@ -179,6 +181,21 @@ class TestTrace:
             limits = torch.tensor([192.0, 128.0, 192.0, 128.0])
             shift = torch.minimum(boxes[t + 1].clamp(min=0), limits) - torch.minimum(boxes[t].clamp(min=0), limits)
             torch.testing.assert_close(refinement.shifts[t], shift.square().mean(dim=1).sqrt(), rtol=1e-3, atol=1e-3)
+
+    def test_the_best_state_has_its_own_residual(self, small_model, inputs, monkeypatch):
+        """A third step that goes wrong: its boxes are not shown, and the residual is that of the boxes that are."""
+        model = small_model("MODEL.DEQDET.SOLVER.RETURN_BEST", True).eval()
+        forward, calls = model.decoder.refinement.forward, []
+
+        def jump(state, features):
+            calls.append(state)
+            image = forward(state, features)
+            return QueryState(image.position, -9 * image.content) if len(calls) == 3 else image
+
+        monkeypatch.setattr(model.decoder.refinement, "forward", jump)
+        traced = trace_refinement(model, inputs, 0.0)
+        assert traced.residuals[2] > traced.residuals[1] == traced.shown[1] == traced.shown[2]
+        assert torch.equal(traced.boxes[3], traced.boxes[2]) and not torch.equal(traced.boxes[2], traced.boxes[1])
 
     def test_without_an_initialization_layer(self, small_model, inputs):
         """Step 0 is then the initial queries themselves."""

@@ -85,6 +85,24 @@ def test_images_that_do_not_converge_count_with_all_steps(small_model, make_inpu
     assert measure_equilibrium(small_model(), batch, power_iterations=2)["steps_to_rtol0.05"] == 4.0
 
 
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_an_image_that_becomes_infinite_is_the_furthest_from_convergence(small_model, make_inputs, monkeypatch, broken):
+    """Wherever it stands in the batch: the median of three residuals is then the larger one of the others."""
+    model, batch = small_model(), strip(make_inputs(1, 1, 1))
+    residuals = measure_residuals(model, [batch], steps=4)[1:]
+    forward, where = model.decoder.refinement.forward, torch.arange(3)[:, None, None] == broken
+
+    def fail(state, features):
+        image = forward(state, features)
+        return QueryState(image.position, image.content.masked_fill(where, torch.inf))
+
+    monkeypatch.setattr(model.decoder.refinement, "forward", fail)
+    residuals[:, broken] = torch.inf
+    found = measure_equilibrium(model, batch, power_iterations=2)
+    assert found["residual_step1"] == pytest.approx(residuals[0].median().item(), rel=1e-5)
+    assert found["residual"] == pytest.approx(residuals[2].median().item(), rel=1e-5)
+
+
 def test_the_model_is_left_as_it_was(small_model, make_inputs):
     model = small_model("MODEL.DEQDET.FIX_BN_STATISTICS", True)
     before = {name: value.clone() for name, value in model.state_dict().items()}

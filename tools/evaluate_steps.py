@@ -88,6 +88,8 @@ def split_lists(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace, limit: int) -> Plan:
     """Rising steps, falling tolerances."""
+    if limit < 1:
+        raise UserError(f"MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS must be at least 1 here, got {limit}")
     try:
         steps, rtols = set(map(int, args.steps)), set(map(float, args.rtols))
         return Plan(steps=tuple(sorted(steps)), rtols=tuple(sorted(rtols, reverse=True)), limit=limit)

@@ -104,7 +104,8 @@ def _tolerance_row(
     baseline: Accuracy,
     limit: int,
 ) -> ToleranceRow:
-    taken = [min(path.steps, stop) for path, stop in zip(paths, stops, strict=True)]
+    # An image that became infinite leaves the batch then, but with rtol = 0 f is still applied to it.
+    taken = [min(path.steps, stop) if rtol else stop for path, stop in zip(paths, stops, strict=True)]
     converged = [bool(path.residuals[stop - 1] < rtol) for path, stop in zip(paths, stops, strict=True)]
     known = accuracy.AP is not None and baseline.AP is not None
     return ToleranceRow(

@@ -21,11 +21,19 @@ def build_solver(cfg: CfgNode) -> Solver:
     """The solver that MODEL.DEQDET.SOLVER.NAME names, with its numbers from the keys beside it.
 
     Raises:
-        ValueError: an unknown name, or a number out of range.
+        ValueError: an unknown name, or a number out of range, also one that this solver does not read.
     """
     options = cfg.MODEL.DEQDET.SOLVER
     solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME", options.NAME)
     try:
+        _require_in_range(options)
         return solver(**{field.name: options[field.name.upper()] for field in fields(solver)})
     except ValueError as error:
         raise ValueError(f"MODEL.DEQDET.SOLVER (NAME {options.NAME}): {error}") from error
+
+
+def _require_in_range(options: CfgNode) -> None:
+    """Of each key, by a solver that reads it; Anderson asks more of MEMORY than Broyden."""
+    FixedPointIteration(damping=options.DAMPING)
+    Anderson(regularization=options.REGULARIZATION)
+    Broyden(memory=options.MEMORY)

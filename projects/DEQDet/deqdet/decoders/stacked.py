@@ -12,7 +12,7 @@ from .base import DECODER_REGISTRY, decode_last, run_layers
 
 @DECODER_REGISTRY.register()
 class StackedDecoder(nn.Module):
-    """T untied refinement layers, every one supervised (Eq. 5)."""
+    """T untied refinement layers, every one supervised (Eq. 1)."""
 
     @configurable
     def __init__(self, *, layers: list[RefinementLayer]):

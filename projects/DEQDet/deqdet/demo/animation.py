@@ -64,7 +64,7 @@ def build_scene(
         colours=[colours[label] for label in labels.tolist()],
         legend={class_names[label]: colours[label] for label in sorted(set(labels.tolist()))},
         titles=["initial boxes", "step 0: g", *(f"step {t}" for t in range(1, steps + 1))],
-        notes=["", "", *(f"relative residual {residual:.2g}" for residual in refinement.residuals.tolist())],
+        notes=["", "", *(f"relative residual {residual:.2g}" for residual in refinement.shown.tolist())],
         threshold=threshold,
     )
 

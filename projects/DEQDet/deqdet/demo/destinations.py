@@ -1,6 +1,8 @@
 """Where results go: one picture an image, never on another one's or on an input."""
 
 import itertools
+import mimetypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +23,10 @@ def plan_pictures(sources: Sequence[Path], output: Path, endings: Sequence[str] 
         endings: of the files beside each picture, see `beside`.
 
     Raises:
-        UserError: one file for several sources, the folder cannot be made, or an input would be written over.
+        UserError: one file for several sources, a suffix that cannot be written, the folder cannot be made, or an input
+            or another file in its folder would be written over.
     """
+    _require_suffix(output, IMAGE_SUFFIXES)
     as_file = not output.is_dir() and output.suffix.lower() in IMAGE_SUFFIXES
     if as_file and len(sources) > 1:
         raise UserError(f"--output {output} is one file, but there are {len(sources)} images: give a folder")
@@ -33,6 +37,8 @@ def plan_pictures(sources: Sequence[Path], output: Path, endings: Sequence[str] 
         for file in (picture, *(beside(picture, ending) for ending in endings)):
             if file.resolve() in inputs:
                 raise UserError(f"--output {output}: the input {file} would be written over: choose another folder")
+            if not as_file:
+                _spare(file, sources)
     return pictures
 
 
@@ -44,8 +50,10 @@ def plan_video(source: Path | None, output: Path) -> Path:
         output: a file by its suffix, else a folder; there, a camera's videos are webcam.mp4, webcam_2.mp4, ...
 
     Raises:
-        UserError: the folder cannot be made, or the source would be written over.
+        UserError: a suffix that cannot be written, the folder cannot be made, or the source or another file in its
+            folder would be written over.
     """
+    _require_suffix(output, VIDEO_SUFFIXES)
     if not output.is_dir() and output.suffix.lower() in VIDEO_SUFFIXES:
         make_folder(output.parent)
         file = output
@@ -55,6 +63,8 @@ def plan_video(source: Path | None, output: Path) -> Path:
         numbers = itertools.count(2)
         while source is None and file.exists():
             file = output / f"webcam_{next(numbers)}.mp4"
+        if source is not None and file.resolve() != source.resolve():
+            _spare(file, [source])
     if source is not None and file.resolve() == source.resolve():
         raise UserError(f"--output {output}: the input {source} would be written over: choose another one")
     return file
@@ -76,8 +86,28 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--output: cannot make the folder {folder}: {error.strerror}") from error
 
 
+def _require_suffix(output: Path, suffixes: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: a new file by its name, but none of `suffixes`.
+    """
+    kind = mimetypes.guess_type(output.name)[0] or ""
+    if kind.startswith(("image/", "video/")) and output.suffix.lower() not in suffixes and not output.is_dir():
+        raise UserError(f"--output {output}: give a folder, or a file that ends in one of {', '.join(suffixes)}")
+
+
+def _spare(file: Path, sources: Sequence[Path]) -> None:
+    """
+    Raises:
+        UserError: the file exists in the folder of a source, so that it may be the user's own.
+    """
+    if os.path.exists(file) and file.resolve().parent in {source.resolve().parent for source in sources}:
+        raise UserError(f"--output: {file}, beside the input, would be written over: choose another folder")
+
+
 def _number(sources: Sequence[Path], folder: Path, endings: Sequence[str]) -> list[Path]:
     taken: set[str] = set()
+    own = {source.stem.lower() for source in sources}
     pictures = []
     for source in sources:
         suffix = source.suffix if source.suffix.lower() in KEPT_SUFFIXES else ".png"
@@ -85,7 +115,7 @@ def _number(sources: Sequence[Path], folder: Path, endings: Sequence[str]) -> li
             stem = source.stem if number == 1 else f"{source.stem}_{number}"
             # The stem too, so that the files beside a.jpg and a.png differ; some file systems ignore case.
             names = {name.lower() for name in (stem, stem + suffix, *(stem + ending for ending in endings))}
-            if not names & taken:
+            if not names & taken and (number == 1 or stem.lower() not in own):
                 break
         taken |= names
         pictures.append(folder / (stem + suffix))

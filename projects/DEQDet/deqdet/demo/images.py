@@ -46,7 +46,8 @@ class ImageDemo:
                 self._write_extras(source, image, found, picture, extras)
             except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-                self.report(picture, f"cannot be written: {reason}")
+                file = getattr(error, "filename", None) or picture
+                self.report(file, f"cannot be written: {reason}")
                 continue
             names = ", ".join([str(picture) + replaced, *(beside(picture, ending).name for ending in extras)])
             tqdm.write(f"{describe(source, found)} -> {names}")

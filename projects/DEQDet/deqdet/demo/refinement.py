@@ -24,6 +24,7 @@ class Refinement:
     scores: Tensor  # (1 + T, N, K)
     detected: Tensor  # (M, 2)  int64, query and class of the detections after step T, best first, one a query
     residuals: Tensor  # (T,)  relative, of the whole packed state: what rtol is compared with
+    shown: Tensor  # (T,)  the same, of the state that boxes and scores come from: the best one so far with RETURN_BEST
     content: Tensor  # (T, 2)  ||f(q) - q||, and relative
     position: Tensor  # (T,)  relative, packed
     shifts: Tensor  # (T, N)  by how much each box changes, clipped: root mean square over x0, y0, x1, y1; pixels
@@ -69,6 +70,8 @@ def trace_refinement(model: DEQDet, inputs: dict, threshold: float) -> Refinemen
     predictions = [first.predict(start), *(decoder.refinement.predict(state) for state in states)]
     size, (height, width) = (inputs["height"], inputs["width"]), images.image_sizes[0]
     scale = start.position.new_tensor([size[1] / width, size[0] / height]).repeat(2)
+    residuals = solution.residuals[:steps, 0].float().cpu()
+    best_so_far = residuals.nan_to_num(nan=torch.inf, posinf=torch.inf).cummin(dim=0).values
     scores = torch.cat([x.logits.float().sigmoid() for x in predictions]).cpu()
     return Refinement(
         image_size=size,
@@ -76,7 +79,8 @@ def trace_refinement(model: DEQDet, inputs: dict, threshold: float) -> Refinemen
         boxes=torch.cat([scale * x.boxes for x in predictions]).cpu(),
         scores=scores,
         detected=_detect(scores[-1], threshold, model.max_detections),
-        residuals=solution.residuals[:steps, 0].float().cpu(),
+        residuals=residuals,
+        shown=best_so_far if decoder.return_best else residuals,
         content=torch.stack([_content_residual(x) for x in applied]).cpu(),
         position=torch.cat([_position_residual(x) for x in applied]).cpu(),
         shifts=torch.cat([_shift(x, scale, size) for x in applied]).cpu(),

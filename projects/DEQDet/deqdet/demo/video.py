@@ -54,7 +54,7 @@ def open_video(path: Path) -> Video:
         UserError: it is missing or no video.
     """
     if not path.is_file():
-        raise UserError(f"--video-input {path} does not exist")
+        raise UserError(f"--video-input {path} {'is not a file' if path.exists() else 'does not exist'}")
     with _quiet_opencv():
         capture = cv2.VideoCapture(str(path))
     if not capture.isOpened():
@@ -150,7 +150,11 @@ def _run(detector: Detector, video: Video, give: Callable[[np.ndarray], bool], t
     going = True
     try:
         for frame in tqdm(video.frames(), total=video.length, desc=video.name, unit=" frames", disable=None):
-            found = detector(frame)
+            try:
+                found = detector(frame)
+            except (ValueError, RuntimeError) as error:  # a side of 0 pixels after the resize, not enough memory
+                size = f"{frame.shape[1]} x {frame.shape[0]}"
+                raise UserError(f"{video.name}: the detector fails on its {size} pixels: {error}") from error
             figures.append((len(found.instances), found.steps, found.seconds))
             going = give(draw_detections(frame, found.instances, detector.class_names))
             if not going:

@@ -10,7 +10,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.config import CfgNode
@@ -123,11 +123,16 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
         end = path.recorded[train_steps]
         radius = spectral_radius(refine, end, iterations=power_iterations, generator=generator)
     return {
-        "residual_step1": median(path.residuals[0].tolist()),
-        "residual": median(path.residuals[train_steps - 1].tolist()),
-        f"steps_to_rtol{RTOL}": float(median(first_below(path.residuals, RTOL).tolist())),
-        "spectral_radius": median(radius.tolist()),
+        "residual_step1": _median(path.residuals[0]),
+        "residual": _median(path.residuals[train_steps - 1]),
+        f"steps_to_rtol{RTOL}": _median(first_below(path.residuals, RTOL).double()),
+        "spectral_radius": _median(radius),
     }
+
+
+def _median(values: Tensor) -> float:
+    """NaN counts as infinite."""
+    return median(values.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist())
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
