@@ -26,14 +26,18 @@ def build_solver(cfg: CfgNode) -> Solver:
     options = cfg.MODEL.DEQDET.SOLVER
     solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME", options.NAME)
     try:
-        _require_in_range(options)
+        _require_in_range(options.DAMPING, options.MEMORY, options.REGULARIZATION)
         return solver(**{field.name: options[field.name.upper()] for field in fields(solver)})
     except ValueError as error:
         raise ValueError(f"MODEL.DEQDET.SOLVER (NAME {options.NAME}): {error}") from error
 
 
-def _require_in_range(options: CfgNode) -> None:
-    """Of each key, by a solver that reads it; Anderson asks more of MEMORY than Broyden."""
-    FixedPointIteration(damping=options.DAMPING)
-    Anderson(regularization=options.REGULARIZATION)
-    Broyden(memory=options.MEMORY)
+def _require_in_range(damping: float, memory: int, regularization: float) -> None:
+    """Each by a solver that reads it, the chosen one or not.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    FixedPointIteration(damping=damping)
+    Anderson(regularization=regularization)
+    Broyden(memory=memory)  # which asks least of it
