@@ -32,13 +32,8 @@ def plan_pictures(sources: Sequence[Path], output: Path, endings: Sequence[str] 
         raise UserError(f"--output {output} is one file, but there are {len(sources)} images: give a folder")
     make_folder(output.parent if as_file else output)
     pictures = [output] if as_file else _number(sources, output, endings)
-    inputs = {source.resolve() for source in sources}
-    for picture in pictures:
-        for file in (picture, *(beside(picture, ending) for ending in endings)):
-            if file.resolve() in inputs:
-                raise UserError(f"--output {output}: the input {file} would be written over: choose another folder")
-            if not as_file:
-                _spare(file, sources)
+    files = [file for picture in pictures for file in (picture, *(beside(picture, ending) for ending in endings))]
+    _spare(files, sources, output, named=as_file)
     return pictures
 
 
@@ -54,7 +49,8 @@ def plan_video(source: Path | None, output: Path) -> Path:
             folder would be written over.
     """
     _require_suffix(output, VIDEO_SUFFIXES)
-    if not output.is_dir() and output.suffix.lower() in VIDEO_SUFFIXES:
+    as_file = not output.is_dir() and output.suffix.lower() in VIDEO_SUFFIXES
+    if as_file:
         make_folder(output.parent)
         file = output
     else:
@@ -63,10 +59,7 @@ def plan_video(source: Path | None, output: Path) -> Path:
         numbers = itertools.count(2)
         while source is None and file.exists():
             file = output / f"webcam_{next(numbers)}.mp4"
-        if source is not None and file.resolve() != source.resolve():
-            _spare(file, [source])
-    if source is not None and file.resolve() == source.resolve():
-        raise UserError(f"--output {output}: the input {source} would be written over: choose another one")
+    _spare([file], [] if source is None else [source], output, named=as_file)
     return file
 
 
@@ -96,13 +89,23 @@ def _require_suffix(output: Path, suffixes: Sequence[str]) -> None:
         raise UserError(f"--output {output}: give a folder, or a file that ends in one of {', '.join(suffixes)}")
 
 
-def _spare(file: Path, sources: Sequence[Path]) -> None:
+def _spare(files: Sequence[Path], sources: Sequence[Path], output: Path, *, named: bool) -> None:
     """
+    Args:
+        files: that will be written.
+        named: by the user, who then may want to replace what is there.
+
     Raises:
-        UserError: the file exists in the folder of a source, so that it may be the user's own.
+        UserError: a file is an input; or, not named, it exists in an input's folder, and may be the user's own.
     """
-    if os.path.exists(file) and file.resolve().parent in {source.resolve().parent for source in sources}:
-        raise UserError(f"--output: {file}, beside the input, would be written over: choose another folder")
+    inputs = {source.resolve() for source in sources}
+    folders = {source.parent for source in inputs}
+    for file in files:
+        target = file.resolve()
+        if target in inputs:
+            raise UserError(f"--output {output}: the input {file} would be written over: choose another one")
+        if not named and target.parent in folders and os.path.exists(file):
+            raise UserError(f"--output: {file}, beside the input, would be written over: choose another folder")
 
 
 def _number(sources: Sequence[Path], folder: Path, endings: Sequence[str]) -> list[Path]:

@@ -74,13 +74,9 @@ class ImageDemo:
         for source in tqdm(sources, desc="images", disable=None if len(sources) > 1 else True):
             try:
                 image = read_image(source)
+                found = self.detector(image)
             except ValueError as error:
                 self.report(source, error)
-                continue
-            try:
-                found = self.detector(image)
-            except (ValueError, RuntimeError) as error:  # a side of 0 pixels after the resize, not enough memory
-                self.report(source, f"the detector fails on its {image.shape[1]} x {image.shape[0]} pixels: {error}")
                 continue
             yield source, image, found
 

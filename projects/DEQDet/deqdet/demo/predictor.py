@@ -49,6 +49,9 @@ class Detector:
         """
         Args:
             image: (H, W, 3) uint8 RGB.
+
+        Raises:
+            ValueError: the model fails on it: a side of 0 pixels after the resize, not enough memory.
         """
         inputs = []
         hook = self.model.register_forward_pre_hook(lambda module, args: inputs.extend(args[0]))
@@ -56,6 +59,9 @@ class Detector:
         try:
             # It takes BGR, whatever the model's order is.
             found = self.predictor(np.ascontiguousarray(image[:, :, ::-1]))
+        except (ValueError, RuntimeError) as error:
+            size = f"{image.shape[1]} x {image.shape[0]}"
+            raise ValueError(f"the detector fails on its {size} pixels: {error}") from error
         finally:
             hook.remove()
         instances = found["instances"].to("cpu")  # waits for the device

@@ -71,7 +71,6 @@ def trace_refinement(model: DEQDet, inputs: dict, threshold: float) -> Refinemen
     size, (height, width) = (inputs["height"], inputs["width"]), images.image_sizes[0]
     scale = start.position.new_tensor([size[1] / width, size[0] / height]).repeat(2)
     residuals = solution.residuals[:steps, 0].float().cpu()
-    best_so_far = residuals.nan_to_num(nan=torch.inf, posinf=torch.inf).cummin(dim=0).values
     scores = torch.cat([x.logits.float().sigmoid() for x in predictions]).cpu()
     return Refinement(
         image_size=size,
@@ -80,7 +79,7 @@ def trace_refinement(model: DEQDet, inputs: dict, threshold: float) -> Refinemen
         scores=scores,
         detected=_detect(scores[-1], threshold, model.max_detections),
         residuals=residuals,
-        shown=best_so_far if decoder.return_best else residuals,
+        shown=_lowest_so_far(residuals) if decoder.return_best else residuals,
         content=torch.stack([_content_residual(x) for x in applied]).cpu(),
         position=torch.cat([_position_residual(x) for x in applied]).cpu(),
         shifts=torch.cat([_shift(x, scale, size) for x in applied]).cpu(),
@@ -95,6 +94,11 @@ def _detect(scores: Tensor, threshold: float, most: int) -> Tensor:
     for query, label in pairs.tolist():
         seen.setdefault(query, label)
     return torch.tensor(list(seen.items()), dtype=torch.int64).reshape(-1, 2)
+
+
+def _lowest_so_far(residuals: Tensor) -> Tensor:
+    """(T,) -> (T,); NaN is higher than any."""
+    return residuals.nan_to_num(nan=torch.inf, posinf=torch.inf).cummin(dim=0).values
 
 
 def _content_residual(applied: _Application) -> Tensor:

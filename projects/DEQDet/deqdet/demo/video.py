@@ -152,9 +152,8 @@ def _run(detector: Detector, video: Video, give: Callable[[np.ndarray], bool], t
         for frame in tqdm(video.frames(), total=video.length, desc=video.name, unit=" frames", disable=None):
             try:
                 found = detector(frame)
-            except (ValueError, RuntimeError) as error:  # a side of 0 pixels after the resize, not enough memory
-                size = f"{frame.shape[1]} x {frame.shape[0]}"
-                raise UserError(f"{video.name}: the detector fails on its {size} pixels: {error}") from error
+            except ValueError as error:
+                raise UserError(f"{video.name}: {error}") from error
             figures.append((len(found.instances), found.steps, found.seconds))
             going = give(draw_detections(frame, found.instances, detector.class_names))
             if not going:

@@ -125,14 +125,14 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
     return {
         "residual_step1": _median(path.residuals[0]),
         "residual": _median(path.residuals[train_steps - 1]),
-        f"steps_to_rtol{RTOL}": _median(first_below(path.residuals, RTOL).double()),
+        f"steps_to_rtol{RTOL}": _median(first_below(path.residuals, RTOL)),
         "spectral_radius": _median(radius),
     }
 
 
 def _median(values: Tensor) -> float:
     """NaN counts as infinite."""
-    return median(values.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist())
+    return float(median(values.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()))
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
