@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from engine_toy import loggers_as_before, write_dataset
-from small_decoders import SHAPES
 from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
@@ -14,6 +12,9 @@ from detectron2.structures import Boxes, Instances
 
 from deqdet import add_deqdet_config
 from deqdet.decoders import build_decoder
+
+from helpers.engine_toy import loggers_as_before, write_dataset
+from helpers.small_decoders import SHAPES
 
 HEIGHT, WIDTH = 64, 96  # of the images, pixels: multiples of 32, so that nothing is padded
 # Omega = {1, 2, 3}; no noise.

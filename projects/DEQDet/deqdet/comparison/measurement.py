@@ -21,9 +21,10 @@ from detectron2.modeling import build_model
 
 from ..analysis import count_multiply_adds, count_parameters
 from ..detector import DEQDet
-from ..engine import UserError, argument_parser, load_config
+from ..engine import argument_parser, load_config
 from ..engine.configuration import adapt_device, check_run
 from ..engine.launcher import count_cores
+from ..errors import UserError
 from ..timing import timed
 
 WARM_UP = 2  # images that the memory is measured on, before the clock counts

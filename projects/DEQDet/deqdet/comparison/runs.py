@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..engine import UserError, argument_parser, build_model, load_config
+from ..engine import argument_parser, build_model, load_config
 from ..engine.configuration import check_run
+from ..errors import UserError
 from .measurement import Measurement, describe_machine
 from .metrics import Metrics, read_metrics
 from .settings import OWN_KEYS, carry_over, check_budgets, prepare_defaults, prepare_settings

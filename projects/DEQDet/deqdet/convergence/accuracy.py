@@ -12,7 +12,7 @@ from tqdm import tqdm
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
-from ..engine import UserError
+from ..errors import UserError
 from .paths import ImagePath
 
 

@@ -12,8 +12,9 @@ from detectron2.data import DatasetMapper, build_detection_test_loader, get_dete
 from ..analysis import Cost, count_multiply_adds
 from ..decoders import EquilibriumDecoder, build_solver
 from ..detector import DEQDet
-from ..engine import UserError, argument_parser, build_model, load_config, load_weights, setup
+from ..engine import argument_parser, build_model, load_config, load_weights, setup
 from ..equilibrium import Solver
+from ..errors import UserError
 
 KINDS = {"plain": "FixedPointIteration", "anderson": "Anderson", "broyden": "Broyden"}
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..engine import UserError
+from ..errors import UserError
 from .sources import IMAGE_SUFFIXES
 
 KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")  # other pictures become .png

@@ -16,9 +16,10 @@ from detectron2.utils.file_io import PathManager
 from ..data import prepare_datasets
 from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
-from ..engine import UserError, load_weights
+from ..engine import load_weights
 from ..engine.configuration import adapt_device
 from ..engine.models import buildable
+from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ..engine import UserError
+from ..errors import UserError
 from .drawing import draw_detections
 from .predictor import Detector
 from .windows import Window

@@ -19,12 +19,9 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import add_deqdet_config
 from ..data import check_datasets, prepare_datasets
+from ..errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
-
-
-class UserError(Exception):
-    """What the user can put right: one line that names it and says how. `run` ends the program with it."""
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -87,7 +84,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         check_datasets(cfg, eval_only=args.eval_only)
     except (KeyError, ValueError, OSError) as error:
         # str() of a KeyError is the repr of its message.
-        raise UserError(_one_line(error.args[0] if isinstance(error, KeyError) else error)) from error
+        raise UserError(one_line(error.args[0] if isinstance(error, KeyError) else error)) from error
     world_size = args.num_gpus * args.num_machines
     rescaled = cfg.SOLVER.REFERENCE_WORLD_SIZE > 0  # detectron2 then adapts the batch to the processes
     if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
@@ -140,7 +137,7 @@ def _explained(cfg: CfgNode, where: str) -> Iterator[None]:
     try:
         yield
     except (AssertionError, KeyError, TypeError, ValueError, OSError, yaml.YAMLError) as error:
-        message = _one_line(error.args[0] if isinstance(error, KeyError) else error)
+        message = one_line(error.args[0] if isinstance(error, KeyError) else error)
         unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
         if unknown is None:
             raise UserError(f"{where}: {message}") from error
@@ -162,7 +159,3 @@ def _suggest(key: str, known: list[str]) -> str:
 
 def _close(name: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(name, dict.fromkeys(names), n=3, cutoff=0.75)
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())

@@ -23,8 +23,8 @@ from ..data import build_mapper
 from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, first_below, solve
-from ..spectrum import spectral_radius
-from .configuration import UserError
+from ..equilibrium.spectrum import spectral_radius
+from ..errors import UserError
 
 RTOL = 0.05  # of the steps that are counted
 

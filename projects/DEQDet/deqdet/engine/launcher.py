@@ -13,7 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils.logger import setup_logger
 
-from .configuration import UserError, check_run, load_config
+from ..errors import UserError
+from .configuration import check_run, load_config
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from torch import nn
 from detectron2 import modeling
 from detectron2.config import CfgNode
 
-from .configuration import UserError
+from ..errors import UserError
 
 
 def build_model(cfg: CfgNode) -> nn.Module:

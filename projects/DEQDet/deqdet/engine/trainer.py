@@ -17,7 +17,7 @@ from detectron2.utils import comm
 
 from ..checkpoints import Checkpointer, CompleteCheckpointer, ConversionError
 from ..data import build_mapper
-from .configuration import UserError
+from ..errors import UserError
 from .evaluation import StepsEvaluator
 from .hooks import AverageBatchNorm, BestCheckpointer, PeakMemory, WeightsCheckpointer
 from .insight import build_insight

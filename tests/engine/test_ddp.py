@@ -1,0 +1,82 @@
+"""Two gloo processes on the CPU against one process with the same global batch."""
+
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from detectron2.config import get_cfg
+from detectron2.engine import launch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from deqdet import add_deqdet_config
+
+from helpers.paths import SHAPES_CONFIG
+
+CONFIG = SHAPES_CONFIG
+# No noise, and BatchNorm's statistics fixed: both would differ between the two set-ups.
+OVERRIDES = ["MODEL.DEQDET.PERTURBATION.KIND", "none", "MODEL.DEQDET.FIX_BN_STATISTICS", True]
+BOXES = {"both": [[8.0, 12.0, 40.0, 52.0], [30.0, 5.0, 60.0, 30.0]], "first": [[20.0, 20.0, 44.0, 36.0]], "none": []}
+CASES = [["both", "first"], ["both", "none"], ["none", "none"]]
+
+
+def build() -> torch.nn.Module:
+    cfg = get_cfg()
+    add_deqdet_config(cfg)
+    cfg.merge_from_file(str(CONFIG))
+    cfg.merge_from_list([*OVERRIDES, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 8])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    with torch.no_grad():  # away from the initial zeros, behind which gradients would vanish
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.double().train()  # float32's rounding, amplified by the iteration, would hide an error of 1e-4
+
+
+def batch(boxes_of: list[str]) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = []
+    for boxes in boxes_of:
+        image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator)
+        instances = Instances((64, 64), gt_boxes=Boxes(torch.tensor(BOXES[boxes]).reshape(-1, 4)))
+        instances.gt_classes = torch.arange(len(BOXES[boxes]))
+        inputs.append({"image": image, "instances": instances})
+    return inputs
+
+
+def gradients(model: torch.nn.Module, inputs: list[dict]) -> dict[str, torch.Tensor]:
+    sum(model(inputs).values()).backward()
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+
+
+def work(output: str) -> None:
+    """One image for each rank; find_unused_parameters is off, as it is by default."""
+    torch.set_num_threads(1)
+    rank = torch.distributed.get_rank()
+    found = [gradients(DistributedDataParallel(build()), batch(case)[rank : rank + 1]) for case in CASES]
+    if rank == 0:
+        torch.save(found, output)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
+    output = str(tmp_path_factory.mktemp("ddp") / "gradients.pth")
+    launch(work, 2, dist_url="auto", args=(output,))
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(case) for case in CASES])
+def test_two_processes_have_the_gradients_of_one(two_processes, index):
+    """The number of boxes differs between the ranks, so a loss divided by its own rank's number would show.
+
+    With no box on any rank the divisor is its floor of 1, not a mean over ranks, and DDP's mean halves the sum.
+    """
+    case, found = CASES[index], two_processes[index]
+    expected = gradients(build(), batch(case))
+    share = 0.5 if case == ["none", "none"] else 1.0
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        gap = (found[name] - share * gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert gap < 1e-5, f"{name}: relative gap {gap:.1e}"
+    assert expected["decoder.refinement.class_branch.3.weight"].abs().max() > 1e-3

@@ -1,0 +1,1 @@
+"""Small models, inputs and slow reference computations that several test files share."""

@@ -1,0 +1,488 @@
+"""Paths read off at several steps against separate solves; rows and tables by hand; the tool from end to end."""
+
+import json
+import math
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from deqdet.analysis import Cost, MultiplyAdds, count_multiply_adds
+from deqdet.convergence import (
+    Accuracy,
+    Evaluation,
+    ImagePath,
+    Latency,
+    Plan,
+    Report,
+    build_solvers,
+    format_report,
+    measure_latencies,
+    prepare_model,
+    summarize,
+    walk_paths,
+    write_report,
+)
+from deqdet.engine import UserError
+from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, first_below
+from deqdet.residuals import measure_residuals
+from deqdet.structures import QueryState
+
+from helpers.engine_toy import IN_PROCESS, write_dataset
+from helpers.paths import TOOLS
+
+TOOL = TOOLS / "evaluate_steps.py"
+SOLVERS = {"plain": FixedPointIteration(), "anderson": Anderson(memory=3), "broyden": Broyden(memory=2)}
+LIMIT = 8
+SMALL_DATA = "INPUT.MIN_SIZE_TEST", 64, "DATALOADER.NUM_WORKERS", 0
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def inputs(make_inputs) -> list[dict]:
+    """Three images of 64 x 96 pixels, whose originals had other sizes."""
+    sizes = ((64, 96), (128, 192), (32, 48))
+    return [
+        {"image": x["image"], "image_id": 10 + i, "height": height, "width": width}
+        for i, (x, (height, width)) in enumerate(zip(make_inputs(0, 0, 0), sizes, strict=True))
+    ]
+
+
+def assert_same(found: Instances, expected: Instances, **tolerance: float) -> None:
+    assert found.image_size == expected.image_size and len(found) > 0
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, **tolerance)
+    torch.testing.assert_close(found.scores, expected.scores, **tolerance)
+    assert found.pred_classes.tolist() == expected.pred_classes.tolist()
+
+
+@torch.no_grad()
+def solve_alone(model: nn.Module, inputs: dict, solver: object, steps: int, rtol: float) -> tuple[Instances, int]:
+    """The model's own forward with these settings, of one image; detections and the steps it took."""
+    decoder = model.decoder
+    decoder.solver, decoder.test_steps, decoder.rtol = solver, steps, rtol
+    (found,) = model([inputs])
+    return found["instances"], int(found["steps"])
+
+
+@torch.no_grad()
+def residuals_alone(model: nn.Module, inputs: dict, solver: object, steps: int) -> torch.Tensor:
+    features, initial = model.encode(model.preprocess([inputs]))
+    start = model.decoder.initialize(initial, features)
+    return model.decoder.solve(start, features, steps=steps, solver=solver).residuals[:, 0]
+
+
+def stop_in_the_middle(model: nn.Module, inputs: list[dict], solver: object) -> tuple[float, ...]:
+    """An rtol that the residuals of the first image reach midway, and one that none ever reaches."""
+    residuals = residuals_alone(model, inputs[0], solver, LIMIT)
+    return float(residuals[2:6].min()) * 1.001, 1e-12
+
+
+class TestPaths:
+    @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+    @pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
+    def test_every_row_is_what_a_separate_solve_gives(self, small_model, inputs, solver, best):
+        model = small_model("MODEL.DEQDET.SOLVER.RETURN_BEST", best).eval()
+        plan = Plan(steps=(1, 4, 9), rtols=stop_in_the_middle(model, inputs, solver), limit=LIMIT)
+        paths = list(walk_paths(model, [[x] for x in inputs[:2]], solver=solver, plan=plan))
+        assert [path.image_id for path in paths] == [10, 11]
+        middle = []
+        for path, x in zip(paths, inputs[:2], strict=True):
+            torch.testing.assert_close(path.residuals, residuals_alone(model, x, solver, 9), rtol=0, atol=0)
+            assert (path.steps, path.finite) == (9, True)
+            for steps in (1, 4, 9):
+                assert_same(path.detections[steps], solve_alone(model, x, solver, steps, 0.0)[0])
+            for rtol in plan.rtols:
+                stop = int(first_below(path.residuals[:LIMIT, None], rtol))
+                found, taken = solve_alone(model, x, solver, LIMIT, rtol)
+                assert taken == stop
+                assert_same(path.detections[stop], found)
+                middle.append(stop)
+        assert 2 < middle[0] < LIMIT and middle[1::2] == [LIMIT] * 2
+
+    def test_a_batch_gives_what_its_images_give_alone(self, small_model, inputs):
+        model = small_model().eval()
+        plan = Plan(steps=(3,), rtols=stop_in_the_middle(model, inputs, SOLVERS["anderson"]), limit=LIMIT)
+        walk = {"solver": SOLVERS["anderson"], "plan": plan}
+        alone = walk_paths(model, [[x] for x in inputs], **walk)
+        for one, other in zip(walk_paths(model, [inputs], **walk), alone, strict=True):
+            torch.testing.assert_close(one.residuals, other.residuals, rtol=1e-3, atol=1e-5)
+            assert one.detections.keys() == other.detections.keys()
+            for step, found in one.detections.items():
+                assert_same(found, other.detections[step], rtol=1e-3, atol=1e-2)
+
+    def test_states_that_become_nan_keep_the_last_finite_one(self, small_model, inputs):
+        model = small_model().eval()
+        calls = []
+
+        def break_third_call(layer, arguments, state):
+            calls.append(layer)
+            return QueryState(state.position, state.content * NAN) if len(calls) == 3 else state
+
+        handle = model.decoder.refinement.register_forward_hook(break_third_call)
+        plan = Plan(steps=(2, 3, 5), rtols=(1e-12,), limit=4)
+        (path,) = walk_paths(model, [inputs[:1]], solver=SOLVERS["plain"], plan=plan)
+        handle.remove()
+        assert (path.steps, path.finite) == (3, False)
+        expected = solve_alone(model, inputs[0], SOLVERS["plain"], 2, 0.0)[0]
+        for step in (2, 3, 4, 5):
+            assert_same(path.detections[step], expected)
+
+    @pytest.mark.parametrize("rtol, limit, expected", [
+        (0.0, 4, [4, 4, 4]),
+        (0.5, 4, [2, 1, 4]),  # the second one's later rise does not matter; NaN is not below
+        (0.5, 1, [1, 1, 1]),
+        (0.2, 4, [3, 4, 4]),  # the fourth residual of the second one comes at the limit
+        (0.2, 3, [3, 3, 3]),
+        (0.4, 4, [3, 1, 4]),  # 0.4 is not below 0.4
+    ])  # fmt: skip
+    def test_stopping_steps_by_hand(self, rtol, limit, expected):
+        residuals = torch.tensor([[1.0, 0.3, 1.0], [0.4, 0.9, NAN], [0.1, 0.8, NAN], [0.1, 0.1, NAN]])
+        assert first_below(residuals[:limit], rtol).tolist() == expected
+
+    @pytest.mark.parametrize("plan, message", [
+        ({"steps": (4, 0)}, "a number of steps must be at least 1, got 0"),
+        ({"limit": 0}, "a number of steps must be at least 1, got 0"),
+        ({"rtols": (0.1, 0.0)}, "an rtol must be a number above 0, got 0.0"),
+        ({"rtols": (NAN,)}, "an rtol must be a number above 0, got nan"),
+    ])  # fmt: skip
+    def test_a_plan_that_makes_no_sense(self, plan, message):
+        with pytest.raises(ValueError, match=message):
+            Plan(**{"steps": (1,), "rtols": (), "limit": 2} | plan)
+
+    def test_only_what_is_needed_is_recorded(self):
+        assert Plan(steps=(2, 6), rtols=(), limit=4).record == {2, 4, 6}
+        assert Plan(steps=(2, 6), rtols=(0.1,), limit=4).record == {1, 2, 3, 4, 6}
+
+
+def detect(*boxes: tuple[float, ...], scores: tuple[float, ...] = (0.9,)) -> Instances:
+    found = {"pred_boxes": Boxes(torch.tensor(boxes)), "scores": torch.tensor(scores)}
+    return Instances((16, 16), **found, pred_classes=torch.zeros(len(boxes), dtype=torch.int64))
+
+
+def make_path(image_id: int, residuals: list[float], detections: dict | None = None, steps: int | None = None):
+    return ImagePath(image_id=image_id, steps=steps or len(residuals), finite=steps is None,
+                     residuals=torch.tensor(residuals), detections=detections or {})  # fmt: skip
+
+
+class TestEvaluation:
+    LEFT, RIGHT = (0.0, 0.0, 8.0, 16.0), (8.0, 0.0, 16.0, 16.0)
+
+    @pytest.fixture
+    def evaluation(self, tmp_path) -> Evaluation:
+        """The toy's images 1 to 4 have one object each: left, right, left, right."""
+        write_dataset(tmp_path, "steps")
+        register_coco_instances(tmp_path.name, {"thing_classes": ["half"]}, f"{tmp_path}/boxes.json", str(tmp_path))
+        DatasetCatalog.get(tmp_path.name)  # detectron2 learns the categories' ids
+        return Evaluation(tmp_path.name)
+
+    def test_each_image_counts_with_its_own_step(self, evaluation, capfd):
+        paths = [
+            make_path(1, [1.0, 0.5], {1: detect(self.RIGHT, scores=(0.3,)), 2: detect(self.LEFT)}),
+            make_path(2, [1.0, 0.5], {1: detect(self.RIGHT), 2: detect(self.LEFT, scores=(0.3,))}),
+        ]
+        first, second, mixed, wrong, again = evaluation(paths, [(1, 1), (2, 2), (2, 1), (1, 2), (1, 1)])
+        # Of two objects the surer detection is right: precision 1 at the recalls 0, 0.01, ..., 0.5 of 101.
+        assert first.AP == second.AP == pytest.approx(100 * 51 / 101)
+        assert (mixed.AP, mixed.AP50, mixed.AP75, mixed.APs) == pytest.approx((100.0,) * 4)  # 8 x 16 px are small
+        assert mixed.APm is None and mixed.APl is None
+        assert wrong.AP == 0.0 and again == first
+        assert capfd.readouterr().out == ""
+
+    def test_equal_choices_are_evaluated_once(self, evaluation, monkeypatch):
+        counted = []
+        original = evaluation._evaluator.evaluate
+        monkeypatch.setattr(evaluation._evaluator, "evaluate", lambda **ids: counted.append(ids) or original(**ids))
+        paths = [make_path(3, [1.0, 1.0], {1: detect(self.LEFT), 2: detect(self.RIGHT)})]
+        found = evaluation(paths, [(1,), (2,), (1,), (1,)])
+        assert [accuracy.AP for accuracy in found] == pytest.approx([100.0, 0.0, 100.0, 100.0])
+        assert counted == [{"img_ids": [3]}] * 2
+
+    def test_sets_that_cannot_be_evaluated(self, tmp_path):
+        with pytest.raises(UserError, match="no_such_set of DATASETS.TEST is not in COCO's format"):
+            Evaluation("no_such_set")
+        write_dataset(tmp_path, "bare")
+        whole = json.loads((tmp_path / "boxes.json").read_text())
+        del whole["annotations"]
+        (tmp_path / "boxes.json").write_text(json.dumps(whole))
+        register_coco_instances(tmp_path.name, {"thing_classes": ["half"]}, f"{tmp_path}/boxes.json", str(tmp_path))
+        with pytest.raises(UserError, match="has no annotations"):
+            Evaluation(tmp_path.name)([make_path(1, [1.0], {1: detect(self.LEFT)})], [(1,)])
+
+
+COST = Cost(image_size=(120, 160), padded_size=(128, 160), steps=25, backbone=MultiplyAdds(80 * 10**9, 1),
+            neck=MultiplyAdds(16 * 10**9, 1), initialization=MultiplyAdds(2 * 10**9, 1),
+            per_step=MultiplyAdds(3 * 10**9, 1), read_out=MultiplyAdds(10**6, 1))  # fmt: skip
+PLAN = Plan(steps=(1, 3, 5), rtols=(0.5, 0.01), limit=4)
+PATHS = [
+    make_path(1, [1.0, 0.4, 0.3, 0.2, 0.1]),
+    make_path(2, [1.0, 0.6, 0.2, 0.1, 0.2]),
+    make_path(3, [2.0, 0.8, 0.9, 0.6, 0.1]),
+    make_path(4, [3.0, 0.9, NAN, NAN, NAN], steps=3),
+]
+
+
+def accuracy_of_choice(paths, choices):
+    """AP 10 an average step; no medium or large objects."""
+    means = [10 * sum(choice) / len(paths) for choice in choices]
+    return [Accuracy(AP=x, AP50=x + 1, AP75=x + 2, APs=x + 3, APm=None, APl=None) for x in means]
+
+
+def make_results(name: str = "plain", paths=PATHS):
+    return summarize(name, f"Some({name})", paths, plan=PLAN, evaluate=accuracy_of_choice, cost=COST,
+                     latency=Latency(fixed=0.5, per_step=0.02))  # fmt: skip
+
+
+class TestRows:
+    def test_steps_by_hand(self):
+        results = make_results()
+        assert [row.steps for row in results.steps] == [1, 3, 5]
+        assert [row.multiply_adds for row in results.steps] == [101 * 10**9, 107 * 10**9, 113 * 10**9]
+        assert [row.seconds for row in results.steps] == pytest.approx([0.52, 0.56, 0.6])
+        # Of four images the mean of the middle two; NaN is the largest.
+        assert results.median_residuals == pytest.approx([1.5, 0.7, 0.6, 0.4, 0.15])
+        assert [row.residual for row in results.steps] == pytest.approx([1.5, 0.6, 0.15])
+        assert [row.accuracy.AP for row in results.steps] == [10.0, 30.0, 50.0]
+        assert results.nonfinite == 1
+
+    def test_tolerances_by_hand(self):
+        everything, half, never = make_results().tolerances
+        assert (everything.rtol, everything.mean_steps, everything.median_steps) == (0.0, 4.0, 4.0)
+        assert (everything.saved, everything.converged, everything.difference) == (0.0, None, 0.0)
+        assert everything.accuracy.AP == 40.0
+        # Below 0.5 first after 2, 3, never, never.
+        assert (half.mean_steps, half.median_steps, half.saved, half.converged) == (3.0, 3.0, 25.0, 50.0)
+        assert half.percentile_95_steps == pytest.approx(3.85)  # 2, 3, 3, 4: 0.85 of the way from the third on
+        assert (half.accuracy.AP, half.difference) == (32.5, -7.5)
+        # The fourth image becomes NaN at the third step, and with an rtol takes part in no other.
+        assert (never.rtol, never.mean_steps, never.converged, never.difference) == (0.01, 3.75, 0.0, 0.0)
+
+    def test_residuals_that_are_nowhere_finite(self):
+        results = make_results(paths=[make_path(1, [INF, NAN, NAN, NAN, NAN], steps=1)])
+        assert results.median_residuals == [None] * 5 and results.steps[0].residual is None
+
+
+@pytest.fixture
+def report() -> Report:
+    results = [make_results(), make_results("anderson2", PATHS[:2])]
+    return Report(command="python tool", weights="w.pth", dataset="some_val", images=4, device="a CPU", limit=4,
+                  cost=COST, results=results)  # fmt: skip
+
+
+class TestReport:
+    def test_markdown_by_hand(self, report):
+        text = format_report(report)
+        assert "\n".join([
+            "## Steps of plain iteration",
+            "",
+            "| multiply-adds (G) | steps | AP | AP50 | AP75 | APs | APm | APl | residual | s / image |",
+            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| 101.00 | 1 | 10.0 | 11.0 | 12.0 | 13.0 | - | - | 1.5 | 0.52 |",
+            "| 107.00 | 3 | 30.0 | 31.0 | 32.0 | 33.0 | - | - | 0.6 | 0.56 |",
+            "| 113.00 | 5 | 50.0 | 51.0 | 52.0 | 53.0 | - | - | 0.15 | 0.6 |",
+            "",
+            "## Steps of other solvers",
+            "",
+            "| solver | multiply-adds (G) | steps | AP | AP50 | AP75 | APs | APm | APl | residual | s / image |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| anderson2 | 101.00 | 1 | 10.0 | 11.0 | 12.0 | 13.0 | - | - | 1 | 0.52 |",
+        ]) in text  # fmt: skip
+        assert "\n".join([
+            "| plain | 0 | 4.0 | 4.0 | 4.0 | 0.0 | - | 40.0 | +0.0 |",
+            "| plain | 0.5 | 3.0 | 3.0 | 3.8 | 25.0 | 50.0 | 32.5 | -7.5 |",
+            "| plain | 0.01 | 3.8 | 4.0 | 4.0 | 6.2 | 0.0 | 40.0 | +0.0 |",
+            "| anderson2 | 0 | 4.0 | 4.0 | 4.0 | 0.0 | - | 40.0 | +0.0 |",
+            "| anderson2 | 0.5 | 2.5 | 2.5 | 3.0 | 37.5 | 100.0 | 25.0 | -15.0 |",
+        ]) in text  # fmt: skip
+        never = replace(report.results[0].tolerances[2], difference=-0.04)
+        text += format_report(replace(report, results=[replace(report.results[0], tolerances=[never])]))
+        assert "| plain | 0.01 | 3.8 | 4.0 | 4.0 | 6.2 | 0.0 | 40.0 | +0.0 |" in text and "-0.0 |" not in text
+        assert "plain: Some(plain), anderson2: Some(anderson2)" in text
+        assert "infinite or NaN, and that keep the last finite one: 1 with plain." in text
+        assert "120 x 160 pixels, the size of the first one, padded to 128 x 160" in text
+
+    def test_a_small_model_shows_more_decimals_and_solvers_their_own_tables(self, report):
+        results = make_results("broyden")
+        rows = [replace(row, multiply_adds=148_324_000) for row in results.steps]
+        text = format_report(replace(report, results=[replace(results, steps=rows, nonfinite=0)]))
+        assert "| broyden | 0.1483 | 1 | 10.0 |" in text
+        assert "plain iteration" not in text and "NaN" not in text
+
+    def test_files(self, report, tmp_path):
+        """JSON has the same figures, plain ones; the picture depends on what it shows."""
+        pictures = []
+        for index, paths in enumerate([PATHS, PATHS[:2], PATHS[:2]]):
+            folder = tmp_path / "new" / str(index)
+            write_report(replace(report, results=[*report.results, make_results("broyden", paths)]), folder)
+            pictures.append(cv2.imread(str(folder / "steps.png")))
+        found = json.loads((tmp_path / "new" / "0" / "steps.json").read_text())
+        assert found["cost"]["linear"]["per_step"] == 3 * 10**9 and found["limit"] == 4
+        (plain, _, broyden) = found["results"]
+        assert (plain["name"], plain["solver"], broyden["name"]) == ("plain", "Some(plain)", "broyden")
+        assert plain["steps"][1]["accuracy"] == {"AP": 30.0, "AP50": 31.0, "AP75": 32.0, "APs": 33.0, "APm": None,
+                                                 "APl": None}  # fmt: skip
+        assert plain["latency"] == {"fixed": 0.5, "per_step": 0.02} and plain["nonfinite"] == 1
+        assert plain["tolerances"][1]["saved"] == 25.0
+        assert pictures[0].shape[1] == 1800 and (pictures[0] != pictures[1]).any()
+        assert np.array_equal(pictures[1], pictures[2])
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_report_without_any_number_can_be_drawn(self, report, tmp_path):
+        """One image of NaN, one step, no rtol, no AP."""
+        nothing = Accuracy(AP=None, AP50=None, AP75=None, APs=None, APm=None, APl=None)
+        results = summarize("plain", "Plain()", [make_path(1, [NAN], steps=1)], plan=Plan((1,), (), 1), cost=COST,
+                            evaluate=lambda paths, choices: [nothing] * len(choices),
+                            latency=Latency(0.1, 0.1))  # fmt: skip
+        write_report(replace(report, results=[results]), tmp_path)
+        assert "| 101.00 | 1 | - | - | - | - | - | - | - | 0.2 |" in (tmp_path / "steps.md").read_text()
+        assert cv2.imread(str(tmp_path / "steps.png")) is not None
+
+
+class TestSolvers:
+    def test_names(self, small_cfg):
+        cfg = small_cfg("MODEL.DEQDET.SOLVER.DAMPING", 0.5, "MODEL.DEQDET.SOLVER.MEMORY", 6)
+        cfg.freeze()
+        found = build_solvers(cfg, ["plain", "anderson2", "anderson", "broyden12", "broyden"])
+        regularization = cfg.MODEL.DEQDET.SOLVER.REGULARIZATION
+        assert found == {
+            "plain": FixedPointIteration(damping=0.5),
+            "anderson2": Anderson(memory=2, damping=0.5, regularization=regularization),
+            "anderson": Anderson(memory=6, damping=0.5, regularization=regularization),
+            "broyden12": Broyden(memory=12),
+            "broyden": Broyden(memory=6),
+        }
+        assert cfg.MODEL.DEQDET.SOLVER.NAME == "FixedPointIteration"
+
+    def test_each_comes_once_under_its_first_name(self, small_cfg):
+        names = ["anderson", "anderson04", "anderson4", "broyden4", "broyden004", "anderson5"]
+        found = build_solvers(small_cfg("MODEL.DEQDET.SOLVER.MEMORY", 4), names)
+        assert {name: solver.memory for name, solver in found.items()} == {"anderson": 4, "broyden4": 4, "anderson5": 5}
+
+    @pytest.mark.parametrize("name, message", [
+        ("newton", "unknown solver newton: choose plain, anderson or broyden, or with a memory, as anderson4"),
+        ("plain2", "unknown solver plain2"),
+        ("Anderson", "unknown solver Anderson"),
+        ("anderson1", "solver anderson1: .*memory of Anderson must be at least 2"),
+    ])  # fmt: skip
+    def test_an_unknown_one(self, small_cfg, name, message):
+        with pytest.raises(UserError, match=message):
+            build_solvers(small_cfg(), ["plain", name])
+
+
+def test_latency_is_measured_for_every_solver(small_model, inputs):
+    """With fewer images than runs."""
+    found = measure_latencies(small_model().eval(), [[x] for x in inputs[:2]], SOLVERS)
+    assert found.keys() == SOLVERS.keys()
+    assert len({latency.fixed for latency in found.values()}) == 1
+    assert all(0 < latency.per_step < math.inf and latency.fixed > 0 for latency in found.values())
+    assert Latency(fixed=0.25, per_step=0.5).of(3) == 1.75
+
+
+def test_a_decoder_without_an_equilibrium(small_cfg):
+    with pytest.raises(UserError, match="MODEL.DEQDET.DECODER is StackedDecoder, whose number of steps is fixed"):
+        prepare_model(small_cfg("MODEL.DEQDET.DECODER", "StackedDecoder"))
+    with pytest.raises(UserError, match="MODEL.META_ARCHITECTURE is EngineToy: it must be DEQDet"):
+        prepare_model(small_cfg("MODEL.META_ARCHITECTURE", "EngineToy"))
+    with pytest.raises(UserError, match="MODEL.DEQDET.DECODER is 'Stack'"):
+        prepare_model(small_cfg("MODEL.DEQDET.DECODER", "Stack"))
+    with pytest.raises(UserError, match="^No object named 'Nothing' found in 'BACKBONE' registry!$"):
+        prepare_model(small_cfg("MODEL.BACKBONE.NAME", "Nothing"))
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory) -> Path:
+    """Where the generated images go: in one process their set is registered once."""
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture
+def tool(monkeypatch, tmp_path, datasets, small_cfg, stir):
+    """tool(...) runs it on a small random model and three generated images; without weights=True those are missing."""
+
+    def run(*arguments: str, weights: bool = True) -> None:
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+        cfg = small_cfg("MODEL.DEQDET.NUM_CLASSES", 8, "DATASETS.TEST", ("shapes_seed41_3",), "DATASETS.TRAIN", (),
+                        *SMALL_DATA, "SEED", 1, "OUTPUT_DIR", str(tmp_path / "trained"))  # fmt: skip
+        (tmp_path / "small.yaml").write_text(cfg.dump())
+        if weights:
+            (tmp_path / "trained").mkdir(exist_ok=True)
+            torch.manual_seed(0)
+            model = build_model(cfg)
+            stir(model, size=0.01)
+            torch.save({"model": model.state_dict()}, tmp_path / "trained" / "model_final.pth")
+        options = ["--config-file", str(tmp_path / "small.yaml"), "--output", str(tmp_path / "out"), *arguments]
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *options])
+        runpy.run_path(str(TOOL), run_name="__main__")
+
+    return run
+
+
+class TestTool:
+    pytestmark = IN_PROCESS
+
+    def test_end_to_end(self, tool, tmp_path, capsys):
+        # TEST_STEPS is 4. The KEY VALUE pairs follow a list.
+        tool("--limit", "2", "--solvers", "plain", "anderson2", "plain", "--rtols", "1E-9", "0.5", "--steps", "6", "2",
+             "3", "2", "MODEL.DEQDET.SOLVER.DAMPING", "0.5")  # fmt: skip
+        found = json.loads((tmp_path / "out" / "steps.json").read_text())
+        assert (found["images"], found["limit"], found["dataset"]) == (2, 4, "shapes_seed41_3")
+        plain, anderson = found["results"]
+        assert plain["solver"] == "FixedPointIteration(damping=0.5)"
+        assert anderson["solver"] == "Anderson(memory=2, damping=0.5, regularization=1e-06)"
+        for results in (plain, anderson):
+            assert [row["steps"] for row in results["steps"]] == [2, 3, 6]
+            assert [row["rtol"] for row in results["tolerances"]] == [0.0, 0.5, 1e-9]
+            assert results["tolerances"][-1]["mean_steps"] == 4.0
+            assert len(results["median_residuals"]) == 6
+
+        printed = capsys.readouterr().out
+        assert (tmp_path / "out" / "steps.md").read_text() in printed
+        assert cv2.imread(str(tmp_path / "out" / "steps.png")).std() > 5
+        assert not (tmp_path / "trained" / "config.yaml").exists()
+
+    def test_its_figures_are_those_of_the_model(self, tool, tmp_path, small_cfg):
+        tool("--solvers", "plain", "--rtols", "0.5", "--steps", "3", "5")
+        found = json.loads((tmp_path / "out" / "steps.json").read_text())
+        (plain,) = found["results"]
+        assert found["images"] == 3
+        model = build_model(small_cfg("MODEL.DEQDET.NUM_CLASSES", 8)).eval()
+        model.load_state_dict(torch.load(tmp_path / "trained" / "model_final.pth", weights_only=True)["model"])
+        cost = count_multiply_adds(model, steps=5, height=64, width=64)
+        assert plain["steps"][1]["multiply_adds"] == cost.total.linear
+        assert found["cost"]["image_size"] == [64, 64]
+        loader = build_detection_test_loader(small_cfg(*SMALL_DATA), "shapes_seed41_3")
+        medians = measure_residuals(model, loader, steps=5).median(dim=1).values.tolist()
+        assert plain["median_residuals"] == pytest.approx(medians[1:], rel=1e-5)
+
+    @pytest.mark.parametrize("arguments, message", [
+        (["--solvers", "newton"], "unknown solver newton: choose plain, anderson or broyden"),
+        (["--steps", "4", "0"], "--steps or --rtols: a number of steps must be at least 1, got 0"),
+        (["--steps", "few"], "--steps or --rtols: invalid literal for int() with base 10: 'few'"),
+        (["--rtols", "-1"], "--steps or --rtols: an rtol must be a number above 0, got -1.0"),
+        (["--steps", "MODEL.DEQDET.NUM_QUERIES", "3"], "--steps has no value"),
+        (["--limit", "0"], "the number of images must be at least 1, got 0"),
+        (["MODEL.DEQDET.DECODER", "RecurrentDecoder"], "MODEL.DEQDET.DECODER is RecurrentDecoder"),
+        (["MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty: give the checkpoint of a trained model"),
+        (["MODEL.WEIGHTS", "no.pth"], "MODEL.WEIGHTS no.pth does not exist"),
+        (["MODEL.DEQDET.NUM_QUERYS", "3"], "did you mean MODEL.DEQDET.NUM_QUERIES?"),
+    ])  # fmt: skip
+    def test_one_line_says_what_is_wrong(self, tool, arguments, message):
+        with pytest.raises(SystemExit) as stopped:
+            tool(*arguments)
+        error = str(stopped.value.code)
+        assert error.startswith("error: ") and message in error and "\n" not in error
+
+    def test_a_model_that_was_not_trained(self, tool):
+        with pytest.raises(SystemExit, match="trained/model_final.pth does not exist: train the model, or give"):
+            tool(weights=False)
