@@ -1,6 +1,10 @@
 """Every config key that DEQDet adds to Detectron2's, with the paper's symbol where it has one."""
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode as CN
+
+OPEN_SECTION = "MODEL.DEQDET.SOLVER.OPTIONS."  # the section whose keys are not fixed
 
 
 def add_deqdet_config(cfg: CN) -> None:
@@ -9,6 +13,22 @@ def add_deqdet_config(cfg: CN) -> None:
     _add_layer_keys(cfg.MODEL.DEQDET)
     _add_equilibrium_keys(cfg.MODEL.DEQDET)
     _add_training_keys(cfg)
+
+
+def merge_overrides(cfg: CN, pairs: Sequence[str]) -> None:
+    """Put KEY VALUE pairs into a config in place, as its own merge_from_list does, and also new solver options.
+
+    Args:
+        pairs: keys and values in turn; "MODEL.DEQDET.SOLVER.OPTIONS.<NAME>" need not be in the config yet.
+
+    Raises:
+        AssertionError, KeyError, ValueError: as CfgNode.merge_from_list.
+    """
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if key.startswith(OPEN_SECTION):
+            cfg.MODEL.DEQDET.SOLVER.OPTIONS[key.removeprefix(OPEN_SECTION)] = CN._decode_cfg_value(value)
+        else:
+            cfg.merge_from_list([key, value])
 
 
 def _add_model_keys(cfg: CN) -> None:
@@ -87,8 +107,11 @@ def _add_equilibrium_keys(deqdet: CN) -> None:
 
     deqdet.SOLVER = CN()  # at test time; training iterates plainly
     deqdet.SOLVER.NAME = "FixedPointIteration"  # a name in SOLVER_REGISTRY: that, "Anderson" or "Broyden"
+    # Options of the solver by its fields' names in upper case, e.g. OPTIONS: {WINDOW: 3} for a solver of your own with a
+    # field `window`; they come before the three keys below.
+    deqdet.SOLVER.OPTIONS = CN(new_allowed=True)
     deqdet.SOLVER.DAMPING = 1.0  # beta of FixedPointIteration and Anderson: how far y goes towards f(y); 1: no damping
-    deqdet.SOLVER.MEMORY = 4  # m: iterates that Anderson combines, rank-one terms that Broyden keeps
+    deqdet.SOLVER.MEMORY = 4  # m, history_size: iterates that Anderson combines, rank-one terms that Broyden keeps
     deqdet.SOLVER.REGULARIZATION = 1e-6  # of Anderson's least-squares problem, whose columns have norm 1
     # The relative residual ||f(y) - y|| / ||f(y)|| at which an image stops; 0: all TEST_STEPS are taken.
     deqdet.SOLVER.RTOL = 0.0

@@ -1,26 +1,44 @@
-"""The meta architecture: every detector of the paper, by its refinement layer and its decoder."""
+"""The meta architecture: each detector of the paper, chosen by its refinement layer and its decoder."""
 
 import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
 
 from .criterion import Criterion
-from .decoders import build_decoder
-from .inference import top_detections
+from .decoders import Decoder, Trajectory, build_decoder
+from .equilibrium import Solver
+from .inference import make_detections
 from .queries import InitialQueries
-from .structures import QueryState, Targets
+from .structures import Prediction, QueryState, Targets
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class BatchTrajectory:
+    """The trajectory of a batch of images, from which detections are read at any recorded step."""
+
+    trajectory: Trajectory
+    images: ImageList  # as the backbone got them
+    original_sizes: list[tuple[int, int]]  # height, width of the images to which detections are scaled
+    max_detections: int
+
+    def detections(self, step: int | None = None) -> list[Instances]:
+        """The detections of each image after `step` applications of f, or after the last one."""
+        prediction = self.trajectory.predict(step)
+        return make_detections(prediction, self.images.image_sizes, self.original_sizes, self.max_detections)
+
+
 @META_ARCH_REGISTRY.register()
 class DEQDet(nn.Module):
-    """Backbone and neck, initial queries, decoder; then the criterion in training, or detections."""
+    """Backbone and neck, initial queries, decoder; then the criterion in training, or detections at test time."""
 
     @configurable
     def __init__(
@@ -29,7 +47,7 @@ class DEQDet(nn.Module):
         backbone: Backbone,
         in_features: list[str],
         queries: InitialQueries,
-        decoder: nn.Module,
+        decoder: Decoder,
         criterion: Criterion,
         max_detections: int,
         pixel_mean: list[float],
@@ -41,8 +59,9 @@ class DEQDet(nn.Module):
         Args:
             in_features: names of the levels that the decoder reads, finest first.
             max_detections: the most detections of an image.
-            pixel_mean, pixel_std: per channel, in the order of input_format, "RGB" or "BGR".
-            fix_bn_statistics: keep the backbone's BatchNorm statistics, see MODEL.DEQDET.FIX_BN_STATISTICS.
+            pixel_mean, pixel_std: per channel, 0 to 255, in the channel order of input_format.
+            input_format: "RGB" or "BGR".
+            fix_bn_statistics: keep the statistics of the backbone's BatchNorm layers as the checkpoint has them.
         """
         super().__init__()
         self.backbone = backbone
@@ -85,11 +104,11 @@ class DEQDet(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the images go."""
+        """The device of the model, to which the images are moved."""
         return self.pixel_mean.device
 
     def train(self, mode: bool = True) -> "DEQDet":
-        """As nn.Module's, but BatchNorm of the backbone keeps its statistics where they are fixed."""
+        """Switch modes as nn.Module does, but leave BatchNorm layers whose statistics are fixed in evaluation mode."""
         super().train(mode)
         if self.fix_bn_statistics:
             for module in self.backbone.modules():
@@ -98,42 +117,105 @@ class DEQDet(nn.Module):
         return self
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """detectron2's protocol.
+        """Losses in training, detections at test time, by detectron2's protocol.
 
         Args:
-            batched_inputs: per image "image" (3, H, W) uint8 or float, 0 to 255, in the channel order of
-                INPUT.FORMAT; "instances" with gt_boxes and gt_classes (training); "height" and "width" of the
-                original image in pixels, to which detections are scaled (inference, default the input's size).
+            batched_inputs: for each image a dict with "image" (3, H, W), uint8 or float, 0 to 255, in the channel order
+                of INPUT.FORMAT; in training also "instances" with gt_boxes and gt_classes; at test time "height" and
+                "width" of the original image in pixels, to which detections are scaled (by default H and W).
 
         Returns:
-            In training the weighted losses, to be summed; else per image "instances" with
-            pred_boxes (xyxy, pixels), scores and pred_classes, best first; "steps": () int64, see Decoded.
+            In training the weighted losses, to be summed. At test time, see `infer`.
+        """
+        if not self.training:
+            return self.infer(batched_inputs)
+        features, initial = self.encode(self.preprocess(batched_inputs))
+        targets = Targets.from_instances([x["instances"] for x in batched_inputs], self.device)
+        names = [x.get("file_name", "") for x in batched_inputs]
+        return self.criterion(self.decoder.supervise(initial, features), targets, names)
+
+    def infer(
+        self,
+        batched_inputs: list[dict],
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        solver: Solver | None = None,
+    ) -> list[dict]:
+        """Detect, with the decoder's own number of steps, tolerance and solver or with others for this call.
+
+        Args:
+            batched_inputs: see `forward`.
+            steps, rtol, solver: see EquilibriumDecoder.walk.
+
+        Returns:
+            For each image a dict with "instances": pred_boxes (xyxy, pixels of the original image), scores and
+            pred_classes, best first; "steps": () int64, the applications of f; and, with an equilibrium, "residual": ()
+            the relative residual of the last iterate.
+
+        Raises:
+            UserError: an option is given, but the decoder has no equilibrium.
         """
         images = self.preprocess(batched_inputs)
         features, initial = self.encode(images)
-        if self.training:
-            targets = Targets.from_instances([x["instances"] for x in batched_inputs], self.device)
-            names = [x.get("file_name", "") for x in batched_inputs]
-            return self.criterion(self.decoder.supervise(initial, features), targets, names)
-        decoded = self.decoder.decode(initial, features)
-        detections = top_detections(decoded.prediction, images.image_sizes, self.max_detections)
-        found = [self._postprocess(*x) for x in zip(detections, batched_inputs, strict=True)]
+        if (steps, rtol, solver) == (None, None, None):
+            decoded = self.decoder.decode(initial, features)
+        else:
+            decoded = self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
+        sizes = _original_sizes(batched_inputs, images.image_sizes)
+        found = make_detections(decoded.prediction, images.image_sizes, sizes, self.max_detections)
         if failed := int((~decoded.finite).sum()):  # last, since it waits for the device
             logger.warning("The states became infinite or NaN in %d of %d images.", failed, len(found))
-        return [{"instances": x, "steps": steps} for x, steps in zip(found, decoded.steps, strict=True)]
+        outputs = [{"instances": x, "steps": taken} for x, taken in zip(found, decoded.steps, strict=True)]
+        if decoded.residual is not None:
+            for output, residual in zip(outputs, decoded.residual, strict=True):
+                output["residual"] = residual
+        return outputs
+
+    @torch.no_grad()
+    def walk(
+        self,
+        batched_inputs: list[dict],
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        solver: Solver | None = None,
+        record: Collection[int] = (),
+        record_iterates: bool = False,
+    ) -> BatchTrajectory:
+        """Walk along the solving paths of a batch of images, and keep what is asked for.
+
+        Put the model in evaluation mode first. No gradient is recorded.
+
+        Args:
+            batched_inputs: see `forward`.
+            steps, rtol, solver, record, record_iterates: see EquilibriumDecoder.walk.
+
+        Raises:
+            UserError: the decoder has no equilibrium.
+        """
+        images = self.preprocess(batched_inputs)
+        features, initial = self.encode(images)
+        trajectory = self.decoder.walk(
+            initial, features, steps=steps, rtol=rtol, solver=solver, record=record, record_iterates=record_iterates
+        )
+        return BatchTrajectory(trajectory, images, _original_sizes(batched_inputs, images.image_sizes), self.max_detections)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, and pad on the right and bottom to the backbone's size divisibility."""
+        """Normalise, and pad on the right and at the bottom to a common size that the backbone can divide."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
     def encode(self, images: ImageList) -> tuple[list[Tensor], QueryState]:
-        """The pyramid, per level (B, C, H_l, W_l), and the initial queries."""
+        """The pyramid, for each level (B, C, H_l, W_l), and the initial queries of the images."""
         levels = self.backbone(images.tensor)
         sizes = torch.tensor([(width, height) for height, width in images.image_sizes], dtype=torch.float32)
         return [levels[name] for name in self.in_features], self.queries(sizes.to(self.device))
 
-    @staticmethod
-    def _postprocess(detections: Instances, inputs: dict) -> Instances:
-        height, width = detections.image_size
-        return detector_postprocess(detections, inputs.get("height", height), inputs.get("width", width))
+
+def _original_sizes(batched_inputs: list[dict], image_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Height and width of each original image, by default those of the image that the model gets."""
+    return [
+        (inputs.get("height", height), inputs.get("width", width))
+        for inputs, (height, width) in zip(batched_inputs, image_sizes, strict=True)
+    ]

@@ -1,23 +1,26 @@
-"""From a prediction to detectron2's detections."""
+"""From predictions to detections in the form of detectron2's Instances."""
 
+from collections.abc import Sequence
+
+from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, Instances
 
 from .structures import Prediction
 
 
 def top_detections(
-    prediction: Prediction, image_sizes: list[tuple[int, int]], max_detections: int
+    prediction: Prediction, image_sizes: Sequence[tuple[int, int]], max_detections: int
 ) -> list[Instances]:
-    """Keep the best (query, class) pairs of each image, without NMS: a query may give several detections.
+    """Keep the best pairs of a query and a class of each image, without NMS, so that a query may give several detections.
 
     Args:
         prediction: logits (B, N, K), boxes (B, N, 4) xyxy, pixels of the padded input.
-        image_sizes: B pairs of height, width before padding, pixels.
-        max_detections: detections per image; there are no more than N * K.
+        image_sizes: height and width of each image before padding, pixels.
+        max_detections: the most detections of an image; there are never more than N * K.
 
     Returns:
-        B Instances of the given sizes, sorted by falling score: pred_boxes (xyxy, pixels, not clipped:
-        detector_postprocess does that after it has scaled them), scores in [0, 1], pred_classes.
+        For each image Instances of the given size, sorted by falling score, with pred_boxes (xyxy, pixels, not yet
+        clipped), scores in [0, 1] and pred_classes.
     """
     num_classes = prediction.logits.shape[2]
     scores = prediction.logits.float().sigmoid().flatten(1)  # (B, N * K)
@@ -29,3 +32,18 @@ def top_detections(
         Instances(size, pred_boxes=Boxes(b.clone()), scores=s, pred_classes=c)
         for size, b, s, c in zip(image_sizes, boxes, scores, classes, strict=True)
     ]
+
+
+def make_detections(
+    prediction: Prediction,
+    image_sizes: Sequence[tuple[int, int]],
+    original_sizes: Sequence[tuple[int, int]],
+    max_detections: int,
+) -> list[Instances]:
+    """The best detections of each image, scaled to its original size and clipped to it.
+
+    Args:
+        image_sizes, original_sizes: height and width of each image as the model got it, and of the original image.
+    """
+    found = top_detections(prediction, image_sizes, max_detections)
+    return [detector_postprocess(x, height, width) for x, (height, width) in zip(found, original_sizes, strict=True)]

@@ -1,5 +1,6 @@
 """What flows between the modules. B: images, N: queries, C: channels, K: classes, M: most boxes of an image."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,35 +9,53 @@ from torch.nn.utils.rnn import pad_sequence
 
 from detectron2.structures import Instances
 
-# pack() divides cx, cy and z, r by these, so that pixels do not swamp the content in a norm over the whole state.
-# Powers of two: the division and its undoing are exact. Numbers, since a new tensor would wait for the device.
+# pack() divides cx, cy by the first and z, r by the second number. In pixels, the centers of the boxes would outweigh
+# all else in a norm over the whole state, and so in the residual that decides when to stop. Powers of two, so that the
+# division and its undoing are exact; Python numbers, since a new tensor would have to be copied to the device.
 CENTER_UNIT = 1024.0
 SCALE_UNIT = 8.0
 
 
 @dataclass(frozen=True)
 class QueryState:
-    """The latent variable y = (p, q) (Eq. 2): nothing else, no logits, no second copy of the boxes."""
+    """The latent variable y = (p, q) of Eq. 2: where each query looks, and what it knows.
+
+    It holds nothing that can be computed from it: no logits, and no second copy of the boxes.
+    """
 
     position: Tensor  # (B, N, 4)  cx, cy in pixels; z = log2 sqrt(wh); r = log2(h / w)  (Eq. 3)
     content: Tensor  # (B, N, C)
 
     def detach(self) -> "QueryState":
-        """The same values, cut from the graph."""
+        """The same values without their graph."""
         return QueryState(self.position.detach(), self.content.detach())
 
     def detach_position(self) -> "QueryState":
-        """What a layer receives from another layer: gradients pass along the content only."""
+        """The state as one layer hands it to the next: gradients pass along the content only."""
         return QueryState(self.position.detach(), self.content)
 
+    def chunk(self, count: int) -> list["QueryState"]:
+        """Split the B rows into `count` states of as many rows each; `cat` is the inverse."""
+        return list(map(QueryState, self.position.chunk(count), self.content.chunk(count)))
+
+    @classmethod
+    def cat(cls, states: Sequence["QueryState"]) -> "QueryState":
+        """Join states along their rows."""
+        return cls(torch.cat([x.position for x in states]), torch.cat([x.content for x in states]))
+
     def pack(self) -> Tensor:
-        """(B, N * (4 + C)): one flat vector an image, as the solvers take it."""
+        """The state as the solvers take it: one flat vector for each row, (B, N * (4 + C)), the position in packing units.
+
+        CENTER_UNIT and SCALE_UNIT bring the four numbers of a position to about the size of a content's entries, which a
+        LayerNorm keeps near 1. They decide how much a moving box adds to a relative residual, and so what a tolerance
+        means: a box that moves by 10 pixels counts as much as a content that changes by 0.01 in one entry.
+        """
         center, scale = self.position.split(2, dim=2)
         return torch.cat([center / CENTER_UNIT, scale / SCALE_UNIT, self.content], dim=2).flatten(1)
 
     @classmethod
     def unpack(cls, flat: Tensor, num_queries: int) -> "QueryState":
-        """The inverse of pack().
+        """The inverse of `pack`.
 
         Args:
             flat: (B, num_queries * (4 + C)).
@@ -48,7 +67,7 @@ class QueryState:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A read-out of a QueryState."""
+    """What a layer reads out of a QueryState: a score for each class, and a box, for each query."""
 
     logits: Tensor  # (B, N, K)  before the sigmoid
     boxes: Tensor  # (B, N, 4)  xyxy, pixels of the padded input
@@ -59,13 +78,14 @@ class Decoded:
     """What a decoder returns at test time."""
 
     prediction: Prediction
-    steps: Tensor  # (B,)  int64, applications of f that each image took; layers after the first without an equilibrium
-    finite: Tensor  # (B,)  bool, False where the states became infinite or NaN
+    steps: Tensor  # (B,)  int64, the applications of f after g; for a stack of layers, the layers after the first
+    finite: Tensor  # (B,)  bool, False where a state became infinite or NaN
+    residual: Tensor | None = None  # (B,)  relative residual of the last iterate; None without an equilibrium
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The batch's ground truth, padded to its largest number of boxes M, which may be 0."""
+    """The ground truth of a batch, padded to its largest number of boxes M, which may be 0."""
 
     labels: Tensor  # (B, M)  int64; 0 where not valid
     boxes: Tensor  # (B, M, 4)  xyxy, pixels; 0 where not valid
@@ -74,7 +94,7 @@ class Targets:
 
     @classmethod
     def from_instances(cls, instances: list[Instances], device: torch.device) -> "Targets":
-        """Pad detectron2's Instances (fields gt_boxes, gt_classes), one an image."""
+        """Pad detectron2's Instances, one for each image, with the fields gt_boxes and gt_classes."""
         labels = [x.gt_classes.to(device, torch.int64) for x in instances]
         boxes = [x.gt_boxes.tensor.to(device, torch.float32).reshape(-1, 4) for x in instances]
         valid = [torch.ones_like(x, dtype=torch.bool) for x in labels]

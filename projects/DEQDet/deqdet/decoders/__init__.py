@@ -1,21 +1,27 @@
 """Decoders: from initial queries and features to predictions, by name in DECODER_REGISTRY.
 
-Each has the same two methods: `supervise` for training and `decode` for inference.
+Each has the same methods: `supervise` for training, `decode` for inference, `execution` for its cost; a decoder with an
+equilibrium also has `walk`.
 """
 
-from .base import DECODER_REGISTRY, build_decoder
+from .base import DECODER_REGISTRY, Decoder, Execution, build_decoder
 from .equilibrium import EquilibriumDecoder, Supervision
 from .recurrent import RecurrentDecoder
 from .solvers import SOLVER_REGISTRY, build_solver
 from .stacked import StackedDecoder
+from .trajectory import ResidualParts, Trajectory
 
 __all__ = [
     "DECODER_REGISTRY",
     "SOLVER_REGISTRY",
+    "Decoder",
     "EquilibriumDecoder",
+    "Execution",
     "RecurrentDecoder",
+    "ResidualParts",
     "StackedDecoder",
     "Supervision",
+    "Trajectory",
     "build_decoder",
     "build_solver",
 ]

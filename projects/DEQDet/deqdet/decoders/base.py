@@ -1,6 +1,8 @@
-"""What the detector asks of a decoder, and the registry that config names choose from."""
+"""What the detector asks of a decoder, and the registry from which configs choose one by name."""
 
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,26 +11,83 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
+from ..equilibrium import Solver
+from ..errors import UserError
 from ..layers import RefinementLayer, look_up
-from ..structures import Decoded, QueryState
+from ..structures import Decoded, Prediction, QueryState
+from .trajectory import Trajectory
 
 DECODER_REGISTRY = Registry("DECODER")
 DECODER_REGISTRY.__doc__ = """
-Decoders, called as `obj(cfg, input_shapes)` with the pyramid's ShapeSpecs, finest first. Methods:
-`supervise(initial, features) -> dict[str, Prediction]`, every prediction to be supervised by its name;
-`decode(initial, features) -> Decoded`.
+Decoders, subclasses of Decoder, called as `obj(cfg, input_shapes)` with the ShapeSpecs of the pyramid's levels, finest
+first. docs/extending.md has a complete example.
 """
 
 
-def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> nn.Module:
-    """The decoder that MODEL.DEQDET.DECODER names."""
+@dataclass(frozen=True)
+class Execution:
+    """The layers that run at test time: `initialization` once, if there is one, then `refinement` `steps` times."""
+
+    initialization: RefinementLayer | None
+    refinement: RefinementLayer  # of untied layers the last one: they differ in their weights only
+    steps: int
+
+
+class Decoder(nn.Module, ABC):
+    """From initial queries and features to predictions: `supervise` for training, `decode` at test time.
+
+    `initial` is a QueryState of B rows, `features` are the pyramid's levels (B, C, H_l, W_l), finest first.
+    """
+
+    has_equilibrium = False  # True: `walk` works, and the number of steps, rtol and solver can be chosen at test time
+
+    @abstractmethod
+    def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
+        """Every prediction that the criterion supervises, by a name for its losses."""
+
+    @abstractmethod
+    def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
+        """The predictions from which detections are made."""
+
+    @abstractmethod
+    def execution(self) -> Execution:
+        """Which layers `decode` runs how often, from which the cost of an image is computed."""
+
+    def walk(
+        self,
+        initial: QueryState,
+        features: list[Tensor],
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        solver: Solver | None = None,
+        record: Collection[int] = (),
+        record_iterates: bool = False,
+    ) -> Trajectory:
+        """The way to the fixed point; see EquilibriumDecoder.walk.
+
+        Raises:
+            UserError: this decoder has no equilibrium. This is the one place that says so.
+        """
+        raise UserError(
+            f"MODEL.DEQDET.DECODER is {type(self).__name__}, whose number of steps is fixed: steps, tolerance, solver and "
+            "trajectory need a model with the EquilibriumDecoder"
+        )
+
+
+def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> Decoder:
+    """Build the decoder that MODEL.DEQDET.DECODER names."""
     return look_up(DECODER_REGISTRY, "MODEL.DEQDET.DECODER", cfg.MODEL.DEQDET.DECODER)(cfg, input_shapes)
 
 
 def run_layers(
     layers: Iterable[RefinementLayer], initial: QueryState, features: list[Tensor]
 ) -> Iterator[tuple[RefinementLayer, QueryState]]:
-    """Each layer and the state that it returned, one after the other; positions are detached between them."""
+    """Run layers one after the other, and yield each with the state that it returned.
+
+    Positions are detached between layers, as in the whole R-CNN family: a layer learns to refine the boxes that it is
+    given, and its gradient does not reach the layers that made them.
+    """
     state = initial
     for layer in layers:
         state = layer(state, features)
@@ -37,7 +96,7 @@ def run_layers(
 
 
 def decode_last(states: Iterable[tuple[RefinementLayer, QueryState]]) -> Decoded:
-    """What the last layer of a fixed number of them reads out of its own state."""
+    """Run a fixed number of layers, and read the last one's state out."""
     *earlier, (layer, state) = states
     return Decoded(
         prediction=layer.predict(state),

@@ -5,23 +5,24 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
-from ..equilibrium import FixedPointIteration, Map, Phantom, Solution, Solver, Status, solve
+from ..equilibrium import FixedPointIteration, Map, Phantom, Solver, solve
 from ..layers import RefinementLayer, build_refinement_layer
 from ..perturbation import Perturbation
 from ..structures import Decoded, Prediction, QueryState
-from .base import DECODER_REGISTRY, run_layers
+from .base import DECODER_REGISTRY, Decoder, Execution, run_layers
 from .solvers import build_solver
+from .trajectory import Trajectory
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """Which states are supervised in training (Sec. 3.3, Eq. 12)."""
+    """Which states of the solving path are supervised in training (Sec. 3.3, Eq. 12)."""
 
     train_steps: int  # T_train
     extra: int  # h
@@ -47,8 +48,15 @@ class Supervision:
 
 
 @DECODER_REGISTRY.register()
-class EquilibriumDecoder(nn.Module):
-    """An initialization layer g, then the fixed point of one refinement layer f (Sec. 3.2, Algorithm 2)."""
+class EquilibriumDecoder(Decoder):
+    """An initialization layer g, then the fixed point of one refinement layer f (Sec. 3.2, Algorithm 2).
+
+    At test time `walk` iterates f from y_0 = g(x, y_0-) with a solver of choice, and `decode` reads the last state out.
+    In training `supervise` iterates plainly, whatever the solver: the perturbation belongs to the steps of the path
+    (Algorithm 1), and the refinement-aware gradient expands f around states that plain iteration visits.
+    """
+
+    has_equilibrium = True
 
     @configurable
     def __init__(
@@ -67,15 +75,16 @@ class EquilibriumDecoder(nn.Module):
     ):
         """
         Args:
-            initialization: g; None starts f at the initial queries.
-            solver: of `solve` and `decode`. Training iterates plainly (Algorithm 1).
-            test_steps: T_infer.
-            rtol, return_best: of `decode`, see MODEL.DEQDET.SOLVER.
-            estimator: k steps of gradient at each point of Omega.
-            checkpoint_segments: trade time for memory, see MODEL.DEQDET.EQUILIBRIUM.CHECKPOINT_SEGMENTS.
+            initialization: g; with None, f starts at the initial queries.
+            solver: the solver of `walk` and `decode`.
+            test_steps: T_infer, the most applications of f at test time.
+            rtol: the relative residual at which an image stops at test time; 0 takes all steps.
+            return_best: return f of the iterate with the smallest residual, not of the last one.
+            estimator: takes k steps with gradient at each point of Omega.
+            checkpoint_segments: recompute these steps in backward, which trades time for memory.
 
         Raises:
-            ValueError: nothing would train the initial queries, test_steps is below 1 or rtol below 0.
+            ValueError: test_steps is below 1, rtol is negative or infinite, or nothing would train the initial queries.
         """
         super().__init__()
         if test_steps < 1:
@@ -128,64 +137,76 @@ class EquilibriumDecoder(nn.Module):
         }
 
     def initialize(self, initial: QueryState, features: list[Tensor]) -> QueryState:
-        """y_0 = g(x, y_0-) (Eq. 7); the initial queries themselves without a g."""
+        """y_0 = g(x, y_0-) (Eq. 7); without a g, the initial queries themselves."""
         return initial if self.initialization is None else self.initialization(initial, features)
 
     def packed_refinement(self, features: list[Tensor], num_queries: int) -> Map:
-        """f on packed states (B, N * (4 + C)). It detaches the position that it receives from another layer."""
+        """f as a map of packed states, (S * B, N * (4 + C)) for the features of B images.
+
+        The position is detached first, as between any two layers, so that the Jacobian of this map is the content's.
+        """
 
         def function(flat: Tensor) -> Tensor:
             state = QueryState.unpack(flat, num_queries).detach_position()
-            return self.refinement(state, features).pack()
+            return self.refinement.refine_segments(state, features).pack()
 
         return function
 
-    def solve(
+    def walk(
         self,
-        start: QueryState,
+        initial: QueryState,
         features: list[Tensor],
         *,
-        steps: int,
-        rtol: float = 0.0,
-        record: Collection[int] = (),
+        steps: int | None = None,
+        rtol: float | None = None,
         solver: Solver | None = None,
-    ) -> Solution:
-        """At most `steps` applications of f from y_0, without noise, on packed states (see QueryState.pack).
+        record: Collection[int] = (),
+        record_iterates: bool = False,
+    ) -> Trajectory:
+        """Iterate f from y_0, without noise, until every image has converged or all steps are taken.
 
-        With rtol > 0 an image that has converged leaves the batch.
+        With a tolerance, an image that has converged leaves the batch, so that the others get the time.
 
         Args:
-            record: steps whose states to keep.
+            steps: the most applications of f; by default T_infer. With 0, the trajectory ends at y_0.
+            rtol: the relative residual at which an image stops; by default the decoder's.
             solver: in place of the decoder's own.
+            record: the steps whose states the trajectory keeps.
+            record_iterates: keep also to which iterate each recorded step applied f, and what f returned.
         """
+        start = self.initialize(initial, features)
         num_queries = start.content.shape[1]
+        refine = self.packed_refinement(features, num_queries)
 
         def restrict(rows: Tensor) -> Map:
             return self.packed_refinement([level[rows] for level in features], num_queries)
 
-        return solve(
-            self.packed_refinement(features, num_queries),
+        solution = solve(
+            refine,
             start.pack(),
             solver=self.solver if solver is None else solver,
-            max_steps=steps,
-            rtol=rtol,
+            max_steps=self.test_steps if steps is None else steps,
+            rtol=self.rtol if rtol is None else rtol,
             record=record,
+            record_iterates=record_iterates,
             best=self.return_best,
             restrict=restrict,
         )
+        return Trajectory(initial, start, solution, refine, self.initialization, self.refinement)
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
-        """Predictions after at most `test_steps` applications of f.
+        """The predictions at the end of the walk.
 
-        An image whose iteration became non-finite is predicted from its last finite state.
+        An image whose iteration becomes infinite or NaN is predicted from its last finite state.
         """
-        start = self.initialize(initial, features)
-        solution = self.solve(start, features, steps=self.test_steps, rtol=self.rtol)
-        state = QueryState.unpack(solution.value, start.content.shape[1])
-        return Decoded(self.refinement.predict(state), solution.steps, solution.status != Status.NONFINITE)
+        return self.walk(initial, features).decoded()
+
+    def execution(self) -> Execution:
+        """g once, then f T_infer times: the most that an image takes."""
+        return Execution(self.initialization, self.refinement, self.test_steps)
 
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
-        """All predictions to be supervised: "init" of g, "init+i" for i = 1..h, "step<t>" for t in Omega."""
+        """All predictions to be supervised: "init" of g, "init+i" for i = 1..h, "step<t>" for t in Omega (Eq. 12)."""
         predictions = {}
         start = self.initialize(initial, features)
         if self.initialization is not None:
@@ -196,7 +217,11 @@ class EquilibriumDecoder(nn.Module):
         return predictions | self._supervise_path(start.detach(), features)
 
     def _supervise_path(self, start: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
-        """k differentiable steps from every point of Omega, each last one to be supervised."""
+        """Solve without gradient, then take k steps with gradient from the state at each point of Omega (Eq. 11).
+
+        The last of the k states is read out and supervised. All points of Omega run as one batch of S * B rows, or one
+        by one with recomputation in backward where memory is short.
+        """
         num_queries = start.content.shape[1]
         with torch.no_grad():
             points = self._perturbed_points(start, features)
@@ -214,7 +239,7 @@ class EquilibriumDecoder(nn.Module):
         return dict(zip(names, predictions, strict=True))
 
     def _perturbed_points(self, start: QueryState, features: list[Tensor]) -> list[Tensor]:
-        """The perturbed states at Omega, each (B, N * (4 + C)) packed."""
+        """The states of the solving path at the steps in Omega, perturbed, each (B, N * (4 + C)) packed."""
         kind, steps, num_queries = self.perturbation.kind, self.supervision.steps, start.content.shape[1]
         refine = self.packed_refinement(features, num_queries)
 
@@ -224,12 +249,13 @@ class EquilibriumDecoder(nn.Module):
         def perturb_and_refine(flat: Tensor) -> Tensor:
             return refine(perturb(flat))
 
-        function = perturb_and_refine if kind == "multi-step" else refine  # Eq. 15: noise travels with the path
+        # Eq. 15, multi-step: noise enters before every application of f, and travels on with the path.
+        function = perturb_and_refine if kind == "multi-step" else refine
         record = [t - 1 for t in steps] if kind == "one-step" else steps
         path = solve(function, start.pack(), solver=FixedPointIteration(), max_steps=steps[-1], record=record)
         points = [path.recorded[t] for t in record]
-        if kind == "one-step":  # Eq. 14: noise projected by f once; the path itself stays clean
+        if kind == "one-step":  # Eq. 14: the path stays clean; noise passes f once, right before the supervised state
             points = [perturb_and_refine(x) for x in points]
-        elif kind == "zero-step":  # Eq. 13: plain noise on the supervised state
+        elif kind == "zero-step":  # Eq. 13: the path stays clean; noise is added to the supervised state itself
             points = [perturb(x) for x in points]
         return points

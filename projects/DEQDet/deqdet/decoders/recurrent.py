@@ -2,21 +2,22 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
 from ..layers import RefinementLayer, build_refinement_layer
 from ..structures import Decoded, Prediction, QueryState
-from .base import DECODER_REGISTRY, decode_last, run_layers
+from .base import DECODER_REGISTRY, Decoder, Execution, decode_last, run_layers
 
 
 @DECODER_REGISTRY.register()
-class RecurrentDecoder(nn.Module):
-    """g, then T - 1 applications of f, every one supervised; back-propagation through all of them (Sec. 3.2).
+class RecurrentDecoder(Decoder):
+    """The initialization layer g, then T - 1 applications of one refinement layer f (RNNDet, Sec. 3.2).
 
-    Its parameters have the names of EquilibriumDecoder's, so that each can start from a checkpoint of the other.
+    Training supervises every step and back-propagates through all of them. The parameters have the names of
+    EquilibriumDecoder's, so that each of the two can start from a checkpoint of the other.
     """
 
     @configurable
@@ -25,10 +26,10 @@ class RecurrentDecoder(nn.Module):
         Args:
             initialization: g.
             refinement: f.
-            num_layers: T, g counted.
+            num_layers: T, the number of steps with g counted.
 
         Raises:
-            ValueError: num_layers leaves f unused.
+            ValueError: num_layers is below 2, which would leave f unused.
         """
         super().__init__()
         if num_layers < 2:
@@ -46,11 +47,15 @@ class RecurrentDecoder(nn.Module):
         }
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
-        """The last step's prediction."""
+        """The prediction of the last step."""
         return decode_last(self._run(initial, features))
 
+    def execution(self) -> Execution:
+        """g once, then f T - 1 times."""
+        return Execution(self.initialization, self.refinement, self.num_layers - 1)
+
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
-        """All predictions: "init" of g, then "step1" to "step<T - 1>"."""
+        """The predictions of all steps: "init" of g, then "step1" to "step<T - 1>"."""
         states = enumerate(self._run(initial, features))
         return {f"step{i}" if i else "init": layer.predict(state) for i, (layer, state) in states}
 

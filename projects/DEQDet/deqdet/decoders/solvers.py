@@ -1,5 +1,7 @@
-"""Solvers by their config name."""
+"""Solvers by name, with their options from a config."""
 
+import ast
+import re
 from dataclasses import fields
 
 from detectron2.config import CfgNode
@@ -10,34 +12,90 @@ from ..layers import look_up
 
 SOLVER_REGISTRY = Registry("SOLVER")
 SOLVER_REGISTRY.__doc__ = """
-Solvers (see deqdet.equilibrium.Solver): dataclasses whose fields have the names, in lower case, of the keys of
-MODEL.DEQDET.SOLVER that they read.
+Solvers of the fixed point: frozen dataclasses with the methods of deqdet.equilibrium.Solver. The fields of a solver are
+its options: a field takes its value from MODEL.DEQDET.SOLVER.OPTIONS, where it stands under its own name in upper case,
+and else has its default. docs/extending.md has a complete example.
 """
 for _solver in (FixedPointIteration, Anderson, Broyden):
     SOLVER_REGISTRY.register(_solver)
 
+# Fields that also have a config key of their own, beside MODEL.DEQDET.SOLVER.NAME; OPTIONS comes first.
+KEYS = {"damping": "DAMPING", "history_size": "MEMORY", "regularization": "REGULARIZATION"}
+SHORT_NAMES = {"plain": "FixedPointIteration"}
 
-def build_solver(cfg: CfgNode) -> Solver:
-    """The solver that MODEL.DEQDET.SOLVER.NAME names, with its numbers from the keys beside it.
+
+def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
+    """Build a solver with its options from MODEL.DEQDET.SOLVER.
+
+    Args:
+        spec: which solver, in the short form of the tools: a name in the registry (upper or lower case) or "plain"; a
+            number behind it is its history_size ("anderson4"), and options may follow in parentheses
+            ("Anderson(history_size=4, damping=0.5)"). None: MODEL.DEQDET.SOLVER.NAME.
 
     Raises:
-        ValueError: an unknown name, or a number out of range, also one that this solver does not read.
+        ValueError: the name is unknown, the solver has no such option, or an option is out of range. The keys that stand
+            beside NAME are checked too where this solver does not read them.
     """
     options = cfg.MODEL.DEQDET.SOLVER
-    solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME", options.NAME)
+    name, own = (options.NAME, {}) if spec is None else parse_spec(spec)
+    solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME" if spec is None else "the solver", name)
     try:
-        _require_in_range(options.DAMPING, options.MEMORY, options.REGULARIZATION)
-        return solver(**{field.name: options[field.name.upper()] for field in fields(solver)})
-    except ValueError as error:
-        raise ValueError(f"MODEL.DEQDET.SOLVER (NAME {options.NAME}): {error}") from error
+        check_keys(options)
+        known = [field.name for field in fields(solver) if field.init]
+        values = {field: options[key] for field, key in KEYS.items() if field in known}
+        if name == options.NAME:
+            values |= {key.lower(): value for key, value in options.OPTIONS.items()}
+        values |= own
+        if unknown := [field for field in values if field not in known]:
+            has = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ValueError(f"{name} has no option {unknown[0]}: {has}")
+        return solver(**values)
+    except (TypeError, ValueError) as error:
+        where = f"MODEL.DEQDET.SOLVER (NAME {name})" if spec is None else f"solver {spec}"
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _require_in_range(damping: float, memory: int, regularization: float) -> None:
-    """Each by a solver that reads it, the chosen one or not.
+def check_keys(options: CfgNode) -> None:
+    """See that the keys beside NAME are in range, whichever solver is chosen.
+
+    A config may be made for one solver and run with another, and a wrong number should not wait until then.
 
     Raises:
-        ValueError: one is out of range.
+        ValueError: DAMPING, MEMORY or REGULARIZATION is out of range.
     """
-    FixedPointIteration(damping=damping)
-    Anderson(regularization=regularization)
-    Broyden(memory=memory)  # which asks least of it
+    FixedPointIteration(damping=options.DAMPING)
+    Anderson(regularization=options.REGULARIZATION)
+    Broyden(history_size=options.MEMORY)  # Anderson needs 2, Broyden only 1
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
+    """ "anderson4" -> ("Anderson", {"history_size": 4}); "Anderson(damping=0.5)" -> ("Anderson", {"damping": 0.5}).
+
+    Raises:
+        ValueError: it has not this form, or the registry has no such solver.
+    """
+    form = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", spec)
+    if form is None:
+        raise ValueError(f"solver {spec!r}: write NAME or NAME(option=value, ...)")
+    name, options = _find(form[1]), {}
+    if name is None and (numbered := re.fullmatch(r"(.*?\D)(\d+)", form[1])):
+        name, options = _find(numbered[1]), {"history_size": int(numbered[2])}
+    if name is None:
+        known = [*SHORT_NAMES, *(name for name, _ in SOLVER_REGISTRY)]
+        raise ValueError(f"unknown solver {spec}: choose one of {', '.join(known)}, or with a history size, as anderson4")
+    try:
+        call = ast.parse(f"options({form[2] or ''})", mode="eval").body
+        options |= {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"solver {spec!r}: write the options as (option=value, ...) with numbers or strings") from error
+    if call.args or None in options:
+        raise ValueError(f"solver {spec!r}: give every option by its name, as in (history_size=4)")
+    return name, options
+
+
+def _find(word: str) -> str | None:
+    """The registered name that a word stands for, upper or lower case alike; None if there is none."""
+    names = {name.lower(): name for name, _ in SOLVER_REGISTRY}
+    if word in names.values():
+        return word
+    return SHORT_NAMES.get(word.lower()) or names.get(word.lower())

@@ -7,21 +7,21 @@ from detectron2.layers import ShapeSpec
 
 from ..layers import RefinementLayer, build_refinement_layer
 from ..structures import Decoded, Prediction, QueryState
-from .base import DECODER_REGISTRY, decode_last, run_layers
+from .base import DECODER_REGISTRY, Decoder, Execution, decode_last, run_layers
 
 
 @DECODER_REGISTRY.register()
-class StackedDecoder(nn.Module):
-    """T untied refinement layers, every one supervised (Eq. 1)."""
+class StackedDecoder(Decoder):
+    """T refinement layers, each with weights of its own and each supervised (Eq. 1)."""
 
     @configurable
     def __init__(self, *, layers: list[RefinementLayer]):
         """
         Args:
-            layers: T of them, first to last.
+            layers: the T layers, from first to last.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there are no layers.
         """
         super().__init__()
         if not layers:
@@ -34,8 +34,12 @@ class StackedDecoder(nn.Module):
         return {"layers": [build_refinement_layer(cfg, input_shapes, initialization=i == 0) for i in range(count)]}
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
-        """The last layer's prediction."""
+        """The prediction of the last layer."""
         return decode_last(run_layers(self.layers, initial, features))
+
+    def execution(self) -> Execution:
+        """The first layer once, then T - 1 others, which differ from one another in their weights only."""
+        return Execution(self.layers[0], self.layers[-1], len(self.layers) - 1)
 
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
         """The predictions of all layers: "layer1" to "layer<T>"."""

@@ -1,9 +1,24 @@
-"""Training and evaluation: detectron2's DefaultTrainer with the paper's optimizer, and a run's set-up."""
+"""Training and evaluation: detectron2's DefaultTrainer with the paper's optimizer, and the set-up of a run."""
 
 from ..errors import UserError
-from .configuration import load_config, setup
+from .arguments import add_config_arguments, exit_on_user_error, parse_arguments
+from .configuration import adapt_device, check_run, load_config, setup
 from .launcher import argument_parser, run
 from .models import build_model
 from .trainer import Trainer, load_weights
 
-__all__ = ["Trainer", "UserError", "argument_parser", "build_model", "load_config", "load_weights", "run", "setup"]
+__all__ = [
+    "Trainer",
+    "UserError",
+    "adapt_device",
+    "add_config_arguments",
+    "argument_parser",
+    "build_model",
+    "check_run",
+    "exit_on_user_error",
+    "load_config",
+    "load_weights",
+    "parse_arguments",
+    "run",
+    "setup",
+]

@@ -1,25 +1,22 @@
 """From the command line to a frozen, checked config."""
 
 import argparse
-import difflib
 import logging
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-import yaml
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..config import add_deqdet_config
+from ..checkpoints import is_model_file, load_model_config, read_model_file, resolve_file
 from ..data import check_datasets, prepare_datasets
 from ..errors import UserError, one_line
+from ..model_zoo import find_config, get_config, put_overrides
+from ..plugins import import_plugins
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     adapt_device(cfg)
     check_run(cfg, args)
     cfg.freeze()
-    default_setup(cfg, args)
+    default_setup(cfg, argparse.Namespace(**vars(args) | {"config_file": find_config(args.config_file) if args.config_file else ""}))
     return cfg
 
 
@@ -54,23 +51,34 @@ def adapt_device(cfg: CfgNode) -> None:
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
-    """detectron2's config with our keys, the config file and the KEY VALUE pairs of the command line.
+    """The config that a command line asks for: a file, a name in the model zoo, or what a model file holds.
+
+    Modules of the user's own (--plugin) are imported first. With a model file, MODEL.WEIGHTS is that file.
 
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown, or a value has the wrong type.
+        UserError: there is no config, or it is wrong; says which file or key.
     """
-    if not args.config_file:
-        raise UserError("--config-file is missing: choose one of configs/")
-    if not PathManager.isfile(args.config_file):
-        raise UserError(f"config file {args.config_file} does not exist: correct --config-file")
-    cfg = get_cfg()
-    add_deqdet_config(cfg)
-    with _explained(cfg, args.config_file):
-        cfg.merge_from_file(args.config_file)
-    _check_pairs(args.opts)
-    with _explained(cfg, "the command line"):
-        cfg.merge_from_list(args.opts)
+    import_plugins(args.plugin)
+    file = args.model or _only_model_file(args)
+    if file and args.config_file:
+        raise UserError(f"--model {file} brings its own config: leave --config-file out, or give MODEL.WEIGHTS instead")
+    if not file:
+        if not args.config_file:
+            raise UserError("--config-file is missing: give a file, or the name of a config, such as quick/deqdet_shapes")
+        return get_config(args.config_file, args.opts)
+    path = resolve_file(file)
+    cfg = load_model_config(read_model_file(path))
+    put_overrides(cfg, args.opts)
+    if not cfg.MODEL.WEIGHTS:
+        cfg.MODEL.WEIGHTS = str(path)
     return cfg
+
+
+def _only_model_file(args: argparse.Namespace) -> str:
+    """The model file that MODEL.WEIGHTS names where no config is given; "" if there is none."""
+    pairs = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
+    weights = pairs.get("MODEL.WEIGHTS", "")
+    return weights if not args.config_file and (weights.startswith("hf://") or is_model_file(weights)) else ""
 
 
 def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -94,14 +102,6 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only)
 
 
-def flatten(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted keys of a config with their values, the sections among them."""
-    for key, value in node.items():
-        yield prefix + key, value
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-
-
 def _make_folder(path: str) -> None:
     try:
         PathManager.mkdirs(path)
@@ -119,43 +119,3 @@ def _check_weights(path: str, *, eval_only: bool) -> None:
         raise UserError(
             f'MODEL.WEIGHTS {path} does not exist: give a checkpoint file, or "" to start from random weights'
         )
-
-
-def _check_pairs(opts: list[str]) -> None:
-    """The parser takes everything from the first KEY on as an override, flags too."""
-    for option in opts:
-        if option.startswith("--"):
-            raise UserError(f"{option} must come before the KEY VALUE pairs")
-    if len(opts) % 2:
-        raise UserError(f"overrides are pairs of KEY VALUE, a space between, but got {' '.join(opts)}")
-
-
-@contextmanager
-def _explained(cfg: CfgNode, where: str) -> Iterator[None]:
-    """Turn yacs' and YAML's exceptions into a UserError that names the key and the known ones like it."""
-    known = [key for key, _ in flatten(cfg)]
-    try:
-        yield
-    except (AssertionError, KeyError, TypeError, ValueError, OSError, yaml.YAMLError) as error:
-        message = one_line(error.args[0] if isinstance(error, KeyError) else error)
-        unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
-        if unknown is None:
-            raise UserError(f"{where}: {message}") from error
-        raise UserError(f"{where}: unknown config key {unknown[1]}; {_suggest(unknown[1], known)}") from error
-
-
-def _suggest(key: str, known: list[str]) -> str:
-    """Known keys for an unknown one: a like name in its section, the same name elsewhere, else a like key."""
-    by_upper = {name.upper(): name for name in known}
-    section, _, last = key.upper().rpartition(".")
-    beside = [f"{section}.{name}" for name in _close(last, [n.rpartition(".")[2] for n in by_upper])]
-    elsewhere = [name for name in by_upper if name.rpartition(".")[2] == last]
-    found = [name for name in dict.fromkeys(beside + elsewhere) if name in by_upper]
-    found = found or _close(key.upper(), list(by_upper))
-    if not found:
-        return "the known ones are in deqdet/config.py and detectron2/config/defaults.py"
-    return "did you mean " + " or ".join(by_upper[name] for name in found[:4]) + "?"
-
-
-def _close(name: str, names: list[str]) -> list[str]:
-    return difflib.get_close_matches(name, dict.fromkeys(names), n=3, cutoff=0.75)

@@ -14,71 +14,73 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.utils.logger import setup_logger
 
 from ..errors import UserError
+from .arguments import add_model_arguments, exit_on_user_error
 from .configuration import check_run, load_config
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's parser, but on one machine every run takes a free port of its own."""
+    """detectron2's parser with --model and --plugin; on one machine, every run takes a free port of its own.
+
+    Parse with `parse_arguments`.
+    """
     parser = default_argument_parser()
+    add_model_arguments(parser)
     parser.set_defaults(dist_url="auto")
     return parser
 
 
 def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Call main(args) in args.num_gpus processes: one per GPU (NCCL), or on the CPU (gloo) where CUDA is
-    missing or MODEL.DEVICE is "cpu".
+    """Call main(args) in args.num_gpus processes.
 
-    A UserError, there or here, ends the program with its one line and exit code 1.
+    There is one process for each GPU, joined by NCCL; where CUDA is missing or MODEL.DEVICE is "cpu", the processes run
+    on the CPU and gloo joins them. A UserError, in any of them, ends the program with its one line and exit code 1.
 
     Args:
-        main: importable by name, since new processes look it up.
+        main: a function of a module, since new processes import it by its name.
     """
     several = args.num_gpus * args.num_machines > 1
     try:
-        on_cpu = several and _check_processes(args).MODEL.DEVICE == "cpu"
-        with _hidden_gpus() if on_cpu else nullcontext():
-            launch(
-                _work,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, args),
-            )
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        with exit_on_user_error():
+            on_cpu = several and _check_processes(args).MODEL.DEVICE == "cpu"
+            with _hidden_gpus() if on_cpu else nullcontext():
+                launch(
+                    _work,
+                    args.num_gpus,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(main, args),
+                )
     except ProcessExitedException as error:
-        if error.exit_code != 1:
+        if error.exit_code not in (1, 130):
             raise
-        sys.exit(1)  # The process has said why.
+        sys.exit(error.exit_code)  # The process has said why.
 
 
 def share_cores(processes: int) -> None:
-    """Divide the cores among the CPU processes of this machine: torch would start as many threads in each.
+    """Give each CPU process its share of the cores; by default torch would start as many threads in each as there are.
 
-    OMP_NUM_THREADS, where it is set, decides instead.
+    Where OMP_NUM_THREADS is set, it decides instead.
     """
     if processes > 1 and not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, count_cores() // processes))
 
 
 def count_cores() -> int:
-    """The cores that this process may use."""
+    """How many cores this process may use."""
     # Not every system (macOS, Windows) tells a process its own.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _work(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     share_cores(args.num_gpus)
-    try:
+    with exit_on_user_error():
         main(args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 @contextmanager
 def _hidden_gpus() -> Iterator[None]:
-    """Processes started within it see no CUDA, so that gloo joins them: NCCL would not take CPU tensors."""
+    """Hide the GPUs from processes that start within it, so that gloo joins them: NCCL does not take CPU tensors."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -90,7 +92,7 @@ def _hidden_gpus() -> Iterator[None]:
 
 
 def _check_processes(args: argparse.Namespace) -> CfgNode:
-    """Check the run once, lest every process reports the same mistake; returns its config."""
+    """Check the run before the processes start, so that a mistake is reported once; returns its config."""
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("several machines need --dist-url, the same tcp://HOST:PORT on each")
     cfg = load_config(args)

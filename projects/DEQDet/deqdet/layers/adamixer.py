@@ -45,6 +45,8 @@ class PositionalAttention(nn.Module):
 class AdaMixerLayer(RefinementLayer):
     """Attend to the other queries, sample the pyramid in and around the box, mix, and refine content and box."""
 
+    accepts_segments = True
+
     @configurable
     def __init__(
         self,

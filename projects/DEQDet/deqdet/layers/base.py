@@ -1,4 +1,4 @@
-"""What the decoders ask of a refinement layer, and the registry that config names choose from."""
+"""What the decoders ask of a refinement layer, and the registry from which configs choose one by name."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,55 +14,82 @@ from ..structures import Prediction, QueryState
 
 REFINEMENT_LAYER_REGISTRY = Registry("REFINEMENT_LAYER")
 REFINEMENT_LAYER_REGISTRY.__doc__ = """
-Refinement layers f, from which the initialization layer g is built as well, with its own weights. Called as
-`obj(cfg, input_shapes, initialization)`: the pyramid's ShapeSpecs, finest first, and whether it is to be g.
+Refinement layers, subclasses of RefinementLayer. One name serves both f and the initialization layer g, which are two
+objects with their own weights. A registered object is called as `obj(cfg, input_shapes, initialization)`: the ShapeSpecs
+of the pyramid's levels, finest first, and True if g is wanted, False for f. docs/extending.md has a complete example.
 """
 
-
-CLASS_PRIOR = 0.01  # the probability that every class starts with
+CLASS_PRIOR = 0.01  # the probability with which every class starts
 
 
 class RefinementLayer(nn.Module, ABC):
-    """y -> f(x, y), with the read-out of its predictions.
+    """The map y -> f(x, y) that refines the queries y of an image with features x (Eq. 4), and its read-out.
 
-    The rows of a state may be a multiple S of the images: S * B rows, segment-major, all of one image's segments
-    read that image's features. So many states are refined at once without a copy of the features.
+    A subclass needs `forward`, for one state of each image, and `predict`. Training supervises S points of an image's
+    solving path at once; `refine_segments` then calls `forward` once for each of the S, which is right for any layer.
+    A layer whose forward can do all of them in one call, without a copy of the features, is faster if it says so with
+    `accepts_segments = True`.
     """
+
+    # True: forward also takes S * B rows with the features of B images. Row s * B + b is the state s of image b: first
+    # all images' first states, then all images' second states, and so on.
+    accepts_segments = False
 
     @abstractmethod
     def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
-        """One refinement (Eq. 4).
+        """Refine the queries once.
 
-        Everything but the box refinement reads a detached position, so that gradients reach the given position
-        through the refined one only.
+        Read only a detached position in everything but the refinement of the box itself, so that a gradient reaches the
+        given position through the refined one alone. The decoders rely on that: they treat f as a map of the content.
 
         Args:
-            state: S * B rows.
-            features: per level (B, C, H_l, W_l), finest first.
+            state: B rows of N queries.
+            features: the pyramid, for each level a tensor (B, C, H_l, W_l), finest first.
+
+        Returns:
+            The refined queries, in the shapes of `state`.
         """
 
     @abstractmethod
     def predict(self, state: QueryState) -> Prediction:
-        """Class logits and boxes of a state that this layer returned."""
+        """Class logits (B, N, K) and boxes (B, N, 4) of a state that this layer returned."""
+
+    def refine_segments(self, states: QueryState, features: list[Tensor]) -> QueryState:
+        """Refine S states of each image, each with the features of its own image.
+
+        Args:
+            states: S * B rows; row s * B + b is the state s of image b.
+            features: as in `forward`, of B images.
+        """
+        segments = len(states.content) // len(features[0])
+        if segments == 1 or self.accepts_segments:
+            return self(states, features)
+        return QueryState.cat([self(segment, features) for segment in states.chunk(segments)])
 
 
 def set_class_prior(classifier: nn.Linear) -> None:
-    """Set the bias so that every class starts near CLASS_PRIOR (RetinaNet, Sec. 4.1)."""
+    """Set the bias so that every class starts near the probability CLASS_PRIOR (RetinaNet, Sec. 4.1)."""
     nn.init.constant_(classifier.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
 
 
 def build_refinement_layer(cfg: CfgNode, input_shapes: list[ShapeSpec], *, initialization: bool) -> RefinementLayer:
-    """The layer that MODEL.DEQDET.REFINEMENT_LAYER names, as f or as g."""
+    """Build the layer that MODEL.DEQDET.REFINEMENT_LAYER names, as g if `initialization` is True, else as f."""
     layer = look_up(REFINEMENT_LAYER_REGISTRY, "MODEL.DEQDET.REFINEMENT_LAYER", cfg.MODEL.DEQDET.REFINEMENT_LAYER)
     return layer(cfg, input_shapes, initialization)
 
 
 def look_up(registry: Registry, key: str, name: str) -> Any:
-    """The object that a config key names.
+    """The object that a registry has under a name.
+
+    Args:
+        key: the config key that holds the name, for the error.
 
     Raises:
-        ValueError: the registry does not have it.
+        ValueError: the registry does not have it; the message lists what it has.
     """
     if name not in registry:
-        raise ValueError(f"{key} is {name!r}: it must be one of {', '.join(known for known, _ in registry)}")
+        raise ValueError(
+            f"{key} is {name!r}: it must be one of {', '.join(known for known, _ in registry)} (a layer, decoder or "
+            "solver of your own must be imported first: give its module with --plugin)"
+        )
     return registry.get(name)

@@ -19,6 +19,8 @@ FARTHEST = 1e6  # pixels; RoIAlign of an infinite box would read outside its inp
 class SparseRCNNLayer(RefinementLayer):
     """Attend to the other queries, pool the box's region, filter it by the query, and refine content and box."""
 
+    accepts_segments = True
+
     @configurable
     def __init__(
         self,

@@ -1,0 +1,62 @@
+"""One reader of image files for training, evaluation, the Predictor and the demo."""
+
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import UserError, describe_os_error, one_line
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Read the first picture of a file with Pillow, turned upright as its EXIF data say.
+
+    Transparent parts become white, and 16-bit pixels are scaled to 8 bits.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        UserError: the file cannot be read as an image; names it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken metadata and of the size
+            with Image.open(path) as image:
+                image.load()
+                return np.array(to_rgb(_upright(image)))
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: not an image, or of a format that Pillow cannot read") from error
+    except Exception as error:  # Pillow's decoders raise errors of many types on broken files
+        reason = describe_os_error(error) if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"{path}: cannot be read as an image: {reason}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to 8-bit RGB.
+
+    Raises:
+        ValueError: its pixels have more than 16 bits.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels have more than 16 bits (mode {image.mode}): convert it to 8 or 16 bits")
+        # 65535 = 257 * 255, so that this divides by 257 and rounds.
+        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        return white.convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF data, which no viewer complains of either
+        return image

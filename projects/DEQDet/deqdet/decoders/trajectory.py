@@ -1,0 +1,81 @@
+"""A batch's trajectory from the initial queries to its fixed points, and what can be read off it.
+
+`EquilibriumDecoder.walk` makes a Trajectory. Whatever looks at the solving path uses it: the detections at test time, the
+residuals, the tables of AP against steps, the latencies, the pictures of the refinement.
+B: images, N: queries, D = N * (4 + C): numbers of a packed state.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..equilibrium import Map, Solution, Status, relative_residual
+from ..layers import RefinementLayer
+from ..structures import Decoded, Prediction, QueryState
+
+
+@dataclass(frozen=True)
+class ResidualParts:
+    """How much one application of f changed the states of B images, by part."""
+
+    content: Tensor  # (B,)  relative, ||f(q) - q|| / ||f(q)|| over all queries
+    position: Tensor  # (B,)  relative, of the position in packing units
+    content_norm: Tensor  # (B,)  ||f(q) - q||, absolute
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The states of B images along their solving path y_0, f(y_0), ...
+
+    Step 0 is y_0 = g(x, y_0-), the output of the initialization layer. Step t is the output of the t-th application of f;
+    where the decoder returns the best iterate, it is the output with the smallest residual so far. Steps other than the
+    last one are there if they were asked for.
+    """
+
+    initial: QueryState  # y_0-: the learned queries, before g
+    start: QueryState  # y_0
+    solution: Solution  # on packed states
+    refine: Map  # f on packed states (B, D), with these images' features
+    initialization: RefinementLayer | None  # g
+    refinement: RefinementLayer  # f
+
+    def state(self, step: int | None = None) -> QueryState:
+        """The state after `step` applications of f, or after the last one. KeyError if that step was not recorded."""
+        if step == 0:
+            return self.start
+        flat = self.solution.value if step is None else self.solution.recorded[step]
+        return QueryState.unpack(flat, self.start.content.shape[1])
+
+    def predict(self, step: int | None = None) -> Prediction:
+        """Read the state of a step out: by g at step 0 if there is a g, else by f."""
+        layer = self.initialization if step == 0 and self.initialization is not None else self.refinement
+        return layer.predict(self.state(step))
+
+    def decoded(self) -> Decoded:
+        """The result of the whole walk, as a decoder's `decode` returns it."""
+        solution = self.solution
+        # int(): torch.compile would take a comparison of a tensor with an enumeration's member for False.
+        finite = solution.status != int(Status.NONFINITE)
+        return Decoded(self.predict(), solution.steps, finite, solution.residual)
+
+    def initialization_residual(self) -> Tensor:
+        """(B,) the relative change from the initial queries to y_0."""
+        return relative_residual(self.initial.pack(), self.start.pack())
+
+    def application(self, step: int) -> tuple[QueryState, QueryState]:
+        """The iterate to which step `step` applied f, and f's output. Needs a walk with record_iterates=True."""
+        queries = self.start.content.shape[1]
+        iterate, output = self.solution.iterates[step], self.solution.outputs[step]
+        return QueryState.unpack(iterate, queries), QueryState.unpack(output, queries)
+
+    def residual_parts(self, step: int) -> ResidualParts:
+        """How much step `step` changed content and position. Needs a walk with record_iterates=True."""
+        iterate, output = self.application(step)
+        before, after = iterate.content.flatten(1), output.content.flatten(1)
+        positions = (QueryState(x.position, x.content[..., :0]).pack() for x in (iterate, output))
+        return ResidualParts(
+            content=relative_residual(before, after),
+            position=relative_residual(*positions),
+            content_norm=torch.linalg.vector_norm(after - before, dim=1),
+        )

@@ -1,0 +1,59 @@
+"""What all command-line tools share: their flags, the KEY VALUE pairs at the end, and one line for each user error."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from ..errors import UserError, one_line
+from ..model_zoo import is_key
+
+
+def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line that ends in KEY VALUE pairs; these become the list `opts`.
+
+    The pairs begin at the first config key, also behind a flag that takes several values.
+
+    Args:
+        words: the command line; by default that of the process.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    first = next((i for i, word in enumerate(words) if word == "--opts" or is_key(word)), len(words))
+    args = parser.parse_args(words[:first])
+    args.opts = [*(getattr(args, "opts", None) or []), *words[first:]]
+    if args.opts[:1] == ["--opts"]:  # older commands have this flag before the pairs
+        del args.opts[0]
+    return args
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model a tool is about; `load_config` reads them."""
+    parser.add_argument("--config-file", default="", metavar="F", help="a file, or the name of a config in the model zoo")
+    add_model_arguments(parser)
+    parser.epilog = "KEY VALUE pairs at the end override the config: MODEL.WEIGHTS FILE SOLVER.MAX_ITER 100"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --model and --plugin."""
+    parser.add_argument(
+        "--model", default="", metavar="FILE", help="a model file (.safetensors or hf://owner/name), config included"
+    )
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="import a module or .py file of your own first"
+    )
+
+
+@contextmanager
+def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
+    """End the process with one line on stderr and exit code 1 for a UserError within it, 130 for Ctrl-C.
+
+    Args:
+        interrupted: what to say after Ctrl-C.
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,152 @@
+"""The configs of the paper's detectors by name, and the reading of config files.
+
+    cfg = deqdet.model_zoo.get_config("deqdet_r50_300q_2x_p64", ["MODEL.DEQDET.NUM_CLASSES", "3"])
+
+The files are those of the repository's configs/; an installed package carries a copy of them.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from .config import OPEN_SECTION, add_deqdet_config, merge_overrides
+from .errors import UserError, one_line
+
+_PACKAGED = Path(__file__).with_name("configs")  # as setup.py lays them into a wheel
+_IN_REPOSITORY = Path(__file__).parents[3] / "configs"
+
+
+def list_configs() -> list[str]:
+    """The names that `get_config` takes, such as "deqdet_r50_100q_1x" and "quick/deqdet_shapes"."""
+    folder = config_folder()
+    files = sorted(path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
+    return [path.as_posix() for path in files if not path.name.startswith("Base-")]
+
+
+def get_config(name: str | os.PathLike, overrides: Sequence[str] = ()) -> CfgNode:
+    """detectron2's config with DEQDet's keys, a config file's values, and overrides.
+
+    Args:
+        name: a name of `list_configs`, its last part where that is unambiguous ("deqdet_shapes"), or a YAML file.
+        overrides: keys and values in turn, as on the tools' command lines.
+
+    Raises:
+        UserError: there is no such config, the file is no YAML or holds Python objects, or a key or value is wrong.
+    """
+    cfg = get_cfg()
+    add_deqdet_config(cfg)
+    file = find_config(name)
+    with explained(cfg, str(name)):
+        cfg.merge_from_file(file, allow_unsafe=False)
+    put_overrides(cfg, [str(word) for word in overrides])
+    return cfg
+
+
+def put_overrides(cfg: CfgNode, pairs: Sequence[str]) -> None:
+    """Put the KEY VALUE pairs of a command line into a config, in place.
+
+    Raises:
+        UserError: they are no pairs, or a key or value is wrong.
+    """
+    for option in pairs:
+        if option.startswith("--"):
+            raise UserError(f"{option} must come before the KEY VALUE pairs")
+    if len(pairs) % 2:
+        raise UserError(f"overrides are pairs of KEY VALUE, a space between, but got {' '.join(pairs)}")
+    with explained(cfg, "the command line"):
+        merge_overrides(cfg, pairs)
+
+
+def find_config(name: str | os.PathLike) -> str:
+    """The path of the file that a name of `get_config` stands for.
+
+    Raises:
+        UserError: there is none, or the last part of a name stands for several.
+    """
+    text = os.fspath(name)
+    if PathManager.isfile(text):
+        return text
+    stem, known = text.removeprefix("configs/").removesuffix(".yaml"), list_configs()
+    found = [config for config in known if config == stem] or [x for x in known if x.rpartition("/")[2] == stem]
+    if len(found) > 1:
+        raise UserError(f"config {text} is ambiguous: say {' or '.join(found)}")
+    if found:
+        return str(config_folder() / f"{found[0]}.yaml")
+    last_parts = {config.rpartition("/")[2]: config for config in known}
+    close = _close(stem, known) or [last_parts[part] for part in _close(stem.rpartition("/")[2], list(last_parts))]
+    hint = f"did you mean {' or '.join(close[:3])}?" if close else "deqdet.model_zoo.list_configs() lists the known ones"
+    raise UserError(f"config file {text} does not exist, and no config of the model zoo has this name; {hint}")
+
+
+def config_folder() -> Path:
+    """Where the configs lie: in the installed package, or in the repository that this file belongs to."""
+    return _PACKAGED if _PACKAGED.is_dir() else _IN_REPOSITORY
+
+
+@contextmanager
+def explained(cfg: CfgNode, where: str) -> Iterator[None]:
+    """Turn the exceptions of yacs and YAML within it into a UserError that names the key and known ones like it.
+
+    Args:
+        where: the file, or "the command line".
+    """
+    known = [key for key, _ in flatten(cfg)]
+    try:
+        yield
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(f"{where}: {one_line(error)}: a config holds plain values only, no Python objects") from error
+    except (AssertionError, KeyError, TypeError, ValueError, OSError, yaml.YAMLError) as error:
+        # The text of a KeyError is the repr of its message.
+        message = one_line(error.args[0] if isinstance(error, KeyError) else error)
+        unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
+        if unknown is None:
+            raise UserError(f"{where}: {message}") from error
+        raise UserError(f"{where}: unknown config key {unknown[1]}; {_suggest(unknown[1], known)}") from error
+
+
+def flatten(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The dotted keys of a config with their values, sections included."""
+    for key, value in node.items():
+        yield prefix + key, value
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+
+
+def is_key(word: str) -> bool:
+    """Whether a word on a command line is a config key such as MODEL.WEIGHTS or SEED, where KEY VALUE pairs begin.
+
+    A mistyped key counts too if its section looks like one, so that it is reported as an unknown key.
+    """
+    cfg = get_cfg()
+    add_deqdet_config(cfg)
+    section, dot, rest = word.partition(".")
+    if not dot:
+        return word in cfg
+    if not (re.fullmatch(r"[A-Z0-9_.]+", rest) or word.startswith(OPEN_SECTION)) or os.path.exists(word):
+        return False
+    return section in cfg or (section.isupper() and bool(_close(section, list(cfg))))
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    """Known keys for an unknown one: a like name in its section, the same name elsewhere, else a like key."""
+    by_upper = {name.upper(): name for name in known}
+    section, _, last = key.upper().rpartition(".")
+    beside = [f"{section}.{name}" for name in _close(last, [n.rpartition(".")[2] for n in by_upper])]
+    elsewhere = [name for name in by_upper if name.rpartition(".")[2] == last]
+    found = [name for name in dict.fromkeys(beside + elsewhere) if name in by_upper]
+    found = found or _close(key.upper(), list(by_upper))
+    if not found:
+        return "the known ones are in deqdet/config.py and detectron2/config/defaults.py"
+    return "did you mean " + " or ".join(by_upper[name] for name in found[:4]) + "?"
+
+
+def _close(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, dict.fromkeys(names), n=3, cutoff=0.75)

@@ -1,0 +1,46 @@
+"""A user's own layers, decoders, solvers and backbones: modules whose import registers them.
+
+Only the user names them, on a command line (`--plugin`) or by importing them. A config or a model file cannot: reading a
+file must not run code.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError, one_line
+
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Import modules, each once.
+
+    Args:
+        names: of modules that Python can import ("my_package.my_layer"), or files ("my_layer.py").
+
+    Raises:
+        UserError: one cannot be imported; says why.
+    """
+    for name in names:
+        try:
+            _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+        except Exception as error:  # whatever the user's code raises
+            raise UserError(f"--plugin {name} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _import_file(path: Path) -> None:
+    name = f"deqdet_plugin_{path.stem}"
+    known = sys.modules.get(name)
+    if known is not None:
+        if Path(known.__file__).resolve() != path.resolve():
+            raise UserError(f"another plugin file of this name was imported from {known.__file__}: rename one")
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise

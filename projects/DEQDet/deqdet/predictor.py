@@ -1,0 +1,394 @@
+"""Detection in a few lines of Python: a trained detector with its classes, for images of any kind.
+
+    from deqdet import Predictor
+
+    predictor = Predictor.from_file("model_final.safetensors")
+    found = predictor("street.jpg", steps=10)
+    print(found.labels, found.instances.pred_boxes, found.steps, found.residual)
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from detectron2.config import CfgNode
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+
+from .checkpoints import load_model_config, read_model_file, resolve_file
+from .data import find_class_names, read_image
+from .data.images import to_rgb
+from .decoders import build_solver
+from .detector import BatchTrajectory, DEQDet
+from .engine import adapt_device, build_model, load_weights
+from .equilibrium import Solver
+from .errors import UserError, one_line
+from .model_zoo import get_config, put_overrides
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a Predictor found in one image."""
+
+    instances: Instances  # on the CPU, best first: pred_boxes (xyxy, pixels of the original image), scores, pred_classes
+    class_names: tuple[str, ...]
+    steps: int  # applications of f; for a stack of layers, the layers after the first
+    residual: float | None  # ||f(y) - y|| / ||f(y)|| at the last step; None for a detector without an equilibrium
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    @property
+    def labels(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.class_names[index] for index in self.instances.pred_classes.tolist()]
+
+    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict]:
+        """The detections in COCO's result format: image_id, category_id, bbox (x, y, width, height; pixels), score.
+
+        Args:
+            category_ids: the id of each class; by default 1, 2, ... in the order of class_names.
+        """
+        ids = range(1, len(self.class_names) + 1) if category_ids is None else category_ids
+        records = instances_to_coco_json(self.instances, image_id)
+        return [record | {"category_id": ids[record["category_id"]]} for record in records]
+
+    def to_supervision(self):
+        """The detections as supervision.Detections, for that library's annotators, trackers and converters.
+
+        Raises:
+            UserError: the package supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise UserError("to_supervision() needs the package supervision: pip install 'deqdet[supervision]'") from error
+        return supervision.Detections(
+            xyxy=self.instances.pred_boxes.tensor.numpy().reshape(-1, 4),
+            confidence=self.instances.scores.numpy(),
+            class_id=self.instances.pred_classes.numpy().astype(int),
+            data={"class_name": np.array(self.labels, dtype=str)},
+        )
+
+
+class Predictor:
+    """A trained detector, ready for images: make it with `from_file` or `from_config`, then call it.
+
+    It prepares an image as an evaluation does (MIN_SIZE_TEST, MAX_SIZE_TEST, INPUT.FORMAT), so that it finds what an
+    evaluation finds. It runs on CUDA if there is one, else on the CPU, unless told otherwise.
+    """
+
+    def __init__(self, model: DEQDet, cfg: CfgNode, class_names: Sequence[str], *, threshold: float = 0.5):
+        """
+        Args:
+            model: with its weights; it is put in evaluation mode.
+            cfg: the config that the model was built from.
+            class_names: of the model's K classes, in their order.
+            threshold: the lowest score of a detection that is returned, 0 to 1.
+
+        Raises:
+            UserError: the number of names is not K, or the threshold or INPUT.FORMAT is none.
+        """
+        if len(class_names) != cfg.MODEL.DEQDET.NUM_CLASSES:
+            raise UserError(
+                f"{len(class_names)} class names for a model of {cfg.MODEL.DEQDET.NUM_CLASSES} classes: give one for each"
+            )
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: it must be RGB or BGR")
+        self.model = model.eval()
+        self.cfg = cfg
+        self.class_names = tuple(class_names)
+        self.threshold = _check_threshold(threshold)
+        self._resize = T.AugmentationList(detection_utils.build_augmentation(cfg, is_train=False))
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike,
+        *,
+        overrides: Sequence[str] = (),
+        device: str | None = None,
+        threshold: float = 0.5,
+    ) -> "Predictor":
+        """Load a model file, which holds weights, config and class names: what training and tools/publish.py write.
+
+        Args:
+            path: a .safetensors file, or "hf://owner/name" on the Hugging Face Hub.
+            overrides: config keys and values in turn.
+            device: "cpu", "cuda", "cuda:1", ...; by default CUDA if there is one.
+
+        Raises:
+            UserError: the file is missing, damaged or no model file, or an override is wrong.
+        """
+        file = read_model_file(resolve_file(path))
+        cfg = load_model_config(file)
+        put_overrides(cfg, [str(word) for word in overrides])
+        _set_device(cfg, device)
+        model = _build(cfg)
+        _load_state(model, file.weights, path)
+        return cls(model, cfg, file.class_names, threshold=threshold)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: str | os.PathLike | CfgNode,
+        weights: str | os.PathLike | None = None,
+        *,
+        overrides: Sequence[str] = (),
+        class_names: Sequence[str] | None = None,
+        device: str | None = None,
+        threshold: float = 0.5,
+    ) -> "Predictor":
+        """Build a detector from a config, and load a checkpoint.
+
+        Args:
+            config: the name of a config in the model zoo, a YAML file, or a config.
+            weights: the checkpoint (.pth, .safetensors); by default the config's MODEL.WEIGHTS.
+            overrides: config keys and values in turn.
+            class_names: by default those of the first set of DATASETS.TEST, or "class 0", ... where it has none.
+            device: see `from_file`.
+
+        Raises:
+            UserError: the config is wrong, or the checkpoint is missing or does not fit it.
+        """
+        if isinstance(config, CfgNode):
+            cfg = config.clone()
+            cfg.defrost()
+            put_overrides(cfg, [str(word) for word in overrides])
+        else:
+            cfg = get_config(config, overrides)
+        if weights is not None:
+            cfg.MODEL.WEIGHTS = os.fspath(weights)
+        if not cfg.MODEL.WEIGHTS:
+            raise UserError("there are no weights: give the checkpoint of a trained model (weights= or MODEL.WEIGHTS)")
+        _set_device(cfg, device)
+        model = _build(cfg)
+        load_weights(model, cfg, resume=False)
+        names = find_class_names(cfg) if class_names is None else class_names
+        return cls(model, cfg, names, threshold=threshold)
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        solver: str | Solver | None = None,
+        threshold: float | None = None,
+        channels: str = "RGB",
+        batch_size: int = 8,
+    ) -> Detections | list[Detections]:
+        """Detect in one image, or in a list of them.
+
+        Args:
+            images: an image or a list or tuple of images. An image is a file's path, a PIL image, an array (H, W, 3) or
+                (H, W) uint8, or a tensor (3, H, W), uint8 or float from 0 to 1. Files are turned upright by their EXIF
+                data. Arrays and tensors are taken as RGB, unless `channels` says "BGR" (OpenCV's order).
+            steps: the most applications of f; by default MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS. Fewer are faster.
+            rtol: stop where the relative residual falls below it; by default MODEL.DEQDET.SOLVER.RTOL; 0: never.
+            solver: "plain", "anderson", "broyden", "anderson4", "Anderson(history_size=4)", a registered name of your
+                own, or a solver object; by default MODEL.DEQDET.SOLVER.
+            threshold: the lowest score of a detection; by default the Predictor's.
+            batch_size: the most images at once. Only images that need the same padded size share a batch, so that each
+                gets what it would get alone, up to rounding (see docs/equilibrium.md).
+
+        Returns:
+            Detections for one image; for a list, a list of them.
+
+        Raises:
+            UserError: an image cannot be read or is too small or too large, or an option does not fit the detector.
+        """
+        options = {"steps": steps, "rtol": rtol, "solver": solver, "threshold": threshold}
+        if isinstance(images, list | tuple):
+            return list(self.stream(images, **options, channels=channels, batch_size=batch_size))
+        return next(self.stream([images], **options, channels=channels, batch_size=1))
+
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        solver: str | Solver | None = None,
+        threshold: float | None = None,
+        channels: str = "RGB",
+        batch_size: int = 8,
+    ) -> Iterator[Detections]:
+        """As calling it, for any number of images: they are read as they are needed, and results come in their order."""
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        lowest = self.threshold if threshold is None else _check_threshold(threshold)
+        options = self._options(steps, rtol, solver)
+        images = iter(images)
+        while chunk := [self.prepare(image, channels=channels) for image in islice(images, batch_size)]:
+            yield from self._detect(chunk, options, lowest)
+
+    def walk(self, image: ImageLike, *, channels: str = "RGB", **options) -> BatchTrajectory:
+        """The way of one image to its equilibrium, from which states, residuals and detections of any step are read.
+
+        Args:
+            options: steps, rtol, record and record_iterates as in DEQDet.walk, and solver as in a call.
+
+        Raises:
+            UserError: as a call; or the detector has no equilibrium.
+        """
+        chosen = self._options(options.pop("steps", None), options.pop("rtol", None), options.pop("solver", None))
+        inputs = self.prepare(image, channels=channels)
+        with _explained(inputs):
+            return self.model.walk([inputs], **chosen, **options)
+
+    def prepare(self, image: ImageLike, *, channels: str = "RGB") -> dict:
+        """The input that the model gets for an image: "image" (3, h, w) resized, and "height", "width" as it was."""
+        rgb = _to_array(image, channels)
+        height, width = rgb.shape[:2]
+        ordered = rgb[:, :, ::-1] if self.cfg.INPUT.FORMAT == "BGR" else rgb
+        inputs = T.AugInput(np.ascontiguousarray(ordered))
+        try:
+            self._resize(inputs)
+        except (ValueError, MemoryError) as error:
+            raise UserError(f"an image of {width} x {height} pixels cannot be resized: {one_line(error)}") from error
+        tensor = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        return {"image": tensor, "height": height, "width": width}
+
+    @property
+    def has_equilibrium(self) -> bool:
+        """Whether steps, rtol, solver and `walk` can be used."""
+        return self.model.decoder.has_equilibrium
+
+    def _options(self, steps: int | None, rtol: float | None, solver: str | Solver | None) -> dict:
+        """The options of DEQDet.infer, checked."""
+        if steps is not None and steps < 1:
+            raise UserError(f"steps must be at least 1, got {steps}")
+        if rtol is not None and not 0 <= rtol < float("inf"):
+            raise UserError(f"rtol must be 0 or a positive number, got {rtol}")
+        if isinstance(solver, str):
+            try:
+                solver = build_solver(self.cfg, solver)
+            except ValueError as error:
+                raise UserError(one_line(error)) from error
+        return {"steps": steps, "rtol": rtol, "solver": solver}
+
+    @torch.no_grad()
+    def _detect(self, chunk: list[dict], options: dict, threshold: float) -> Iterator[Detections]:
+        """Detect in prepared images, those of one padded size at a time; the results are in their order."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, inputs in enumerate(chunk):
+            groups.setdefault(self._padded_size(inputs["image"]), []).append(index)
+        found: dict[int, Detections] = {}
+        for indices in groups.values():
+            batch = [chunk[index] for index in indices]
+            with _explained(batch[0]):
+                outputs = self.model.infer(batch, **options)
+            for index, output in zip(indices, outputs, strict=True):
+                instances = output["instances"].to("cpu")
+                residual = output.get("residual")
+                found[index] = Detections(
+                    instances=instances[instances.scores >= threshold],
+                    class_names=self.class_names,
+                    steps=int(output["steps"]),
+                    residual=None if residual is None else float(residual),
+                )
+        return (found[index] for index in range(len(chunk)))
+
+    def _padded_size(self, image: Tensor) -> tuple[int, ...]:
+        """Height and width to which the model would pad this image alone."""
+        unit = max(1, self.model.backbone.size_divisibility)
+        return tuple(-(-side // unit) * unit for side in image.shape[1:])
+
+
+def _build(cfg: CfgNode) -> DEQDet:
+    if cfg.MODEL.META_ARCHITECTURE != DEQDet.__name__:
+        raise UserError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: it must be {DEQDet.__name__}")
+    try:
+        return build_model(cfg)
+    except RuntimeError as error:
+        raise UserError(f"the model cannot be built on MODEL.DEVICE {cfg.MODEL.DEVICE}: {one_line(error)}") from error
+
+
+def _load_state(model: DEQDet, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Load all of the model's weights; half precision becomes the model's own on the way."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights do not fit the config in the file: {one_line(error)}") from error
+
+
+def _set_device(cfg: CfgNode, device: str | None) -> None:
+    if device is not None:
+        cfg.MODEL.DEVICE = device
+    adapt_device(cfg)
+
+
+def _check_threshold(threshold: float) -> float:
+    if not 0 <= threshold <= 1:
+        raise UserError(f"the threshold must lie between 0 and 1, got {threshold}")
+    return threshold
+
+
+def _to_array(image: ImageLike, channels: str) -> np.ndarray:
+    """(H, W, 3) uint8 RGB.
+
+    Raises:
+        UserError: the file cannot be read, or the array or tensor has another shape, type or range.
+    """
+    if channels not in ("RGB", "BGR"):
+        raise UserError(f"channels must be RGB or BGR, got {channels!r}")
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        try:
+            return np.array(to_rgb(image))
+        except (ValueError, OSError) as error:
+            raise UserError(f"the PIL image cannot be converted to RGB: {one_line(error)}") from error
+    if isinstance(image, Tensor):
+        return _order(_tensor_to_array(image), channels)
+    if isinstance(image, np.ndarray):
+        return _order(_check_array(image), channels)
+    raise UserError(f"an image must be a path, a PIL image, an array or a tensor, got a {type(image).__name__}")
+
+
+def _tensor_to_array(image: Tensor) -> np.ndarray:
+    if image.dim() != 3 or image.shape[0] != 3:
+        raise UserError(f"an image tensor must have the shape (3, H, W), got {tuple(image.shape)}")
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        if not (image.numel() and 0 <= float(image.min()) and float(image.max()) <= 1):
+            raise UserError("a floating-point image tensor must hold values from 0 to 1; for 0 to 255, give uint8")
+        image = (255 * image).round().to(torch.uint8)
+    return _check_array(image.permute(1, 2, 0).numpy())
+
+
+def _check_array(image: np.ndarray) -> np.ndarray:
+    if image.ndim == 2:
+        image = np.repeat(image[:, :, None], 3, axis=2)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise UserError(
+            f"an image array must be uint8 of the shape (H, W, 3) or (H, W), got {image.dtype} {tuple(image.shape)}"
+        )
+    return image
+
+
+def _order(image: np.ndarray, channels: str) -> np.ndarray:
+    return image if channels == "RGB" else np.ascontiguousarray(image[:, :, ::-1])
+
+
+@contextmanager
+def _explained(inputs: dict) -> Iterator[None]:
+    """Turn an error of the model within it, such as a lack of memory, into a UserError with the image's size."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        size = f"{inputs['width']} x {inputs['height']}"
+        raise UserError(f"the detector fails on {size} pixels: {one_line(error)}") from error
