@@ -11,8 +11,9 @@ from ..layers import look_up
 SOLVER_REGISTRY = Registry("SOLVER")
 SOLVER_REGISTRY.__doc__ = """
 Solvers (see deqdet.equilibrium.Solver): dataclasses whose fields have the names, in lower case, of the keys of
-MODEL.DEQDET.SOLVER that they read.
+MODEL.DEQDET.SOLVER that they read, but for those in KEYS.
 """
+KEYS = {"history_size": "MEMORY"}  # field -> key, where the names differ
 for _solver in (FixedPointIteration, Anderson, Broyden):
     SOLVER_REGISTRY.register(_solver)
 
@@ -27,7 +28,7 @@ def build_solver(cfg: CfgNode) -> Solver:
     solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME", options.NAME)
     try:
         _require_in_range(options.DAMPING, options.MEMORY, options.REGULARIZATION)
-        return solver(**{field.name: options[field.name.upper()] for field in fields(solver)})
+        return solver(**{field.name: options[KEYS.get(field.name, field.name.upper())] for field in fields(solver)})
     except ValueError as error:
         raise ValueError(f"MODEL.DEQDET.SOLVER (NAME {options.NAME}): {error}") from error
 
@@ -40,4 +41,4 @@ def _require_in_range(damping: float, memory: int, regularization: float) -> Non
     """
     FixedPointIteration(damping=damping)
     Anderson(regularization=regularization)
-    Broyden(memory=memory)  # which asks least of it
+    Broyden(history_size=memory)  # which asks least of it
