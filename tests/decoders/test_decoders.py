@@ -189,8 +189,8 @@ def test_solvers_by_their_keys(small_decoder):
         small_decoder(f"{key}.NAME", name, *numbers) for name in ("FixedPointIteration", "Anderson", "Broyden")
     )
     assert plain.solver == FixedPointIteration(damping=0.25)
-    assert anderson.solver == Anderson(memory=7, damping=0.25, regularization=1e-3)
-    assert broyden.solver == Broyden(memory=7)
+    assert anderson.solver == Anderson(history_size=7, damping=0.25, regularization=1e-3)
+    assert broyden.solver == Broyden(history_size=7)
     assert broyden.return_best and not small_decoder().return_best
     assert small_decoder().solver == FixedPointIteration()
 
@@ -199,7 +199,7 @@ def test_solvers_by_their_keys(small_decoder):
     ("NAME", "Newton", "SOLVER.NAME is 'Newton': it must be one of FixedPointIteration, Anderson, Broyden"),
     ("RTOL", -1.0, "MODEL.DEQDET.SOLVER.RTOL must not be negative"),
     ("DAMPING", 1.5, r"MODEL.DEQDET.SOLVER .NAME FixedPointIteration.: damping must lie in \(0, 1\], got 1.5"),
-    ("MEMORY", -5, "SOLVER .NAME FixedPointIteration.: memory of Broyden must be at least 1, got -5"),  # not read
+    ("MEMORY", -5, "SOLVER .NAME FixedPointIteration.: history_size of Broyden must be at least 1, got -5"),  # not read
     ("REGULARIZATION", -1.0, "regularization must be finite and not negative, got -1.0"),
 ])  # fmt: skip
 def test_bad_solver_keys_are_errors(small_decoder, key, value, message):
@@ -211,7 +211,9 @@ def pick(state: QueryState, image: int) -> QueryState:
     return QueryState(state.position[image : image + 1], state.content[image : image + 1])
 
 
-@pytest.mark.parametrize("solver", [None, Anderson(memory=3), Broyden(memory=3)], ids=["plain", "anderson", "broyden"])
+@pytest.mark.parametrize(
+    "solver", [None, Anderson(history_size=3), Broyden(history_size=3)], ids=["plain", "anderson", "broyden"]
+)
 def test_images_that_converge_leave_the_batch(small_decoder, monkeypatch, solver):
     decoder, (initial, features) = small_decoder(), make_problem(images=4)
     sizes, forward = [], decoder.refinement.forward

@@ -10,7 +10,7 @@ ROWS, DIM, FEATURES = 2, 3, 4
 
 
 def toy_inputs(seed=0):
-    """W, U and b of tanh(W y + U x + b), and x; W's spectral norm is 0.7."""
+    """Return W, U, b and x of the map tanh(W y + U x + b). W has the spectral norm 0.7, so that the map contracts."""
     random = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     weight = random(DIM, DIM)
     weight *= 0.7 / torch.linalg.matrix_norm(weight, 2)
@@ -28,7 +28,7 @@ def fixed_point(inputs):
 
 
 def gradients(estimator, inputs, value, weight):
-    """Of the weighted sum of the estimator's output, for each input."""
+    """Return the gradient of the weighted sum of the estimator's output with respect to each input."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
     output = estimator(toy_map(leaves), value)
     (weight * output).sum().backward()
@@ -36,7 +36,7 @@ def gradients(estimator, inputs, value, weight):
 
 
 def explicit_jacobians(inputs, value, name):
-    """df/dy, (B D, B D), and df/d name, (B D, numbers in name), at value."""
+    """Return df/dy, (B D, B D), and df/d(name), (B D, entries of that input), at value."""
     jacobian = torch.autograd.functional.jacobian
     by_value = jacobian(toy_map(inputs), value)
     by_input = jacobian(lambda x: toy_map({**inputs, name: x})(value), inputs[name])
@@ -46,7 +46,7 @@ def explicit_jacobians(inputs, value, name):
 
 @pytest.fixture(scope="module")
 def toy():
-    """Inputs, the fixed point, and the weights of a loss."""
+    """Return the inputs, the fixed point, and the weights of a loss."""
     inputs = toy_inputs()
     weight = torch.tensor([[0.3, -1.2, 0.8], [2.0, 0.5, -0.7]], dtype=torch.float64)
     return inputs, fixed_point(inputs), weight
@@ -135,7 +135,7 @@ def test_implicit_is_the_linear_solve_and_unrolled_at_convergence(toy, name):
     torch.testing.assert_close(implicit, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(unrolled, expected, rtol=0, atol=1e-9)
     jfb = gradients(Phantom(steps=1), inputs, value, weight)[name]
-    assert (jfb - expected).abs().max() > 0.05  # so much is at stake
+    assert (jfb - expected).abs().max() > 0.05  # JFB is far off, so that the comparison above can fail
 
 
 @pytest.mark.parametrize("estimator", [Implicit(rtol=1e-12), Unrolled(steps=60)])
@@ -143,7 +143,7 @@ def test_finite_differences_of_the_fixed_point(estimator):
     inputs = toy_inputs(seed=1)
 
     def solved(weight, bias):
-        """The fixed point as a function of W and b, solved afresh for each of them."""
+        """Solve for the fixed point anew, as a function of W and b."""
         current = {**inputs, "W": weight, "b": bias}
         return estimator(toy_map(current), fixed_point(current))
 
@@ -159,7 +159,7 @@ def test_implicit_returns_the_map_of_the_value(toy):
     assert torch.equal(output, toy_map(inputs)(elsewhere))
 
 
-def test_implicit_with_a_sample_outside_the_loss(toy):
+def test_implicit_with_a_row_outside_the_loss(toy):
     inputs, value, weight = toy
     weight = weight * torch.tensor([[1.0], [0.0]])
     found = gradients(Implicit(), inputs, value, weight)["x"]
@@ -182,7 +182,7 @@ def test_implicit_says_when_the_adjoint_does_not_converge(slope, estimator, numb
 
 
 def test_implicit_of_a_steep_contraction_by_hand():
-    # y = 0.9 y + b: dy/db = 10 for each of two samples.
+    # y = 0.9 y + b: dy/db = 10 for each of two rows.
     bias = torch.ones(1, dtype=torch.float64, requires_grad=True)
     value = torch.full((2, 1), 10.0, dtype=torch.float64)
     Implicit(max_steps=400, rtol=1e-12)(lambda y: 0.9 * y + bias, value).sum().backward()

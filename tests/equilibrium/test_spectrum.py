@@ -19,25 +19,25 @@ def estimate(function, value: Tensor, iterations: int = 60) -> Tensor:
 
 
 def rows(*matrices: Tensor):
-    """The map that multiplies row i by matrix i."""
+    """Return the map that multiplies row i by matrix i."""
     stacked = torch.stack(matrices)
     return lambda y: torch.einsum("bij,bj->bi", stacked, y)
 
 
 def with_eigenvalues(*values: float) -> Tensor:
-    """Not symmetric: eigenvectors that are far from orthogonal."""
+    """Return a matrix with these eigenvalues that is not symmetric: its eigenvectors are far from orthogonal."""
     basis = torch.eye(len(values), dtype=torch.float64) + 0.5 * torch.ones(len(values), len(values)).triu(1)
     return basis @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ basis.inverse()
 
 
 def pair(modulus: float, angle: float, stretch: float = 1.0) -> Tensor:
-    """Eigenvalues modulus * exp(+-i angle); with a stretch, what turns moves along an ellipse."""
+    """Make a matrix with the eigenvalues modulus * exp(+-i angle); with a stretch, it turns vectors on ellipses."""
     turn = [[math.cos(angle), -math.sin(angle) * stretch], [math.sin(angle) / stretch, math.cos(angle)]]
     return modulus * torch.tensor(turn, dtype=torch.float64)
 
 
-def value(images: int, size: int) -> Tensor:
-    return torch.randn(images, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def value(count: int, size: int) -> Tensor:
+    return torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def test_known_eigenvalues_of_a_linear_map():
@@ -95,7 +95,7 @@ def test_one_iteration_is_too_few():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_refinement_layer_has_the_radius_of_its_contents_jacobian(name, stir):
-    """Against the whole Jacobian, and against finite differences along the content alone."""
+    """Compare with the whole Jacobian, and with finite differences along the content alone."""
     case = CASES[name]
     layer = case.make().double()
     stir(layer)

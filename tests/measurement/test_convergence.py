@@ -43,7 +43,7 @@ from helpers.engine_toy import IN_PROCESS, write_dataset
 from helpers.paths import TOOLS
 
 TOOL = TOOLS / "evaluate_steps.py"
-SOLVERS = {"plain": FixedPointIteration(), "anderson": Anderson(memory=3), "broyden": Broyden(memory=2)}
+SOLVERS = {"plain": FixedPointIteration(), "anderson": Anderson(history_size=3), "broyden": Broyden(history_size=2)}
 LIMIT = 8
 SMALL_DATA = "INPUT.MIN_SIZE_TEST", 64, "DATALOADER.NUM_WORKERS", 0
 NAN, INF = float("nan"), float("inf")
@@ -357,23 +357,27 @@ class TestSolvers:
         regularization = cfg.MODEL.DEQDET.SOLVER.REGULARIZATION
         assert found == {
             "plain": FixedPointIteration(damping=0.5),
-            "anderson2": Anderson(memory=2, damping=0.5, regularization=regularization),
-            "anderson": Anderson(memory=6, damping=0.5, regularization=regularization),
-            "broyden12": Broyden(memory=12),
-            "broyden": Broyden(memory=6),
+            "anderson2": Anderson(history_size=2, damping=0.5, regularization=regularization),
+            "anderson": Anderson(history_size=6, damping=0.5, regularization=regularization),
+            "broyden12": Broyden(history_size=12),
+            "broyden": Broyden(history_size=6),
         }
         assert cfg.MODEL.DEQDET.SOLVER.NAME == "FixedPointIteration"
 
     def test_each_comes_once_under_its_first_name(self, small_cfg):
         names = ["anderson", "anderson04", "anderson4", "broyden4", "broyden004", "anderson5"]
         found = build_solvers(small_cfg("MODEL.DEQDET.SOLVER.MEMORY", 4), names)
-        assert {name: solver.memory for name, solver in found.items()} == {"anderson": 4, "broyden4": 4, "anderson5": 5}
+        assert {name: solver.history_size for name, solver in found.items()} == {
+            "anderson": 4,
+            "broyden4": 4,
+            "anderson5": 5,
+        }
 
     @pytest.mark.parametrize("name, message", [
         ("newton", "unknown solver newton: choose plain, anderson or broyden, or with a memory, as anderson4"),
         ("plain2", "unknown solver plain2"),
         ("Anderson", "unknown solver Anderson"),
-        ("anderson1", "solver anderson1: .*memory of Anderson must be at least 2"),
+        ("anderson1", "solver anderson1: .*history_size of Anderson must be at least 2"),
     ])  # fmt: skip
     def test_an_unknown_one(self, small_cfg, name, message):
         with pytest.raises(UserError, match=message):
@@ -439,7 +443,7 @@ class TestTool:
         assert (found["images"], found["limit"], found["dataset"]) == (2, 4, "shapes_seed41_3")
         plain, anderson = found["results"]
         assert plain["solver"] == "FixedPointIteration(damping=0.5)"
-        assert anderson["solver"] == "Anderson(memory=2, damping=0.5, regularization=1e-06)"
+        assert anderson["solver"] == "Anderson(history_size=2, damping=0.5, regularization=1e-06)"
         for results in (plain, anderson):
             assert [row["steps"] for row in results["steps"]] == [2, 3, 6]
             assert [row["rtol"] for row in results["tolerances"]] == [0.0, 0.5, 1e-9]

@@ -1,4 +1,7 @@
-"""Fixed points and their gradients: torch and nothing else, no box, no detector."""
+"""Fixed points y* = f(y*): how to solve for them and how to differentiate them.
+
+It depends on torch alone and knows neither boxes nor detectors: f is any function of flat vectors (B, D).
+"""
 
 from .estimators import Implicit, Phantom, Unrolled
 from .solve import Map, Solution, Solver, Status, first_below, relative_residual, solve

@@ -1,6 +1,9 @@
-"""The only iteration loop: it applies the map, counts, records, measures residuals and gives the verdict."""
+"""solve(): the only iteration loop, which applies the map f, records iterates and residuals, and gives the verdict.
 
-import enum
+Symbols: y is an iterate, f(y) its output; B batch rows of D numbers each, T steps. What happens to one batch row never
+depends on another one, so that an image's detections do not depend on the images beside it in the batch.
+"""
+
 import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -10,64 +13,93 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D), each row for itself
+Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D); no row of the result depends on another row of the argument
 
 
-class Status(enum.IntEnum):
-    """How a sample's iteration ended."""
+class Status:
+    """How the iteration of a batch row ended.
+
+    The values are plain ints and not members of an enum, so that comparing them with a tensor is an ordinary tensor
+    operation under torch.compile too.
+    """
 
     CONVERGED = 0  # the relative residual fell below rtol
     MAX_STEPS = 1  # all steps were used
-    NONFINITE = 2  # the map returned inf or nan; the sample keeps its last finite value
+    NONFINITE = 2  # f returned inf or nan; the row keeps its last finite output
 
 
 class Solver(Protocol):
-    """A frozen record of a solver's numbers. `memory` is what one step hands to the next: tensors (B, ...)."""
+    """How the next iterate follows from an iterate and its output: a frozen record of the method's numbers.
 
-    def init(self, value: Tensor) -> tuple[Tensor, ...]:
-        """The memory before the first step, for value (B, D)."""
+    The solver itself never changes. What it must remember from step to step is its state: a tuple of tensors (B, ...),
+    one row for each batch row. solve() hands it from each step to the next, and drops the rows that have stopped.
+    """
 
-    def step(self, value: Tensor, image: Tensor, memory: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The next iterate from value (B, D) and image = map(value) (B, D), and the next memory."""
+    def init(self, iterate: Tensor) -> tuple[Tensor, ...]:
+        """Return the state before the first step, for the first iterate (B, D)."""
+
+    def step(self, iterate: Tensor, output: Tensor, state: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the next iterate and the next state.
+
+        Args:
+            iterate: (B, D) y.
+            output: (B, D) f(y).
+            state: what init() or the step before returned.
+        """
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Where the iteration came to, for B samples of D numbers after at most T steps.
+    """The result of the iteration for B batch rows of D numbers after at most T steps.
 
-    What it gives, also at the recorded steps, are images f(y): a solver's extrapolation is never given unapplied.
+    `value` and `recorded` are outputs f(y). An iterate that a solver extrapolated, and to which f has not been applied,
+    is never among them.
     """
 
-    value: Tensor  # (B, D)  f of the last iterate, or of the one with the smallest residual
-    status: Tensor  # (B,)  int64, of Status
-    steps: Tensor  # (B,)  int64, applications of the map that the sample took part in
-    # (t, B)  relative residual of each step's input, of a sample that has stopped the last one; t < T if all stopped
+    value: Tensor  # (B, D)  output of the last iterate, or with best=True of the iterate with the lowest residual
+    # (B,)  relative residual of the iterate whose output `value` is: with best=True the lowest so far; in a row that
+    # became non-finite that of its last usable step; inf where there was no usable step
+    residual: Tensor
+    status: Tensor  # (B,)  int64, constants of Status
+    steps: Tensor  # (B,)  int64, applications of f that the row took part in
+    # (t, B)  relative residual of the iterate of each step; a row that has stopped repeats its last one. t < T if all
+    # rows stopped early
     residuals: Tensor
-    recorded: dict[int, Tensor]  # step -> (B, D); step 0 is the initial value
+    recorded: dict[int, Tensor]  # step -> (B, D), what `value` was after that step; step 0 has the initial value
+    # step >= 1 -> (B, D), the iterate y to which that step applied f; a row that has stopped has the iterate of the
+    # last step that it took part in. Empty without record_iterates
+    iterates: dict[int, Tensor]
 
 
-def relative_residual(value: Tensor, image: Tensor) -> Tensor:
-    """||f(y) - y|| / ||f(y)|| per sample.
+def relative_residual(iterate: Tensor, output: Tensor) -> Tensor:
+    """Compute ||f(y) - y|| / ||f(y)|| of each batch row.
+
+    Both vectors are divided by the largest entry of f(y) before their norms are taken. The quotient stays the same, but
+    the squares inside the norms can no longer overflow: in float32 the square of 1e20 is already infinite.
 
     Args:
-        value: (B, D) y.
-        image: (B, D) f(y).
+        iterate: (B, D) y.
+        output: (B, D) f(y).
 
     Returns:
-        (B,) in float32, or float64 if the state is; 0 where both are 0, very large or inf where f(y) alone is.
+        (B,) float32, or float64 for a float64 state. It is 0 where y and f(y) are both 0, and very large or inf where
+        only f(y) is 0.
     """
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    unit = image.abs().amax(dim=1, keepdim=True).to(dtype).clamp(min=torch.finfo(dtype).tiny)  # lest squares overflow
-    change = torch.linalg.vector_norm((image - value) / unit, dim=1)
-    size = torch.linalg.vector_norm(image / unit, dim=1)
+    dtype = torch.promote_types(iterate.dtype, torch.float32)
+    largest = output.abs().amax(dim=1, keepdim=True).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    change = torch.linalg.vector_norm((output - iterate) / largest, dim=1)
+    size = torch.linalg.vector_norm(output / largest, dim=1)
     return change / size.clamp(min=torch.finfo(dtype).tiny)
 
 
 def first_below(residuals: Tensor, rtol: float) -> Tensor:
-    """(B,) int64: the first step whose residual is below rtol, as solve() with that rtol stops; T where none is.
+    """Find the step at which solve() with this rtol would have stopped each batch row.
 
     Args:
-        residuals: (T, B), row t - 1 of step t, as solve() gives them with rtol = 0.
+        residuals: (T, B), row t - 1 that of step t, as solve() gives them with rtol = 0.
+
+    Returns:
+        (B,) int64, the first step whose residual is below rtol; T where there is none.
     """
     below = residuals < rtol  # False where NaN
     return torch.where(below.any(dim=0), below.int().argmax(dim=0) + 1, len(residuals))
@@ -81,46 +113,50 @@ def solve(
     max_steps: int,
     rtol: float = 0.0,
     record: Collection[int] = (),
+    record_iterates: bool = False,
     best: bool = False,
     restrict: Callable[[Tensor], Map] | None = None,
 ) -> Solution:
-    """Iterate towards y* = f(y*) (Eq. 6), f being `function`.
+    """Iterate towards the fixed point y* = f(y*) (Eq. 6), where f is `function`.
 
-    A sample stops at its first residual below rtol, with f(y) taken in. With rtol = 0 nothing waits for the device.
+    A batch row stops at the first iterate y whose relative residual is below rtol, and its result is f(y), which has
+    been computed anyway. With rtol = 0 the host never waits for the device.
 
     Args:
         initial: (B, D) y_0.
-        solver: how the next iterate follows from y and f(y).
-        max_steps: T, the most applications of f.
-        rtol: relative residual at which a sample has converged; 0: all steps are taken.
-        record: the steps t to record: what the result would be with max_steps = t.
-        best: give f(y) of the iterate y with the smallest residual so far, not of the last one.
-        restrict: gives f for some samples, by their indices (b,) in the batch: those that stopped leave the batch.
+        solver: the rule that makes the next iterate from y and f(y).
+        max_steps: T, the largest number of applications of f.
+        rtol: the relative residual below which a row has converged; 0 takes all steps.
+        record: the steps t to record. The recorded tensor is what `value` would be with max_steps = t.
+        record_iterates: record the iterates of these steps too (Solution.iterates).
+        best: return the output of the iterate with the lowest residual so far instead of the last one.
+        restrict: given the indices (b,) of some batch rows, return f for a batch of these rows alone. With it, rows
+            that have stopped leave the batch and cost nothing any more.
 
     Raises:
         ValueError: max_steps or rtol is negative or not finite, or a recorded step lies outside 0..max_steps.
     """
     _check(max_steps, rtol, record)
-    books = _Books(initial, rtol, best)
-    value, memory, rows = initial, solver.init(initial), slice(None)
+    results = _Record(initial, rtol=rtol, best=best, keep_iterates=record_iterates)
+    iterate, state, rows = initial, solver.init(initial), slice(None)
     for step in range(1, max_steps + 1):
-        active = books.status[rows] == Status.MAX_STEPS
+        active = results.status[rows] == Status.MAX_STEPS
         if rtol > 0:
             if not active.any():
                 break
             if restrict is not None and not active.all():
-                rows = (books.status == Status.MAX_STEPS).nonzero()[:, 0]
+                rows = (results.status == Status.MAX_STEPS).nonzero()[:, 0]
                 function = restrict(rows)
-                value, memory, active = value[active], tuple(part[active] for part in memory), active[active]
-        image = function(value).to(value.dtype)
-        with _full_precision(value.device):
-            proposal, memory = solver.step(value, image, memory)
-        usable = active & image.isfinite().all(dim=1)
-        books.enter(rows, active, usable, image, relative_residual(value, image))
-        value = torch.where(usable[:, None], proposal, value)
+                iterate, state, active = iterate[active], tuple(part[active] for part in state), active[active]
+        output = function(iterate).to(iterate.dtype)
+        with _full_precision(iterate.device):
+            proposal, state = solver.step(iterate, output, state)
+        usable = active & output.isfinite().all(dim=1)
+        results.add(rows, active, usable, iterate, output)
+        iterate = torch.where(usable[:, None], proposal, iterate)
         if step in record:
-            books.record(step)
-    return books.close(record)
+            results.keep(step)
+    return results.finish(record)
 
 
 def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
@@ -131,57 +167,71 @@ def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast is off within it: a solver computes in the precision that it asks for."""
+    """Switch autocast off, so that a solver computes in the precision that it asks for."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
-class _Books:
-    """What becomes a Solution. `rows` are the samples that a step computed."""
+class _Record:
+    """Collects what becomes the Solution, for all B batch rows, also those that have left the batch."""
 
-    def __init__(self, initial: Tensor, rtol: float, best: bool):
+    def __init__(self, initial: Tensor, *, rtol: float, best: bool, keep_iterates: bool):
         self.status = torch.full_like(initial[:, 0], Status.MAX_STEPS, dtype=torch.int64)
         self._rtol, self._best = rtol, best
         self._value = initial.clone()
         self._steps = torch.zeros_like(self.status)
-        precise = torch.promote_types(initial.dtype, torch.float32)  # as relative_residual's
-        self._residual = torch.full_like(initial[:, 0], torch.inf, dtype=precise)
-        self._lowest = torch.full_like(self._residual, torch.nan)  # of the value; NaN: that is still the initial one
+        precise = torch.promote_types(initial.dtype, torch.float32)  # the dtype of relative_residual
+        self._residual = torch.full_like(initial[:, 0], torch.inf, dtype=precise)  # of the last step
+        # Of the value. NaN as long as that is the initial one: no comparison with NaN holds, so that with best=True the
+        # first output is taken whatever its residual is.
+        self._residual_of_value = torch.full_like(self._residual, torch.nan)
         self._residuals: list[Tensor] = []
         self._recorded = {0: initial}
+        self._iterate = initial.clone() if keep_iterates else None
+        self._iterates: dict[int, Tensor] = {}
 
-    def enter(
-        self, rows: Tensor | slice, active: Tensor, usable: Tensor, image: Tensor, residual: Tensor
-    ) -> None:
-        """One step.
+    def add(self, rows: Tensor | slice, active: Tensor, usable: Tensor, iterate: Tensor, output: Tensor) -> None:
+        """Take in one step.
 
         Args:
-            active: (b,) samples that had not stopped before it.
-            usable: (b,) those of them whose image is finite.
-            image: (b, D).
-            residual: (b,).
+            rows: which b of the B batch rows the step computed.
+            active: (b,) bool, those of them that had not stopped before it.
+            usable: (b,) bool, those of the active ones whose output is finite.
+            iterate: (b, D) y.
+            output: (b, D) f(y).
         """
+        residual = relative_residual(iterate, output)
         self._steps[rows] += active
         self._residual[rows] = torch.where(active, residual, self._residual[rows])
         self._residuals.append(self._residual.clone())
+        if self._iterate is not None:
+            self._iterate[rows] = torch.where(active[:, None], iterate, self._iterate[rows])
         status = self.status[rows].masked_fill(active & ~usable, Status.NONFINITE)
         self.status[rows] = status.masked_fill(usable & (residual < self._rtol), Status.CONVERGED)
+        taken = usable
         if self._best:
-            usable = usable & ~(residual >= self._lowest[rows])
-            self._lowest[rows] = torch.where(usable, residual, self._lowest[rows])
-        self._value[rows] = torch.where(usable[:, None], image, self._value[rows])
+            taken = usable & ~(residual >= self._residual_of_value[rows])
+        self._residual_of_value[rows] = torch.where(taken, residual, self._residual_of_value[rows])
+        self._value[rows] = torch.where(taken[:, None], output, self._value[rows])
 
-    def record(self, step: int) -> None:
-        """Keep the value as it is after this step."""
+    def keep(self, step: int) -> None:
+        """Record the values, and the iterates if they are wanted, as they are after this step."""
         self._recorded[step] = self._value.clone()
+        if self._iterate is not None:
+            self._iterates[step] = self._iterate.clone()
 
-    def close(self, record: Collection[int]) -> Solution:
-        """The result; recorded steps that were not reached have the last value."""
+    def finish(self, record: Collection[int]) -> Solution:
+        """Return the Solution. Recorded steps that were not reached have the last value and the last iterate."""
+        iterates = {}
+        if self._iterate is not None:
+            iterates = {t: self._iterates.get(t, self._iterate) for t in sorted(record) if t >= 1}
         return Solution(
             value=self._value,
+            residual=self._residual_of_value.nan_to_num(nan=torch.inf, posinf=torch.inf),
             status=self.status,
             steps=self._steps,
             residuals=torch.stack(self._residuals) if self._residuals else self._residual[None][:0],
             recorded={t: self._recorded.get(t, self._value) for t in sorted(record)},
+            iterates=iterates,
         )

@@ -1,8 +1,14 @@
-"""Solvers: frozen records of their numbers, with `init` and `step` on a flat (B, D) tensor (see solve.Solver).
+"""The solvers: frozen records of their numbers, with `init` and `step` on flat iterates (B, D) (see solve.Solver).
 
-Each sample is solved for itself, by sums over its own row: batched matrix products would round differently in another
-batch size. D is large and the memory m small, so that a step costs O(m D) beside the map; it runs in float32 or better,
-whatever the state's type, and nothing in it waits for the device.
+Training always uses FixedPointIteration without damping, as the paper does (Algorithm 2). The supervised states (Eq.
+12) should be those that f reaches by itself, and the perturbation (Eq. 15) would mislead an accelerated solver:
+Anderson and Broyden learn about the Jacobian of f from the differences of successive outputs, to which the noise adds
+its own. At test time all solvers look for the same fixed point, and any of them may be used.
+
+Every scalar product is an element-wise product summed along its own batch row. A batched matrix product would be
+shorter, but its kernel, and so its rounding, depends on the batch size, and an image would get slightly other boxes in
+another batch. Since the history size m is small, these sums cost O(m D), little beside f. The arithmetic is in float32
+or better, whatever the dtype of the iterates, and never waits for the device.
 """
 
 import math
@@ -14,67 +20,82 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FixedPointIteration:
-    """y <- (1 - damping) y + damping f(y); without damping (1) the paper's naive solver, Sec. 3.2."""
+    """Plain iteration: y <- (1 - damping) y + damping f(y). Damping 1 is the paper's naive solver (Sec. 3.2)."""
 
     damping: float = 1.0
 
     def __post_init__(self) -> None:
         _require_damping(self.damping)
 
-    def init(self, value: Tensor) -> tuple[()]:
-        """Nothing is remembered."""
+    def init(self, iterate: Tensor) -> tuple[()]:
+        """Return the empty state: the next iterate depends on nothing but y and f(y)."""
         return ()
 
-    def step(self, value: Tensor, image: Tensor, memory: tuple[()]) -> tuple[Tensor, tuple[()]]:
-        """On the way from the value to its image."""
-        return (image if self.damping == 1 else torch.lerp(value, image, self.damping)), memory
+    def step(self, iterate: Tensor, output: Tensor, state: tuple[()]) -> tuple[Tensor, tuple[()]]:
+        """Go from y towards f(y), by the share `damping` of the way."""
+        return (output if self.damping == 1 else torch.lerp(iterate, output, self.damping)), state
 
 
 @dataclass(frozen=True)
 class Anderson:
     """Anderson acceleration (JACM 1965), in the difference form of Walker and Ni (SIAM J. Numer. Anal. 2011).
 
-    With the changes g_i = f(y_i) - y_i of the last m iterates, it takes the combination of them whose g is smallest,
-    and goes on from there by damping * g. A least-squares problem that has no solution means a plain step.
+    Let g_i = f(y_i) - y_i be the changes at the last m iterates, dy_j and dg_j the differences of successive y_i and
+    g_i. If f were affine, the point y - sum_j w_j dy_j would have the change g - sum_j w_j dg_j. So step() solves the
+    least-squares problem
+
+        min_w || g - sum_j w_j dg_j ||
+
+    and goes on from that point by `damping` times its change. At the fixed point the change is 0.
     """
 
-    memory: int = 4  # m: iterates that are combined, the current one counted
+    history_size: int = 4  # m, the number of iterates that are combined; the current one is one of them
     damping: float = 1.0
-    regularization: float = 1e-6  # of the least-squares problem, whose differences have norm 1
+    regularization: float = 1e-6  # added to the diagonal of the Gram matrix, whose own diagonal is 1
 
     def __post_init__(self) -> None:
-        if self.memory < 2:
-            raise ValueError(f"memory of Anderson must be at least 2 (1 would be plain iteration), got {self.memory}")
+        if self.history_size < 2:
+            raise ValueError(
+                f"history_size of Anderson must be at least 2 (1 would be plain iteration), got {self.history_size}"
+            )
         if not 0 <= self.regularization < math.inf:
             raise ValueError(f"regularization must be finite and not negative, got {self.regularization}")
         _require_damping(self.damping)
 
-    def init(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Past iterates and their changes, each (B, 0..m, D)."""
-        empty = _precise(value)[:, None][:, :0]
+    def init(self, iterate: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the empty history: the past iterates and their changes, each (B, 0, D), later up to (B, m, D)."""
+        empty = _precise(iterate)[:, None][:, :0]
         return empty, empty
 
     def step(
-        self, value: Tensor, image: Tensor, memory: tuple[Tensor, Tensor]
+        self, iterate: Tensor, output: Tensor, state: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """y + damping g, corrected by what the past m - 1 differences explain of g."""
-        current = _precise(value)
-        change = _precise(image) - current  # (B, D)
-        values = torch.cat([memory[0], current[:, None]], dim=1)[:, -self.memory :]
-        changes = torch.cat([memory[1], change[:, None]], dim=1)[:, -self.memory :]
-        plain, _ = FixedPointIteration(self.damping).step(current, _precise(image), ())
-        if values.shape[1] == 1:
-            return plain.to(value.dtype), (values, changes)
-        differences = changes.diff(dim=1)  # (B, j, D), j < m
-        weights = self._explain(change, differences)
-        correction = values.diff(dim=1) + self.damping * differences
+        """Return y + damping g - sum_j w_j (dy_j + damping dg_j). The first step, without a difference, is plain."""
+        current = _precise(iterate)
+        change = _precise(output) - current  # (B, D)  g
+        iterates = torch.cat([state[0], current[:, None]], dim=1)[:, -self.history_size :]  # (B, i, D), i <= m
+        changes = torch.cat([state[1], change[:, None]], dim=1)[:, -self.history_size :]
+        plain, _ = FixedPointIteration(self.damping).step(current, _precise(output), ())
+        if iterates.shape[1] == 1:
+            return plain.to(iterate.dtype), (iterates, changes)
+        differences = changes.diff(dim=1)  # (B, i - 1, D)  dg
+        weights = self._least_squares(change, differences)
+        correction = iterates.diff(dim=1) + self.damping * differences
         proposal = plain - _combine(weights, correction)
-        return _finite_or(proposal, plain).to(value.dtype), (values, changes)
+        return _finite_or(proposal, plain).to(iterate.dtype), (iterates, changes)
 
-    def _explain(self, change: Tensor, differences: Tensor) -> Tensor:
-        """(B, j) weights w that make ||g - sum_j w_j dg_j|| smallest; 0 where there are none.
+    def _least_squares(self, change: Tensor, differences: Tensor) -> Tensor:
+        """Solve min_w ||g - sum_j w_j dg_j|| by its normal equations, (dg^T dg + regularization) w = dg^T g.
 
-        The differences shrink as the iteration converges: scaled to norm 1, their Gram matrix stays well-conditioned.
+        The differences shrink by orders of magnitude as the iteration converges. Scaled to norm 1 first, they have a
+        Gram matrix with a diagonal of ones, for which one regularization fits all along.
+
+        Args:
+            change: (B, D) g.
+            differences: (B, j, D) dg.
+
+        Returns:
+            (B, j) w; 0, which means a plain step, in rows whose equations have no unique solution.
         """
         size = torch.linalg.vector_norm(differences, dim=2).clamp(min=torch.finfo(change.dtype).tiny)
         unit = differences / size[:, :, None]
@@ -88,69 +109,97 @@ class Anderson:
 
 @dataclass(frozen=True)
 class Broyden:
-    """Limited-memory Broyden ("good Broyden", Math. Comp. 1965) on g(y) = f(y) - y = 0.
+    """Broyden's method with a limited history ("good Broyden", Math. Comp. 1965) for the root of g(y) = f(y) - y.
 
-    The inverse Jacobian of g is H = -I + sum_j u_j v_j^T, so that it begins with a plain step. With m rank-one terms
-    it starts anew (Kelley, Iterative Methods for Linear and Nonlinear Equations, 1995, Sec. 7.3). It searches along
-    no line: where it may lead astray, `best` of solve() helps.
+    Newton's method would go to y - J^-1 g, with the Jacobian J of g. Broyden's keeps an estimate H of J^-1 instead,
+
+        H = -I + sum_j u_j v_j^T,
+
+    and never forms it: only the vectors u_j and v_j are kept. H begins as -I, as if f were constant, so that the first
+    step is plain: y - H g = y + g = f(y). Each later step adds one term, from _rank_one().
+
+    With m terms it restarts from -I (Kelley, Iterative Methods for Linear and Nonlinear Equations, 1995, Sec. 7.3),
+    because each term corrects the H that the terms before it make up: without the oldest one, the others would not
+    satisfy their secant conditions any more. There is no line search, so that a step may increase the residual; with
+    `best`, solve() returns the best output all the same.
     """
 
-    memory: int = 4  # m
+    history_size: int = 4  # m, the largest number of rank-one terms
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"memory of Broyden must be at least 1, got {self.memory}")
+        if self.history_size < 1:
+            raise ValueError(f"history_size of Broyden must be at least 1, got {self.history_size}")
 
-    def init(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The last iterate and its change, (B, 0..1, D) each; u and v, (B, 0..m, D) each."""
-        empty = _precise(value)[:, None][:, :0]
+    def init(self, iterate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the empty history.
+
+        Its parts are the last iterate and its change, each (B, 0, D), later (B, 1, D); then u and v, each (B, 0, D),
+        later up to (B, m, D).
+        """
+        empty = _precise(iterate)[:, None][:, :0]
         return empty, empty, empty, empty
 
-    def step(self, value: Tensor, image: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """y - H g, with H brought up to the last step first."""
-        last_value, last_change, left, right = memory
-        current = _precise(value)
-        change = _precise(image) - current  # (B, D)
-        if last_value.shape[1] > 0:
-            if left.shape[1] == self.memory:  # dropping the oldest term alone would leave an H that fits no step
-                left, right = left[:, :0], right[:, :0]
-            new_left, new_right = _rank_one(current - last_value[:, 0], change - last_change[:, 0], left, right)
+    def step(self, iterate: Tensor, output: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Update H with the change that the last step brought about, and return y - H g."""
+        last_iterate, last_change, left, right = state
+        current = _precise(iterate)
+        change = _precise(output) - current  # (B, D)  g
+        if last_iterate.shape[1] > 0:
+            if left.shape[1] == self.history_size:
+                left, right = left[:, :0], right[:, :0]  # restart
+            new_left, new_right = _rank_one(current - last_iterate[:, 0], change - last_change[:, 0], left, right)
             left = torch.cat([left, new_left[:, None]], dim=1)
             right = torch.cat([right, new_right[:, None]], dim=1)
-        proposal = _finite_or(current - _product(left, right, change), _precise(image))
-        return proposal.to(value.dtype), (current[:, None], change[:, None], left, right)
+        proposal = _finite_or(current - _product(left, right, change), _precise(output))
+        return proposal.to(iterate.dtype), (current[:, None], change[:, None], left, right)
 
 
 def _rank_one(step: Tensor, difference: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """u, v (B, D) of the least change of H after which H dg = s; 0 where s and H dg are orthogonal."""
+    """Return the vectors u and v of Broyden's update H <- H + u v^T.
+
+    A step s = y_t - y_{t-1} has changed g by dg, so that the new H should satisfy the secant condition H dg = s.
+    Broyden changes the Jacobian itself as little as possible: J <- J + (dg - J s) s^T / (s^T s). By the
+    Sherman-Morrison formula, which gives the inverse of a matrix after a rank-one change, this is
+
+        H <- H + (s - H dg) (s^T H) / (s^T H dg).
+
+    Args:
+        step: (B, D) s.
+        difference: (B, D) dg.
+        left, right: (B, j, D) u_j and v_j of the H before the update.
+
+    Returns:
+        u and v, (B, D) each; 0 in rows where s^T H dg is 0 up to rounding, because the new J would be singular.
+    """
     mapped = _product(left, right, difference)  # H dg
     row = _product(right, left, step)  # H^T s
-    slope = torch.linalg.vecdot(step, mapped)[:, None]
+    slope = torch.linalg.vecdot(step, mapped)[:, None]  # s^T H dg
     usable = slope.abs() > torch.finfo(step.dtype).eps * torch.linalg.vecdot(step, step)[:, None]
     return torch.where(usable, (step - mapped) / slope, 0.0), torch.where(usable, row, 0.0)
 
 
 def _product(left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
-    """(-I + sum_j u_j v_j^T) x for u, v (B, j, D) and x (B, D)."""
+    """Compute (-I + sum_j u_j v_j^T) x for u, v (B, j, D) and x (B, D)."""
     return _combine(_dot(right, vector), left) - vector
 
 
 def _dot(rows: Tensor, vector: Tensor) -> Tensor:
-    """(B, j) scalar products of (B, j, D) with (B, D)."""
+    """Compute the scalar products (B, j) of j vectors (B, j, D) with one vector (B, D)."""
     return (rows * vector[:, None]).sum(dim=2)
 
 
 def _combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """(B, D) sums over j of weights (B, j) times rows (B, j, D)."""
+    """Compute sum_j w_j x_j, (B, D), for weights w (B, j) and vectors x (B, j, D)."""
     return (weights[:, :, None] * rows).sum(dim=1)
 
 
 def _precise(tensor: Tensor) -> Tensor:
+    """Convert to float32, unless the dtype is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _finite_or(proposal: Tensor, plain: Tensor) -> Tensor:
-    """The proposal of each sample where all of it is finite, else the plain step. (B, D) each."""
+    """Replace the proposal by the plain step in batch rows where it is not finite. All are (B, D)."""
     return torch.where(proposal.isfinite().all(dim=1, keepdim=True), proposal, plain)
 
 

@@ -1,4 +1,4 @@
-"""How strongly a map contracts: the spectral radius of its Jacobian."""
+"""The spectral radius of a map's Jacobian, which says how strongly the map contracts near a fixed point."""
 
 from collections.abc import Callable
 
@@ -7,23 +7,26 @@ from torch import Generator, Tensor
 
 
 def spectral_radius(
-    function: Callable[[Tensor], Tensor], value: Tensor, *, iterations: int, generator: Generator | None = None
+    function: Callable[[Tensor], Tensor], iterate: Tensor, *, iterations: int, generator: Generator | None = None
 ) -> Tensor:
-    """The largest absolute eigenvalue of the map's Jacobian J at `value`, estimated by power iteration, row by row.
+    """Estimate the largest absolute eigenvalue of the map's Jacobian J at an iterate, for each batch row.
 
-    Vector-Jacobian products are iterated: J^T has J's eigenvalues, and one forward pass serves them all. Half of the
-    iterations turn the vector towards the leading eigenvectors; the estimate is the geometric mean of its growth in
-    the others. Unlike a Rayleigh quotient, that also converges where the leading eigenvalues are a complex pair,
-    though only as 1 / iterations.
+    Near a fixed point it is the factor by which plain iteration shrinks the error with each step; above 1 the fixed
+    point repels. The estimate comes from a power iteration with vector-Jacobian products: J^T has the eigenvalues of
+    J, and one forward pass serves all products. The first half of the iterations turns the vector towards the leading
+    eigenvectors; the estimate is the geometric mean of the vector's growth in the second half. Unlike a Rayleigh
+    quotient, that mean also converges where the leading eigenvalues are a complex pair, though with an
+    error of order 1 / iterations.
 
-    What the map detaches is constant to it: for the packed refinement layer, which detaches the position that it
-    receives, J is that of the content's path, the one that the refinement-aware gradient (Eq. 11) expands.
+    What the map detaches is a constant to J. The packed refinement layer detaches the position that it receives, so
+    that its J is the Jacobian along the content, the one in the refinement-aware gradient (Eq. 11).
 
     Args:
-        function: (B, D) -> (B, D), differentiable, each row for itself.
-        value: (B, D).
-        iterations: of the power iteration.
-        generator: of the first, random vector; of the value's device, None is torch's own.
+        function: the map, (B, D) -> (B, D), differentiable, each row by itself.
+        iterate: (B, D), where J is taken.
+        iterations: the number of vector-Jacobian products.
+        generator: draws the random vector that the iteration starts with, on the iterate's device; None takes torch's
+            global generator.
 
     Returns:
         (B,); inf where the growth is beyond the dtype.
@@ -34,14 +37,14 @@ def spectral_radius(
     if iterations < 2:
         raise ValueError(f"the power iteration needs at least 2 iterations, got {iterations}")
     with torch.enable_grad():
-        value = value.detach().requires_grad_()
-        image = function(value)
-    vector = torch.empty_like(value, requires_grad=False).normal_(generator=generator)
+        iterate = iterate.detach().requires_grad_()
+        output = function(iterate)
+    vector = torch.empty_like(iterate, requires_grad=False).normal_(generator=generator)
     growths = []
     for _ in range(iterations):
         norm = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-        unit = vector / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # 0 stays 0
-        (vector,) = torch.autograd.grad(image, value, unit, retain_graph=True)
+        unit = vector / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a vector that has become 0 stays 0
+        (vector,) = torch.autograd.grad(output, iterate, unit, retain_graph=True)
         growths.append(torch.linalg.vector_norm(vector, dim=1))
     growth = torch.stack(growths)
     return torch.where(growth.isfinite().all(dim=0), growth[iterations // 2 :].log().mean(dim=0).exp(), torch.inf)
