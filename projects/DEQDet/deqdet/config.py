@@ -107,8 +107,8 @@ def _add_equilibrium_keys(deqdet: CN) -> None:
 
     deqdet.SOLVER = CN()  # at test time; training iterates plainly
     deqdet.SOLVER.NAME = "FixedPointIteration"  # a name in SOLVER_REGISTRY: that, "Anderson" or "Broyden"
-    # Options of the solver by its fields' names in upper case, e.g. OPTIONS: {WINDOW: 3} for a solver of your own with a
-    # field `window`; they come before the three keys below.
+    # Options of the solver by its fields' names in upper case, e.g. OPTIONS: {WINDOW: 3} for a solver of your own with
+    # a field `window`; they come before the three keys below.
     deqdet.SOLVER.OPTIONS = CN(new_allowed=True)
     deqdet.SOLVER.DAMPING = 1.0  # beta of FixedPointIteration and Anderson: how far y goes towards f(y); 1: no damping
     deqdet.SOLVER.MEMORY = 4  # m, history_size: iterates that Anderson combines, rank-one terms that Broyden keeps

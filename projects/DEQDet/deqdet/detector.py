@@ -16,7 +16,7 @@ from .decoders import Decoder, Trajectory, build_decoder
 from .equilibrium import Solver
 from .inference import make_detections
 from .queries import InitialQueries
-from .structures import Prediction, QueryState, Targets
+from .structures import QueryState, Targets
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,8 @@ class DEQDet(nn.Module):
         trajectory = self.decoder.walk(
             initial, features, steps=steps, rtol=rtol, solver=solver, record=record, record_iterates=record_iterates
         )
-        return BatchTrajectory(trajectory, images, _original_sizes(batched_inputs, images.image_sizes), self.max_detections)
+        sizes = _original_sizes(batched_inputs, images.image_sizes)
+        return BatchTrajectory(trajectory, images, sizes, self.max_detections)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, and pad on the right and at the bottom to a common size that the backbone can divide."""

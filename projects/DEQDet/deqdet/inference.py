@@ -11,7 +11,9 @@ from .structures import Prediction
 def top_detections(
     prediction: Prediction, image_sizes: Sequence[tuple[int, int]], max_detections: int
 ) -> list[Instances]:
-    """Keep the best pairs of a query and a class of each image, without NMS, so that a query may give several detections.
+    """Keep the best pairs of a query and a class of each image.
+
+    There is no NMS. A query may give several detections, of different classes.
 
     Args:
         prediction: logits (B, N, K), boxes (B, N, 4) xyxy, pixels of the padded input.

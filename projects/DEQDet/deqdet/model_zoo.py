@@ -82,7 +82,7 @@ def find_config(name: str | os.PathLike) -> str:
         return str(config_folder() / f"{found[0]}.yaml")
     last_parts = {config.rpartition("/")[2]: config for config in known}
     close = _close(stem, known) or [last_parts[part] for part in _close(stem.rpartition("/")[2], list(last_parts))]
-    hint = f"did you mean {' or '.join(close[:3])}?" if close else "deqdet.model_zoo.list_configs() lists the known ones"
+    hint = f"did you mean {' or '.join(close[:3])}?" if close else "deqdet.model_zoo.list_configs() lists them"
     raise UserError(f"config file {text} does not exist, and no config of the model zoo has this name; {hint}")
 
 

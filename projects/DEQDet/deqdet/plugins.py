@@ -1,7 +1,7 @@
 """A user's own layers, decoders, solvers and backbones: modules whose import registers them.
 
-Only the user names them, on a command line (`--plugin`) or by importing them. A config or a model file cannot: reading a
-file must not run code.
+Only the user names them, on a command line (`--plugin`) or by importing them. A config or a model file cannot: reading
+a file must not run code.
 """
 
 import importlib

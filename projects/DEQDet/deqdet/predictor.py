@@ -42,7 +42,8 @@ ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 class Detections:
     """What a Predictor found in one image."""
 
-    instances: Instances  # on the CPU, best first: pred_boxes (xyxy, pixels of the original image), scores, pred_classes
+    # On the CPU, best first, with pred_boxes (xyxy, pixels of the original image), scores and pred_classes.
+    instances: Instances
     class_names: tuple[str, ...]
     steps: int  # applications of f; for a stack of layers, the layers after the first
     residual: float | None  # ||f(y) - y|| / ||f(y)|| at the last step; None for a detector without an equilibrium
@@ -74,7 +75,7 @@ class Detections:
         try:
             import supervision
         except ImportError as error:
-            raise UserError("to_supervision() needs the package supervision: pip install 'deqdet[supervision]'") from error
+            raise UserError("to_supervision() needs that package: pip install 'deqdet[supervision]'") from error
         return supervision.Detections(
             xyxy=self.instances.pred_boxes.tensor.numpy().reshape(-1, 4),
             confidence=self.instances.scores.numpy(),
@@ -101,10 +102,8 @@ class Predictor:
         Raises:
             UserError: the number of names is not K, or the threshold or INPUT.FORMAT is none.
         """
-        if len(class_names) != cfg.MODEL.DEQDET.NUM_CLASSES:
-            raise UserError(
-                f"{len(class_names)} class names for a model of {cfg.MODEL.DEQDET.NUM_CLASSES} classes: give one for each"
-            )
+        if len(class_names) != (expected := cfg.MODEL.DEQDET.NUM_CLASSES):
+            raise UserError(f"{len(class_names)} class names for a model of {expected} classes: give one for each")
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: it must be RGB or BGR")
         self.model = model.eval()
@@ -226,7 +225,10 @@ class Predictor:
         channels: str = "RGB",
         batch_size: int = 8,
     ) -> Iterator[Detections]:
-        """As calling it, for any number of images: they are read as they are needed, and results come in their order."""
+        """Detect in any number of images: they are read as they are needed, and results come in their order.
+
+        The arguments are those of a call.
+        """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         lowest = self.threshold if threshold is None else _check_threshold(threshold)

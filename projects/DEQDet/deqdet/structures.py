@@ -44,10 +44,10 @@ class QueryState:
         return cls(torch.cat([x.position for x in states]), torch.cat([x.content for x in states]))
 
     def pack(self) -> Tensor:
-        """The state as the solvers take it: one flat vector for each row, (B, N * (4 + C)), the position in packing units.
+        """The state as the solvers take it: a flat vector for each row, (B, N * (4 + C)), positions in packing units.
 
-        CENTER_UNIT and SCALE_UNIT bring the four numbers of a position to about the size of a content's entries, which a
-        LayerNorm keeps near 1. They decide how much a moving box adds to a relative residual, and so what a tolerance
+        CENTER_UNIT and SCALE_UNIT bring the four numbers of a position to about the size of a content's entries, which
+        a LayerNorm keeps near 1. They decide how much a moving box adds to a relative residual, and so what a tolerance
         means: a box that moves by 10 pixels counts as much as a content that changes by 0.01 in one entry.
         """
         center, scale = self.position.split(2, dim=2)

@@ -7,8 +7,8 @@ from detectron2.config import get_cfg
 
 from ..config import add_deqdet_config
 from ..engine import argument_parser, load_config
-from ..engine.configuration import flatten
 from ..errors import UserError
+from ..model_zoo import flatten
 
 BUDGET = ("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
 OWN_KEYS = {"OUTPUT_DIR": "--output", "SEED": "--seeds", "TEST.EVAL_PERIOD": "--eval-period"}

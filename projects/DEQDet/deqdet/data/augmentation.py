@@ -1,23 +1,7 @@
 """Augmentation policies for detectron2's own DatasetMapper (the recipes of the paper's Table 5)."""
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-
-
-def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
-    """detectron2's DatasetMapper, in training with the policy that INPUT.AUGMENTATION names.
-
-    Raises:
-        ValueError: as `build_augmentation`.
-    """
-    if not is_train:
-        return DatasetMapper(cfg, is_train=False)
-    augmentations = build_augmentation(cfg)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.INPUT.RANDOM_FLIP = "none"  # detectron2 builds a list of its own first, and knows no "both"
-    return DatasetMapper(cfg, is_train=True, augmentations=augmentations)
 
 
 def build_augmentation(cfg: CfgNode) -> list[T.Augmentation]:

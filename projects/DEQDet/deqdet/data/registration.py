@@ -133,6 +133,35 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
                 )
 
 
+def find_class_names(cfg: CfgNode) -> list[str]:
+    """The names of the model's K classes, from the first set of DATASETS.TEST; its images need not be there.
+
+    Where that set is unknown, has no names or another number of them, the names are "class 0", "class 1", ..., and a
+    warning says why.
+    """
+    count = cfg.MODEL.DEQDET.NUM_CLASSES
+    numbered = [f"class {i}" for i in range(count)]
+    if not cfg.DATASETS.TEST:
+        return numbered
+    name, reason = cfg.DATASETS.TEST[0], "it has none"
+    if name not in DatasetCatalog:
+        own = cfg.clone()
+        own.defrost()
+        own.DATASETS.TEST = (name,)
+        own.DATASETS.REGISTER = [entry for entry in cfg.DATASETS.REGISTER if list(entry[:1]) == [name]]
+        try:
+            prepare_datasets(own, eval_only=True)
+        except (KeyError, ValueError, OSError) as error:
+            reason = str(error)
+    names = MetadataCatalog.get(name).get("thing_classes", [])
+    if len(names) == count:
+        return list(names)
+    if names:
+        reason = f"it has {len(names)}, but the model has {count}"
+    logger.warning("No class names from %s of DATASETS.TEST: %s. The classes are numbered.", name, reason)
+    return numbered
+
+
 def _check_coco_file(where: str, json_file: str, image_root: str, *, evaluated: bool) -> list[str]:
     """Check a COCO-format file and that its images are where they should be; returns the class names."""
     where = f"{where}: {json_file}"

@@ -70,8 +70,8 @@ class Decoder(nn.Module, ABC):
             UserError: this decoder has no equilibrium. This is the one place that says so.
         """
         raise UserError(
-            f"MODEL.DEQDET.DECODER is {type(self).__name__}, whose number of steps is fixed: steps, tolerance, solver and "
-            "trajectory need a model with the EquilibriumDecoder"
+            f"MODEL.DEQDET.DECODER is {type(self).__name__}, whose number of steps is fixed: steps, tolerance, solver "
+            "and trajectory need a model with the EquilibriumDecoder"
         )
 
 

@@ -33,7 +33,8 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
             ("Anderson(history_size=4, damping=0.5)"). None: MODEL.DEQDET.SOLVER.NAME.
 
     Raises:
-        ValueError: the name is unknown, the solver has no such option, or an option is out of range. The keys that stand
+        ValueError: the name is unknown, the solver has no such option, or an option is out of range. The keys that
+            stand
             beside NAME are checked too where this solver does not read them.
     """
     options = cfg.MODEL.DEQDET.SOLVER
@@ -82,12 +83,12 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
         name, options = _find(numbered[1]), {"history_size": int(numbered[2])}
     if name is None:
         known = [*SHORT_NAMES, *(name for name, _ in SOLVER_REGISTRY)]
-        raise ValueError(f"unknown solver {spec}: choose one of {', '.join(known)}, or with a history size, as anderson4")
+        raise ValueError(f"unknown solver {spec}: choose {', '.join(known)}, or with a history size, as anderson4")
     try:
         call = ast.parse(f"options({form[2] or ''})", mode="eval").body
         options |= {word.arg: ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"solver {spec!r}: write the options as (option=value, ...) with numbers or strings") from error
+        raise ValueError(f"solver {spec!r}: write the options as (option=value, ...), values as in Python") from error
     if call.args or None in options:
         raise ValueError(f"solver {spec!r}: give every option by its name, as in (history_size=4)")
     return name, options

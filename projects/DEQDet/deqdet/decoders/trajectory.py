@@ -1,8 +1,8 @@
 """A batch's trajectory from the initial queries to its fixed points, and what can be read off it.
 
-`EquilibriumDecoder.walk` makes a Trajectory. Whatever looks at the solving path uses it: the detections at test time, the
-residuals, the tables of AP against steps, the latencies, the pictures of the refinement.
-B: images, N: queries, D = N * (4 + C): numbers of a packed state.
+`EquilibriumDecoder.walk` makes a Trajectory. Whatever looks at the solving path uses it: the detections at test time,
+the residuals, the tables of AP against steps, the latencies, the pictures of the refinement. B: images, N: queries, D =
+N * (4 + C): numbers of a packed state.
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ class ResidualParts:
 class Trajectory:
     """The states of B images along their solving path y_0, f(y_0), ...
 
-    Step 0 is y_0 = g(x, y_0-), the output of the initialization layer. Step t is the output of the t-th application of f;
-    where the decoder returns the best iterate, it is the output with the smallest residual so far. Steps other than the
-    last one are there if they were asked for.
+    Step 0 is y_0 = g(x, y_0-), the output of the initialization layer. Step t is the output of the t-th application of
+    f; where the decoder returns the best iterate, it is the output with the smallest residual so far. Steps other than
+    the last one are there if they were asked for.
     """
 
     initial: QueryState  # y_0-: the learned queries, before g

@@ -1,6 +1,5 @@
 """A trained detector as the demo uses it, built from a config."""
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,20 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
-from ..data import prepare_datasets
+from ..data import find_class_names
 from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
-from ..engine import load_weights
-from ..engine.configuration import adapt_device
+from ..engine import adapt_device, load_weights
 from ..engine.models import buildable
 from ..errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,29 +126,4 @@ def build_detector(cfg: CfgNode, threshold: float) -> Detector:
         reason = " ".join(str(error).split())
         raise UserError(f"the model cannot be built on MODEL.DEVICE {cfg.MODEL.DEVICE}: {reason}") from error
     load_weights(predictor.model, cfg, resume=False)
-    return Detector(predictor, build_class_names(cfg), threshold)
-
-
-def build_class_names(cfg: CfgNode) -> list[str]:
-    """Those of the first test set, whose images need not be there; "class 0", ... if it has none or other ones."""
-    count = cfg.MODEL.DEQDET.NUM_CLASSES
-    numbered = [f"class {i}" for i in range(count)]
-    if not cfg.DATASETS.TEST:
-        return numbered
-    name, reason = cfg.DATASETS.TEST[0], "it has none"
-    if name not in DatasetCatalog:
-        own = cfg.clone()
-        own.defrost()
-        own.DATASETS.TEST = (name,)
-        own.DATASETS.REGISTER = [entry for entry in cfg.DATASETS.REGISTER if list(entry[:1]) == [name]]
-        try:
-            prepare_datasets(own, eval_only=True)
-        except (KeyError, ValueError, OSError) as error:
-            reason = str(error)
-    names = MetadataCatalog.get(name).get("thing_classes", [])
-    if len(names) == count:
-        return list(names)
-    if names:
-        reason = f"it has {len(names)}, but the model has {count}"
-    logger.warning("No class names from %s of DATASETS.TEST: %s. The classes are numbered.", name, reason)
-    return numbered
+    return Detector(predictor, find_class_names(cfg), threshold)

@@ -28,7 +28,7 @@ def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model a tool is about; `load_config` reads them."""
-    parser.add_argument("--config-file", default="", metavar="F", help="a file, or the name of a config in the model zoo")
+    parser.add_argument("--config-file", default="", metavar="F", help="a file, or a config's name in the model zoo")
     add_model_arguments(parser)
     parser.epilog = "KEY VALUE pairs at the end override the config: MODEL.WEIGHTS FILE SOLVER.MAX_ITER 100"
 

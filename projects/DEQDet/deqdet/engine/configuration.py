@@ -3,6 +3,8 @@
 import argparse
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,7 +41,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     adapt_device(cfg)
     check_run(cfg, args)
     cfg.freeze()
-    default_setup(cfg, argparse.Namespace(**vars(args) | {"config_file": find_config(args.config_file) if args.config_file else ""}))
+    # It logs the text of the config file, which may be given by its name in the model zoo.
+    file = find_config(args.config_file) if args.config_file else ""
+    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": file}))
     return cfg
 
 
@@ -64,7 +68,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         raise UserError(f"--model {file} brings its own config: leave --config-file out, or give MODEL.WEIGHTS instead")
     if not file:
         if not args.config_file:
-            raise UserError("--config-file is missing: give a file, or the name of a config, such as quick/deqdet_shapes")
+            raise UserError("--config-file is missing: give a file, or a name such as quick/deqdet_shapes")
         return get_config(args.config_file, args.opts)
     path = resolve_file(file)
     cfg = load_model_config(read_model_file(path))
@@ -87,12 +91,9 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         UserError: a data set or file is missing, or the number of classes is not the model's.
     """
-    try:
+    with explained_datasets():
         prepare_datasets(cfg, eval_only=args.eval_only)
         check_datasets(cfg, eval_only=args.eval_only)
-    except (KeyError, ValueError, OSError) as error:
-        # str() of a KeyError is the repr of its message.
-        raise UserError(one_line(error.args[0] if isinstance(error, KeyError) else error)) from error
     world_size = args.num_gpus * args.num_machines
     rescaled = cfg.SOLVER.REFERENCE_WORLD_SIZE > 0  # detectron2 then adapts the batch to the processes
     if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
@@ -100,6 +101,16 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
     if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only)
+
+
+@contextmanager
+def explained_datasets() -> Iterator[None]:
+    """Turn what goes wrong within it, registering and checking data sets, into a UserError."""
+    try:
+        yield
+    except (KeyError, ValueError, OSError) as error:
+        # The text of a KeyError is the repr of its message.
+        raise UserError(one_line(error.args[0] if isinstance(error, KeyError) else error)) from error
 
 
 def _make_folder(path: str) -> None:

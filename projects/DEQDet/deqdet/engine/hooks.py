@@ -1,6 +1,7 @@
 """What happens beside the steps of training."""
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -9,11 +10,18 @@ import torch
 import torch.distributed as dist
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+
+from ..checkpoints import write_model_file
+from ..data import find_class_names
+
+logger = logging.getLogger(__name__)
 
 
 class AverageBatchNorm(HookBase):
@@ -130,3 +138,26 @@ class WeightsCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Leave the file "last_checkpoint" as it is: it names one with the optimizer's state."""
+
+
+class ModelFileWriter(HookBase):
+    """Writes OUTPUT_DIR/model_final.safetensors after the last iteration: the model in one file, see checkpoints.
+
+    Register it on the main process, after the hooks that change the weights.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: of the training; the file holds it, and the class names of its data sets.
+        """
+        self._cfg = cfg
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 < self.trainer.max_iter:
+            return  # stopped by an error
+        model = self.trainer.model
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        path = os.path.join(self._cfg.OUTPUT_DIR, "model_final.safetensors")
+        write_model_file(path, weights=model.state_dict(), cfg=self._cfg, class_names=find_class_names(self._cfg))
+        logger.info("The trained model in one file: %s", path)

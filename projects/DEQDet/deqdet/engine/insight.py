@@ -20,9 +20,8 @@ from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 
 from ..data import build_mapper
-from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
-from ..equilibrium import FixedPointIteration, first_below, solve
+from ..equilibrium import FixedPointIteration, first_below
 from ..equilibrium.spectrum import spectral_radius
 from ..errors import UserError
 
@@ -42,7 +41,7 @@ def build_insight(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
     if options.PERIOD == 0:
         return []
     model = _unwrap(model)
-    if not (isinstance(model, DEQDet) and isinstance(model.decoder, EquilibriumDecoder)):
+    if not (isinstance(model, DEQDet) and model.decoder.has_equilibrium):
         raise UserError(
             f"MODEL.DEQDET.INSIGHT.PERIOD is {options.PERIOD}, but MODEL.DEQDET.DECODER {cfg.MODEL.DEQDET.DECODER} "
             "has no equilibrium to look at: set the period to 0, or choose EquilibriumDecoder"
@@ -107,25 +106,19 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
         "spectral_radius": of f's Jacobian along the content at y_T_train (see `deqdet.spectrum`); above 1, small
         changes of the content grow.
     """
-    decoder = model.decoder
-    train_steps = decoder.supervision.train_steps
+    train_steps = model.decoder.supervision.train_steps
+    steps = max(train_steps, model.decoder.test_steps)
     with inference_context(model):
-        features, initial = model.encode(model.preprocess(batch))
-        refine = decoder.packed_refinement(features, initial.content.shape[1])
-        path = solve(
-            refine,
-            decoder.initialize(initial, features).pack(),
-            solver=FixedPointIteration(),
-            max_steps=max(train_steps, decoder.test_steps),
-            record=[train_steps],
-        )
+        options = {"steps": steps, "rtol": 0.0, "solver": FixedPointIteration()}
+        path = model.walk(batch, **options, record=[train_steps], record_iterates=True).trajectory
         generator = torch.Generator(model.device).manual_seed(0)
-        end = path.recorded[train_steps]
-        radius = spectral_radius(refine, end, iterations=power_iterations, generator=generator)
+        end = path.solution.outputs[train_steps]
+        radius = spectral_radius(path.refine, end, iterations=power_iterations, generator=generator)
+    residuals = path.solution.residuals
     return {
-        "residual_step1": _median(path.residuals[0]),
-        "residual": _median(path.residuals[train_steps - 1]),
-        f"steps_to_rtol{RTOL}": _median(first_below(path.residuals, RTOL)),
+        "residual_step1": _median(residuals[0]),
+        "residual": _median(residuals[train_steps - 1]),
+        f"steps_to_rtol{RTOL}": _median(first_below(residuals, RTOL)),
         "spectral_radius": _median(radius),
     }
 

@@ -15,11 +15,12 @@ from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
-from ..checkpoints import Checkpointer, CompleteCheckpointer, ConversionError
-from ..data import build_mapper
+from ..checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
+from ..data import build_mapper, build_test_loader, prepare_datasets
 from ..errors import UserError
+from .configuration import explained_datasets
 from .evaluation import StepsEvaluator
-from .hooks import AverageBatchNorm, BestCheckpointer, PeakMemory, WeightsCheckpointer
+from .hooks import AverageBatchNorm, BestCheckpointer, ModelFileWriter, PeakMemory, WeightsCheckpointer
 from .insight import build_insight
 from .models import buildable
 from .optimizer import build_optimizer
@@ -28,34 +29,42 @@ from .optimizer import build_optimizer
 class Trainer(DefaultTrainer):
     """Trains, evaluates and checkpoints as detectron2 users know it, on GPUs or on the CPU.
 
-    New are the optimizer (see `build_optimizer`), the average of BatchNorm's statistics over the ranks, and
-    OUTPUT_DIR/model_best.pth, the weights of the best bbox AP, if TEST.EVAL_PERIOD is set.
+    New are the optimizer (see `build_optimizer`), the average of BatchNorm's statistics over the ranks,
+    OUTPUT_DIR/model_best.pth with the weights of the best box AP if TEST.EVAL_PERIOD is set, and
+    OUTPUT_DIR/model_final.safetensors, the trained model in one file for `Predictor.from_file`.
     """
 
     def __init__(self, cfg: CfgNode):
-        """
+        """Register the data sets of DATASETS.REGISTER, and build model, optimizer, loader and hooks.
+
         Raises:
-            UserError: SOLVER.AMP.ENABLED without CUDA.
+            UserError: SOLVER.AMP.ENABLED without CUDA, or a data set or a value in the config is wrong.
         """
         on_cuda = cfg.MODEL.DEVICE.startswith("cuda")
         if cfg.SOLVER.AMP.ENABLED and not (on_cuda and torch.cuda.is_available()):
             raise UserError(
                 f"SOLVER.AMP.ENABLED needs CUDA, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set it to False"
             )
+        with explained_datasets():
+            prepare_datasets(cfg)
         with _our_parts(on_cuda):
             super().__init__(cfg)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As DefaultTrainer's.
+        """Go on from the last checkpoint in OUTPUT_DIR if `resume`, else load MODEL.WEIGHTS.
 
         Raises:
-            UserError: MODEL.WEIGHTS cannot be read or downloaded.
+            UserError: the file cannot be read or downloaded.
         """
         with _readable_weights():
             super().resume_or_load(resume)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """detectron2's hooks with ours in between: the order matters."""
+        """detectron2's hooks with ours in between.
+
+        The order matters: BatchNorm's statistics are averaged before a checkpoint or an evaluation uses them, the best
+        checkpoint is chosen after an evaluation, and the model file is written at the very end.
+        """
         cfg = self.cfg
         insight = build_insight(cfg, self.model)
         ret = super().build_hooks()
@@ -69,11 +78,13 @@ class Trainer(DefaultTrainer):
             checkpointer = WeightsCheckpointer(self.model, cfg.OUTPUT_DIR)
             after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
             ret.insert(after, BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, metric))
+        if comm.is_main_process():
+            ret.append(ModelFileWriter(cfg))
         return ret
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """As DefaultTrainer's.
+        """Build the model of a config, on MODEL.DEVICE.
 
         Raises:
             UserError: a name in the config is unknown, or a value out of range.
@@ -88,21 +99,26 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
-        """detectron2's loader and mapper with the augmentation that INPUT.AUGMENTATION names."""
+        """detectron2's loader, with our mapper and the augmentation that INPUT.AUGMENTATION names."""
         return build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True))
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO's box AP, at most 100 detections an image; detections are written to OUTPUT_DIR/inference.
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        """detectron2's loader of one image at a time, with our mapper."""
+        return build_test_loader(cfg, dataset_name)
 
-        Where images stop as they converge (MODEL.DEQDET.SOLVER.RTOL), the number of steps beside it.
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """COCO's box AP with at most 100 detections for each image, which are also written to OUTPUT_DIR/inference.
+
+        With a tolerance (MODEL.DEQDET.SOLVER.RTOL), the number of steps that the images took is reported too.
         """
         coco = COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
         return DatasetEvaluators([coco, StepsEvaluator()]) if cfg.MODEL.DEQDET.SOLVER.RTOL > 0 else coco
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
-    """Load MODEL.WEIGHTS, or with `resume` the last checkpoint in OUTPUT_DIR if there is one, to evaluate.
+    """Load all weights of a model for an evaluation: MODEL.WEIGHTS, or with `resume` the last checkpoint in OUTPUT_DIR.
 
     Raises:
         UserError: the file cannot be read or downloaded, or is not a checkpoint of this model.
@@ -115,7 +131,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
 def _readable_weights() -> Iterator[None]:
     try:
         yield
-    except ConversionError as error:
+    except CheckpointError as error:
         raise UserError(f"cannot load the weights: {error}") from error
     except OSError as error:  # URLError is one
         raise UserError(
@@ -126,11 +142,11 @@ def _readable_weights() -> Iterator[None]:
 
 @contextmanager
 def _our_parts(on_cuda: bool) -> Iterator[None]:
-    """Within it, DefaultTrainer loads .safetensors files, and a DDP takes a model that is not on CUDA.
+    """Make DefaultTrainer use our checkpointer, and let DDP take a model that is not on CUDA.
 
-    DefaultTrainer.__init__ calls its module's DetectionCheckpointer, and its create_ddp_model, whose default
-    device_ids, the local rank, DDP refuses for such a model. It offers no argument for either, so other objects stand
-    for the module's names meanwhile, which is less than a copy of __init__.
+    DefaultTrainer.__init__ calls DetectionCheckpointer and create_ddp_model of its own module. The latter passes the
+    local rank as device_ids, which DDP refuses for a model on the CPU. There is no argument for either, so the names in
+    that module stand for other objects meanwhile; a copy of __init__ would be longer.
     """
     originals = defaults.create_ddp_model, defaults.DetectionCheckpointer
     defaults.DetectionCheckpointer = Checkpointer

@@ -69,6 +69,7 @@ class Solution:
     # step >= 1 -> (B, D), the iterate y to which that step applied f; a row that has stopped has the iterate of the
     # last step that it took part in. Empty without record_iterates
     iterates: dict[int, Tensor]
+    outputs: dict[int, Tensor]  # step >= 1 -> (B, D), f of that iterate; `recorded` differs from it with best=True
 
 
 def relative_residual(iterate: Tensor, output: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def solve(
         max_steps: T, the largest number of applications of f.
         rtol: the relative residual below which a row has converged; 0 takes all steps.
         record: the steps t to record. The recorded tensor is what `value` would be with max_steps = t.
-        record_iterates: record the iterates of these steps too (Solution.iterates).
+        record_iterates: record also to which iterate each of these steps applied f, and what f returned.
         best: return the output of the iterate with the lowest residual so far instead of the last one.
         restrict: given the indices (b,) of some batch rows, return f for a batch of these rows alone. With it, rows
             that have stopped leave the batch and cost nothing any more.
@@ -188,8 +189,9 @@ class _Record:
         self._residual_of_value = torch.full_like(self._residual, torch.nan)
         self._residuals: list[Tensor] = []
         self._recorded = {0: initial}
-        self._iterate = initial.clone() if keep_iterates else None
-        self._iterates: dict[int, Tensor] = {}
+        # The last iterate of each row and f of it, and the pairs of the recorded steps.
+        self._application = (initial.clone(), initial.clone()) if keep_iterates else None
+        self._applications: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, rows: Tensor | slice, active: Tensor, usable: Tensor, iterate: Tensor, output: Tensor) -> None:
         """Take in one step.
@@ -205,8 +207,9 @@ class _Record:
         self._steps[rows] += active
         self._residual[rows] = torch.where(active, residual, self._residual[rows])
         self._residuals.append(self._residual.clone())
-        if self._iterate is not None:
-            self._iterate[rows] = torch.where(active[:, None], iterate, self._iterate[rows])
+        if self._application is not None:
+            for kept, new in zip(self._application, (iterate, output), strict=True):
+                kept[rows] = torch.where(active[:, None], new, kept[rows])
         status = self.status[rows].masked_fill(active & ~usable, Status.NONFINITE)
         self.status[rows] = status.masked_fill(usable & (residual < self._rtol), Status.CONVERGED)
         taken = usable
@@ -218,14 +221,14 @@ class _Record:
     def keep(self, step: int) -> None:
         """Record the values, and the iterates if they are wanted, as they are after this step."""
         self._recorded[step] = self._value.clone()
-        if self._iterate is not None:
-            self._iterates[step] = self._iterate.clone()
+        if self._application is not None:
+            self._applications[step] = self._application[0].clone(), self._application[1].clone()
 
     def finish(self, record: Collection[int]) -> Solution:
         """Return the Solution. Recorded steps that were not reached have the last value and the last iterate."""
-        iterates = {}
-        if self._iterate is not None:
-            iterates = {t: self._iterates.get(t, self._iterate) for t in sorted(record) if t >= 1}
+        pairs = {}
+        if self._application is not None:
+            pairs = {t: self._applications.get(t, self._application) for t in sorted(record) if t >= 1}
         return Solution(
             value=self._value,
             residual=self._residual_of_value.nan_to_num(nan=torch.inf, posinf=torch.inf),
@@ -233,5 +236,6 @@ class _Record:
             steps=self._steps,
             residuals=torch.stack(self._residuals) if self._residuals else self._residual[None][:0],
             recorded={t: self._recorded.get(t, self._value) for t in sorted(record)},
-            iterates=iterates,
+            iterates={t: iterate for t, (iterate, _) in pairs.items()},
+            outputs={t: output for t, (_, output) in pairs.items()},
         )

@@ -15,8 +15,9 @@ from ..structures import Prediction, QueryState
 REFINEMENT_LAYER_REGISTRY = Registry("REFINEMENT_LAYER")
 REFINEMENT_LAYER_REGISTRY.__doc__ = """
 Refinement layers, subclasses of RefinementLayer. One name serves both f and the initialization layer g, which are two
-objects with their own weights. A registered object is called as `obj(cfg, input_shapes, initialization)`: the ShapeSpecs
-of the pyramid's levels, finest first, and True if g is wanted, False for f. docs/extending.md has a complete example.
+objects with their own weights. A registered object is called as `obj(cfg, input_shapes, initialization)`: the
+ShapeSpecs of the pyramid's levels, finest first, and True if g is wanted, False for f. docs/extending.md has a complete
+example.
 """
 
 CLASS_PRIOR = 0.01  # the probability with which every class starts

@@ -1,0 +1,79 @@
+"""From a record of a data set to the input of the model."""
+
+import copy
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    detection_utils,
+    get_detection_dataset_dicts,
+)
+from detectron2.data import transforms as T
+
+from .augmentation import build_augmentation
+from .images import read_image
+
+
+class ImageMapper(DatasetMapper):
+    """detectron2's DatasetMapper for boxes, but it reads images as the Predictor and the demo do.
+
+    So 16-bit, transparent and palette images have the same pixels in training, in an evaluation and in the demo.
+    """
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """Read and transform the image of a record, and in training its boxes.
+
+        Args:
+            dataset_dict: a record in detectron2's format; it is left as it is.
+
+        Returns:
+            The record with "image" (3, H, W) uint8 in the order of INPUT.FORMAT, and in training "instances".
+
+        Raises:
+            UserError: the image cannot be read.
+            SizeMismatchError: it has another size than the record says.
+        """
+        record = copy.deepcopy(dataset_dict)
+        image = read_image(record["file_name"])
+        if self.image_format == "BGR":
+            image = image[:, :, ::-1]
+        detection_utils.check_image_size(record, image)
+        inputs = T.AugInput(np.ascontiguousarray(image))
+        transforms = self.augmentations(inputs)
+        record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(record, transforms, inputs.image.shape[:2])
+        return record
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> ImageMapper:
+    """The mapper of a config, in training with the augmentations that INPUT.AUGMENTATION names.
+
+    Raises:
+        ValueError: as `build_augmentation`.
+    """
+    if not is_train:
+        return ImageMapper(cfg, is_train=False)
+    augmentations = build_augmentation(cfg)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.RANDOM_FLIP = "none"  # detectron2 builds a list of its own first, and knows no "both"
+    return ImageMapper(cfg, is_train=True, augmentations=augmentations)
+
+
+def build_test_loader(cfg: CfgNode, dataset: str, limit: int | None = None) -> DataLoader:
+    """A loader of one image at a time of a registered data set, as an evaluation reads it.
+
+    Args:
+        limit: the most images, the first ones; None for all.
+    """
+    records = get_detection_dataset_dicts(dataset, filter_empty=False)[:limit]
+    mapper = build_mapper(cfg, is_train=False)
+    return build_detection_test_loader(records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
