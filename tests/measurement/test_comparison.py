@@ -243,6 +243,17 @@ class TestPreparation:
         assert last.settings["MODEL.DEQDET.DECODER"] == "RecurrentDecoder"
         assert "--resume" in last.arguments and "OUTPUT_DIR" not in last.settings
 
+    def test_names_of_the_model_zoo_and_plugins(self, prepare, tmp_path):
+        plugin = tmp_path / "layer_of_a_comparison.py"
+        plugin.write_text("imported = True\n")
+        runs = prepare("quick/deqdet_shapes", "rnndet_shapes", seeds=[1], plugins=[str(plugin)])
+        assert [run.name for run in runs] == ["deqdet_shapes", "rnndet_shapes"]
+        for run in runs:
+            where = run.arguments.index("--plugin")
+            assert run.arguments[where + 1] == str(plugin)
+            assert Path(run.arguments[run.arguments.index("--config-file") + 1]).is_file()
+        assert sys.modules.pop("deqdet_plugin_layer_of_a_comparison").imported
+
     def test_unequal_budgets_are_an_error(self, prepare, write_config):
         other = write_config("other.yaml", "SOLVER: {MAX_ITER: 77}")
         with pytest.raises(UserError, match="SOLVER.MAX_ITER is 1200 in deqdet_shapes, but 77 in other"):

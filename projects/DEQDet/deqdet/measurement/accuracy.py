@@ -30,7 +30,7 @@ class Accuracy:
 
 
 class Detected(Protocol):
-    """An image with what was found in it after several steps."""
+    """An image with what was found in it after several steps, such as a steps.ImagePath."""
 
     image_id: int
     detections: Mapping[int, Instances]
@@ -53,8 +53,8 @@ class Evaluation:
         with _quiet():
             self._evaluator = COCOEvaluator(dataset, distributed=False)
 
-    def __call__(self, images: Sequence[Detected], choices: Sequence[tuple[int, ...]]) -> list[Accuracy]:
-        """Evaluate B images as often as there are choices.
+    def __call__(self, paths: Sequence[Detected], choices: Sequence[tuple[int, ...]]) -> list[Accuracy]:
+        """Evaluate the detections of B images once for each choice of steps.
 
         Args:
             choices: each has the step of each image, (B,). Equal choices are evaluated once.
@@ -63,15 +63,15 @@ class Evaluation:
             UserError: the data set has no annotations.
         """
         distinct = tqdm(dict.fromkeys(choices), desc="evaluations", leave=False, disable=None)
-        known = {choice: self._evaluate(images, choice) for choice in distinct}
+        known = {choice: self._evaluate(paths, choice) for choice in distinct}
         return [known[choice] for choice in choices]
 
-    def _evaluate(self, images: Sequence[Detected], choice: tuple[int, ...]) -> Accuracy:
+    def _evaluate(self, paths: Sequence[Detected], choice: tuple[int, ...]) -> Accuracy:
         self._evaluator.reset()
-        for image, step in zip(images, choice, strict=True):
-            self._evaluator.process([{"image_id": image.image_id}], [{"instances": image.detections[step]}])
+        for path, step in zip(paths, choice, strict=True):
+            self._evaluator.process([{"image_id": path.image_id}], [{"instances": path.detections[step]}])
         with _quiet():
-            results = self._evaluator.evaluate(img_ids=[image.image_id for image in images])
+            results = self._evaluator.evaluate(img_ids=[path.image_id for path in paths])
         if "bbox" not in results:
             raise UserError(f"{self._dataset} of DATASETS.TEST has no annotations: choose a set that has some")
         metrics = {field.name: results["bbox"][field.name] for field in fields(Accuracy)}

@@ -150,16 +150,18 @@ def check_trainings(runs: Sequence[Run]) -> None:
     Raises:
         UserError: the data or the weights of one are not there or do not fit, or its model cannot be built.
     """
+    built = set()
     for run in runs:
         args = parse_training(run.arguments)
-        check_run(load_config(args), args)
-    for run in {run.name: run for run in runs}.values():
-        cfg = load_config(parse_training(run.arguments))
+        cfg = load_config(args)
+        check_run(cfg, args)
         cfg.MODEL.DEVICE = "cpu"
         try:
-            build_model(cfg)
+            if run.name not in built:  # the seeds make no difference
+                build_model(cfg)
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from error
+        built.add(run.name)
 
 
 def check_record(run: Run) -> None:

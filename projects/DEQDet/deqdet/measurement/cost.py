@@ -189,18 +189,11 @@ def trace(module: nn.Module, *inputs: Tensor) -> dict[str, MultiplyAdds]:
     with _unfused_attention():
         operators = analysis.by_module_and_operator()
     linear = {name: counts["conv"] + counts["linear"] for name, counts in operators.items()}
-    hidden = [name for name, child in module.named_modules() if isinstance(child, nn.MultiheadAttention)]
-    return {
-        name: MultiplyAdds(
-            linear=linear[name] - sum(linear[child] for child in hidden if _contains(name, child)),
-            all=int(sum(counts.values())),
-        )
-        for name, counts in operators.items()
-    }
-
-
-def _contains(parent: str, child: str) -> bool:
-    return not parent or f"{child}.".startswith(f"{parent}.")
+    for hidden, child in module.named_modules():
+        if isinstance(child, nn.MultiheadAttention):
+            parents = [name for name in linear if not name or f"{hidden}.".startswith(f"{name}.")]
+            linear |= {name: linear[name] - operators[hidden]["linear"] for name in parents}
+    return {name: MultiplyAdds(linear[name], int(sum(counts.values()))) for name, counts in operators.items()}
 
 
 @contextmanager
@@ -239,26 +232,21 @@ def _empty_features(model: DEQDet, images: Tensor) -> list[Tensor]:
 
 def _count_layer(layer: RefinementLayer, state: QueryState, features: list[Tensor]) -> list[MultiplyAdds]:
     """The multiply-adds of one refinement and of one read-out."""
-    refinement = trace(_Refinement(layer), state.position, state.content, *features)
-    read_out = trace(_ReadOut(layer), state.position, state.content)
-    return [refinement[""], read_out[""]]
+    inputs = (state.position, state.content)
+    return [trace(_OnTensors(layer), *inputs, *features)[""], trace(_OnTensors(layer), *inputs)[""]]
 
 
-class _Refinement(nn.Module):
-    """A layer's forward as a function of tensors alone, which the tracer needs."""
+class _OnTensors(nn.Module):
+    """A layer's forward, or without features its predict, from tensors to tensors, as the tracer needs it."""
 
     def __init__(self, layer: RefinementLayer):
         super().__init__()
         self.layer = layer
 
     def forward(self, position: Tensor, content: Tensor, *features: Tensor) -> tuple[Tensor, Tensor]:
-        state = self.layer(QueryState(position, content), list(features))
+        state = QueryState(position, content)
+        if not features:
+            prediction = self.layer.predict(state)
+            return prediction.logits, prediction.boxes
+        state = self.layer(state, list(features))
         return state.position, state.content
-
-
-class _ReadOut(_Refinement):
-    """A layer's predict as a function of tensors alone."""
-
-    def forward(self, position: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = self.layer.predict(QueryState(position, content))
-        return prediction.logits, prediction.boxes

@@ -166,52 +166,33 @@ def summarize(
     """
     residuals = torch.stack([path.residuals for path in paths], dim=1)  # (T, images)
     # A residual that is NaN is further from convergence than any number.
-    medians = [_finite(np.median(row)) for row in residuals.nan_to_num(nan=math.inf, posinf=math.inf).numpy()]
+    medians = np.median(residuals.nan_to_num(nan=math.inf, posinf=math.inf).numpy(), axis=1).tolist()
+    medians = [value if math.isfinite(value) else None for value in medians]
     rtols = (0.0, *plan.rtols)
-    stops = [tuple(first_below(residuals[: plan.limit], rtol).tolist()) for rtol in rtols]
-    accuracies = evaluate(paths, [(step,) * len(paths) for step in plan.steps] + stops)
-    stopped = accuracies[len(plan.steps) :]
+    stops = [first_below(residuals[: plan.limit], rtol) for rtol in rtols]
+    same = [(step,) * len(paths) for step in plan.steps]
+    accuracies = evaluate(paths, same + [tuple(stop.tolist()) for stop in stops])
     rows = [
-        StepsRow(
-            steps=step,
-            multiply_adds=replace(cost, steps=step).total.linear,
-            seconds=latency.of(step),
-            residual=medians[step - 1],
-            accuracy=accuracy,
-        )
+        StepsRow(step, replace(cost, steps=step).total.linear, latency.of(step), medians[step - 1], accuracy)
         for step, accuracy in zip(plan.steps, accuracies, strict=False)
     ]
-    tolerances = [
-        _tolerance_row(rtol, stop, paths, accuracy, stopped[0], plan.limit)
-        for rtol, stop, accuracy in zip(rtols, stops, stopped, strict=True)
-    ]
+    tolerances, accuracies = [], accuracies[len(plan.steps) :]
+    for rtol, stop, accuracy in zip(rtols, stops, accuracies, strict=True):
+        # With an rtol, an image that became infinite leaves the batch; with rtol = 0, f is still applied to it.
+        taken = np.minimum([path.steps for path in paths] if rtol else plan.limit, stop.numpy())
+        converged = residuals.gather(0, stop[None] - 1) < rtol
+        known = accuracy.AP is not None and accuracies[0].AP is not None
+        tolerances.append(
+            ToleranceRow(
+                rtol=rtol,
+                mean_steps=float(np.mean(taken)),
+                median_steps=float(np.median(taken)),
+                percentile_95_steps=float(np.percentile(taken, 95)),
+                saved=100 * (1 - float(np.mean(taken)) / plan.limit),
+                converged=100 * float(converged.double().mean()) if rtol else None,
+                accuracy=accuracy,
+                difference=accuracy.AP - accuracies[0].AP if known else None,
+            )
+        )
     nonfinite = sum(not path.finite for path in paths)
     return Results(name, solver, latency, nonfinite, medians, rows, tolerances)
-
-
-def _tolerance_row(
-    rtol: float,
-    stops: tuple[int, ...],
-    paths: Sequence[ImagePath],
-    accuracy: Accuracy,
-    baseline: Accuracy,
-    limit: int,
-) -> ToleranceRow:
-    # With an rtol, an image that became infinite leaves the batch; with rtol = 0, f is still applied to it.
-    taken = [min(path.steps, stop) if rtol else stop for path, stop in zip(paths, stops, strict=True)]
-    converged = [bool(path.residuals[stop - 1] < rtol) for path, stop in zip(paths, stops, strict=True)]
-    known = accuracy.AP is not None and baseline.AP is not None
-    return ToleranceRow(
-        rtol=rtol,
-        mean_steps=float(np.mean(taken)),
-        median_steps=float(np.median(taken)),
-        percentile_95_steps=float(np.percentile(taken, 95)),
-        saved=100 * (1 - float(np.mean(taken)) / limit),
-        converged=100 * float(np.mean(converged)) if rtol else None,
-        accuracy=accuracy,
-        difference=accuracy.AP - baseline.AP if known else None,
-    )
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -26,9 +26,8 @@ TASKS = ("parameter", "flop")
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the tool with the given command line, by default that of the process."""
-    args = parse_arguments(make_parser(), words)
     with exit_on_user_error():
-        analyze(args)
+        analyze(parse_arguments(make_parser(), words))
 
 
 def make_parser() -> argparse.ArgumentParser:

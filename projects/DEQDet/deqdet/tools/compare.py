@@ -15,10 +15,6 @@ then equals it. A row changes the keys in which it differs, once loaded, from th
 pixels (MODEL.DEQDET.PERTURBATION.POSITION_SIZE) keeps its ratio to the default row's: 50 of 25 pixels become twice the
 other config's. Any other change must start from a value that the other config shares with the default row; if not, that
 is an error before any training. The KEY VALUE pairs are put on the other config first, and can provide such values.
-
-Memory in training is, on a GPU, the most that tensors took of the first one; on a CPU, the most that the first process
-had resident, with more than 0.5 GB of libraries. At inference it is the most that tensors took for one image, weights
-included.
 """
 
 import argparse

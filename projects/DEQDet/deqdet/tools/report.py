@@ -28,9 +28,8 @@ SHEET_SCORE = 0.3  # detections with a lower score are not drawn
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the tool with the given command line, by default that of the process."""
-    args = parse_arguments(make_parser(), words)
     with exit_on_user_error():
-        report(args)
+        report(parse_arguments(make_parser(), words))
 
 
 def make_parser() -> argparse.ArgumentParser:
