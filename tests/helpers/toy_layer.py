@@ -13,6 +13,8 @@ class ToyLayer(RefinementLayer):
     Unlike a real layer it reads the position as it is given, so that it shows what the decoder detaches.
     """
 
+    accepts_segments = True
+
     def __init__(self, a: float, b: float, c: float, d: float):
         super().__init__()
         self.numbers = nn.Parameter(torch.tensor([a, b, c, d], dtype=torch.float64))
