@@ -1,10 +1,15 @@
 """The package. detectron2 has no release to require: tools/install_detectron2.py brings it."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+VERSION = Path(__file__).with_name("projects") / "DEQDet" / "deqdet" / "version.py"
 
 setup(
     name="deqdet",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', VERSION.read_text())[1],
     description="Deep equilibrium object detection as a Detectron2 project extension",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -21,12 +26,13 @@ setup(
         "opencv-python-headless>=4.8",
         "matplotlib>=3.7",
         "Pillow>=9.4",
+        "safetensors>=0.4",  # model files
         "tqdm>=4.64",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later releases lack
     ],
     extras_require={
         "swin": ["timm>=0.9"],  # the drop path of detectron2's SwinTransformer
-        "safetensors": ["safetensors>=0.4"],  # converted checkpoints in that format
-        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9", "safetensors>=0.4"],
+        "hub": ["huggingface_hub>=0.20"],  # models named hf://OWNER/NAME
+        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9"],
     },
 )

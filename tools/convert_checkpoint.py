@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deqdet.checkpoints import KINDS, ConversionError, convert_file
+from deqdet.checkpoints import KINDS, CheckpointError, convert_file
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
         done = convert_file(args.source, args.target, kind=args.kind, num_classes=args.num_classes)
-    except ConversionError as error:
+    except CheckpointError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     print(f"kind: {done.kind}{' (guessed from the keys)' if done.guessed else ''}")
     for note in done.notes:
@@ -40,7 +40,8 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="IN")
     parser.add_argument("target", type=Path, metavar="OUT")
-    parser.add_argument("--from", dest="kind", choices=KINDS, help="what IN is; guessed from its keys if not given")
+    kinds = sorted(KINDS)
+    parser.add_argument("--from", dest="kind", choices=kinds, help="what IN is; guessed from its keys if not given")
     parser.add_argument("--num-classes", type=int, metavar="K", help="IN's classes; refuse it if it has others")
     return parser.parse_args(arguments)
 

@@ -1,8 +1,38 @@
-"""Checkpoints of other implementations, made into ours: `convert_file` reads, renames, checks and writes."""
+"""Checkpoint files: reading and writing them, whole models in one file, and conversion of others' weights to ours."""
 
 from .checkpointer import Checkpointer, CompleteCheckpointer
-from .conversion import Conversion, convert, convert_file
-from .kinds import KINDS
-from .reading import ConversionError
+from .convert import Conversion, convert, convert_file
+from .files import CheckpointError
+from .implied import Config, Shapes
+from .kinds import KINDS, Kind, register_kind, under
+from .model_file import (
+    ModelFile,
+    is_model_file,
+    load_model_config,
+    read_model_file,
+    resolve_file,
+    write_model_file,
+)
+from .publish import publish_checkpoint
 
-__all__ = ["KINDS", "Checkpointer", "CompleteCheckpointer", "Conversion", "ConversionError", "convert", "convert_file"]
+__all__ = [
+    "KINDS",
+    "CheckpointError",
+    "Checkpointer",
+    "CompleteCheckpointer",
+    "Config",
+    "Conversion",
+    "Kind",
+    "ModelFile",
+    "Shapes",
+    "convert",
+    "convert_file",
+    "is_model_file",
+    "load_model_config",
+    "publish_checkpoint",
+    "read_model_file",
+    "register_kind",
+    "resolve_file",
+    "under",
+    "write_model_file",
+]

@@ -15,7 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
-from ..checkpoints import Checkpointer, CompleteCheckpointer, ConversionError
+from ..checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
 from ..data import build_mapper
 from ..errors import UserError
 from .evaluation import StepsEvaluator
@@ -115,7 +115,7 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
 def _readable_weights() -> Iterator[None]:
     try:
         yield
-    except ConversionError as error:
+    except CheckpointError as error:
         raise UserError(f"cannot load the weights: {error}") from error
     except OSError as error:  # URLError is one
         raise UserError(

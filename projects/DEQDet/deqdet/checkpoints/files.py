@@ -1,0 +1,215 @@
+"""Checkpoint files: read without running code that a file may hold, checked, and written whole or not at all."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import UserError, describe_os_error, one_line
+
+# Where trainers put the weights in a checkpoint. A file without such an entry holds nothing but weights.
+ENTRIES = ("state_dict", "model")
+AUTHOR = "deqdet.checkpoints"
+
+
+class CheckpointError(UserError):
+    """A checkpoint, or a file name for one, that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in a file, and the names of its other entries (the optimizer's state, for instance)."""
+
+    weights: dict[str, Tensor]
+    ignored: tuple[str, ...]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the weights of a .safetensors file, or of what torch.save wrote, onto the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, is no checkpoint, or holds objects other than tensors and plain
+            Python values. Such objects are never built, since building them can run code.
+    """
+    return find_weights(path, read_file(path))
+
+
+def read_file(path: Path) -> Mapping:
+    """Read all of a checkpoint, as `read_checkpoint` does; the result is a dict of any entries."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        reason = describe_os_error(error)
+        raise CheckpointError(f"{path} cannot be read ({reason}): give the checkpoint's file") from error
+    loaded = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}: a checkpoint is a dict of tensors")
+    return loaded
+
+
+def find_weights(path: Path, loaded: Mapping) -> Checkpoint:
+    """Take the weights out of the entries of the file `path`.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    weights, ignored = loaded, ()
+    for entry in ENTRIES:
+        if isinstance(loaded.get(entry), Mapping):
+            weights, ignored = loaded[entry], tuple(str(key) for key in loaded if key != entry)
+            break
+    if not weights:
+        raise CheckpointError(f"{path} holds no tensor")
+    check_weights(path, weights, ENTRIES)
+    return Checkpoint(dict(weights), ignored)
+
+
+def check_weights(path: Path, weights: object, entries: Sequence[str]) -> None:
+    """See that `weights` is a dict of named tensors.
+
+    Args:
+        entries: the entries of the file in which the weights were sought, for the message.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"{path} holds a {type(weights).__name__}: a checkpoint is a dict of tensors")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} is no dict of tensors: its entry {name!r} is a {type(value).__name__} "
+                f"(the weights are sought in {' or '.join(entries)}, else at the top)"
+            )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file, a format that cannot hold code.
+
+    Raises:
+        CheckpointError: the file is damaged or of another format.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise not_safetensors(path, error) from error
+
+
+def not_safetensors(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that the safetensors package refuses."""
+    return CheckpointError(f"{path} is damaged or no safetensors file ({_first_sentence(error)})")
+
+
+def read_torch(path: Path) -> object:
+    """Read what torch.save wrote, provided that it consists of tensors and plain Python values.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds other objects.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they are about is in the error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler lets any exception through, depending on the bytes that it meets
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} holds {refused[1]}, which is not loaded, because unpickling such objects can run code: if you "
+                "trust the file, load it where it was made and save its state dict alone"
+            ) from error
+        raise CheckpointError(
+            f"{path} is damaged, or was not written by torch.save ({_first_sentence(error)}): download or save it again"
+        ) from error
+
+
+def check_target(path: Path, source: Path) -> None:
+    """See, before any work is done, whether a checkpoint made of `source` can be written to `path`.
+
+    Raises:
+        CheckpointError: the folder is missing, or `path` names the source, something that is no plain file, or a format
+            that detectron2 reads in another way.
+    """
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path} cannot be written: {path.parent} is no folder, create it first")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} cannot be written: it is no plain file")
+    if path.exists() and source.exists() and path.samefile(source):
+        raise CheckpointError(f"{path} is the checkpoint to be converted: give the output another name")
+    if path.suffix in (".pkl", ".pyth"):
+        raise CheckpointError(f"detectron2 reads {path.suffix} files in a way of its own: name {path} .pth instead")
+
+
+def write_checkpoint(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a .safetensors file if `path` is named so, else {"model": weights} as torch.save does.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    if path.suffix == ".safetensors":
+        write_safetensors(weights, path, {"author": AUTHOR})
+        return
+    with replacing(path) as file:
+        torch.save({"model": _own_copies(weights), "__author__": AUTHOR}, file)
+
+
+def write_safetensors(weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file with `metadata` in its header.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    # "format" is the entry by which other programs know that the tensors are PyTorch's.
+    content = safetensors.torch.save(_own_copies(weights), {"format": "pt", **metadata})
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file in the folder of `path`, which takes the name `path` once it is complete and on the disk.
+
+    Until then, and so after an error or a kill at any moment, `path` is what it was before.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+        reason = describe_os_error(error) if isinstance(error, OSError) else one_line(error)
+        raise CheckpointError(f"{path} cannot be written ({reason})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    with suppress(OSError):  # not every file system can sync a folder, and the file itself is complete
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # puts the new name on the disk
+        finally:
+            os.close(folder)
+
+
+def _own_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of which each has memory of its own.
+
+    torch.save would store a slice with all of the tensor that it is cut from; safetensors refuses shared memory.
+    """
+    return {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in weights.items()}
+
+
+def _first_sentence(error: Exception) -> str:
+    """The kind of an exception and the first sentence of its message, since torch's go on for a paragraph."""
+    sentence = re.split(r"[.:]\s|\n", str(error), maxsplit=1)[0].strip().rstrip(".")
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__

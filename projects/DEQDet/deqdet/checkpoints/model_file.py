@@ -1,0 +1,266 @@
+"""One file that is a whole model: weights, config, class names and pixel format, in a format that cannot hold code.
+
+It is a .safetensors file. What is not a tensor is in the header's metadata, a flat dict of texts:
+
+    deqdet.format        "1", the version of this layout
+    deqdet.version       the version of deqdet that wrote the file
+    deqdet.config        the config as YAML, without what belongs to one machine or run (LOCAL_KEYS)
+    deqdet.classes       a JSON list of the class names
+    deqdet.pixel_format  "RGB" or "BGR", the channel order that the model takes
+    deqdet.sha256        a checksum over the tensors (name, type, shape and bytes) and the other metadata
+
+and any notes of whoever wrote it, under keys of their own.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from detectron2.config import CfgNode, get_cfg
+
+from ..config import add_deqdet_config
+from ..errors import one_line
+from ..version import __version__
+from .files import CheckpointError, not_safetensors, write_safetensors
+
+FORMAT = 1
+OURS = "deqdet."  # the metadata's keys that are not notes begin so
+PIXEL_FORMATS = ("RGB", "BGR")
+# Properties of one machine or run, not of the model; whoever loads the file gets their defaults.
+LOCAL_KEYS = (
+    "OUTPUT_DIR",
+    "MODEL.WEIGHTS",
+    "MODEL.DEVICE",
+    "DATASETS.REGISTER",
+    "DATASETS.PROPOSAL_FILES_TRAIN",
+    "DATASETS.PROPOSAL_FILES_TEST",
+)
+STATISTICS = (".running_mean", ".running_var")  # of BatchNorm; a variance may be far outside float16's range
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What a model file holds."""
+
+    weights: dict[str, Tensor]  # on the CPU; those that were stored as float16 are float32 again
+    config: str  # YAML
+    class_names: tuple[str, ...]
+    pixel_format: str  # "RGB" or "BGR"
+    metadata: dict[str, str]  # the rest: deqdet.version, deqdet.format and notes
+    source: str = "the model file"  # its path, for messages
+
+
+def write_model_file(
+    path: str | Path,
+    *,
+    weights: Mapping[str, Tensor],
+    cfg: CfgNode,
+    class_names: Sequence[str],
+    half: bool = False,
+    notes: Mapping[str, str] = {},
+) -> None:
+    """Write a model file, whole or not at all.
+
+    Args:
+        path: its name ends in .safetensors.
+        weights: the model's state dict.
+        cfg: the model's config.
+        class_names: one for each of the model's classes, in the order of its outputs.
+        half: store floating-point tensors, except for BatchNorm's running statistics, as float16.
+        notes: more texts for the header.
+
+    Raises:
+        CheckpointError: the file cannot be written, class_names or INPUT.FORMAT do not fit the model, or `half` is
+            given and a value is too large for float16 (names the tensor).
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} cannot be written: a model file's name must end in .safetensors")
+    if len(class_names) != cfg.MODEL.DEQDET.NUM_CLASSES:
+        raise CheckpointError(
+            f"{len(class_names)} class names for a model of {cfg.MODEL.DEQDET.NUM_CLASSES} classes "
+            "(MODEL.DEQDET.NUM_CLASSES): give one name for each class"
+        )
+    if cfg.INPUT.FORMAT not in PIXEL_FORMATS:
+        raise CheckpointError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: it must be RGB or BGR")
+    if taken := [key for key in notes if key.startswith(OURS)]:
+        raise ValueError(f"notes must not begin with {OURS!r}: {', '.join(taken)}")
+    weights = {name: _to_half(name, x) if half else x for name, x in weights.items()}
+    metadata = {
+        **notes,
+        f"{OURS}format": str(FORMAT),
+        f"{OURS}version": __version__,
+        f"{OURS}config": _portable_config(cfg),
+        f"{OURS}classes": json.dumps(list(class_names), ensure_ascii=False),
+        f"{OURS}pixel_format": cfg.INPUT.FORMAT,
+    }
+    write_safetensors(weights, path, metadata | {f"{OURS}sha256": _checksum(weights, metadata)})
+
+
+def read_model_file(path: str | Path) -> ModelFile:
+    """Read a model file and compare it with its checksum.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no safetensors file, it is one without a config, or a newer
+            version of deqdet wrote it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            _check_format(path, metadata)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
+        raise not_safetensors(Path(path), error) from error
+    metadata.pop("format", None)  # safetensors' own
+    if metadata.pop(f"{OURS}sha256", None) != _checksum(weights, metadata):
+        raise CheckpointError(f"{path} is damaged (its checksum is another one): download or publish it again")
+    try:
+        config = metadata.pop(f"{OURS}config")
+        class_names = tuple(map(str, json.loads(metadata.pop(f"{OURS}classes"))))
+        pixel_format = metadata.pop(f"{OURS}pixel_format")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no model file that deqdet wrote ({one_line(error)})") from error
+    if pixel_format not in PIXEL_FORMATS:
+        raise CheckpointError(f"{path} is no model file that deqdet wrote (its pixel format is {pixel_format!r})")
+    weights = {name: x.float() if x.dtype == torch.float16 else x for name, x in weights.items()}
+    return ModelFile(weights, config, class_names, pixel_format, metadata, str(path))
+
+
+def is_model_file(path: str | Path) -> bool:
+    """Whether a file's header is that of a model file; the tensors are not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return f"{OURS}format" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def load_model_config(model_file: ModelFile) -> CfgNode:
+    """The model's config, with the defaults for all that belongs to one machine or run; MODEL.WEIGHTS is "".
+
+    The text is parsed by YAML's safe loader, which builds plain values only; detectron2's own loader would run code
+    that a tag names.
+
+    Raises:
+        CheckpointError: the text is no YAML of plain values, or a key or value is none that we know.
+    """
+    source = model_file.source
+    try:
+        loaded = yaml.safe_load(model_file.config)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the config in {source} is no YAML of plain values: {one_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"the config in {source} is no YAML mapping")
+    cfg = get_cfg()
+    add_deqdet_config(cfg)
+    defaults = cfg.clone()
+    check_keys(loaded, cfg, "", source)
+    try:
+        cfg.merge_from_other_cfg(CfgNode(loaded))
+    except (AssertionError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the config in {source} has a value that does not fit: {one_line(error)}") from error
+    for key in LOCAL_KEYS:  # a file that another program made may have them nevertheless
+        section, name = _locate(cfg, key)
+        section[name] = _locate(defaults, key)[0][name]
+    return cfg
+
+
+def check_keys(loaded: Mapping, known: CfgNode, prefix: str, source: str) -> None:
+    """See, at every depth, that the config has each key; sections that take keys of any name excepted."""
+    for key, value in loaded.items():
+        if key not in known and not known.is_new_allowed():
+            raise CheckpointError(
+                f"the config in {source} has the unknown key {prefix}{key}: a newer version of deqdet wrote the file, "
+                "update deqdet"
+            )
+        if isinstance(value, dict) and isinstance(known.get(key), CfgNode):
+            check_keys(value, known[key], f"{prefix}{key}.", source)
+
+
+def resolve_file(path_or_url: str) -> Path:
+    """The local file of a path, or of a file on the Hugging Face hub, which is downloaded unless the cache has it.
+
+    Args:
+        path_or_url: a path, which is returned as it is, or hf://OWNER/NAME[@REVISION][/FILE.safetensors]. Without a
+            FILE, it is model.safetensors; it may be in a folder.
+
+    Raises:
+        CheckpointError: the name is none of these, the package huggingface_hub is not installed, or the hub does not
+            give the file.
+    """
+    if not path_or_url.startswith("hf://"):
+        return Path(path_or_url)
+    owner, _, rest = path_or_url.removeprefix("hf://").partition("/")
+    repository, _, filename = rest.partition("/")
+    name, _, revision = repository.partition("@")
+    filename = filename or "model.safetensors"
+    if not owner or not name or not filename.endswith(".safetensors") or ".." in filename.split("/"):
+        raise CheckpointError(f"{path_or_url} is none of hf://OWNER/NAME[@REVISION][/FILE.safetensors]")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise CheckpointError(f"{path_or_url} needs the package huggingface_hub: pip install 'deqdet[hub]'") from error
+    try:
+        found = huggingface_hub.hf_hub_download(
+            repo_id=f"{owner}/{name}", filename=filename, revision=revision or None
+        )
+    except Exception as error:  # the package's own errors, those of its HTTP library, and the operating system's
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{path_or_url} cannot be downloaded ({reason})") from error
+    return Path(found)
+
+
+def _check_format(path: str | Path, metadata: Mapping[str, str]) -> None:
+    found = metadata.get(f"{OURS}format")
+    if found is None:
+        raise CheckpointError(f"{path} holds weights without a config: give --config-file with it")
+    if not found.isdecimal():
+        raise CheckpointError(f"{path} is no model file that deqdet wrote (its format is {found!r})")
+    if int(found) > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found}, but this version of deqdet reads formats up to {FORMAT}: update deqdet"
+        )
+
+
+def _portable_config(cfg: CfgNode) -> str:
+    """The config as YAML without LOCAL_KEYS."""
+    plain = yaml.safe_load(cfg.dump())
+    for key in LOCAL_KEYS:
+        section, name = _locate(plain, key)
+        section.pop(name, None)
+    return yaml.safe_dump(plain)
+
+
+def _locate(config: dict, key: str) -> tuple[dict, str]:
+    """The section that has a dotted key, and the key's last part."""
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config[section]
+    return config, name
+
+
+def _to_half(name: str, value: Tensor) -> Tensor:
+    if not value.is_floating_point() or name.endswith(STATISTICS):
+        return value
+    half = value.to(torch.float16)
+    if not torch.equal(half.isfinite(), value.isfinite()):
+        largest = value.abs()[value.isfinite()].max().item()
+        raise CheckpointError(f"{name} has the value {largest:.6g}, too large for float16: publish it as float32")
+    return half
+
+
+def _checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all that a model file holds."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

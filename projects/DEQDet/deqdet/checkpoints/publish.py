@@ -1,0 +1,85 @@
+"""From a training's checkpoint to a model file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from detectron2.config import CfgNode
+
+from .convert import COUNTER, build_structure, describe, describe_shapes
+from .files import CheckpointError, check_target, check_weights, find_weights, read_file
+from .model_file import STATISTICS, is_model_file, read_model_file, resolve_file, write_model_file
+
+AVERAGE = "ema"  # the entry of a checkpoint with the exponential moving average of the weights
+CHOICES = ("auto", "raw", AVERAGE)
+
+
+def publish_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    cfg: CfgNode,
+    class_names: Sequence[str],
+    weights: str = "auto",
+    half: bool = False,
+) -> str:
+    """Make a model file of a .pth or .safetensors checkpoint of ours, and return a sentence that says what was written.
+
+    Args:
+        checkpoint: a file, or an hf:// name (see `resolve_file`).
+        output, class_names, half: see `write_model_file`.
+        cfg: the config that the checkpoint was trained with.
+        weights: "ema" for the moving average of the weights, which some trainings keep, "raw" for the weights
+            themselves, or "auto" for the average where there is one.
+
+    Raises:
+        CheckpointError: a file cannot be read or written, there is no such average, or the weights are not those of the
+            config's model; names the weights that are missing, unknown or of a wrong shape.
+    """
+    if weights not in CHOICES:
+        raise ValueError(f"weights is {weights!r}: it must be one of {', '.join(CHOICES)}")
+    source, output = resolve_file(str(checkpoint)), Path(output)
+    check_target(output, source)
+    found, taken = _read_weights(source, weights)
+    found = _check_complete(source, found, build_structure(cfg))
+    notes = {"weights": taken}
+    write_model_file(output, weights=found, cfg=cfg, class_names=class_names, half=half, notes=notes)
+    return (
+        f"wrote the {'averaged' if taken == AVERAGE else 'raw'} weights of {source} ({len(found)} tensors, "
+        f"{'float16' if half else 'as they are'}) with their config and {len(class_names)} class names to {output}"
+    )
+
+
+def _read_weights(path: Path, choice: str) -> tuple[dict[str, Tensor], str]:
+    """The chosen weights, and which they are: "raw" or "ema"."""
+    loaded = {"model": read_model_file(path).weights} if is_model_file(path) else read_file(path)
+    average = loaded.get(AVERAGE)
+    if choice == AVERAGE and average is None:
+        raise CheckpointError(f"{path} has no averaged weights (no entry {AVERAGE!r}): take the raw ones")
+    raw = find_weights(path, {key: value for key, value in loaded.items() if key != AVERAGE})
+    if choice == "raw" or average is None:
+        return raw.weights, "raw"
+    check_weights(path, average, [AVERAGE])
+    # An average of the parameters alone goes with the raw statistics of BatchNorm.
+    statistics = {name: value for name, value in raw.weights.items() if name.endswith((*STATISTICS, COUNTER))}
+    return statistics | dict(average), AVERAGE
+
+
+def _check_complete(
+    path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights in the model's order, once they are known to be all of the model's."""
+    given = [name for name in expected if name in weights]
+    misshapen = [name for name in given if weights[name].shape != expected[name].shape]
+    problems = [
+        describe("unknown", [name for name in weights if name not in expected and not name.endswith(COUNTER)]),
+        describe("missing", [name for name in expected if name not in weights and not name.endswith(COUNTER)]),
+        describe("misshapen", [describe_shapes(name, weights[name], expected[name]) for name in misshapen]),
+    ]
+    if any(problems):
+        raise CheckpointError(
+            f"{path} does not fit the config's model: {'; '.join(filter(None, problems))}. Give the config that it was "
+            "trained with"
+        )
+    return {name: weights[name] for name in given}
