@@ -131,7 +131,7 @@ class Predictor:
         Raises:
             UserError: the file is missing, damaged or no model file, or an override is wrong.
         """
-        file = read_model_file(resolve_file(path))
+        file = read_model_file(resolve_file(os.fspath(path)))
         cfg = load_model_config(file)
         put_overrides(cfg, [str(word) for word in overrides])
         _set_device(cfg, device)
