@@ -15,24 +15,25 @@ PACKAGE = ROOT / "projects" / "DEQDet" / "deqdet"
 # that of the design's data flow; a new module needs a place here.
 LEVELS = (
     {"errors", "version", "config", "equilibrium", "structures", "boxes"},
-    {"backbones", "queries", "layers", "perturbation"},
+    {"model_zoo", "plugins", "backbones", "queries", "layers", "perturbation"},
     {"decoders", "matcher"},
     {"criterion", "inference"},
     {"detector", "data"},
-    {"residuals", "tables", "timing", "visualization"},
+    {"residuals", "tables", "timing", "visualization", "drawing"},
     {"checkpoints", "analysis"},
     {"engine"},
-    {"comparison", "convergence", "demo"},
+    {"predictor"},
+    {"comparison", "convergence", "measurement", "demo"},
     {"tools"},
     {""},  # deqdet/__init__.py
 )
 # Functions that may read a config.
 CFG_READERS = re.compile(
-    r"from_config|from_bottom_up|(add_deqdet|_add|build|register|prepare|check)_\w+"
+    r"from_config|from_bottom_up|(add_deqdet|_add|build|register|prepare|check|find)_\w+"
     # A model file holds a config.
-    r"|write_model_file|load_model_config|_portable_config|publish_checkpoint|_config_with"
+    r"|write_model_file|load_model_config|_portable_config|publish_checkpoint|_config_with|merge_overrides"
 )
-CFG_ROOMS = {"engine", "tools"}  # whose work starts at a config
+CFG_ROOMS = {"engine", "model_zoo", "predictor", "tools"}  # whose work starts at a config
 
 
 def python_files(root):

@@ -48,7 +48,7 @@ def parse_args(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("source", type=Path, metavar="IN")
     parser.add_argument("target", type=Path, metavar="OUT")
-    parser.add_argument("--from", dest="kind", choices=sorted(KINDS), help="the kind of IN; by default guessed from its keys")
+    parser.add_argument("--from", dest="kind", choices=sorted(KINDS), help="the kind of IN; guessed if not given")
     parser.add_argument("--num-classes", type=int, metavar="K", help="the classes that IN must have, or be refused")
     return parser.parse_args(words)
 
