@@ -1,4 +1,4 @@
-"""Data sets, generated and registered, and augmentation for detectron2's DatasetMapper."""
+"""Data sets: registration, the generated shapes, and the augmentation policies for detectron2's DatasetMapper."""
 
 from .augmentation import build_augmentation, build_mapper
 from .registration import check_datasets, prepare_datasets, register_datasets, register_shapes
