@@ -7,7 +7,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .detector import DEQDet
-from .equilibrium import relative_residual
 
 
 @torch.no_grad()
@@ -26,10 +25,7 @@ def measure_residuals(model: DEQDet, batches: Iterable[list[dict]], steps: int) 
     model.eval()
     columns = []
     for batch in tqdm(batches, desc="residuals", disable=None):
-        features, initial = model.encode(model.preprocess(batch))
-        start = model.decoder.initialize(initial, features)
-        solution = model.decoder.solve(start, features, steps=steps)
-        first = relative_residual(initial.pack(), start.pack())
-        columns.append(torch.cat([first[None], solution.residuals]).float().cpu())
+        path = model.walk(batch, steps=steps, rtol=0.0).trajectory
+        columns.append(torch.cat([path.initialization_residual()[None], path.solution.residuals]).float().cpu())
     model.train(training)
     return torch.cat(columns, dim=1)
