@@ -30,7 +30,7 @@ LEVELS = (
 CFG_READERS = re.compile(
     r"from_config|from_bottom_up|(add_deqdet|_add|build|register|prepare|check)_\w+"
     # A model file holds a config.
-    r"|write_model_file|load_model_config|_portable_config|publish_checkpoint|_config_with"
+    r"|write_model_file|load_model_config|_portable_config|publish_checkpoint"
 )
 CFG_ROOMS = {"engine", "tools"}  # whose work starts at a config
 
