@@ -14,9 +14,9 @@ from deqdet.demo.animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, 
 from deqdet.demo.drawing import draw_detections, enlarge, place_labels
 from deqdet.demo.refinement import Refinement, trace_refinement
 from deqdet.demo.residual_plot import plot_convergence
+from deqdet.drawing import class_colours
 from deqdet.equilibrium import relative_residual
 from deqdet.structures import QueryState
-from deqdet.visualization import class_colours
 
 NAMES = ["red", "green", "blue"]
 

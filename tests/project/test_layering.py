@@ -19,11 +19,10 @@ LEVELS = (
     {"decoders", "matcher"},
     {"criterion", "inference"},
     {"detector", "data"},
-    {"residuals", "tables", "timing", "visualization", "drawing"},
-    {"checkpoints", "analysis"},
+    {"checkpoints", "drawing"},
     {"engine"},
     {"predictor"},
-    {"comparison", "convergence", "measurement", "demo"},
+    {"measurement", "demo"},
     {"tools"},
     {""},  # deqdet/__init__.py
 )

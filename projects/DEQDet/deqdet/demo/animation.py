@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detectron2.utils.visualizer import Visualizer
 
-from ..visualization import Colour, class_colours
+from ..drawing import Colour, class_colours
 from .drawing import MOST_ENLARGED, draw_box
 from .refinement import Refinement
 

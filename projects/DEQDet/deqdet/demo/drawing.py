@@ -10,7 +10,7 @@ from matplotlib.patheffects import withStroke
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 
-from ..visualization import Colour, class_colours
+from ..drawing import Colour, class_colours
 
 ENLARGED_SIDE = 640  # pixels: smaller images are drawn about this large
 MOST_ENLARGED = 16  # times

@@ -1,24 +1,32 @@
-"""The trainings of a comparison: what each one runs, whether it may, whether it is done.
+"""Several configs trained on the same data for the same budget, each in a folder of its own.
 
-Each lives in a folder of its own. run.json, written first, holds the settings it was begun with; result.json,
-written last, marks it as done.
+In a run's folder, run.json is written first and holds the settings with which the run was begun; result.json is written
+last and marks it as done. A comparison that was interrupted goes on from there.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
-from ..engine import argument_parser, build_model, load_config
-from ..engine.configuration import check_run
+from ..engine import build_model, check_run, load_config
 from ..errors import UserError
-from .measurement import Measurement, describe_machine
-from .metrics import Metrics, read_metrics
-from .settings import OWN_KEYS, carry_over, check_budgets, prepare_defaults, prepare_settings
+from ..model_zoo import find_config
+from .comparison_settings import (
+    OWN_KEYS,
+    carry_over,
+    check_budgets,
+    parse_training,
+    prepare_defaults,
+    prepare_settings,
+)
+from .timing import Measurement, describe_machine
 
 EVALUATIONS = 6  # of a training, if no period is given
 
@@ -27,10 +35,10 @@ EVALUATIONS = 6  # of a training, if no period is given
 class Run:
     """One config with one seed, to be trained in a folder."""
 
-    name: str  # of the config file, without .yaml
+    name: str  # that of the config file, without .yaml
     seed: int
     folder: Path
-    arguments: tuple[str, ...]  # of tools/train_net.py
+    arguments: tuple[str, ...]  # those of tools/train_net.py
     settings: dict[str, object]  # as prepare_settings returns them, and num_gpus
 
     @property
@@ -39,12 +47,12 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """Those after the last iteration, once there."""
+        """The checkpoint after the last iteration, which exists once the training is done."""
         return self.folder / "model_final.pth"
 
     @property
     def log(self) -> Path:
-        """All that the training and the measurement print."""
+        """The file that gets all that the training and the measurement print."""
         return self.folder / "log"
 
     @property
@@ -53,8 +61,20 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """Figures of a finished training. One is None where it has no value, such as APs on a set without small objects."""
+
+    AP: float | None  # after the last iteration, as are the next two
+    AP50: float | None
+    APs: float | None
+    curve: list[list]  # [iterations done, AP] of every evaluation, in order
+    seconds_per_iteration: float | None  # median; None if too few iterations were timed
+    training_memory_mb: float | None  # the most that deqdet.engine.hooks.PeakMemory saw
+
+
+@dataclass(frozen=True)
 class Result:
-    """What a finished run came to."""
+    """Settings and figures of a finished run."""
 
     name: str
     seed: int
@@ -74,28 +94,30 @@ def prepare_runs(
     overrides: Sequence[str],
     eval_period: int | None = None,
     scale: str | None = None,
+    plugins: Sequence[str] = (),
 ) -> list[Run]:
-    """Every config with the first seed, then with the next; all are checked before any is trained.
+    """List every config with the first seed, then with the next. All are checked before any is trained.
 
     Args:
-        config_files: with a `scale`, rows of an ablation.
+        config_files: files or names of the model zoo; with a `scale`, rows of an ablation.
         output: the folder that gets a folder for each run.
         overrides: KEY VALUE pairs, the same for all configs; with a `scale`, put on that one first.
         eval_period: iterations between two points of the curve; a sixth of SOLVER.MAX_ITER if None.
-        scale: a config file on which the rows' changes are put, see `carry_over`.
+        scale: a config on which the rows' changes are put, see `carry_over`.
+        plugins: modules of the user's own to import first.
 
     Raises:
         UserError: a config is wrong or has another budget than the first, two have the same name, a row cannot be
             put on `scale`, or a run was begun with other settings.
     """
-    files = {Path(file).stem: file for file in config_files}
+    files = {Path(file).stem: file for file in map(find_config, config_files)}
     if len(files) < len(config_files):
         raise UserError("two config files have the same name, which is that of a run's folder: rename one")
     for key in overrides[::2]:
         if key in OWN_KEYS:
             raise UserError(f"{key} cannot be overridden here: use {OWN_KEYS[key]}")
-    common = ("--num-gpus", str(num_gpus), "--resume", *overrides)
-    arguments = _arguments(files, scale, common)
+    imports = [word for name in plugins for word in ("--plugin", name)]
+    arguments = _arguments(files, scale, (*imports, "--num-gpus", str(num_gpus), "--resume", *overrides))
     configs = {name: prepare_settings(mine) for name, mine in arguments.items()}
     check_budgets(configs)
     if eval_period is None:
@@ -114,24 +136,25 @@ def prepare_runs(
 
 
 def _arguments(files: dict[str, str], scale: str | None, common: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Those of tools/train_net.py by the names of the config files."""
+    """The arguments of tools/train_net.py, by the names of the config files."""
     if scale is None:
         return {name: ("--config-file", file, *common) for name, file in files.items()}
-    base = ("--config-file", scale, *common)
+    base = ("--config-file", find_config(scale), *common)
     settings = prepare_settings(base)
     return {name: (*base, *carry_over(file, scale, settings)) for name, file in files.items()}
 
 
 def check_trainings(runs: Sequence[Run]) -> None:
-    """
+    """Check that runs which are still to be trained can be.
+
     Raises:
         UserError: the data or the weights of one are not there or do not fit, or its model cannot be built.
     """
     for run in runs:
-        args = argument_parser().parse_args(run.arguments)
+        args = parse_training(run.arguments)
         check_run(load_config(args), args)
     for run in {run.name: run for run in runs}.values():
-        cfg = load_config(argument_parser().parse_args(run.arguments))
+        cfg = load_config(parse_training(run.arguments))
         cfg.MODEL.DEVICE = "cpu"
         try:
             build_model(cfg)
@@ -140,9 +163,10 @@ def check_trainings(runs: Sequence[Run]) -> None:
 
 
 def check_record(run: Run) -> None:
-    """
+    """Check that a run which was begun earlier has still the same settings. A key that is newer had its default then.
+
     Raises:
-        UserError: the run was begun with other settings than it has now. A key that is newer had its default then.
+        UserError: it has others now.
     """
     record = run.folder / "run.json"
     if not record.is_file():
@@ -158,10 +182,10 @@ def check_record(run: Run) -> None:
 
 
 def complete(run: Run, train: Sequence[str], measure: Callable[[Run], Measurement]) -> Result:
-    """Train a run, or what is left of it, and measure the model; a finished run's result is only read.
+    """Train a run, or what is left of it, and measure the model. The result of a finished run is only read.
 
     Args:
-        train: the command to which the run's arguments are added; its output goes to the run's file "log".
+        train: the command to which the run's arguments are added. Its output goes to the run's file "log".
         measure: called when the training is done.
 
     Raises:
@@ -188,7 +212,7 @@ def complete(run: Run, train: Sequence[str], measure: Callable[[Run], Measuremen
 
 
 def _execute(command: Sequence[str], log: Path) -> int:
-    """The exit code. If this process is interrupted meanwhile, the command ends too, with all that it has started."""
+    """Run a command, and return its exit code. An interruption of this process ends all processes of the command."""
     with open(log, "a") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -200,14 +224,46 @@ def _execute(command: Sequence[str], log: Path) -> int:
 
 
 def _trained_metrics(run: Run) -> Metrics | None:
-    """None while the training is not done."""
+    """The figures of the run's training; None while it is not done."""
     if not run.weights.is_file():
         return None
     return read_metrics(run.folder / "metrics.json", run.settings["SOLVER.MAX_ITER"])
 
 
+def read_metrics(path: Path, max_iter: int) -> Metrics | None:
+    """Read a training's metrics.json; None if the evaluation after iteration `max_iter` is not there yet.
+
+    The file is appended to: what a resumed training evaluates again replaces what was there.
+    """
+    lines = list(_read_lines(path))
+    # detectron2 counts iterations from 0, but gives the last evaluation the number of all of them.
+    evaluations = {min(line["iteration"] + 1, max_iter): line for line in lines if "bbox/AP" in line}
+    if max_iter not in evaluations:
+        return None
+    last = evaluations[max_iter]
+    times = [line["time"] for line in lines if "time" in line]
+    return Metrics(
+        **{name: _number(last[f"bbox/{name}"]) for name in ("AP", "AP50", "APs")},
+        curve=[[iteration, _number(evaluations[iteration]["bbox/AP"])] for iteration in sorted(evaluations)],
+        seconds_per_iteration=median(times) if times else None,
+        training_memory_mb=max((line["peak_memory_mb"] for line in lines if "peak_memory_mb" in line), default=None),
+    )
+
+
+def _read_lines(path: Path) -> Iterator[dict]:
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(text)
+        except ValueError:  # the end of a process cut the line off
+            continue
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _write(path: Path, content: dict) -> None:
-    """Whole or not at all."""
+    """Write a JSON file as a whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
     os.replace(temporary, path)

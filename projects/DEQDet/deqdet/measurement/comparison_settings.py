@@ -1,27 +1,33 @@
-"""What configs set, key by key: the same budget for all, and the rows of an ablation at another scale."""
+"""What the configs of a comparison set, key by key: one budget for all, and rows of an ablation at another scale."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import get_cfg
 
 from ..config import add_deqdet_config
-from ..engine import argument_parser, load_config
+from ..engine import argument_parser, load_config, parse_arguments
 from ..errors import UserError
 from ..model_zoo import flatten
 
 BUDGET = ("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
 OWN_KEYS = {"OUTPUT_DIR": "--output", "SEED": "--seeds", "TEST.EVAL_PERIOD": "--eval-period"}
 
-# Of an ablation.
+# For ablations.
 DEFAULT_ROW = "default.yaml"
 SIZES_IN_PIXELS = ("MODEL.DEQDET.PERTURBATION.POSITION_SIZE",)
-# By section: the keys that decide whether the section's others have an effect.
+# For each section, the keys that decide whether the section's other keys have an effect.
 SWITCHES = {
     "MODEL.DEQDET.ADAMIXER": ("MODEL.DEQDET.REFINEMENT_LAYER",),
     "MODEL.DEQDET.EQUILIBRIUM": ("MODEL.DEQDET.DECODER",),
     "MODEL.DEQDET.PERTURBATION": ("MODEL.DEQDET.DECODER", "MODEL.DEQDET.PERTURBATION.KIND"),
 }
+
+
+def parse_training(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse arguments of tools/train_net.py."""
+    return parse_arguments(argument_parser(), arguments)
 
 
 def prepare_settings(arguments: Sequence[str]) -> dict[str, object]:
@@ -30,7 +36,7 @@ def prepare_settings(arguments: Sequence[str]) -> dict[str, object]:
     Raises:
         UserError: as `load_config`.
     """
-    return _settings(load_config(argument_parser().parse_args(arguments)))
+    return _settings(load_config(parse_training(arguments)))
 
 
 def prepare_defaults() -> dict[str, object]:
@@ -41,9 +47,10 @@ def prepare_defaults() -> dict[str, object]:
 
 
 def check_budgets(configs: dict[str, dict[str, object]]) -> None:
-    """
+    """Check that all configs train on the same data for the same number of iterations.
+
     Args:
-        configs: by name; the settings of each.
+        configs: the settings of each, by its name.
 
     Raises:
         UserError: two differ in a key of BUDGET; there is not one test set; or detectron2 would change the budget.
@@ -54,7 +61,7 @@ def check_budgets(configs: dict[str, dict[str, object]]) -> None:
             if settings[key] != expected[key]:
                 raise UserError(
                     f"{key} is {expected[key]} in {first}, but {settings[key]} in {name}: "
-                    "give one value for all configs after --opts"
+                    "give one value for all configs at the end of the command"
                 )
         if settings["SOLVER.REFERENCE_WORLD_SIZE"] > 0:
             raise UserError(f"{name}: SOLVER.REFERENCE_WORLD_SIZE rescales the budget: set it to 0")
@@ -71,7 +78,7 @@ def carry_over(config_file: str, scale_file: str, settings: dict[str, object]) -
     Args:
         config_file: the row.
         scale_file: the other config, for messages.
-        settings: of the other config.
+        settings: those of the other config.
 
     Raises:
         UserError: there is no default row, or the row means nothing on the other config.
@@ -82,14 +89,15 @@ def carry_over(config_file: str, scale_file: str, settings: dict[str, object]) -
     row, default = (prepare_settings(["--config-file", str(file)]) for file in (config_file, default_file))
     pairs = []
     for key in row:
-        if row[key] == default[key] or key in OWN_KEYS:
+        if row[key] == default.get(key) or key in OWN_KEYS:
             continue
         in_pixels = key in SIZES_IN_PIXELS and default[key] > 0
         for same in (*SWITCHES.get(key.rpartition(".")[0], ()), *(() if in_pixels else (key,))):
-            if settings[same] != default[same]:
+            there, start = settings.get(same), default.get(same)  # an option of a solver may stand in one of them only
+            if there != start:
                 raise UserError(
-                    f"{config_file} changes {key} from {default[key]} to {row[key]}, but {same} is {settings[same]} in "
-                    f"{scale_file}, not {default[same]}: leave that config out, or add {same} {default[same]} to --opts"
+                    f"{config_file} changes {key} from {default.get(key)} to {row[key]}, but {same} is {there} in "
+                    f"{scale_file}, not {start}: leave that config out, or add {same} {start} at the end of the command"
                 )
         value = row[key] / default[key] * settings[key] if in_pixels else row[key]
         pairs += [key, repr(value)]
@@ -102,5 +110,5 @@ def _settings(node: dict) -> dict[str, object]:
 
 
 def _as_json(value: object) -> object:
-    """Equal to what comes back from a JSON file, which has no tuples."""
+    """The same value as it comes back from a JSON file, which has no tuples."""
     return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value

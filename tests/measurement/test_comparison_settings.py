@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deqdet.comparison import Run, prepare_runs
-from deqdet.comparison.settings import carry_over, prepare_settings
-from deqdet.engine import UserError
+from deqdet.errors import UserError
+from deqdet.measurement.comparison import Run, prepare_runs
+from deqdet.measurement.comparison_settings import carry_over, prepare_settings
 
 from helpers.paths import ROOT
 
@@ -88,7 +88,7 @@ def test_rows_that_start_elsewhere_are_refused(prepare, tmp_path, name):
     key = f"MODEL.DEQDET.EQUILIBRIUM.{key}"
     message = (
         rf"{name}.yaml changes {key} from {default} to \d+, but {key} is {there} in .*deqdet_shapes.yaml, "
-        f"not {default}: leave that config out, or add {key} {default} to --opts$"
+        f"not {default}: leave that config out, or add {key} {default} at the end of the command$"
     )
     with pytest.raises(UserError, match=message):
         prepare("default", name)
@@ -156,5 +156,5 @@ def test_the_tool(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stdout == ""
     (line,) = (line for line in done.stderr.splitlines() if "train_steps_15" in line)
-    assert line.startswith("error: ") and "TRAIN_STEPS 20 to --opts" in line
+    assert line.startswith("error: ") and "TRAIN_STEPS 20 at the end" in line
     assert "Traceback" not in done.stderr

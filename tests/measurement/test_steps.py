@@ -1,52 +1,37 @@
-"""Paths read off at several steps against separate solves; rows and tables by hand; the tool from end to end."""
+"""Paths read off at several steps against separate solves; rows by hand; the tool from end to end."""
 
 import json
-import math
 import runpy
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from detectron2.data import DatasetCatalog, build_detection_test_loader
-from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 
-from deqdet.analysis import Cost, MultiplyAdds, count_multiply_adds
-from deqdet.convergence import (
-    Accuracy,
-    Evaluation,
-    ImagePath,
-    Latency,
-    Plan,
-    Report,
-    build_solvers,
-    format_report,
-    measure_latencies,
-    prepare_model,
-    summarize,
-    walk_paths,
-    write_report,
-)
-from deqdet.engine import UserError
-from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, first_below
-from deqdet.residuals import measure_residuals
+from deqdet.data import build_test_loader
+from deqdet.decoders import SOLVER_REGISTRY
+from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, first_below, solve
+from deqdet.errors import UserError
+from deqdet.measurement.cost import count_multiply_adds
+from deqdet.measurement.residuals import measure_residuals
+from deqdet.measurement.steps import Plan, build_solvers, walk_paths
 from deqdet.structures import QueryState
 
-from helpers.engine_toy import IN_PROCESS, write_dataset
+from helpers.engine_toy import IN_PROCESS
 from helpers.paths import TOOLS
+from helpers.steps import NAN, make_path, make_results
 
 TOOL = TOOLS / "evaluate_steps.py"
 SOLVERS = {"plain": FixedPointIteration(), "anderson": Anderson(history_size=3), "broyden": Broyden(history_size=2)}
 LIMIT = 8
 SMALL_DATA = "INPUT.MIN_SIZE_TEST", 64, "DATALOADER.NUM_WORKERS", 0
-NAN, INF = float("nan"), float("inf")
+INF = float("inf")
 
 
 @pytest.fixture
@@ -78,9 +63,11 @@ def solve_alone(model: nn.Module, inputs: dict, solver: object, steps: int, rtol
 
 @torch.no_grad()
 def residuals_alone(model: nn.Module, inputs: dict, solver: object, steps: int) -> torch.Tensor:
+    """The residuals of one image, by a solve that is written out here."""
     features, initial = model.encode(model.preprocess([inputs]))
     start = model.decoder.initialize(initial, features)
-    return model.decoder.solve(start, features, steps=steps, solver=solver).residuals[:, 0]
+    refine = model.decoder.packed_refinement(features, start.content.shape[1])
+    return solve(refine, start.pack(), solver=solver, max_steps=steps).residuals[:, 0]
 
 
 def stop_in_the_middle(model: nn.Module, inputs: list[dict], solver: object) -> tuple[float, ...]:
@@ -166,84 +153,6 @@ class TestPaths:
         assert Plan(steps=(2, 6), rtols=(0.1,), limit=4).record == {1, 2, 3, 4, 6}
 
 
-def detect(*boxes: tuple[float, ...], scores: tuple[float, ...] = (0.9,)) -> Instances:
-    found = {"pred_boxes": Boxes(torch.tensor(boxes)), "scores": torch.tensor(scores)}
-    return Instances((16, 16), **found, pred_classes=torch.zeros(len(boxes), dtype=torch.int64))
-
-
-def make_path(image_id: int, residuals: list[float], detections: dict | None = None, steps: int | None = None):
-    return ImagePath(image_id=image_id, steps=steps or len(residuals), finite=steps is None,
-                     residuals=torch.tensor(residuals), detections=detections or {})  # fmt: skip
-
-
-class TestEvaluation:
-    LEFT, RIGHT = (0.0, 0.0, 8.0, 16.0), (8.0, 0.0, 16.0, 16.0)
-
-    @pytest.fixture
-    def evaluation(self, tmp_path) -> Evaluation:
-        """The toy's images 1 to 4 have one object each: left, right, left, right."""
-        write_dataset(tmp_path, "steps")
-        register_coco_instances(tmp_path.name, {"thing_classes": ["half"]}, f"{tmp_path}/boxes.json", str(tmp_path))
-        DatasetCatalog.get(tmp_path.name)  # detectron2 learns the categories' ids
-        return Evaluation(tmp_path.name)
-
-    def test_each_image_counts_with_its_own_step(self, evaluation, capfd):
-        paths = [
-            make_path(1, [1.0, 0.5], {1: detect(self.RIGHT, scores=(0.3,)), 2: detect(self.LEFT)}),
-            make_path(2, [1.0, 0.5], {1: detect(self.RIGHT), 2: detect(self.LEFT, scores=(0.3,))}),
-        ]
-        first, second, mixed, wrong, again = evaluation(paths, [(1, 1), (2, 2), (2, 1), (1, 2), (1, 1)])
-        # Of two objects the surer detection is right: precision 1 at the recalls 0, 0.01, ..., 0.5 of 101.
-        assert first.AP == second.AP == pytest.approx(100 * 51 / 101)
-        assert (mixed.AP, mixed.AP50, mixed.AP75, mixed.APs) == pytest.approx((100.0,) * 4)  # 8 x 16 px are small
-        assert mixed.APm is None and mixed.APl is None
-        assert wrong.AP == 0.0 and again == first
-        assert capfd.readouterr().out == ""
-
-    def test_equal_choices_are_evaluated_once(self, evaluation, monkeypatch):
-        counted = []
-        original = evaluation._evaluator.evaluate
-        monkeypatch.setattr(evaluation._evaluator, "evaluate", lambda **ids: counted.append(ids) or original(**ids))
-        paths = [make_path(3, [1.0, 1.0], {1: detect(self.LEFT), 2: detect(self.RIGHT)})]
-        found = evaluation(paths, [(1,), (2,), (1,), (1,)])
-        assert [accuracy.AP for accuracy in found] == pytest.approx([100.0, 0.0, 100.0, 100.0])
-        assert counted == [{"img_ids": [3]}] * 2
-
-    def test_sets_that_cannot_be_evaluated(self, tmp_path):
-        with pytest.raises(UserError, match="no_such_set of DATASETS.TEST is not in COCO's format"):
-            Evaluation("no_such_set")
-        write_dataset(tmp_path, "bare")
-        whole = json.loads((tmp_path / "boxes.json").read_text())
-        del whole["annotations"]
-        (tmp_path / "boxes.json").write_text(json.dumps(whole))
-        register_coco_instances(tmp_path.name, {"thing_classes": ["half"]}, f"{tmp_path}/boxes.json", str(tmp_path))
-        with pytest.raises(UserError, match="has no annotations"):
-            Evaluation(tmp_path.name)([make_path(1, [1.0], {1: detect(self.LEFT)})], [(1,)])
-
-
-COST = Cost(image_size=(120, 160), padded_size=(128, 160), steps=25, backbone=MultiplyAdds(80 * 10**9, 1),
-            neck=MultiplyAdds(16 * 10**9, 1), initialization=MultiplyAdds(2 * 10**9, 1),
-            per_step=MultiplyAdds(3 * 10**9, 1), read_out=MultiplyAdds(10**6, 1))  # fmt: skip
-PLAN = Plan(steps=(1, 3, 5), rtols=(0.5, 0.01), limit=4)
-PATHS = [
-    make_path(1, [1.0, 0.4, 0.3, 0.2, 0.1]),
-    make_path(2, [1.0, 0.6, 0.2, 0.1, 0.2]),
-    make_path(3, [2.0, 0.8, 0.9, 0.6, 0.1]),
-    make_path(4, [3.0, 0.9, NAN, NAN, NAN], steps=3),
-]
-
-
-def accuracy_of_choice(paths, choices):
-    """AP 10 an average step; no medium or large objects."""
-    means = [10 * sum(choice) / len(paths) for choice in choices]
-    return [Accuracy(AP=x, AP50=x + 1, AP75=x + 2, APs=x + 3, APm=None, APl=None) for x in means]
-
-
-def make_results(name: str = "plain", paths=PATHS):
-    return summarize(name, f"Some({name})", paths, plan=PLAN, evaluate=accuracy_of_choice, cost=COST,
-                     latency=Latency(fixed=0.5, per_step=0.02))  # fmt: skip
-
-
 class TestRows:
     def test_steps_by_hand(self):
         results = make_results()
@@ -273,82 +182,6 @@ class TestRows:
         assert results.median_residuals == [None] * 5 and results.steps[0].residual is None
 
 
-@pytest.fixture
-def report() -> Report:
-    results = [make_results(), make_results("anderson2", PATHS[:2])]
-    return Report(command="python tool", weights="w.pth", dataset="some_val", images=4, device="a CPU", limit=4,
-                  cost=COST, results=results)  # fmt: skip
-
-
-class TestReport:
-    def test_markdown_by_hand(self, report):
-        text = format_report(report)
-        assert "\n".join([
-            "## Steps of plain iteration",
-            "",
-            "| multiply-adds (G) | steps | AP | AP50 | AP75 | APs | APm | APl | residual | s / image |",
-            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            "| 101.00 | 1 | 10.0 | 11.0 | 12.0 | 13.0 | - | - | 1.5 | 0.52 |",
-            "| 107.00 | 3 | 30.0 | 31.0 | 32.0 | 33.0 | - | - | 0.6 | 0.56 |",
-            "| 113.00 | 5 | 50.0 | 51.0 | 52.0 | 53.0 | - | - | 0.15 | 0.6 |",
-            "",
-            "## Steps of other solvers",
-            "",
-            "| solver | multiply-adds (G) | steps | AP | AP50 | AP75 | APs | APm | APl | residual | s / image |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            "| anderson2 | 101.00 | 1 | 10.0 | 11.0 | 12.0 | 13.0 | - | - | 1 | 0.52 |",
-        ]) in text  # fmt: skip
-        assert "\n".join([
-            "| plain | 0 | 4.0 | 4.0 | 4.0 | 0.0 | - | 40.0 | +0.0 |",
-            "| plain | 0.5 | 3.0 | 3.0 | 3.8 | 25.0 | 50.0 | 32.5 | -7.5 |",
-            "| plain | 0.01 | 3.8 | 4.0 | 4.0 | 6.2 | 0.0 | 40.0 | +0.0 |",
-            "| anderson2 | 0 | 4.0 | 4.0 | 4.0 | 0.0 | - | 40.0 | +0.0 |",
-            "| anderson2 | 0.5 | 2.5 | 2.5 | 3.0 | 37.5 | 100.0 | 25.0 | -15.0 |",
-        ]) in text  # fmt: skip
-        never = replace(report.results[0].tolerances[2], difference=-0.04)
-        text += format_report(replace(report, results=[replace(report.results[0], tolerances=[never])]))
-        assert "| plain | 0.01 | 3.8 | 4.0 | 4.0 | 6.2 | 0.0 | 40.0 | +0.0 |" in text and "-0.0 |" not in text
-        assert "plain: Some(plain), anderson2: Some(anderson2)" in text
-        assert "infinite or NaN, and that keep the last finite one: 1 with plain." in text
-        assert "120 x 160 pixels, the size of the first one, padded to 128 x 160" in text
-
-    def test_a_small_model_shows_more_decimals_and_solvers_their_own_tables(self, report):
-        results = make_results("broyden")
-        rows = [replace(row, multiply_adds=148_324_000) for row in results.steps]
-        text = format_report(replace(report, results=[replace(results, steps=rows, nonfinite=0)]))
-        assert "| broyden | 0.1483 | 1 | 10.0 |" in text
-        assert "plain iteration" not in text and "NaN" not in text
-
-    def test_files(self, report, tmp_path):
-        """JSON has the same figures, plain ones; the picture depends on what it shows."""
-        pictures = []
-        for index, paths in enumerate([PATHS, PATHS[:2], PATHS[:2]]):
-            folder = tmp_path / "new" / str(index)
-            write_report(replace(report, results=[*report.results, make_results("broyden", paths)]), folder)
-            pictures.append(cv2.imread(str(folder / "steps.png")))
-        found = json.loads((tmp_path / "new" / "0" / "steps.json").read_text())
-        assert found["cost"]["linear"]["per_step"] == 3 * 10**9 and found["limit"] == 4
-        (plain, _, broyden) = found["results"]
-        assert (plain["name"], plain["solver"], broyden["name"]) == ("plain", "Some(plain)", "broyden")
-        assert plain["steps"][1]["accuracy"] == {"AP": 30.0, "AP50": 31.0, "AP75": 32.0, "APs": 33.0, "APm": None,
-                                                 "APl": None}  # fmt: skip
-        assert plain["latency"] == {"fixed": 0.5, "per_step": 0.02} and plain["nonfinite"] == 1
-        assert plain["tolerances"][1]["saved"] == 25.0
-        assert pictures[0].shape[1] == 1800 and (pictures[0] != pictures[1]).any()
-        assert np.array_equal(pictures[1], pictures[2])
-
-    @pytest.mark.filterwarnings("error")
-    def test_a_report_without_any_number_can_be_drawn(self, report, tmp_path):
-        """One image of NaN, one step, no rtol, no AP."""
-        nothing = Accuracy(AP=None, AP50=None, AP75=None, APs=None, APm=None, APl=None)
-        results = summarize("plain", "Plain()", [make_path(1, [NAN], steps=1)], plan=Plan((1,), (), 1), cost=COST,
-                            evaluate=lambda paths, choices: [nothing] * len(choices),
-                            latency=Latency(0.1, 0.1))  # fmt: skip
-        write_report(replace(report, results=[results]), tmp_path)
-        assert "| 101.00 | 1 | - | - | - | - | - | - | - | 0.2 |" in (tmp_path / "steps.md").read_text()
-        assert cv2.imread(str(tmp_path / "steps.png")) is not None
-
-
 class TestSolvers:
     def test_names(self, small_cfg):
         cfg = small_cfg("MODEL.DEQDET.SOLVER.DAMPING", 0.5, "MODEL.DEQDET.SOLVER.MEMORY", 6)
@@ -373,10 +206,22 @@ class TestSolvers:
             "anderson5": 5,
         }
 
+    def test_a_registered_solver_of_ones_own(self, small_cfg):
+        @SOLVER_REGISTRY.register()
+        @dataclass(frozen=True)
+        class Slow(FixedPointIteration):
+            patience: int = 3
+
+        try:
+            found = build_solvers(small_cfg(), ["plain", "slow", "Slow(patience=5)", "Slow(patience=3)"])
+            assert list(found) == ["plain", "slow", "Slow(patience=5)"]
+            assert found["slow"] == Slow() and found["Slow(patience=5)"] == Slow(patience=5)
+        finally:
+            SOLVER_REGISTRY._obj_map.pop("Slow")
+
     @pytest.mark.parametrize("name, message", [
-        ("newton", "unknown solver newton: choose plain, anderson or broyden, or with a memory, as anderson4"),
-        ("plain2", "unknown solver plain2"),
-        ("Anderson", "unknown solver Anderson"),
+        ("newton", "unknown solver newton: choose plain, .*, or with a history size, as anderson4"),
+        ("plain2", "solver plain2: FixedPointIteration has no option history_size"),
         ("anderson1", "solver anderson1: .*history_size of Anderson must be at least 2"),
     ])  # fmt: skip
     def test_an_unknown_one(self, small_cfg, name, message):
@@ -384,24 +229,10 @@ class TestSolvers:
             build_solvers(small_cfg(), ["plain", name])
 
 
-def test_latency_is_measured_for_every_solver(small_model, inputs):
-    """With fewer images than runs."""
-    found = measure_latencies(small_model().eval(), [[x] for x in inputs[:2]], SOLVERS)
-    assert found.keys() == SOLVERS.keys()
-    assert len({latency.fixed for latency in found.values()}) == 1
-    assert all(0 < latency.per_step < math.inf and latency.fixed > 0 for latency in found.values())
-    assert Latency(fixed=0.25, per_step=0.5).of(3) == 1.75
-
-
-def test_a_decoder_without_an_equilibrium(small_cfg):
+def test_a_decoder_without_an_equilibrium(small_model, inputs):
+    model = small_model("MODEL.DEQDET.DECODER", "StackedDecoder").eval()
     with pytest.raises(UserError, match="MODEL.DEQDET.DECODER is StackedDecoder, whose number of steps is fixed"):
-        prepare_model(small_cfg("MODEL.DEQDET.DECODER", "StackedDecoder"))
-    with pytest.raises(UserError, match="MODEL.META_ARCHITECTURE is EngineToy: it must be DEQDet"):
-        prepare_model(small_cfg("MODEL.META_ARCHITECTURE", "EngineToy"))
-    with pytest.raises(UserError, match="MODEL.DEQDET.DECODER is 'Stack'"):
-        prepare_model(small_cfg("MODEL.DEQDET.DECODER", "Stack"))
-    with pytest.raises(UserError, match="^No object named 'Nothing' found in 'BACKBONE' registry!$"):
-        prepare_model(small_cfg("MODEL.BACKBONE.NAME", "Nothing"))
+        next(walk_paths(model, [inputs], solver=SOLVERS["plain"], plan=Plan(steps=(1,), rtols=(), limit=2)))
 
 
 @pytest.fixture(scope="module")
@@ -465,18 +296,19 @@ class TestTool:
         cost = count_multiply_adds(model, steps=5, height=64, width=64)
         assert plain["steps"][1]["multiply_adds"] == cost.total.linear
         assert found["cost"]["image_size"] == [64, 64]
-        loader = build_detection_test_loader(small_cfg(*SMALL_DATA), "shapes_seed41_3")
+        loader = build_test_loader(small_cfg(*SMALL_DATA), "shapes_seed41_3")
         medians = measure_residuals(model, loader, steps=5).median(dim=1).values.tolist()
         assert plain["median_residuals"] == pytest.approx(medians[1:], rel=1e-5)
 
     @pytest.mark.parametrize("arguments, message", [
-        (["--solvers", "newton"], "unknown solver newton: choose plain, anderson or broyden"),
+        (["--solvers", "newton"], "unknown solver newton: choose plain, "),
         (["--steps", "4", "0"], "--steps or --rtols: a number of steps must be at least 1, got 0"),
-        (["--steps", "few"], "--steps or --rtols: invalid literal for int() with base 10: 'few'"),
         (["--rtols", "-1"], "--steps or --rtols: an rtol must be a number above 0, got -1.0"),
-        (["--steps", "MODEL.DEQDET.NUM_QUERIES", "3"], "--steps has no value"),
         (["--limit", "0"], "the number of images must be at least 1, got 0"),
         (["MODEL.DEQDET.DECODER", "RecurrentDecoder"], "MODEL.DEQDET.DECODER is RecurrentDecoder"),
+        (["MODEL.META_ARCHITECTURE", "EngineToy"], "MODEL.META_ARCHITECTURE is EngineToy: it must be DEQDet"),
+        (["MODEL.DEQDET.DECODER", "Stack"], "MODEL.DEQDET.DECODER is 'Stack'"),
+        (["MODEL.BACKBONE.NAME", "Nothing"], "error: No object named 'Nothing' found in 'BACKBONE' registry!"),
         (["MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty: give the checkpoint of a trained model"),
         (["MODEL.WEIGHTS", "no.pth"], "MODEL.WEIGHTS no.pth does not exist"),
         (["MODEL.DEQDET.NUM_QUERYS", "3"], "did you mean MODEL.DEQDET.NUM_QUERIES?"),
@@ -490,3 +322,12 @@ class TestTool:
     def test_a_model_that_was_not_trained(self, tool):
         with pytest.raises(SystemExit, match="trained/model_final.pth does not exist: train the model, or give"):
             tool(weights=False)
+
+    @pytest.mark.parametrize("arguments, message", [
+        (["--steps", "few"], "argument --steps: invalid int value: 'few'"),
+        (["--steps", "MODEL.DEQDET.NUM_QUERIES", "3"], "argument --steps: expected at least one argument"),
+    ])  # fmt: skip
+    def test_a_flag_with_a_wrong_value(self, tool, capsys, arguments, message):
+        with pytest.raises(SystemExit, match="2"):
+            tool(*arguments)
+        assert message in capsys.readouterr().err

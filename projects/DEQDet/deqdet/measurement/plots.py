@@ -1,44 +1,40 @@
-"""Pictures of a trained detector: detections beside the ground truth, the loss curve, residuals against steps."""
+"""Pictures of a training's outcome: detections beside the ground truth, loss curve, residuals against steps."""
 
 import json
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from detectron2.data import Metadata
-from detectron2.data import detection_utils as utils
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
-Colour = tuple[float, float, float]  # RGB, 0 to 1
+from ..data import read_image
+from ..drawing import coloured_metadata
 
 MARGIN = 6  # pixels between the pictures of a sheet
 
 
-def class_colours(count: int) -> list[Colour]:
-    """As bright as possible, and as different in hue."""
-    hues = matplotlib.colormaps["hsv"](np.arange(count) / count)[:, :3]
-    return [tuple(colour) for colour in (0.15 + 0.85 * hues).tolist()]
-
-
 def draw_pair(record: dict, detections: Instances, metadata: Metadata, *, width: int, threshold: float) -> np.ndarray:
-    """One image twice, side by side: ground truth | detections.
+    """Draw one image twice, side by side: with the ground truth, and with the detections.
 
     Args:
         record: detectron2's dataset dict, with annotations.
-        detections: in the pixels of the original image.
-        width: of each half, pixels.
+        detections: boxes in pixels of the original image.
+        width: width of each half, pixels.
         threshold: detections with a lower score are left out.
 
     Returns:
         (height, 2 * width + MARGIN, 3) uint8 RGB.
+
+    Raises:
+        UserError: the image cannot be read.
     """
-    image = utils.read_image(record["file_name"], "RGB")
-    coloured, scale = _one_colour_a_class(metadata), width / image.shape[1]
+    image = read_image(record["file_name"])
+    coloured, scale = coloured_metadata(metadata), width / image.shape[1]
     truth, found = (Visualizer(image, coloured, scale, ColorMode.SEGMENTATION) for _ in range(2))
     truth.draw_dataset_dict(record)
     found.draw_instance_predictions(detections[detections.scores >= threshold].to("cpu"))
@@ -70,9 +66,9 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
 
 
 def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
-    """The loss of each supervised prediction against the iteration, from a run's metrics.json.
+    """Draw the loss of each supervised prediction against the iteration, from a run's metrics.json.
 
-    The file is appended to: where a later run or a resumed one goes over the same iterations, it replaces them.
+    The file is appended to: where a later run or a resumed one goes over the same iterations, its lines count.
     """
     lines: list[dict] = []
     for line in map(json.loads, Path(metrics_file).read_text().splitlines()):
@@ -92,10 +88,10 @@ def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
 
 
 def plot_residuals(residuals: Tensor, path: str | Path) -> None:
-    """Median and quartiles over the images against the step, logarithmic.
+    """Draw median and quartiles over the images against the step, on a logarithmic axis.
 
     Args:
-        residuals: (1 + T, images), as residuals.measure_residuals returns them.
+        residuals: (1 + T, images), as measure_residuals returns them.
     """
     quartiles = np.quantile(residuals.numpy(), [0.25, 0.5, 0.75], axis=1)
     steps = np.arange(len(residuals))
@@ -109,13 +105,6 @@ def plot_residuals(residuals: Tensor, path: str | Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-
-
-def _one_colour_a_class(metadata: Metadata) -> Metadata:
-    """A copy with bright colours, since the Visualizer's own are random and some too dark to read."""
-    classes = metadata.thing_classes
-    colours = (255 * np.array(class_colours(len(classes)))).astype(int).tolist()
-    return Metadata(name=f"{metadata.name}, coloured", thing_classes=classes, thing_colors=colours)
 
 
 def _fit(image: np.ndarray, width: int) -> np.ndarray:

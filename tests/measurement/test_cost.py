@@ -13,7 +13,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from deqdet import add_deqdet_config
-from deqdet.analysis import (
+from deqdet.decoders import Decoder, Execution
+from deqdet.errors import UserError
+from deqdet.measurement.cost import (
     Cost,
     MultiplyAdds,
     count_multiply_adds,
@@ -155,7 +157,7 @@ def test_steps(small_model):
     cost = count_multiply_adds(model, steps=7, height=64, width=96)
     assert cost.steps == 7 and cost.initialization == MultiplyAdds(0, 0)
     assert cost.total == cost.backbone + cost.neck + adamixer_layer() * 7
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(UserError, match="at least 1, got 0"):
         plan_execution(model.decoder, 0)
 
 
@@ -163,18 +165,38 @@ def test_steps(small_model):
 def test_steps_of_a_fixed_number_of_layers(small_model, decoder):
     model = small_model("MODEL.DEQDET.DECODER", decoder, "MODEL.DEQDET.NUM_LAYERS", 3)
     assert plan_execution(model.decoder).steps == plan_execution(model.decoder, 2).steps == 2
-    with pytest.raises(ValueError, match=f"{decoder} of 3 layers takes 2 steps after the first layer, not 25"):
+    with pytest.raises(UserError, match=f"{decoder} of 3 layers takes 2 steps after the first layer, not 25"):
         plan_execution(model.decoder, 25)
 
 
-def test_an_unknown_decoder(small_model):
-    with pytest.raises(ValueError, match="Identity: it is not known how often"):
-        plan_execution(nn.Identity())
+def test_a_decoder_of_ones_own(small_model):
+    """It says itself which layers run how often; here f three times, and no initialization layer."""
+    model = small_model()
+
+    class Thrice(Decoder):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def supervise(self, initial, features):
+            raise NotImplementedError
+
+        def decode(self, initial, features):
+            raise NotImplementedError
+
+        def execution(self):
+            return Execution(None, self.layer, 3)
+
+    model.decoder = Thrice(model.decoder.refinement)
+    cost = count_multiply_adds(model, height=64, width=96)
+    assert (cost.steps, cost.initialization, cost.per_step) == (3, MultiplyAdds(0, 0), adamixer_layer())
+    with pytest.raises(UserError, match="a Thrice of 4 layers takes 3 steps after the first layer, not 4"):
+        plan_execution(model.decoder, 4)
 
 
 def test_roi_align_without_a_fixed_number_of_samples(small_model):
     model = small_model(*SPARSE, "MODEL.DEQDET.SPARSE_RCNN.POOLER_SAMPLING_RATIO", 0)
-    with pytest.raises(ValueError, match="POOLER_SAMPLING_RATIO to at least 1"):
+    with pytest.raises(UserError, match="POOLER_SAMPLING_RATIO to at least 1"):
         count_multiply_adds(model, height=64, width=96)
 
 
@@ -316,9 +338,8 @@ def test_overrides_may_follow_the_tasks(tool, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--tasks", "flops"], "--tasks: flops is unknown, choose from parameter, flop"),
     (["--tasks", "parameter", "--steps", "3"], "--steps is for the task flop"),
-    (["--steps", "3", "MODEL.DEQDET.DECODER", "StackedDecoder"], "small.yaml: a StackedDecoder of 6 layers takes 5"),
+    (["--steps", "3", "MODEL.DEQDET.DECODER", "StackedDecoder"], "a StackedDecoder of 6 layers takes 5"),
     (["--tasks", "parameter", "MODEL.DEQDET.DECODER", "Stack"], "MODEL.DEQDET.DECODER is 'Stack': it must be one of"),
     (["MODEL.DEQDET.NUM_QUERYS", "3"], "did you mean MODEL.DEQDET.NUM_QUERIES?"),
     (["--tasks", "parameter", "--output", "{}/no/out.json"], "no/out.json: No such file or directory"),
@@ -328,3 +349,9 @@ def test_one_line_says_what_is_wrong(tool, tmp_path, arguments, message):
         tool(*[argument.format(tmp_path) for argument in arguments])
     error = str(stopped.value.code)
     assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_an_unknown_task(tool, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tool("--tasks", "flops")
+    assert "argument --tasks: invalid choice: 'flops' (choose from" in capsys.readouterr().err

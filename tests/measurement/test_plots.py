@@ -8,7 +8,7 @@ import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from deqdet.visualization import MARGIN, contact_sheet, draw_pair, plot_losses, plot_residuals
+from deqdet.measurement.plots import MARGIN, contact_sheet, draw_pair, plot_losses, plot_residuals
 
 
 @pytest.fixture

@@ -1,24 +1,25 @@
-"""COCO's AP of any choice of one step an image."""
+"""COCO's AP of detections, for any choice of one step of each image."""
 
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 from tqdm import tqdm
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Instances
 
 from ..errors import UserError
-from .paths import ImagePath
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """COCO's box AP, 0 to 100; None where it has no value: APs on a set without small objects, say."""
+    """COCO's box AP, 0 to 100. A figure is None where it has no value, such as APs on a set without small objects."""
 
     AP: float | None
     AP50: float | None
@@ -28,13 +29,20 @@ class Accuracy:
     APl: float | None
 
 
+class Detected(Protocol):
+    """An image with what was found in it after several steps."""
+
+    image_id: int
+    detections: Mapping[int, Instances]
+
+
 class Evaluation:
-    """Detections against the annotations of a data set; only the images that are given count."""
+    """Compares detections with the annotations of a data set. Only the images that are given count."""
 
     def __init__(self, dataset: str):
         """
         Args:
-            dataset: a registered one.
+            dataset: the name of a registered data set.
 
         Raises:
             UserError: it is not in COCO's format.
@@ -45,25 +53,25 @@ class Evaluation:
         with _quiet():
             self._evaluator = COCOEvaluator(dataset, distributed=False)
 
-    def __call__(self, paths: Sequence[ImagePath], choices: Sequence[tuple[int, ...]]) -> list[Accuracy]:
-        """
+    def __call__(self, images: Sequence[Detected], choices: Sequence[tuple[int, ...]]) -> list[Accuracy]:
+        """Evaluate B images as often as there are choices.
+
         Args:
-            paths: of B images.
-            choices: of a step for each image, (B,) each; equal ones are evaluated once.
+            choices: each has the step of each image, (B,). Equal choices are evaluated once.
 
         Raises:
             UserError: the data set has no annotations.
         """
         distinct = tqdm(dict.fromkeys(choices), desc="evaluations", leave=False, disable=None)
-        known = {choice: self._evaluate(paths, choice) for choice in distinct}
+        known = {choice: self._evaluate(images, choice) for choice in distinct}
         return [known[choice] for choice in choices]
 
-    def _evaluate(self, paths: Sequence[ImagePath], choice: tuple[int, ...]) -> Accuracy:
+    def _evaluate(self, images: Sequence[Detected], choice: tuple[int, ...]) -> Accuracy:
         self._evaluator.reset()
-        for path, step in zip(paths, choice, strict=True):
-            self._evaluator.process([{"image_id": path.image_id}], [{"instances": path.detections[step]}])
+        for image, step in zip(images, choice, strict=True):
+            self._evaluator.process([{"image_id": image.image_id}], [{"instances": image.detections[step]}])
         with _quiet():
-            results = self._evaluator.evaluate(img_ids=[path.image_id for path in paths])
+            results = self._evaluator.evaluate(img_ids=[image.image_id for image in images])
         if "bbox" not in results:
             raise UserError(f"{self._dataset} of DATASETS.TEST has no annotations: choose a set that has some")
         metrics = {field.name: results["bbox"][field.name] for field in fields(Accuracy)}
@@ -72,7 +80,7 @@ class Evaluation:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what detectron2 and pycocotools print of every evaluation."""
+    """Silence what detectron2 and pycocotools print about every evaluation."""
     logger = logging.getLogger("detectron2.evaluation.coco_evaluation")
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..tables import format_table, format_value
-from .runs import Result
+from .comparison import Result
+from .tables import format_table, format_value
 
 # Heading, key of `summarize`, what it is divided by, format.
 COLUMNS = (
@@ -30,8 +30,8 @@ def write_report(results: Sequence[Result], folder: Path, command: str) -> None:
     """Write comparison.md, comparison.json and comparison.png into `folder`.
 
     Args:
-        results: at least one; those of one config make one row, in the order of their first one.
-        command: that made them, for the reader to repeat.
+        results: at least one. Those of one config make one row; rows are in the order of their first results.
+        command: the one that made them, for the reader to repeat.
     """
     configs = summarize(results)
     (folder / "comparison.md").write_text(format_report(configs, results, command))
@@ -41,11 +41,10 @@ def write_report(results: Sequence[Result], folder: Path, command: str) -> None:
 
 
 def summarize(results: Sequence[Result]) -> list[dict]:
-    """One dict a config: the means of all figures over its seeds, and under "seeds" each one's.
+    """Make a dict for each config: the means of all figures over its seeds, and under "seeds" the figures of each seed.
 
-    "changes" are the settings in which it differs from the first config, where both have them.
-
-    A mean that lacks one of its figures is None. A curve's mean has the points that every seed has.
+    "changes" are the settings in which the config differs from the first one, where both have them. A mean that lacks
+    one of its figures is None. A curve's mean has the points that every seed has.
     """
     configs, first = [], results[0].settings
     for name in dict.fromkeys(result.name for result in results):
@@ -70,7 +69,7 @@ def summarize(results: Sequence[Result]) -> list[dict]:
 
 
 def format_report(configs: Sequence[dict], results: Sequence[Result], command: str) -> str:
-    """Markdown: a row a config, and below the table what its columns mean and how to repeat it."""
+    """Markdown: a row for each config, and below the table what its columns mean and how to repeat it."""
     budget, seeds = results[0].settings, dict.fromkeys(result.seed for result in results)
     sizes = dict.fromkeys("{} x {}".format(*config["image_size"]) for config in configs)
     rows = [["config", "decoder", "layer", "AP", "AP of each seed", *(column[0] for column in COLUMNS)]]
@@ -102,7 +101,7 @@ had resident, with more than 0.5 GB of libraries.
 
 
 def plot_curves(configs: Sequence[dict], path: Path) -> None:
-    """AP against iterations: thin lines for the seeds, a thick one for their mean."""
+    """Draw AP against iterations: thin lines for the seeds, a thick one for their mean."""
     figure = Figure(figsize=(8, 5), layout="constrained")  # pyplot would choose a backend
     axes = figure.subplots()
     colours, lines = matplotlib.colormaps["tab10"].colors, ("-", "--", ":")
