@@ -1,10 +1,10 @@
 """Detection in a few lines of Python: a trained detector with its classes, for images of any kind.
 
-    from deqdet import Predictor
+from deqdet import Predictor
 
-    predictor = Predictor.from_file("model_final.safetensors")
-    found = predictor("street.jpg", steps=10)
-    print(found.labels, found.instances.pred_boxes, found.steps, found.residual)
+predictor = Predictor.from_file("model_final.safetensors")
+found = predictor("street.jpg", steps=10)
+print(found.labels, found.instances.pred_boxes, found.steps, found.residual)
 """
 
 import os
@@ -24,8 +24,9 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
 
-from .checkpoints import load_model_config, read_model_file, resolve_file
+from .checkpoints import ModelFile, is_model_file, load_model_config, read_model_file, resolve_file
 from .data import find_class_names, read_image
 from .data.images import to_rgb
 from .decoders import build_solver
@@ -131,7 +132,7 @@ class Predictor:
         Raises:
             UserError: the file is missing, damaged or no model file, or an override is wrong.
         """
-        file = read_model_file(resolve_file(path))
+        file = read_model_file(resolve_file(os.fspath(path)))
         cfg = load_model_config(file)
         put_overrides(cfg, [str(word) for word in overrides])
         _set_device(cfg, device)
@@ -156,7 +157,8 @@ class Predictor:
             config: the name of a config in the model zoo, a YAML file, or a config.
             weights: the checkpoint (.pth, .safetensors); by default the config's MODEL.WEIGHTS.
             overrides: config keys and values in turn.
-            class_names: by default those of the first set of DATASETS.TEST, or "class 0", ... where it has none.
+            class_names: by default those in the checkpoint if it is a model file, else those of the first set of
+                DATASETS.TEST, or "class 0", ... where it has none.
             device: see `from_file`.
 
         Raises:
@@ -170,13 +172,16 @@ class Predictor:
             cfg = get_config(config, overrides)
         if weights is not None:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
-        if not cfg.MODEL.WEIGHTS:
-            raise UserError("there are no weights: give the checkpoint of a trained model (weights= or MODEL.WEIGHTS)")
+        file = _find_weights(cfg)
         _set_device(cfg, device)
         model = _build(cfg)
-        load_weights(model, cfg, resume=False)
-        names = find_class_names(cfg) if class_names is None else class_names
-        return cls(model, cfg, names, threshold=threshold)
+        if file is None:
+            load_weights(model, cfg, resume=False)
+        else:
+            _load_state(model, file.weights, cfg.MODEL.WEIGHTS)
+        if class_names is None:
+            class_names = find_class_names(cfg) if file is None else file.class_names
+        return cls(model, cfg, class_names, threshold=threshold)
 
     def __call__(
         self,
@@ -232,7 +237,7 @@ class Predictor:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         lowest = self.threshold if threshold is None else _check_threshold(threshold)
-        options = self._options(steps, rtol, solver)
+        options = self.options(steps, rtol, solver)
         images = iter(images)
         while chunk := [self.prepare(image, channels=channels) for image in islice(images, batch_size)]:
             yield from self._detect(chunk, options, lowest)
@@ -246,7 +251,7 @@ class Predictor:
         Raises:
             UserError: as a call; or the detector has no equilibrium.
         """
-        chosen = self._options(options.pop("steps", None), options.pop("rtol", None), options.pop("solver", None))
+        chosen = self.options(options.pop("steps", None), options.pop("rtol", None), options.pop("solver", None))
         inputs = self.prepare(image, channels=channels)
         with _explained(inputs):
             return self.model.walk([inputs], **chosen, **options)
@@ -269,8 +274,15 @@ class Predictor:
         """Whether steps, rtol, solver and `walk` can be used."""
         return self.model.decoder.has_equilibrium
 
-    def _options(self, steps: int | None, rtol: float | None, solver: str | Solver | None) -> dict:
-        """The options of DEQDet.infer, checked."""
+    def options(self, steps: int | None = None, rtol: float | None = None, solver: str | Solver | None = None) -> dict:
+        """Check the options of a call, before any image is read, and make a solver of its name.
+
+        Returns:
+            "steps", "rtol" and "solver", as a call, `stream`, `walk` and DEQDet.infer take them.
+
+        Raises:
+            UserError: a number is out of range, or the solver is unknown.
+        """
         if steps is not None and steps < 1:
             raise UserError(f"steps must be at least 1, got {steps}")
         if rtol is not None and not 0 <= rtol < float("inf"):
@@ -319,12 +331,29 @@ def _build(cfg: CfgNode) -> DEQDet:
         raise UserError(f"the model cannot be built on MODEL.DEVICE {cfg.MODEL.DEVICE}: {one_line(error)}") from error
 
 
+def _find_weights(cfg: CfgNode) -> ModelFile | None:
+    """The model file that MODEL.WEIGHTS names; None for a checkpoint of any other kind.
+
+    Raises:
+        UserError: MODEL.WEIGHTS is empty, or the file does not exist or is damaged.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if not path:
+        raise UserError("MODEL.WEIGHTS is empty: give the checkpoint of a trained model")
+    if path.startswith("hf://"):
+        path = cfg.MODEL.WEIGHTS = str(resolve_file(path))
+    file = path.split("?")[0]  # detectron2 allows ?matching_heuristics=True
+    if "://" not in file and not PathManager.isfile(file):
+        raise UserError(f"MODEL.WEIGHTS {file} does not exist: give the checkpoint of a trained model")
+    return read_model_file(file) if is_model_file(file) else None
+
+
 def _load_state(model: DEQDet, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """Load all of the model's weights; half precision becomes the model's own on the way."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit the config in the file: {one_line(error)}") from error
+        raise UserError(f"{path}: the weights do not fit the config: {one_line(error)}") from error
 
 
 def _set_device(cfg: CfgNode, device: str | None) -> None:
