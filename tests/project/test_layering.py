@@ -14,15 +14,19 @@ PACKAGE = ROOT / "projects" / "DEQDet" / "deqdet"
 # A file or folder of deqdet/ may import those of the levels above its own, and a folder itself. The order is
 # that of the design's data flow; a new module needs a place here.
 LEVELS = (
-    {"errors", "config", "equilibrium", "structures", "boxes"},
+    {"errors", "version", "drawing"},
+    {"config", "equilibrium", "structures", "boxes"},
     {"backbones", "queries", "layers", "perturbation"},
     {"decoders", "matcher"},
     {"criterion", "inference"},
     {"detector", "data"},
     {"residuals", "tables", "timing", "visualization"},
     {"checkpoints", "analysis"},
+    {"model_zoo", "plugins"},
     {"engine"},
+    {"predictor"},
     {"comparison", "convergence", "demo"},
+    {"tools"},
     {""},  # deqdet/__init__.py
 )
 # Functions that may read a config.

@@ -134,7 +134,7 @@ def _with_legend(above: Image.Image, scene: Scene) -> Image.Image:
 
 
 def _palette(frame: Image.Image, scene: Scene) -> Image.Image:
-    """One palette for all frames, so that what does not move is stored once. Lines and text keep their exact colours."""
+    """One palette for all frames, so that what does not move is stored once; lines and text keep their colours."""
     exact = list(dict.fromkeys([PAPER, INK, *(_to_bytes(x) for x in scene.legend.values() if x)]))[:128]
     others = frame.quantize(256 - len(exact)).getpalette()
     palette = Image.new("P", (1, 1))
