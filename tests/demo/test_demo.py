@@ -222,7 +222,7 @@ class TestImages:
         assert cv2.imread(str(tmp_path / "out" / "x_strip.png")).shape[1] == 6 * (256 + 8) - 8  # 0, 1, 2, 3, 5, 7
         assert cv2.imread(str(tmp_path / "out" / "x_convergence.png")).shape == (480, 1080, 3)
 
-    def test_an_image_is_encoded_once_for_its_detections_and_once_for_all_extras(self, make_predictor, tmp_path, monkeypatch):
+    def test_no_image_is_encoded_a_third_time(self, make_predictor, tmp_path, monkeypatch):
         predictor = make_predictor()
         calls, encode = [], predictor.model.encode
         monkeypatch.setattr(predictor.model, "encode", lambda images: calls.append(1) or encode(images))
@@ -270,7 +270,7 @@ class TestErrors:
         (["--input", "X", "--output", "o", "--confidence-threshold", "1.5"], "must lie between 0 and 1, got 1.5"),
         (["--input", "X", "--output", "o", "--steps", "0"], "steps must be at least 1, got 0"),
         (["--input", "X", "--output", "o", "--rtol", "-1"], "rtol must be 0 or a positive number, got -1"),
-        (["--input", "X", "--output", "o", "--solver", "Newton"], "unknown solver Newton: choose plain, FixedPointIteration, Anderson, Br"),
+        (["--input", "X", "--output", "o", "--solver", "Newton"], "unknown solver Newton: choose plain, Fixed"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.WEIGHTS", "gone"], "MODEL.WEIGHTS gone does not exist"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.META_ARCHITECTURE", "RetinaNet"], "it must be DEQDet"),

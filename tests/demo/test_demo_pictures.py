@@ -11,8 +11,8 @@ from PIL import Image
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 
-from deqdet.demo.animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
 from deqdet.decoders.trajectory import ResidualParts
+from deqdet.demo.animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
 from deqdet.demo.pictures import draw_detections, enlarge, separate_labels
 from deqdet.demo.refinement import Refinement, plot_convergence, trace_refinement
 from deqdet.drawing import class_colours

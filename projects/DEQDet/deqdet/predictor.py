@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,8 +61,13 @@ class Detections:
 
         Args:
             category_ids: the id of each class; by default 1, 2, ... in the order of class_names.
+
+        Raises:
+            UserError: there is not one id for each class.
         """
         ids = range(1, len(self.class_names) + 1) if category_ids is None else category_ids
+        if len(ids) != len(self.class_names):
+            raise UserError(f"{len(ids)} category_ids for {len(self.class_names)} classes: give one for each")
         records = instances_to_coco_json(self.instances, image_id)
         return [record | {"category_id": ids[record["category_id"]]} for record in records]
 
@@ -214,10 +218,20 @@ class Predictor:
         Raises:
             UserError: an image cannot be read or is too small or too large, or an option does not fit the detector.
         """
-        options = {"steps": steps, "rtol": rtol, "solver": solver, "threshold": threshold}
         if isinstance(images, list | tuple):
-            return list(self.stream(images, **options, channels=channels, batch_size=batch_size))
-        return next(self.stream([images], **options, channels=channels, batch_size=1))
+            return list(
+                self.stream(
+                    images,
+                    steps=steps,
+                    rtol=rtol,
+                    solver=solver,
+                    threshold=threshold,
+                    channels=channels,
+                    batch_size=batch_size,
+                )
+            )
+        inputs = self.prepare(images, channels=channels)
+        return next(self._detect([inputs], self.options(steps, rtol, solver), self._lowest(threshold)))
 
     def stream(
         self,
@@ -233,13 +247,15 @@ class Predictor:
         """Detect in any number of images: they are read as they are needed, and results come in their order.
 
         The arguments are those of a call.
+
+        Raises:
+            UserError: as a call; an image without a path is named by its place, beginning with 0.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        lowest = self.threshold if threshold is None else _check_threshold(threshold)
-        options = self.options(steps, rtol, solver)
-        images = iter(images)
-        while chunk := [self.prepare(image, channels=channels) for image in islice(images, batch_size)]:
+        lowest, options = self._lowest(threshold), self.options(steps, rtol, solver)
+        numbered = enumerate(images)
+        while chunk := [self._prepare_numbered(*pair, channels) for pair in islice(numbered, batch_size)]:
             yield from self._detect(chunk, options, lowest)
 
     def walk(self, image: ImageLike, *, channels: str = "RGB", **options) -> BatchTrajectory:
@@ -257,7 +273,15 @@ class Predictor:
             return self.model.walk([inputs], **chosen, **options)
 
     def prepare(self, image: ImageLike, *, channels: str = "RGB") -> dict:
-        """The input that the model gets for an image: "image" (3, h, w) resized, and "height", "width" as it was."""
+        """The input that the model gets for an image.
+
+        Returns:
+            "image" (3, h, w) uint8, resized, in the order of INPUT.FORMAT; "height" and "width" of the image as it was;
+            "file_name" if it is a path.
+
+        Raises:
+            UserError: the image cannot be read, or a side has no pixel left after the resize.
+        """
         rgb = _to_array(image, channels)
         height, width = rgb.shape[:2]
         ordered = rgb[:, :, ::-1] if self.cfg.INPUT.FORMAT == "BGR" else rgb
@@ -265,9 +289,24 @@ class Predictor:
         try:
             self._resize(inputs)
         except (ValueError, MemoryError) as error:
-            raise UserError(f"an image of {width} x {height} pixels cannot be resized: {one_line(error)}") from error
+            where = f"{image}: " if _is_path(image) else ""
+            size = f"{width} x {height} pixels"
+            raise UserError(f"{where}an image of {size} cannot be resized: {one_line(error)}") from error
         tensor = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-        return {"image": tensor, "height": height, "width": width}
+        named = {"file_name": str(image)} if _is_path(image) else {}
+        return {"image": tensor, "height": height, "width": width, **named}
+
+    def _prepare_numbered(self, index: int, image: ImageLike, channels: str) -> dict:
+        """As `prepare`, but the errors of an image without a path give its place in the list."""
+        try:
+            return self.prepare(image, channels=channels)
+        except UserError as error:
+            if _is_path(image):
+                raise
+            raise UserError(f"image {index} of the list: {error}") from error
+
+    def _lowest(self, threshold: float | None) -> float:
+        return self.threshold if threshold is None else _check_threshold(threshold)
 
     @property
     def has_equilibrium(self) -> bool:
@@ -362,6 +401,10 @@ def _set_device(cfg: CfgNode, device: str | None) -> None:
     adapt_device(cfg)
 
 
+def _is_path(image: ImageLike) -> bool:
+    return isinstance(image, str | os.PathLike)
+
+
 def _check_threshold(threshold: float) -> float:
     if not 0 <= threshold <= 1:
         raise UserError(f"the threshold must lie between 0 and 1, got {threshold}")
@@ -376,8 +419,8 @@ def _to_array(image: ImageLike, channels: str) -> np.ndarray:
     """
     if channels not in ("RGB", "BGR"):
         raise UserError(f"channels must be RGB or BGR, got {channels!r}")
-    if isinstance(image, str | os.PathLike):
-        return read_image(Path(image))
+    if _is_path(image):
+        return read_image(image)
     if isinstance(image, Image.Image):
         try:
             return np.array(to_rgb(image))
@@ -421,5 +464,6 @@ def _explained(inputs: dict) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
+        where = f"{inputs['file_name']}: " if "file_name" in inputs else ""
         size = f"{inputs['width']} x {inputs['height']}"
-        raise UserError(f"the detector fails on {size} pixels: {one_line(error)}") from error
+        raise UserError(f"{where}the detector fails on {size} pixels: {one_line(error)}") from error
