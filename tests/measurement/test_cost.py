@@ -56,7 +56,7 @@ def load(path: str) -> CfgNode:
 
 
 def adamixer_layer() -> MultiplyAdds:
-    """DESIGN section 2 with 2 groups, 4 points and 8 mixed points; 4 levels."""
+    """docs/design.md, "Refinement layers", with 2 groups, 4 points and 8 mixed points; 4 levels."""
     groups, points, mixed, group_dim = 2, 4, 8, C // 2
     offsets = C * groups * points * 3
     generator = C * groups * (group_dim * group_dim + mixed * points)
@@ -252,7 +252,7 @@ def test_tables_7_and_8(dagger, monkeypatch, queries, per_step, totals):
 
 
 def test_a_full_layer(dagger_cost):
-    """DESIGN section 5, millions a query: 22.37, attention's projections, and the mixing's products."""
+    """docs/design.md, "Parameter counts and costs", millions per query: 22.37, attention, mixing."""
     step = dagger_cost.per_step
     assert step.linear == 22_369_280 * 100
     products, attention, samples = 3_145_728, 4 * 256**2 + 2 * 100 * 256, 4 * 4 * 64 * 256

@@ -1,1 +1,4 @@
-"""The command-line tools: each module has a `main`, which is a console command and what the repository's tools/ run."""
+"""The command-line tools: each module has the `main` of one command, such as deqdet-train.
+
+The scripts of the same names in the repository's tools/ call the same functions.
+"""

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from detectron2.config import CfgNode, get_cfg
@@ -204,40 +204,48 @@ class _WithoutMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_structure(config: Config | CfgNode, *, backbone_only: bool = False) -> dict[str, Tensor]:
-    """The state dict of the model that a config describes, or of its bottom-up backbone under the model's names.
+def build_structure(config: Config, *, backbone_only: bool = False) -> dict[str, Tensor]:
+    """The state dict of the detector, or of its bottom-up backbone under the detector's names.
 
     The tensors are on the meta device and so without values, some buffers excepted.
 
     Args:
-        config: a whole config, or the KEY: VALUE pairs that differ from the defaults.
+        config: the keys that differ from the defaults.
 
     Raises:
-        CheckpointError: no such model can be built; says why.
+        CheckpointError: no such detector can be built; says why.
     """
-    cfg = config.clone() if isinstance(config, CfgNode) else _config_with(config, backbone_only)
+    cfg = get_cfg()
+    add_deqdet_config(cfg)
+    if backbone_only:  # the backbone's builder needs some neck; either would do
+        body = "swin" if "MODEL.SWIN.DEPTHS" in config else "resnet"
+        config = config | {"MODEL.BACKBONE.NAME": f"build_{body}_channel_mapper_backbone"}
+    cfg.merge_from_list([x for pair in config.items() for x in pair])
+    try:
+        module = build_empty(cfg, backbone_only=backbone_only)
+    except CheckpointError as error:
+        raise CheckpointError(f"its shapes imply {error}") from error
+    return module.state_dict(prefix=BODY if backbone_only else "")
+
+
+def build_empty(cfg: CfgNode, *, backbone_only: bool = False) -> nn.Module:
+    """The model that a config describes, or its bottom-up backbone, with the weights on the meta device.
+
+    Raises:
+        CheckpointError: it cannot be built; says why.
+    """
+    cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list([x for pair in NEUTRAL.items() for x in pair])
     try:
         with _WithoutMemory(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch.meshgrid's, for SwinTransformer
             if backbone_only:
-                return build_backbone(cfg, ShapeSpec(channels=3)).bottom_up.state_dict(prefix=BODY)
-            return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg).state_dict()
+                return build_backbone(cfg, ShapeSpec(channels=3)).bottom_up
+            return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
     except (ValueError, AssertionError, ArithmeticError, RuntimeError, KeyError) as error:
         reason = one_line(error.args[0] if isinstance(error, KeyError) else error)
-        source = "the config describes" if isinstance(config, CfgNode) else "its shapes imply"
-        raise CheckpointError(f"{source} a detector that cannot be built: {reason}") from error
-
-
-def _config_with(pairs: Config, backbone_only: bool) -> CfgNode:
-    cfg = get_cfg()
-    add_deqdet_config(cfg)
-    if backbone_only:  # the backbone's builder needs some neck; either would do
-        body = "swin" if "MODEL.SWIN.DEPTHS" in pairs else "resnet"
-        pairs = {**pairs, "MODEL.BACKBONE.NAME": f"build_{body}_channel_mapper_backbone"}
-    cfg.merge_from_list([x for pair in pairs.items() for x in pair])
-    return cfg
+        raise CheckpointError(f"a detector that cannot be built: {reason}") from error
 
 
 def _check_classes(found: int | None, wanted: int | None) -> None:
