@@ -1,15 +1,43 @@
 """The package. detectron2 has no release to require: tools/install_detectron2.py brings it."""
 
+import re
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+PACKAGE = Path("projects/DEQDet/deqdet")
+TOOLS = ("analyze_model", "compare", "convert_checkpoint", "demo", "evaluate_steps", "publish", "report")
+
+
+class BuildWithConfigs(build_py):
+    """Copy configs/ into the built package, where deqdet.model_zoo finds it; an editable install has the original."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("configs", Path(self.build_lib, "deqdet", "configs"), dirs_exist_ok=True)
+
 
 setup(
     name="deqdet",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (PACKAGE / "version.py").read_text())[1],
     description="Deep equilibrium object detection as a Detectron2 project extension",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     package_dir={"": "projects/DEQDet"},
     packages=find_packages("projects/DEQDet"),
+    package_data={"deqdet": ["py.typed"]},
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={
+        "console_scripts": [
+            "deqdet-train = deqdet.tools.train_net:main",
+            *(f"deqdet-{name.replace('_', '-')} = deqdet.tools.{name}:main" for name in TOOLS),
+        ]
+    },
     install_requires=[
         "torch>=2.5",
         "torchvision>=0.20",  # the release beside torch 2.5
@@ -21,12 +49,14 @@ setup(
         "opencv-python-headless>=4.8",
         "matplotlib>=3.7",
         "Pillow>=9.4",
+        "safetensors>=0.4",  # model files
         "tqdm>=4.64",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later releases lack
     ],
     extras_require={
         "swin": ["timm>=0.9"],  # the drop path of detectron2's SwinTransformer
-        "safetensors": ["safetensors>=0.4"],  # converted checkpoints in that format
-        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9", "safetensors>=0.4"],
+        "hub": ["huggingface_hub>=0.20"],  # hf://owner/name as a model file
+        "supervision": ["supervision>=0.20"],  # Detections.to_supervision()
+        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9", "build>=1", "nbconvert>=7", "ipykernel>=6"],
     },
 )

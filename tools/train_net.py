@@ -1,34 +1,7 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector.
+"""Train or evaluate a detector: see --help, or deqdet/tools/train_net.py."""
 
-    python tools/train_net.py --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
-    python tools/train_net.py --config-file FILE --eval-only MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
-
-On a machine without CUDA, --num-gpus N starts N processes on the CPU.
-"""
-
-import argparse
-
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-
-from deqdet.engine import Trainer, argument_parser, load_weights, run, setup
-
-
-def main(args: argparse.Namespace) -> dict | None:
-    """Train and evaluate, or with --eval-only evaluate and return the results, e.g. {"bbox": {"AP": ...}}."""
-    cfg = setup(args)
-    if not args.eval_only:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
-    model = Trainer.build_model(cfg)
-    load_weights(model, cfg, resume=args.resume)
-    results = Trainer.test(cfg, model)
-    if comm.is_main_process():
-        verify_results(cfg, results)  # only if TEST.EXPECTED_RESULTS has any
-    return results
-
+from deqdet.tools.train_net import main
 
 if __name__ == "__main__":
-    run(main, argument_parser().parse_args())
+    main()

@@ -35,7 +35,7 @@ def make_neck(*levels: Tensor, kernel_size: int = 1, out_channels: int = 32, nam
     )
 
 
-IMAGES = torch.zeros(1, 3, 8, 8)  # which FixedLevels ignores
+IMAGES = torch.zeros(1, 3, 8, 8)  # FixedLevels ignores them
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
@@ -97,7 +97,7 @@ def test_a_3x3_kernel_pads_with_zeros():
 
 
 def test_one_norm_is_shared_by_all_levels():
-    """Its parameters act on every level; its statistics are each level's own."""
+    """All levels share the parameters of the norm, but each level has its own statistics."""
     neck = make_neck(torch.arange(16.0).view(1, 1, 4, 4), 1000 * torch.arange(4.0).view(1, 1, 2, 2))
     names = [name for name, _ in neck.named_parameters()]
     assert [name for name in names if not name.startswith("convs")] == ["norm.weight", "norm.bias"]
@@ -180,7 +180,7 @@ def test_stages_of_the_narrow_resnet_freeze(small_cfg, freeze_at):
 
 
 def test_bottlenecks_under_the_same_neck(small_cfg):
-    """detectron2's ResNet by depth: 3 + 4 + 6 + 3 blocks."""
+    """The depth chooses detectron2's ResNet: 3 + 4 + 6 + 3 blocks."""
     name = "build_resnet_channel_mapper_backbone"
     backbone = build_backbone(small_cfg("MODEL.BACKBONE.NAME", name, "MODEL.RESNETS.WIDTH_PER_GROUP", 4))
     assert [len(stage) for stage in backbone.bottom_up.stages] == [3, 4, 6, 3]

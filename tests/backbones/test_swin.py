@@ -1,4 +1,4 @@
-"""Swin from config keys: levels, freezing, drop path, and what timm is for."""
+"""Swin from config keys: its levels, freezing, drop path, and the need for timm."""
 
 import re
 import sys

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deqdet.checkpoints import Checkpointer, CompleteCheckpointer, ConversionError
+from deqdet.checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
 from deqdet.engine import UserError, load_weights
 
 
@@ -29,7 +29,7 @@ def test_a_whole_checkpoint_is_loaded(saved):
 def test_a_missing_weight_is_an_error_for_an_evaluation_only(saved):
     folder, model = saved
     torch.save({k: v for k, v in model.state_dict().items() if k != "0.bias"}, folder / "part.pth")
-    with pytest.raises(ConversionError, match=r"does not fit the model: 0.bias is missing. Give the config that it"):
+    with pytest.raises(CheckpointError, match=r"does not fit the model: 0.bias is missing. Give the config that it"):
         CompleteCheckpointer(make_model()).load(str(folder / "part.pth"))
     Checkpointer(make_model()).load(str(folder / "part.pth"))  # a training may begin with it
 
@@ -44,7 +44,7 @@ def test_counters_of_batch_norm_may_be_missing(saved):
 def test_another_shape_is_an_error(saved):
     folder, _ = saved
     message = r"0.weight is \(3, 2\), not \(5, 2\); 0.bias is \(3,\), not \(5,\); 1.weight is .* and 3 more. Give"
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         CompleteCheckpointer(make_model(width=5)).load(str(folder / "whole.pth"))
 
 
@@ -85,7 +85,7 @@ def numbers(folder):
 def test_a_bad_file_is_one_clear_error(saved, capsys, kind, damage, message):
     folder, _ = saved
     damage(folder)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         kind(make_model()).load(str(folder / "bad.pth"))
     assert "ran" not in capsys.readouterr().out
 
@@ -93,7 +93,7 @@ def test_a_bad_file_is_one_clear_error(saved, capsys, kind, damage, message):
 @pytest.mark.parametrize("content", ["no weights here", ""])
 def test_a_bad_pickle_is_one_clear_error(tmp_path, content):
     (tmp_path / "bad.pkl").write_text(content)
-    with pytest.raises(ConversionError, match="bad.pkl is damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match="bad.pkl is damaged or no checkpoint"):
         Checkpointer(make_model()).load(str(tmp_path / "bad.pkl"))
 
 

@@ -15,13 +15,10 @@ from detectron2.modeling.backbone import SwinTransformer
 from detectron2.modeling.backbone.swin import PatchMerging
 
 from deqdet import add_deqdet_config
-from deqdet.checkpoints import ConversionError, convert
-from deqdet.checkpoints.conversion import guess_kind
-from deqdet.checkpoints.implied import Given, Shapes
-from deqdet.checkpoints.kinds import KINDS
-from deqdet.checkpoints.kinds.swin import reorder_patch_merging
-from deqdet.checkpoints.renaming import Renaming, under
-from deqdet.checkpoints.structure import build_structure
+from deqdet.checkpoints import CheckpointError, Config, Kind, Shapes, convert, register_kind, under
+from deqdet.checkpoints.conversion import Renaming, build_structure, guess_kind
+from deqdet.checkpoints.implied import Given
+from deqdet.checkpoints.kinds import ADAMIXER_LAYER, DEQDET, KINDS, reorder_patch_merging
 
 from helpers.converter import StrictCheckpointer, golden_weights, make_cfg
 from helpers.paths import ROOT
@@ -92,11 +89,11 @@ def test_two_keys_for_one_of_ours():
     """AdaMixer's neck may have either of two names, not both."""
     weights = golden_weights("deqdet")
     weights["neck.lateral_convs.2.conv.bias"] = weights["neck.convs.2.conv.bias"]
-    with pytest.raises(ConversionError, match=r"1 unknown key: neck\.lateral_convs\.2\.conv\.bias$"):
+    with pytest.raises(CheckpointError, match=r"1 unknown key: neck\.lateral_convs\.2\.conv\.bias$"):
         convert(weights | {"neck.lateral_convs.2.conv.bias": torch.zeros(32)}, kind="deqdet")
     stacked = {k.replace("bbox_head.1", "bbox_head.2"): v for k, v in golden_weights("deqdet").items()}
     stacked |= golden_weights("deqdet") | {"neck.lateral_convs.2.conv.bias": torch.zeros(32)}
-    with pytest.raises(ConversionError, match=r"1 unknown key: neck\.lateral_convs\.2\.conv\.bias$"):
+    with pytest.raises(CheckpointError, match=r"1 unknown key: neck\.lateral_convs\.2\.conv\.bias$"):
         convert(stacked, kind="adamixer")
 
 
@@ -110,10 +107,10 @@ def shapes(**sizes: tuple[int, ...]) -> Shapes:
 def test_the_most_frequent_size_is_taken():
     look = shapes(a1=(3, 5), a2=(4, 5), a3=(3,), b=(4, 0), c=())
     assert look.size("a*") == 3 and look.size("a*", axis=1) == 5 and look.size("a2", "b") == 4
-    with pytest.raises(ConversionError, match=r"^their a2 \(4, 5\) and their a3 \(3,\) do not fit each other$"):
+    with pytest.raises(CheckpointError, match=r"^their a2 \(4, 5\) and their a3 \(3,\) do not fit each other$"):
         look.size("a2", "a3")
     for pattern, axis in [("d", 0), ("c", 0), ("a3", 1), ("b", 1)]:
-        with pytest.raises(ConversionError, match=f"no key stands for our {pattern}"):
+        with pytest.raises(CheckpointError, match=f"no key stands for our {pattern}"):
             look.size(pattern, axis=axis)
 
 
@@ -361,16 +358,16 @@ def test_output_norms_of_a_swin_are_kept(stir):
 def test_another_numbering_of_positions_is_refused(stir):
     weights = authors_swin(make_swin(stir, unfolding=False))
     name = "layers.2.blocks.0.attn.relative_position_index"
-    with pytest.raises(ConversionError, match=f"1 differently computed key: {name}$"):
+    with pytest.raises(CheckpointError, match=f"1 differently computed key: {name}$"):
         convert(weights | {name: weights[name].T})
-    with pytest.raises(ConversionError, match=rf"1 misshapen key: {name} \(4, 4\) instead of \(9, 9\)$"):
+    with pytest.raises(CheckpointError, match=rf"1 misshapen key: {name} \(4, 4\) instead of \(9, 9\)$"):
         convert(weights | {name: torch.zeros(4, 4)})
-    with pytest.raises(ConversionError, match="1 unknown key: absolute_pos_embed$"):
+    with pytest.raises(CheckpointError, match="1 unknown key: absolute_pos_embed$"):
         convert(weights | {"absolute_pos_embed": torch.zeros(1, 8, 56, 56)})
 
 
 def test_a_backbone_has_no_classes(stir):
-    with pytest.raises(ConversionError, match="a backbone has no classes: leave --num-classes out"):
+    with pytest.raises(CheckpointError, match="a backbone has no classes: leave --num-classes out"):
         convert(make_swin(stir, unfolding=False).state_dict(), num_classes=80)
 
 
@@ -390,7 +387,7 @@ def test_the_misshapen_key_is_the_one_that_is_named(name):
     weights = golden_weights("deqdet")
     weights[name] = torch.cat([weights[name], weights[name]])
     shape = tuple(golden_weights("deqdet")[name].shape)
-    with pytest.raises(ConversionError, match="^taken as deqdet: ") as refusal:
+    with pytest.raises(CheckpointError, match="^taken as deqdet: ") as refusal:
         convert(weights)
     expected = f"1 misshapen key: {name} {(2 * shape[0], *shape[1:])} instead of {shape}"
     assert str(refusal.value) == f"taken as deqdet: {expected}"
@@ -398,7 +395,7 @@ def test_the_misshapen_key_is_the_one_that_is_named(name):
 
 def test_a_detector_that_cannot_be_built():
     config = convert(golden_weights("deqdet")).config | {"MODEL.DEQDET.HIDDEN_DIM": 48}
-    with pytest.raises(ConversionError, match="a detector that cannot be built: .*HIDDEN_DIM must be a multiple of 32"):
+    with pytest.raises(CheckpointError, match="a detector that cannot be built: .*HIDDEN_DIM must be a multiple of 32"):
         build_structure(config, backbone_only=False)
 
 
@@ -422,3 +419,48 @@ def test_towers_of_other_lengths():
 
 def test_make_cfg_reads_pairs_as_a_shell_does():
     assert make_cfg("MODEL.FPN.IN_FEATURES \"['res2','res3']\"").MODEL.FPN.IN_FEATURES == ["res2", "res3"]
+
+
+# A kind of the user's own
+
+
+def imply_mine(look: Shapes, layers: list[str], dim: int) -> Config:
+    assert (layers, dim) == (["decoder.initialization.", "decoder.refinement."], 32)
+    return DEQDET.imply_layers(look, layers, dim) | {"MODEL.DEQDET.NUM_LAYERS": look.size("decoder.*.class_branch.0.*")}
+
+
+@pytest.fixture
+def mine() -> Iterator[Kind]:
+    """DEQDet's layers with other prefixes, whose sign is a special case of DEQDet's own."""
+    rules = under("roi_head.bbox_head.g.", "decoder.initialization.", ADAMIXER_LAYER)
+    rules += under("roi_head.bbox_head.f.", "decoder.refinement.", ADAMIXER_LAYER)
+    yield register_kind(
+        Kind(
+            name="mine",
+            sign="roi_head.bbox_head.f.*",
+            rules=lambda names: [*DEQDET.rules(names), *rules],
+            imply_layers=imply_mine,
+            dead=DEQDET.dead,
+            config=DEQDET.config,
+            resnet_config=DEQDET.resnet_config,
+        )
+    )
+    del KINDS["mine"]
+
+
+def test_a_registered_kind_is_converted(mine):
+    weights = {
+        name.replace("bbox_head.0.", "bbox_head.g.").replace("bbox_head.1.", "bbox_head.f."): value
+        for name, value in golden_weights("deqdet").items()
+    }
+    conversion, expected = convert(weights), convert(golden_weights("deqdet"))
+    assert (conversion.kind, conversion.guessed, expected.kind) == ("mine", True, "deqdet")
+    assert conversion.config == expected.config | {"MODEL.DEQDET.NUM_LAYERS": 32}
+    assert conversion.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(conversion.weights[name], value) for name, value in expected.weights.items())
+
+
+def test_the_name_of_a_kind_is_taken_once(mine):
+    for taken in (mine, DEQDET):
+        with pytest.raises(ValueError, match=f"there is a kind '{taken.name}' already: give this one another name"):
+            register_kind(taken)

@@ -21,7 +21,7 @@ def seed():
 
 @pytest.fixture
 def record(tmp_path) -> dict:
-    """A black image with one white box, in detectron2's format."""
+    """Make a black image with one white box, in detectron2's format."""
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     image[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 255
     Image.fromarray(image).save(tmp_path / "a.png")
@@ -41,7 +41,7 @@ def make_cfg(policy, flip="none", min_size=(64, 96, 160), crop_resize=(80, 100),
 
 
 def painted(image) -> np.ndarray | None:
-    """Bounds xyxy of what is brighter than half of white; None where nothing is."""
+    """Return the bounds xyxy of all pixels brighter than half of white, or None if there are none."""
     mask = image[0].numpy() > 127
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) if len(rows) else None

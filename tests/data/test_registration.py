@@ -1,4 +1,4 @@
-"""Registering data sets: what is accepted, what is refused and in which words, and the shapes' names."""
+"""Registering data sets: what is accepted, what is refused with which message, and the names of the shapes sets."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def catalogs():
-    """Forget what a test registers."""
+    """Remove from the catalogs what a test registers."""
     before = set(DatasetCatalog), set(MetadataCatalog)
     yield
     for catalog, names in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
@@ -46,7 +46,7 @@ def catalogs():
 
 @pytest.fixture
 def tiny(tmp_path) -> tuple[dict, Path, Path]:
-    """A set of one image: what its file holds, to be changed and written by `write`; file and image root."""
+    """A set of one image: the contents of its file, to be changed and written by `write`; its file and image root."""
     (tmp_path / "images").mkdir()
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "images" / "a.png")
     return copy.deepcopy(TINY), tmp_path / "tiny.json", tmp_path / "images"

@@ -198,9 +198,10 @@ def test_solvers_by_their_keys(small_decoder):
 @pytest.mark.parametrize("key, value, message", [
     ("NAME", "Newton", "SOLVER.NAME is 'Newton': it must be one of FixedPointIteration, Anderson, Broyden"),
     ("RTOL", -1.0, "MODEL.DEQDET.SOLVER.RTOL must not be negative"),
-    ("DAMPING", 1.5, r"MODEL.DEQDET.SOLVER .NAME FixedPointIteration.: damping must lie in \(0, 1\], got 1.5"),
-    ("MEMORY", -5, "SOLVER .NAME FixedPointIteration.: history_size of Broyden must be at least 1, got -5"),  # not read
-    ("REGULARIZATION", -1.0, "regularization must be finite and not negative, got -1.0"),
+    ("DAMPING", 1.5, r"MODEL.DEQDET.SOLVER.DAMPING must lie in \(0, 1\], got 1.5"),
+    ("DAMPING", float("nan"), r"MODEL.DEQDET.SOLVER.DAMPING must lie in \(0, 1\], got nan"),
+    ("MEMORY", -5, "MODEL.DEQDET.SOLVER.MEMORY must be at least 1, got -5"),  # which the chosen solver does not read
+    ("REGULARIZATION", -1.0, "MODEL.DEQDET.SOLVER.REGULARIZATION must be finite and not negative, got -1.0"),
 ])  # fmt: skip
 def test_bad_solver_keys_are_errors(small_decoder, key, value, message):
     with pytest.raises(ValueError, match=message):
@@ -224,14 +225,14 @@ def test_images_that_converge_leave_the_batch(small_decoder, monkeypatch, solver
 
     monkeypatch.setattr(decoder.refinement, "forward", measure)
     with torch.no_grad():
-        start = decoder.initialize(initial, features)
-        free = decoder.solve(start, features, steps=30, solver=solver)
+        free = decoder.walk(initial, features, steps=30, rtol=0.0, solver=solver).solution
         rtol = 1.001 * free.residuals[2:12].median().item()  # the images pass it at different steps
         sizes.clear()
-        stopped = decoder.solve(start, features, steps=30, rtol=rtol, solver=solver)
+        options = {"steps": 30, "rtol": rtol, "solver": solver}
+        stopped = decoder.walk(initial, features, **options).solution
         alone = [
-            decoder.solve(pick(start, i), [x[i : i + 1] for x in features], steps=30, rtol=rtol, solver=solver)
-            for i in range(len(start.content))
+            decoder.walk(pick(initial, i), [x[i : i + 1] for x in features], **options).solution
+            for i in range(len(initial.content))
         ]
     assert len(set(stopped.steps.tolist())) > 1 and stopped.steps.max() < 30
     assert all(features == queries for queries, features in sizes)
@@ -246,7 +247,7 @@ def test_the_best_iterate_of_an_image(small_decoder):
     initial, features = make_problem()
     decoder = small_decoder("MODEL.DEQDET.SOLVER.RETURN_BEST", True)
     start = decoder.initialize(initial, features)
-    found = decoder.solve(start, features, steps=9)
+    found = decoder.walk(initial, features, steps=9).solution
     every = solve(
         decoder.packed_refinement(features, 6), start.pack(), solver=decoder.solver, max_steps=9, record=range(10)
     )

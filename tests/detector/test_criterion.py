@@ -27,7 +27,7 @@ def make_criterion(num_classes=2, **changed):
 
 
 def make_targets(*images, size=(100.0, 200.0)):
-    """Each image: a list of (label, box)."""
+    """Make targets from a list of (label, box) for each image."""
     most = max(len(x) for x in images)
     labels, boxes = torch.zeros(len(images), most, dtype=torch.int64), torch.zeros(len(images), most, 4)
     for i, image in enumerate(images):
@@ -38,7 +38,7 @@ def make_targets(*images, size=(100.0, 200.0)):
 
 
 def tiny_prediction(images=1):
-    """Two queries, scores (3/4, 1/2) and (1/2, 1/4), in each image; leaves that take gradients."""
+    """Predict two queries of scores (3/4, 1/2) and (1/2, 1/4) in each image, as leaf tensors with gradients."""
     logits = torch.tensor([[[LN3, 0.0], [0.0, -LN3]]]).repeat(images, 1, 1)
     boxes = torch.tensor([[[0.0, 0.0, 2.0, 2.0], [50.0, 50.0, 60.0, 60.0]]]).repeat(images, 1, 1)
     return Prediction(logits.requires_grad_(), boxes.requires_grad_())

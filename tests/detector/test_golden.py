@@ -8,8 +8,8 @@ from torch import nn
 
 from detectron2.structures import Boxes, Instances
 
+from deqdet.checkpoints.conversion import Renaming
 from deqdet.checkpoints.kinds import KINDS
-from deqdet.checkpoints.renaming import Renaming
 from deqdet.inference import top_detections
 
 from helpers.converter import GOLDEN, golden_weights, load_converted, run_tool

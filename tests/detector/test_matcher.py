@@ -23,7 +23,7 @@ def random_prediction(rows, queries=6, classes=4, seed=0):
 
 
 def random_targets(counts, classes=4, seed=1):
-    """Padding holds the values that from_instances pads with."""
+    """Make targets whose padding has the values that from_instances pads with."""
     generator = torch.Generator().manual_seed(seed)
     most = max(counts)
     valid = torch.arange(most) < torch.tensor(counts)[:, None]
@@ -36,7 +36,7 @@ def random_targets(counts, classes=4, seed=1):
 
 
 def only_image(targets, image):
-    """The same image in a batch of one, without padding."""
+    """Return one image of the targets as a batch of one, without padding."""
     keep = targets.valid[image]
     return Targets(
         targets.labels[image][keep][None],

@@ -1,4 +1,4 @@
-"""Numbers of parameters of the full-size models: counted by hand from DESIGN section 2, and against its section 5."""
+"""Numbers of parameters of the full-size models, counted by hand from docs/design.md, "Refinement layers"."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ WIDTHS = (64, 128, 256, 512)  # of the bottlenecks in res2..res5
 LEVELS = {"r50": (256, 512, 1024, 2048), "r101": (256, 512, 1024, 2048), "swin_s": tuple(SWIN_S)}
 
 # By file: P of each layer with weights of its own (Sparse R-CNN's layer has none); the paper's millions, truncated
-# (None: not there), and DESIGN's, which has the paper's 110 for Sparse R-CNN as one that does not come out.
+# (None: not there), and those of docs/design.md ("Parameter counts and costs"), which has the paper's 110 for Sparse
+# R-CNN as one that does not come out.
 MODELS = {
     "adamixer_r50_100q_1x": ([32] * 6, 134, 134.8),
     "adamixer_r50_100q_1x_p64": ([64] * 6, 160, 160.6),

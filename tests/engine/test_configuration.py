@@ -67,7 +67,7 @@ def test_evaluation_needs_weights(toy_config):
 def test_missing_config_file_and_run_ends_with_one_line(toy_config):
     with pytest.raises(SystemExit) as error:
         run(setup, parse("gone.yaml"))
-    assert error.value.code == "error: config file gone.yaml does not exist: correct --config-file"
+    assert error.value.code.startswith("error: config file gone.yaml does not exist, and no config of the model zoo")
     with pytest.raises(SystemExit) as error:
         run(setup, parse(toy_config, "--num-gpus", 3, "SOLVER.IMS_PER_BATCH", 4))
     assert error.value.code.startswith("error: SOLVER.IMS_PER_BATCH is 4: it must be a multiple of 3")

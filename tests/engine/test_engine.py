@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import runpy
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,9 @@ from deqdet.engine import Trainer, UserError, run, setup
 from deqdet.engine.evaluation import StepsEvaluator
 from deqdet.engine.hooks import average_batch_norm, peak_memory_mb
 from deqdet.engine.launcher import count_cores
+from deqdet.tools.train_net import work
 
-from helpers.engine_toy import IN_PROCESS, TRAIN_NET, parse, write_dataset
+from helpers.engine_toy import IN_PROCESS, parse, write_dataset
 
 pytestmark = IN_PROCESS
 
@@ -220,7 +220,7 @@ def test_the_checkpoint_gives_the_detections_of_the_end_of_training(two_ranks, t
     config, _ = two_ranks
     out = Path(config).parent / "out"
     words = ["--eval-only", "MODEL.WEIGHTS", out / "model_final.pth", "OUTPUT_DIR", tmp_path]
-    results = runpy.run_path(str(TRAIN_NET))["main"](parse(config, *words))
+    results = work(parse(config, *words))
     assert results["bbox"]["AP"] == read_metrics(out)[4, "bbox/AP"]
     name = "inference/coco_instances_results.json"
     assert json.loads((tmp_path / name).read_text()) == json.loads((out / name).read_text())

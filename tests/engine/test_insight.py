@@ -21,8 +21,8 @@ from deqdet import add_deqdet_config
 from deqdet.engine import Trainer, UserError, setup
 from deqdet.engine.insight import EquilibriumInsight, build_insight, measure_equilibrium
 from deqdet.engine.optimizer import build_optimizer
-from deqdet.equilibrium import FixedPointIteration, relative_residual
-from deqdet.residuals import measure_residuals
+from deqdet.equilibrium import relative_residual
+from deqdet.measurement.residuals import measure_residuals
 from deqdet.structures import QueryState
 
 from helpers.batches import strip
@@ -68,8 +68,9 @@ def test_the_radius_is_that_of_the_contents_jacobian_after_the_training_steps(sm
     with torch.no_grad():
         features, initial = model.encode(model.preprocess(batch))
         start = model.decoder.initialize(initial, features)
-        end = model.decoder.solve(start, features, steps=3, solver=FixedPointIteration()).value
-    state = QueryState.unpack(end, 6)
+        state = start
+        for _ in range(3):
+            state = model.decoder.refinement(state, features)
 
     def content(flat: torch.Tensor) -> torch.Tensor:
         moved = QueryState(state.position, flat.view_as(state.content))

@@ -17,7 +17,7 @@ SOLVERS = {
 }
 ACCELERATED = {name: solver for name, solver in SOLVERS.items() if name.startswith(("anderson", "broyden"))}
 
-# Eigenvalues from -0.5 to 0.98 in directions that are no axes.
+# Eigenvalues from -0.5 to 0.98, whose eigenvectors are not the coordinate axes.
 BASIS = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
 STIFF = BASIS @ torch.diag(torch.linspace(-0.5, 0.98, 20, dtype=torch.float64)) @ BASIS.T
 STIFF_POINT = torch.linalg.solve(torch.eye(20, dtype=torch.float64) - STIFF, torch.ones(20, dtype=torch.float64))
@@ -217,7 +217,7 @@ def test_a_proposal_that_overflows_is_a_plain_step():
     _, state = solver.step(iterates[0], outputs[0], solver.init(iterates[0]))
     proposal, _ = solver.step(iterates[1], outputs[1], state)
     assert proposal.tolist() == outputs[1].tolist()
-    # A term of H that no number can bear.
+    # A term of H so large that H g overflows.
     none, huge = torch.zeros(1, 0, 1), torch.full((1, 1, 1), 3e38)
     proposal, _ = Broyden(history_size=2).step(torch.zeros(1, 1), torch.ones(1, 1), (none, none, huge, huge))
     assert proposal.tolist() == [[1.0]]

@@ -13,6 +13,8 @@ class ToyLayer(RefinementLayer):
     Unlike a real layer it reads the position as it is given, so that it shows what the decoder detaches.
     """
 
+    accepts_segments = True
+
     def __init__(self, a: float, b: float, c: float, d: float):
         super().__init__()
         self.numbers = nn.Parameter(torch.tensor([a, b, c, d], dtype=torch.float64))
@@ -21,7 +23,7 @@ class ToyLayer(RefinementLayer):
     def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
         self.calls.append(torch.is_grad_enabled())
         a, b, c, d = self.numbers
-        x = features[0].repeat(len(state.content) // len(features[0]), 1, 1)  # segment-major
+        x = features[0].repeat(len(state.content) // len(features[0]), 1, 1)  # state by state
         content = a * state.content + b + c * state.position[..., :1] + x
         cx, rest = state.position.split([1, 3], dim=2)
         return QueryState(torch.cat([cx + d, rest], dim=2), content)

@@ -1,4 +1,4 @@
-"""The whole layer against loops that are written from DESIGN, section 2, and share no code with it."""
+"""The whole layer against loops that follow docs/design.md, "Refinement layers", and share no code with the layer."""
 
 import math
 
@@ -40,7 +40,7 @@ def stirred_layer(stir) -> AdaMixerLayer:
     return layer
 
 
-# The slow layer: one image, one query, one group, one point, one level at a time.
+# The slow layer, which computes for one image, query, group, point and level after the other.
 
 
 def slow_iof(box: tuple, other: tuple) -> float:
@@ -60,7 +60,7 @@ def slow_embedding(position: list[float]) -> Tensor:
 
 
 def slow_attend(layer: AdaMixerLayer, content: Tensor, positions: list[list[float]]) -> list[Tensor]:
-    """Steps 1 and 2 for one image: (N, C) and N positions -> q1 of each query."""
+    """Compute q1 of each query of one image (steps 1 and 2), from contents (N, C) and N positions."""
     boxes = [slow_box(p) for p in positions]
     u = [q + slow_embedding(p) for q, p in zip(content, positions, strict=True)]
 
@@ -72,7 +72,7 @@ def slow_attend(layer: AdaMixerLayer, content: Tensor, positions: list[list[floa
 
 
 def slow_bilinear(level: Tensor, x: float, y: float) -> Tensor:
-    """level (c, H, W) at x, y in cells, the centre of the first at 0.5; zero outside."""
+    """Interpolate a level (c, H, W) at x, y in cells. The centre of the first cell is at 0.5; outside, all is zero."""
     column, row = math.floor(x - 0.5), math.floor(y - 0.5)
     value = torch.zeros(len(level))
     for i in (row, row + 1):
@@ -85,7 +85,7 @@ def slow_bilinear(level: Tensor, x: float, y: float) -> Tensor:
 def slow_samples(
     layer: AdaMixerLayer, q1: Tensor, position: list[float], levels: list[Tensor], group: int
 ) -> Tensor:
-    """Step 3: (P, C / G)."""
+    """Sample the points of one query and group (step 3): (P, C / G)."""
     cx, cy, z, _ = position
     left, top, right, bottom = slow_box(position)
     offsets, size, samples = slow_linear(layer.points.offsets, q1), DIM // GROUPS, []
@@ -128,7 +128,7 @@ def slow_layer(layer: AdaMixerLayer, state: QueryState, features: list[Tensor]) 
 
 @torch.no_grad()
 def test_against_loops(float64, stir):
-    """Four rows: two segments of two images."""
+    """Return a state of four rows: two states of each of two images."""
     layer, features, state = stirred_layer(stir), ADAMIXER.features(), ADAMIXER.state(rows=4)
     fast, slow = layer(state, features), slow_layer(layer, state, features)
     torch.testing.assert_close(fast.content, slow.content, rtol=0, atol=1e-10)
@@ -146,7 +146,7 @@ def test_against_loops(float64, stir):
 
 
 def test_jacobian_of_the_refined_position(float64, stir):
-    """Of cx + d_x 2^z, cy + d_y 2^z, z + d_z, r + d_r with the deltas held fast."""
+    """The Jacobian is that of cx + d_x 2^z, cy + d_y 2^z, z + d_z, r + d_r with constant deltas."""
     layer, features, state = stirred_layer(stir), ADAMIXER.features(1), ADAMIXER.state(rows=1, queries=2)
 
     def refined(position: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What holds for every refinement layer, whatever it computes."""
+"""Properties of every refinement layer, whatever it computes."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_queries_see_each_other_but_images_do_not(case, layer):
 
 @torch.no_grad()
 def test_segments_read_the_features_of_their_image(case, layer):
-    """Rows are segment-major: of 3 segments of 2 images, rows 0, 2, 4 are the first image's."""
+    """Rows are ordered state by state: with 3 states of 2 images, rows 0, 2 and 4 are those of the first image."""
     features, state = case.features(images=2), case.state(rows=6)
     together = layer(state, features)
     for image in range(2):
@@ -79,7 +79,7 @@ def test_content_has_no_gradient_to_the_position(case, layer):
 
 
 def test_gradients_by_finite_differences(case, layer):
-    """Through the content and the features, with the positions held fast."""
+    """The gradient passes through the content and the features; the positions are constant."""
     features, state = case.features(1), case.state(rows=1, queries=2)
 
     def function(content: Tensor, *levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

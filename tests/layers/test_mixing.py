@@ -10,7 +10,7 @@ DIM, GROUPS, POINTS, OUT_POINTS = 6, 2, 3, 5
 
 
 def make_mixing(seed: int = 0) -> AdaptiveMixing:
-    """Every weight drawn anew, in float64."""
+    """Draw all weights anew, in float64."""
     torch.manual_seed(seed)
     mixing = AdaptiveMixing(dim=DIM, num_groups=GROUPS, num_points=POINTS, num_out_points=OUT_POINTS).double()
     for parameter in mixing.parameters():
@@ -38,7 +38,7 @@ def normalise_and_clip(rows: list[list[float]]) -> list[list[float]]:
 
 
 def matrix(values: list[float], rows: int, columns: int) -> list[list[float]]:
-    """Row-major."""
+    """Reshape a vector to a matrix, row by row."""
     return [[values[row * columns + column] for column in range(columns)] for row in range(rows)]
 
 
@@ -48,7 +48,7 @@ def product(left: list[list[float]], right: list[list[float]]) -> list[list[floa
 
 
 def slow_mixing(mixing: AdaptiveMixing, content: list[float], samples: list) -> list[float]:
-    """One query, content C and samples (G, P, C / G): DESIGN section 2, AdaMixer layer, step 4."""
+    """Mix one query, of content (C,) and samples (G, P, C / G): docs/design.md, "Refinement layers", step 4."""
     generated = linear(mixing.generator, content)
     channels, flat = DIM // GROUPS, []
     for group in range(GROUPS):

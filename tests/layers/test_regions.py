@@ -1,4 +1,4 @@
-"""What the Sparse R-CNN layer pools from the pyramid, by hand."""
+"""The regions that the Sparse R-CNN layer pools from the pyramid, worked by hand."""
 
 import math
 
@@ -14,7 +14,7 @@ from helpers.small_layers import DIM, SIDE, SPARSE_RCNN, STRIDES, make_sparse_rc
 
 
 def regions_of(layer: SparseRCNNLayer, boxes: Tensor, features: list[Tensor]) -> Tensor:
-    """What the dynamic convolution gets: (rows, N, M, C) of boxes (rows, N, 4) xyxy."""
+    """Return the regions (rows, N, M, C) that the dynamic convolution gets for boxes (rows, N, 4) xyxy."""
     seen = []
     handle = layer.dynamic_conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     content = torch.zeros(*boxes.shape[:2], DIM)
@@ -25,7 +25,7 @@ def regions_of(layer: SparseRCNNLayer, boxes: Tensor, features: list[Tensor]) ->
 
 
 def constant_levels(*values: float, side: int = 256) -> list[Tensor]:
-    """Every cell of level l is values[l]."""
+    """Make levels whose cells all have one value, values[l] in level l."""
     return [torch.full((1, DIM, side // s, side // s), v) for v, s in zip(values, STRIDES, strict=True)]
 
 
@@ -82,7 +82,7 @@ def test_regions_beyond_the_edge():
 @pytest.mark.parametrize("coordinate", range(4))
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30])
 def test_a_box_that_is_not_finite_leaves_the_others_alone(coordinate, value):
-    """It would make RoIAlign read outside the features."""
+    """Not clipped, it would make RoIAlign read outside the features."""
     layer, features, state = make_sparse_rcnn(), SPARSE_RCNN.features(), SPARSE_RCNN.state()
     before = layer(state, features)
     position = state.position.clone()

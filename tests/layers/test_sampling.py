@@ -8,7 +8,7 @@ from deqdet.layers.sampling import SamplingPoints, sample_pyramid
 
 
 def ramp(height: int, width: int, stride: int) -> Tensor:
-    """(1, 2, H, W): x and y, in pixels, of each cell's centre, (i + 0.5) * stride."""
+    """Make a level (1, 2, H, W) that holds x and y of the centre of each cell in pixels, (i + 0.5) * stride."""
     x = (torch.arange(width) + 0.5) * stride
     y = (torch.arange(height) + 0.5) * stride
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)])[None]
@@ -99,7 +99,7 @@ def test_each_group_reads_its_own_channels():
 
 
 def test_every_sample_lands_at_its_own_index():
-    """Each point of each group, query, image and segment reads its own image and group at its own x, y."""
+    """Each point, whatever its group, query, image and state, reads its own image and group at its own x, y."""
     segments, images, queries, groups, points = 3, 2, 4, 2, 5
     level = torch.cat([ramp(8, 12, 8)] * groups, dim=1).repeat(images, 1, 1, 1)  # (B, 2 G, H, W): x, y, x, y
     mark = torch.tensor([[1000.0, 2000.0], [3000.0, 4000.0]])  # (image, group)

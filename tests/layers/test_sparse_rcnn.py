@@ -1,4 +1,4 @@
-"""The whole layer against loops that are written from DESIGN, section 2, and share no code with it."""
+"""The whole layer against loops that follow docs/design.md, "Refinement layers", and share no code with the layer."""
 
 import math
 
@@ -33,18 +33,18 @@ def stirred_layer(stir) -> SparseRCNNLayer:
     return layer
 
 
-# The slow layer: one image, one query, one cell, one sample at a time.
+# The slow layer, which computes for one image, query, cell and sample after the other.
 
 
 def slow_level(box: list[float]) -> int:
-    """Index of the level: 224 x 224 is level 4, of stride 16; a quarter of its area one level finer."""
+    """Return the index of the level: 224 x 224 is level 4, of stride 16; a quarter of this area is one level finer."""
     size = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
     finest, coarsest = int(math.log2(STRIDES[0])), int(math.log2(STRIDES[-1]))
     return min(max(math.floor(4 + math.log2(size / 224 + 1e-8)), finest), coarsest) - finest
 
 
 def slow_value(level: Tensor, x: float, y: float) -> Tensor:
-    """level (C, H, W) at x, y in cells, the centre of the first at 0; up to a cell beyond the centres the border's."""
+    """Interpolate a level (C, H, W) at x, y in cells from the first centre; up to a cell outside it is constant."""
     height, width = level.shape[1:]
     if not (-1 <= x <= width and -1 <= y <= height):
         return torch.zeros(len(level))
@@ -57,7 +57,7 @@ def slow_value(level: Tensor, x: float, y: float) -> Tensor:
 
 
 def slow_regions(position: list[float], levels: list[Tensor]) -> Tensor:
-    """Step 1: (M, C), cells row by row, each the mean of 2 x 2 samples. detectron2's boxes are float32."""
+    """Pool one box (step 1): (M, C), cells row by row, each the mean of 2 x 2 samples. Boxes are float32."""
     box = torch.tensor(slow_box(position), dtype=torch.float32).tolist()
     index, cells = slow_level(box), []
     left, top, right, bottom = (side / STRIDES[index] - 0.5 for side in box)
@@ -112,7 +112,7 @@ def slow_layer(layer: SparseRCNNLayer, state: QueryState, features: list[Tensor]
 
 @torch.no_grad()
 def test_against_loops(float64, stir):
-    """Four rows: two segments of two images. Boxes of every level, some beyond the edge."""
+    """Return a state of four rows, two of each of two images, with boxes of every level and some beyond the edge."""
     layer, features, state = stirred_layer(stir), SPARSE_RCNN.features(), SPARSE_RCNN.state(rows=4)
     boxes = [slow_box(position) for position in state.position.flatten(0, 1).tolist()]
     assert {slow_level(box) for box in boxes} == {0, 1, 2}
@@ -132,7 +132,7 @@ def test_against_loops(float64, stir):
 
 
 def test_jacobian_of_the_refined_position(float64, stir):
-    """Of cx + d_x w / 2, cy + d_y h / 2 with w = 2^(z - r / 2), h = 2^(z + r / 2); z and r move by the deltas alone."""
+    """It is that of cx + d_x w / 2, cy + d_y h / 2, w = 2^(z - r / 2), h = 2^(z + r / 2); z, r move by the deltas."""
     layer, features, state = stirred_layer(stir), SPARSE_RCNN.features(1), SPARSE_RCNN.state(rows=1, queries=2)
 
     def refined(position: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def test_dimensions_must_divide():
 
 
 def test_the_config_reaches_the_layer(small_cfg):
-    """g and f alike."""
+    """An initialization layer is built like a refinement layer."""
     key = "MODEL.DEQDET.SPARSE_RCNN"
     overrides = {
         "MODEL.DEQDET.REFINEMENT_LAYER": "SparseRCNNLayer",
@@ -219,7 +219,7 @@ def test_the_config_reaches_the_layer(small_cfg):
 
 
 def test_parameters_of_the_papers_layer():
-    """The keys' own values: C = 256, 64 dynamic channels, 49 cells, hidden 2048, 80 classes."""
+    """With the default keys: C = 256, 64 dynamic channels, 49 cells, hidden 2048, 80 classes."""
     cfg = get_cfg()
     add_deqdet_config(cfg)
     cfg.MODEL.DEQDET.REFINEMENT_LAYER = "SparseRCNNLayer"

@@ -1,4 +1,4 @@
-"""The numbers of the full-size configs against DESIGN sections 2 to 5 and the paper's Table 5."""
+"""The numbers of the full-size configs against docs/design.md, "Losses and recipe", and the paper's Table 5."""
 
 import re
 from pathlib import Path
@@ -170,7 +170,7 @@ ABLATIONS = {
 
 
 def expected(name: str) -> dict[str, object]:
-    """What the name of a file and DESIGN say."""
+    """Return the settings that the name of a file stands for, by docs/design.md, "Losses and recipe"."""
     detector, backbone, queries, schedule, dagger = re.fullmatch(
         r"(\w+?)_(r50|r101|swin_s)_(\d+)q_(\dx)(_p64)?", name
     ).groups()

@@ -1,7 +1,8 @@
-"""Boxes in the chart (cx, cy, z, r) of Eq. 3 and as corners xyxy: pure functions, all lengths in pixels.
+"""Boxes as positions (cx, cy, z, r) (Eq. 3) and as corners xyxy: pure functions, with all lengths in pixels.
 
-Every real vector of the chart is a valid box, so a solver may combine states affinely; corners could come out
-inverted.
+A position has the centre (cx, cy), the scale z = log2 sqrt(w h) and the aspect ratio r = log2(h / w). Four real
+numbers of any size make a valid box, so that a solver may add and extrapolate positions. Corners that are treated so
+can come out inverted, with x2 < x1.
 """
 
 import math
@@ -9,27 +10,31 @@ import math
 import torch
 from torch import Tensor
 
-MAX_LOG_SCALE = math.log(100000 / 16)  # of one refinement by deltas, as in R-CNN
+# The natural logarithm of the largest factor, 6,250, by which one refinement by deltas may enlarge a side (as in
+# R-CNN).
+MAX_LOG_SCALE = math.log(100000 / 16)
 
 
 def decode_boxes(position: Tensor) -> Tensor:
-    """(..., 4) cx, cy, z, r -> (..., 4) xyxy, the inverse of Eq. 3."""
+    """Convert positions (..., 4) cx, cy, z, r to corners (..., 4) xyxy, by the inverse of Eq. 3."""
     center = position[..., :2]
     half = 0.5 * box_sizes(position)
     return torch.cat([center - half, center + half], dim=-1)
 
 
 def box_sizes(position: Tensor) -> Tensor:
-    """(..., 4) cx, cy, z, r -> (..., 2) width, height."""
+    """Compute the sides (..., 2), width and height, of positions (..., 4) cx, cy, z, r."""
     z, r = position[..., 2:].unbind(-1)
+    # Eq. 3 says 2^z = sqrt(w h) and 2^r = h / w, so that w = 2^(z - r / 2) and h = 2^(z + r / 2).
     return torch.stack([z - 0.5 * r, z + 0.5 * r], dim=-1).exp2()
 
 
 def encode_boxes(boxes: Tensor, min_size: float = 1e-3) -> Tensor:
-    """(..., 4) xyxy -> (..., 4) cx, cy, z, r (Eq. 3).
+    """Convert corners (..., 4) xyxy to positions (..., 4) cx, cy, z, r (Eq. 3).
 
     Args:
-        min_size: sides below this many pixels count as this long, so that an empty box has a finite code.
+        min_size: the smallest side, in pixels. Shorter sides count as this long, so that the logarithms of an empty box
+            are finite.
     """
     low, high = boxes[..., :2], boxes[..., 2:]
     width, height = (high - low).clamp(min=min_size).log2().unbind(-1)
@@ -38,24 +43,34 @@ def encode_boxes(boxes: Tensor, min_size: float = 1e-3) -> Tensor:
 
 
 def refine_position(position: Tensor, delta: Tensor) -> Tensor:
-    """Move boxes by (d_x, d_y, d_z, d_r): d_x, d_y in units of 2^z, the box's own scale (AdaMixer, Sec. 3.4).
+    """Move boxes as AdaMixer does (Sec. 3.4): cx += d_x 2^z, cy += d_y 2^z, z += d_z, r += d_r.
+
+    Since 2^z = sqrt(w h), the shift is relative to the size of the box.
 
     Args:
         position: (..., 4) cx, cy, z, r.
-        delta: (..., 4).
+        delta: (..., 4) d_x, d_y, d_z, d_r.
+
+    Returns:
+        (..., 4) cx, cy, z, r.
     """
     scale = position[..., 2:3].exp2()
     return torch.cat([position[..., :2] + delta[..., :2] * scale, position[..., 2:] + delta[..., 2:]], dim=-1)
 
 
 def refine_position_by_deltas(position: Tensor, deltas: Tensor) -> Tensor:
-    """Move boxes by R-CNN's deltas (dx, dy, dw, dh), with Sparse R-CNN's weights (2, 2, 1, 1).
+    """Move boxes as R-CNN does, with the weights (2, 2, 1, 1) by which Sparse R-CNN divides the deltas.
 
-    dx, dy are in halves of the box's width and height; the sides are multiplied by e^dw, e^dh, at most 6,250.
+    On the sides of a box this is cx += w dx / 2, cy += h dy / 2, w *= exp(dw), h *= exp(dh), where neither factor is
+    above 6,250. With z = log2 sqrt(w h) and r = log2(h / w) the last two become z += (dw + dh) / (2 ln 2) and r +=
+    (dh - dw) / ln 2.
 
     Args:
         position: (..., 4) cx, cy, z, r.
-        deltas: (..., 4).
+        deltas: (..., 4) dx, dy, dw, dh.
+
+    Returns:
+        (..., 4) cx, cy, z, r.
     """
     shift, log_scale = deltas.split(2, dim=-1)
     width, height = log_scale.clamp(max=MAX_LOG_SCALE).unbind(-1)
@@ -65,10 +80,17 @@ def refine_position_by_deltas(position: Tensor, deltas: Tensor) -> Tensor:
 
 
 def pairwise_iof(boxes: Tensor, min_area: float = 1e-6) -> Tensor:
-    """(B, N, 4) xyxy -> (B, N, N): how much of box i lies within box j, |b_i & b_j| / |b_i|.
+    """Compute the intersection over foreground (IoF) of all pairs of boxes (AdaMixer, Sec. 3.4).
+
+    Entry (i, j) is |b_i & b_j| / |b_i|, the fraction of box i that lies within box j. Unlike the IoU it is not
+    symmetric: it is 1 for a part inside a whole, and small for the whole with respect to its part.
 
     Args:
-        min_area: the floor of |b_i|, square pixels.
+        boxes: (B, N, 4) xyxy.
+        min_area: the smallest |b_i| to divide by, in square pixels.
+
+    Returns:
+        (B, N, N).
     """
     low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
     high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
@@ -78,13 +100,22 @@ def pairwise_iof(boxes: Tensor, min_area: float = 1e-6) -> Tensor:
 
 
 def embed_position(position: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
-    """(B, N, 4) cx, cy, z, r -> (B, N, dim): sine embedding, dim / 4 features for each coordinate.
+    """Embed positions by sines and cosines of many wavelengths, as the Transformer embeds the positions of words.
 
-    cx and cy are divided by 1000; z and r are taken as they are. Feature i of a coordinate v is
-    sin (i even) or cos (i odd) of v / temperature^(2 floor(i / 2) / (dim / 4)).
+    Each of the four coordinates v gets d = dim / 4 features. Feature i is the sine (i even) or cosine (i odd) of
+    v / temperature^(2 floor(i / 2) / d): the short wavelengths tell close positions apart, the long ones order distant
+    positions. cx and cy are divided by 1000 first, which brings pixels to about the range of z and r.
+
+    Args:
+        position: (B, N, 4) cx, cy, z, r.
+        dim: the number of features, a multiple of 8.
+        temperature: the ratio of the longest wavelength to the shortest, nearly.
+
+    Returns:
+        (B, N, dim), the features of cx first, then those of cy, z and r.
     """
     coordinates = torch.cat([position[..., :2] / 1000.0, position[..., 2:]], dim=-1)
     features = torch.arange(dim // 4, device=position.device)
-    frequency = temperature ** (-2.0 * (features // 2).to(position.dtype) / (dim // 4))
+    frequency = temperature ** (-2.0 * (features // 2).to(position.dtype) / (dim // 4))  # two features share one
     angles = coordinates[..., None] * frequency  # (B, N, 4, dim / 4)
     return torch.where(features % 2 == 0, angles.sin(), angles.cos()).flatten(2)

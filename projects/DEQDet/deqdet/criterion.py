@@ -1,6 +1,7 @@
-"""The training losses of all supervised predictions (paper, Section 4 and Table 5).
+"""The training losses of all supervised predictions (Sec. 4, Table 5).
 
-S: named predictions, B: images, R = S * B rows (segment-major), N: queries, K: classes, P: matched pairs.
+S: named predictions, B: images, R = S * B: rows in the order of matcher.py, where row r is of image r % B; N: queries,
+K: classes, P: matched pairs.
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,16 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from .matcher import HungarianMatcher, Matches
 from .structures import Prediction, Targets
 
-LOG_PERIOD = 20  # iterations, the period of detectron2's writers: a figure costs a host synchronisation
+# Iterations between two logged accuracies, the period of detectron2's writers. Each one makes the host wait for the
+# device.
+LOG_PERIOD = 20
 
 
 class Criterion(nn.Module):
-    """Sigmoid focal loss of all queries; L1 and GIoU losses of the matched ones.
+    """The sigmoid focal loss of all queries, and the L1 and GIoU losses of the matched ones.
 
-    Each is summed and divided by the number of matched boxes, averaged over the ranks, at least 1.
+    Each is summed over the batch, and divided by the number of matched boxes, which is averaged over the ranks and at
+    least 1.
     """
 
     @configurable
@@ -40,10 +44,10 @@ class Criterion(nn.Module):
     ):
         """
         Args:
-            matcher: pairs queries and boxes.
+            matcher: finds the pairs of queries and ground-truth boxes.
             num_classes: K.
-            focal_weight, l1_weight, giou_weight: lambda of each loss (Table 5).
-            focal_alpha, focal_gamma: the focal loss's numbers.
+            focal_weight, l1_weight, giou_weight: the weight lambda of each loss (Table 5).
+            focal_alpha, focal_gamma: alpha and gamma of the focal loss.
         """
         super().__init__()
         self.matcher = matcher
@@ -56,7 +60,7 @@ class Criterion(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        """The matching cost and the loss share their numbers."""
+        """Read MODEL.DEQDET.LOSS; the matching cost and the loss have the same weights (Table 5)."""
         deqdet = cfg.MODEL.DEQDET
         loss = deqdet.LOSS
         numbers = {
@@ -71,19 +75,21 @@ class Criterion(nn.Module):
     def forward(
         self, predictions: dict[str, Prediction], targets: Targets, image_names: Sequence[str] = ()
     ) -> dict[str, Tensor]:
-        """Weighted scalar losses, to be summed: loss_cls_<name>, loss_l1_<name>, loss_giou_<name>.
-
-        All S predictions are computed at once, in float32. Without any box the last two are 0, but still
-        connected to the predicted boxes, so that each parameter gets a gradient.
+        """Compute the losses of all S predictions at once, in float32.
 
         Args:
-            predictions: S by name; logits (B, N, K), boxes (B, N, 4) xyxy, pixels.
-            targets: of B images; an image, or all of them, may have no box.
-            image_names: file names of the B images, for errors.
+            predictions: S predictions by name; logits (B, N, K), boxes (B, N, 4) xyxy, pixels.
+            targets: the boxes of B images. An image, or all of them, may have none.
+            image_names: the file names of the B images, for error messages.
+
+        Returns:
+            loss_cls_<name>, loss_l1_<name> and loss_giou_<name> for each prediction: weighted scalars, to be summed.
+            In a batch without any box the last two are 0, but still part of the graph of the predicted boxes, so that
+            every parameter has a gradient, which DistributedDataParallel asks for.
 
         Raises:
-            FloatingPointError: logits or boxes are not finite; names the predictions and the images.
-            ValueError: a label is not in [0, K), or logits are not of K classes.
+            FloatingPointError: logits or boxes are not finite. The message names the predictions and the images.
+            ValueError: a label is not in [0, K), or the logits are not of K classes.
         """
         names = list(predictions)
         logits = torch.cat([x.logits.float() for x in predictions.values()])  # (R, N, K)
@@ -111,7 +117,7 @@ class Criterion(nn.Module):
         }
 
     def _focal_loss(self, logits: Tensor, labels: Tensor, matches: Matches) -> Tensor:
-        """(R, N, K): the target is one-hot for a matched query, 0 for the others."""
+        """Compute the focal loss (R, N, K); its target is 1 for the class of a matched query, and 0 for all else."""
         one_hot = torch.zeros_like(logits)
         one_hot[matches.rows, matches.queries, labels] = 1
         return sigmoid_focal_loss(logits, one_hot, self.focal_alpha, self.focal_gamma, reduction="none")
@@ -119,7 +125,16 @@ class Criterion(nn.Module):
     def _box_losses(
         self, boxes: Tensor, targets: Targets, matches: Matches, images: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(P,) L1 of xyxy divided by width, height, width, height, summed over the four; (P,) 1 - GIoU."""
+        """Compute the losses of the matched pairs.
+
+        Args:
+            boxes: (R, N, 4) xyxy, pixels.
+            images: (P,) the image of each pair.
+
+        Returns:
+            The L1 loss (P,), the sum over x1, y1, x2, y2 divided by the image's width, height, width, height; and the
+            GIoU loss (P,), 1 - GIoU.
+        """
         matched = boxes[matches.rows, matches.queries]  # (P, 4)
         goal = targets.boxes[images, matches.targets].float()
         sizes = targets.image_sizes[images].float().repeat(1, 2)
@@ -128,7 +143,10 @@ class Criterion(nn.Module):
 
 
 def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
-    """A scalar. Every rank calls this in every iteration, without any box too: else the others would wait."""
+    """Average a count over the ranks; a scalar.
+
+    A collective operation: every rank must call it in every iteration, even without any box, or the others hang.
+    """
     mean = torch.tensor(float(count), device=device)
     if comm.get_world_size() > 1:
         dist.all_reduce(mean)
@@ -138,8 +156,9 @@ def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _log_accuracy(logits: Tensor, labels: Tensor, matches: Matches, matched: int) -> None:
-    """Put matched_accuracy into the event storage, if one is active: which part of the last prediction's
-    matched queries has its box's class on top.
+    """Write matched_accuracy into the event storage if one is active.
+
+    It is the fraction of the last prediction's matched queries whose most probable class is that of their box.
     """
     if matched == 0 or not has_event_storage() or (get_event_storage().iter + 1) % LOG_PERIOD:
         return

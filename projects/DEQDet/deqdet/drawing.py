@@ -1,4 +1,4 @@
-"""One bright colour for each class, for every picture of detections."""
+"""Colours of classes, for every picture with boxes."""
 
 import matplotlib
 import numpy as np

@@ -1,7 +1,8 @@
-"""Hungarian matching of queries and ground-truth boxes (paper, Section 4).
+"""Hungarian matching of queries and ground-truth boxes (Sec. 4, Table 5).
 
-S: named predictions, B: images, R = S * B rows (segment-major: all images of the first prediction, then all
-of the second, ...), N: queries, K: classes, M: most boxes of an image.
+The S supervised predictions of B images are matched at once, as R = S * B rows: first all images of the first
+prediction, then all images of the second, and so on. So row r is of image r % B. N: queries, K: classes, M: the
+largest number of boxes in an image.
 """
 
 from collections.abc import Sequence
@@ -17,22 +18,25 @@ from .structures import Prediction, Targets
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of a query and a box of its image, P in all, sorted by row, then by query."""
+    """P pairs of a query and a ground-truth box of its image, sorted by row and then by query."""
 
     rows: Tensor  # (P,) int64, in [0, S * B)
     queries: Tensor  # (P,) int64, in [0, N)
-    targets: Tensor  # (P,) int64, in [0, M): an index into Targets, always of a valid box
+    targets: Tensor  # (P,) int64, in [0, M): the index of a valid box in Targets
 
 
 @dataclass(frozen=True, kw_only=True)
 class HungarianMatcher:
-    """The pairs of least total cost = focal + L1 - GIoU, weighted (Table 5), for each image and prediction.
+    """Finds the one-to-one pairs of queries and boxes with the lowest total cost, for each image of each prediction.
+
+    The cost of a pair is a weighted sum (Table 5) of three terms: the change of the focal loss if the query gets the
+    class of the box as its target, the L1 distance of the corners, and minus the generalised IoU (GIoU).
 
     Args:
-        focal_weight: of the focal loss that a query would save by having the box's class as its target.
-        l1_weight: of the L1 distance of xyxy divided by the image's (width, height, width, height).
-        giou_weight: of the negated generalised IoU.
-        focal_alpha, focal_gamma: the focal loss's numbers.
+        focal_weight: the weight of the focal term.
+        l1_weight: the weight of the L1 distance of xyxy, divided by the image's (width, height, width, height).
+        giou_weight: the weight of the negated GIoU.
+        focal_alpha, focal_gamma: alpha and gamma of the focal loss.
     """
 
     focal_weight: float
@@ -45,24 +49,26 @@ class HungarianMatcher:
     def __call__(
         self, prediction: Prediction, targets: Targets, names: Sequence[str], image_names: Sequence[str] = ()
     ) -> Matches:
-        """Match min(N, valid boxes) queries in each row. Computed in float32; one transfer to the CPU.
+        """Match as many queries of each row as its image has valid boxes, at most N.
+
+        The cost is computed in float32 on the device of the prediction; the assignment itself runs on the CPU.
 
         Args:
             prediction: logits (R, N, K), boxes (R, N, 4) xyxy, pixels.
-            targets: of B images; an image, or all of them, may have no box.
-            names: S names, for errors.
-            image_names: file names of the B images, for errors.
+            targets: the boxes of B images. An image, or all of them, may have none.
+            names: the S names of the predictions, for error messages.
+            image_names: the file names of the B images, for error messages.
 
         Raises:
-            FloatingPointError: a logit or a box is not finite, in an image without boxes too, or a box is so
-                large that the cost overflows.
+            FloatingPointError: a logit or a box is not finite, even in an image without boxes, or a box is so large
+                that its cost overflows.
             ValueError: a label is not in [0, K).
         """
         logits, boxes = prediction.logits.float(), prediction.boxes.float()
         num_classes = logits.shape[2]
         cost = self.cost(logits, boxes, targets)
         finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (logits, boxes, cost)]).all(0)
-        # The checks and the sizes ride along with the cost: one synchronisation in all.
+        # One transfer for all that the CPU needs: each of its own would wait for the device once more.
         cost, finite, valid, labels = _to_cpu(cost, finite, targets.valid, targets.labels)
         finite, valid = finite.view(len(names), len(valid)).bool(), valid.bool()
         _check_finite(finite, names, image_names)
@@ -70,7 +76,16 @@ class HungarianMatcher:
         return Matches(*_assign(cost.numpy(), valid.numpy()).to(logits.device))
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
-        """(R, N, K), (R, N, 4) xyxy -> (R, N, M) cost of each pair, that of padding included."""
+        """Compute the cost of each pair.
+
+        Args:
+            logits: (R, N, K).
+            boxes: (R, N, 4) xyxy, pixels.
+            targets: the boxes of B images.
+
+        Returns:
+            (R, N, M). The columns of padding have a cost too, which must not be read.
+        """
         copies = len(logits) // len(targets.labels)  # S
         labels = targets.labels.clamp(0, logits.shape[2] - 1).repeat(copies, 1)  # (R, M)
         scores = logits.gather(2, labels[:, None].expand(-1, logits.shape[1], -1)).sigmoid()  # (R, N, M)
@@ -84,22 +99,42 @@ class HungarianMatcher:
 
 
 def focal_cost(scores: Tensor, alpha: float, gamma: float, eps: float = 1e-12) -> Tensor:
-    """Scores in [0, 1], any shape -> focal loss as a positive less focal loss as a negative."""
+    """Compute what the focal loss changes by if the target of a score turns from 0 to 1.
+
+    A query without a match has the target 0 for every class, so that this is what matching it costs.
+
+    Args:
+        scores: probabilities in [0, 1], of any shape.
+        alpha, gamma: alpha and gamma of the focal loss.
+        eps: added inside the logarithms, so that a probability of 0 has a finite loss.
+
+    Returns:
+        A tensor of the same shape.
+    """
     positive = -alpha * (1 - scores) ** gamma * (scores + eps).log()
     negative = -(1 - alpha) * scores**gamma * (1 - scores + eps).log()
     return positive - negative
 
 
 def pairwise_giou(boxes: Tensor, others: Tensor, min_area: float = 1e-6) -> Tensor:
-    """(R, N, 4), (R, M, 4) xyxy -> (R, N, M) generalised IoU, in [-1, 1].
+    """Compute the generalised IoU (Rezatofighi et al., CVPR 2019) of all pairs of boxes of a row.
+
+    It is the IoU minus the fraction of the hull, the smallest box around both, that neither box covers.
 
     Args:
-        min_area: the floor of the denominators, square pixels: two boxes of no area have a GIoU too.
+        boxes: (R, N, 4) xyxy.
+        others: (R, M, 4) xyxy.
+        min_area: the smallest denominator, in square pixels, so that two boxes without area have a GIoU too.
+
+    Returns:
+        (R, N, M), in [-1, 1].
     """
     boxes, others = boxes[:, :, None], others[:, None]  # (R, N, 1, 4), (R, 1, M, 4)
     low, high = torch.maximum(boxes, others), torch.minimum(boxes, others)
     overlap = (high[..., 2:] - low[..., :2]).clamp(min=0).prod(-1)
-    hull = (low[..., 2:] - high[..., :2]).prod(-1)  # the smallest box around both
+    # `low` holds the larger of each pair of coordinates, so that the intersection begins at low[:2] and the hull ends
+    # at low[2:]; with `high` it is the other way round.
+    hull = (low[..., 2:] - high[..., :2]).prod(-1)
     union = _area(boxes) + _area(others) - overlap
     return overlap / union.clamp(min=min_area) - (hull - union) / hull.clamp(min=min_area)
 
@@ -109,14 +144,22 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def _to_cpu(*tensors: Tensor) -> list[Tensor]:
-    """The same values on the CPU, as float32, moved in one piece."""
+    """Copy tensors to the CPU as float32, all in one transfer."""
     flat = torch.cat([x.flatten().float() for x in tensors]).cpu()
     parts = flat.split([x.numel() for x in tensors])
     return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def _assign(cost: np.ndarray, valid: np.ndarray) -> Tensor:
-    """(R, N, M) finite cost, (B, M) bool -> (3, P) rows, queries, targets."""
+    """Solve the assignment problem of each row.
+
+    Args:
+        cost: (R, N, M), finite.
+        valid: (B, M) bool, which columns are boxes and not padding.
+
+    Returns:
+        (3, P) int64, the fields of Matches.
+    """
     pairs = []
     for row, row_cost in enumerate(cost):
         columns = valid[row % len(valid)].nonzero()[0]
@@ -126,7 +169,7 @@ def _assign(cost: np.ndarray, valid: np.ndarray) -> Tensor:
 
 
 def _check_finite(finite: Tensor, names: Sequence[str], image_names: Sequence[str]) -> None:
-    """finite: (S, B) bool."""
+    """Raise FloatingPointError for the predictions and images that are not finite, given `finite` (S, B) bool."""
     faults = []
     for name, row in zip(names, finite, strict=True):
         images = [_describe(image, image_names) for image in (~row).nonzero().flatten().tolist()]
@@ -137,7 +180,7 @@ def _check_finite(finite: Tensor, names: Sequence[str], image_names: Sequence[st
 
 
 def _check_labels(labels: Tensor, valid: Tensor, num_classes: int, image_names: Sequence[str]) -> None:
-    """labels, valid: (B, M)."""
+    """Raise ValueError for the first label that is no class, given `labels` and `valid`, both (B, M)."""
     unknown = valid & ((labels < 0) | (labels >= num_classes))
     for image, box in unknown.nonzero().tolist():
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Refinement-aware perturbation (RAP): noise on the solving path, Sec. 3.3 and Algorithm 1."""
+"""Refinement-aware perturbation (RAP): noise on the solving path in training (Sec. 3.3, Eq. 13 to 16, Algorithm 1).
+
+The layer learns to refine states that are worse than those it makes itself.
+"""
 
 from dataclasses import dataclass
 
@@ -8,19 +11,20 @@ from torch import Generator, Tensor
 from .boxes import decode_boxes, encode_boxes
 from .structures import QueryState
 
-# When noise enters (Table 4e): before every application of f and carried along; before the last application only;
-# on the supervised state itself; never.
+# Where the noise enters (Table 4e): before every application of f, so that the path carries it along (Eq. 15); before
+# the last application alone (Eq. 14); on the supervised state itself (Eq. 13); nowhere. The equilibrium decoder acts
+# on it.
 KINDS = ("multi-step", "one-step", "zero-step", "none")
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """The sizes of the noise; calling it returns a perturbed copy of a state."""
+    """The kind and the sizes of the noise. Calling a Perturbation returns a perturbed copy of a state."""
 
     kind: str
-    probability: float  # v, drawn once a batch for the content and once for the position
-    content_size: float  # sigma_q, relative to the norm of each query's content
-    position_size: float  # sigma_p, pixels per corner coordinate
+    probability: float  # v; content and position are each perturbed with this probability, in the whole batch
+    content_size: float  # sigma_q, relative to the norm of the content of each query
+    position_size: float  # sigma_p, the standard deviation of each corner coordinate in pixels
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -31,10 +35,12 @@ class Perturbation:
     def __call__(self, state: QueryState, generator: Generator | None = None) -> QueryState:
         """Perturb content and position, each with the given probability.
 
-        The draws stay on the state's device: nothing waits for it.
+        Both perturbations are always computed, and torch.where chooses: the host need not know the result of the
+        draw, and so does not wait for the device.
 
         Args:
-            generator: of the state's device; None is torch's own of that device.
+            state: position (B, N, 4), content (B, N, C).
+            generator: draws the noise, on the device of the state; None takes torch's global generator.
         """
         device = state.content.device
         draws = torch.rand(2, device=device, generator=generator) < self.probability
@@ -47,14 +53,23 @@ class Perturbation:
 
 
 def perturb_content(content: Tensor, size: float, generator: Generator | None = None) -> Tensor:
-    """(B, N, C): (1 - size) q + size ||q||_2 n, n ~ N(0, I) (Eq. 16)."""
+    """Return (1 - size) q + size ||q||_2 n with n ~ N(0, I), for the content q of each query (Eq. 16). (B, N, C)."""
     noise = torch.empty_like(content).normal_(generator=generator)
     norm = torch.linalg.vector_norm(content, dim=2, keepdim=True)
     return (1 - size) * content + size * norm * noise
 
 
 def perturb_position(position: Tensor, size: float, generator: Generator | None = None) -> Tensor:
-    """(B, N, 4) cx, cy, z, r: N(0, size^2) pixels on each corner coordinate, corners re-ordered where they flip."""
+    """Add noise N(0, size^2) in pixels to the corners of each box (Sec. 3.3), and put flipped corners in order again.
+
+    Args:
+        position: (B, N, 4) cx, cy, z, r.
+        size: sigma_p, pixels.
+        generator: see Perturbation.__call__.
+
+    Returns:
+        (B, N, 4) cx, cy, z, r.
+    """
     boxes = decode_boxes(position)
     boxes = boxes + size * torch.empty_like(boxes).normal_(generator=generator)
     low, high = boxes[..., :2], boxes[..., 2:]

@@ -1,4 +1,4 @@
-"""The initial queries y_0-: learned content, and boxes that start as the whole image."""
+"""The initial queries y_0- (Eq. 7): learned content, and boxes that start as the whole image."""
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,16 @@ from .structures import QueryState
 
 
 class InitialQueries(nn.Module):
-    """N learned queries, the same for every image but for the size of their boxes."""
+    """N learned queries. All images get the same ones, with the boxes scaled to the size of the image."""
 
     @configurable
     def __init__(self, *, num_queries: int, hidden_dim: int, norm_content: bool, learn_boxes: bool):
         """
         Args:
-            norm_content: pass the content through a LayerNorm without affine part (AdaMixer).
-            learn_boxes: train the boxes (Sparse R-CNN) instead of keeping them at the whole image.
+            num_queries: N.
+            hidden_dim: C.
+            norm_content: whether the content passes through a LayerNorm without affine part (as in AdaMixer).
+            learn_boxes: whether the boxes are parameters (as in Sparse R-CNN). Otherwise they stay the whole image.
         """
         super().__init__()
         self.norm_content = norm_content
@@ -40,9 +42,13 @@ class InitialQueries(nn.Module):
         }
 
     def forward(self, image_sizes: Tensor) -> QueryState:
-        """
+        """Return the initial state of each image.
+
         Args:
-            image_sizes: (B, 2) width, height before padding, pixels.
+            image_sizes: (B, 2) width and height before padding, in pixels.
+
+        Returns:
+            A state of B images: position (B, N, 4), content (B, N, C).
         """
         content = self.content.weight
         if self.norm_content:

@@ -1,4 +1,4 @@
-"""A narrow ResNet of basic blocks, for small images and CPUs; detectron2 builds its own R18 at full width only."""
+"""A narrow ResNet of basic blocks for small images and CPUs. detectron2 builds such a ResNet at full width only."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -11,9 +11,10 @@ from .fpn import build_fpn
 
 
 def build_basic_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """detectron2's ResNet with MODEL.RESNETS.BASIC_BLOCKS basic blocks in res2, res3, ...
+    """Build detectron2's ResNet with as many basic blocks in res2, res3, ... as MODEL.RESNETS.BASIC_BLOCKS lists.
 
-    The first stage has MODEL.RESNETS.RES2_OUT_CHANNELS channels, each further one twice as many.
+    The first stage has MODEL.RESNETS.RES2_OUT_CHANNELS channels, and each further stage twice as many as the one
+    before.
     """
     resnets = cfg.MODEL.RESNETS
     stem = BasicStem(input_shape.channels, resnets.STEM_OUT_CHANNELS, norm=resnets.NORM)
@@ -35,11 +36,11 @@ def build_basic_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
 @BACKBONE_REGISTRY.register()
 def build_basic_resnet_channel_mapper_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ChannelMapper:
-    """The narrow ResNet under a channel mapper on MODEL.RESNETS.OUT_FEATURES."""
+    """Build the narrow ResNet with a channel mapper on the levels MODEL.RESNETS.OUT_FEATURES."""
     return ChannelMapper.from_bottom_up(build_basic_resnet(cfg, input_shape), cfg)
 
 
 @BACKBONE_REGISTRY.register()
 def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The narrow ResNet under detectron2's FPN on MODEL.FPN.IN_FEATURES."""
+    """Build the narrow ResNet with detectron2's FPN on the levels MODEL.FPN.IN_FEATURES."""
     return build_fpn(cfg, build_basic_resnet(cfg, input_shape), cfg.MODEL.FPN.IN_FEATURES)

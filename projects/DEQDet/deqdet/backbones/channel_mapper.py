@@ -1,4 +1,4 @@
-"""The neck of AdaMixer: every level of a backbone mapped to the same number of channels."""
+"""The neck of AdaMixer, which maps every level of a backbone to the same number of channels."""
 
 from torch import Tensor, nn
 
@@ -11,16 +11,21 @@ NORM_GROUPS = 32
 
 
 class ChannelMapper(Backbone):
-    """Convolution, ReLU and one GroupNorm shared by all levels: outputs "p2".."p5" of a bottom-up backbone."""
+    """Maps each level by a convolution of its own, ReLU, and one GroupNorm that all levels share.
+
+    The output level of stride 2^n has the name "p<n>": "p2" to "p5" for strides 4 to 32.
+    """
 
     def __init__(self, *, bottom_up: Backbone, in_features: list[str], out_channels: int, kernel_size: int):
         """
         Args:
-            in_features: levels of the bottom-up backbone, finest first; the one of stride 2^n becomes "p<n>".
-            kernel_size: k, odd.
+            bottom_up: the backbone under the neck.
+            in_features: the names of the backbone's levels to map, finest first.
+            out_channels: C, the channels of every output level.
+            kernel_size: k, the side of the convolutions' kernels, odd.
 
         Raises:
-            ValueError: kernel_size is even, or out_channels not a multiple of 32.
+            ValueError: kernel_size is even, or out_channels is not a multiple of 32.
         """
         super().__init__()
         if kernel_size % 2 == 0:
@@ -45,7 +50,7 @@ class ChannelMapper(Backbone):
 
     @classmethod
     def from_bottom_up(cls, bottom_up: Backbone, cfg: CfgNode) -> "ChannelMapper":
-        """The neck that the config describes, on all levels that a backbone puts out."""
+        """Build the neck that the config describes, on all output levels of a backbone."""
         return cls(
             bottom_up=bottom_up,
             in_features=list(bottom_up.output_shape()),
@@ -55,15 +60,15 @@ class ChannelMapper(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The input is padded to a multiple of the coarsest stride."""
+        """The coarsest stride in pixels: the sides of the padded input are multiples of it."""
         return max(shape.stride for shape in self._shapes.values())
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each output level."""
+        """Return the channels and the stride of each output level."""
         return dict(self._shapes)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> per level (B, C, H / s_l, W / s_l)."""
+        """Compute the levels (B, C, H / s_l, W / s_l), of strides s_l, from images (B, 3, H, W)."""
         levels = self.bottom_up(images)
         mapped = [self.norm(conv(levels[name]).relu()) for conv, name in zip(self.convs, self.in_features, strict=True)]
         return dict(zip(self._shapes, mapped, strict=True))
@@ -71,5 +76,5 @@ class ChannelMapper(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_channel_mapper_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ChannelMapper:
-    """detectron2's ResNet (MODEL.RESNETS.*) under a channel mapper on MODEL.RESNETS.OUT_FEATURES."""
+    """Build detectron2's ResNet (MODEL.RESNETS) with a channel mapper on the levels MODEL.RESNETS.OUT_FEATURES."""
     return ChannelMapper.from_bottom_up(build_resnet_backbone(cfg, input_shape), cfg)

@@ -1,4 +1,4 @@
-"""detectron2's FPN, the neck of Sparse R-CNN, on backbones that detectron2 does not put under it."""
+"""detectron2's FPN, the neck of Sparse R-CNN, for backbones with which detectron2 itself does not combine it."""
 
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
@@ -6,9 +6,10 @@ from detectron2.modeling.backbone import FPN
 
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone, in_features: list[str]) -> FPN:
-    """An FPN as MODEL.FPN describes it, on these levels of a backbone, finest first.
+    """Build the FPN that MODEL.FPN describes on the given levels of a backbone, finest first.
 
-    The level of stride 2^n becomes "p<n>". There is no further level on top, which nothing here would read.
+    The output level of stride 2^n has the name "p<n>". detectron2 usually adds one more level on top (p6). This FPN has
+    none, because no refinement layer would read it.
     """
     return FPN(
         bottom_up=bottom_up,

@@ -1,4 +1,4 @@
-"""detectron2's SwinTransformer (Swin Transformer, ICCV 2021) from config keys, under either neck."""
+"""detectron2's SwinTransformer (Swin Transformer, ICCV 2021), built from config keys, with either neck."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -10,23 +10,24 @@ from .fpn import build_fpn
 
 
 class FreezableSwin(SwinTransformer):
-    """detectron2's SwinTransformer whose frozen stages stay in evaluation mode, so without drop path."""
+    """detectron2's SwinTransformer whose frozen stages stay in evaluation mode, and so never drop a path."""
 
     def train(self, mode: bool = True) -> "FreezableSwin":
-        """As nn.Module's, but not for frozen stages, which SwinTransformer only puts in evaluation mode at first."""
+        """Set the mode of the stages that are not frozen. SwinTransformer itself would set the frozen ones' too."""
         super().train(mode)
         self._freeze_stages()
         return self
 
 
 def build_swin(cfg: CfgNode, input_shape: ShapeSpec) -> FreezableSwin:
-    """The transformer that MODEL.SWIN describes: levels "p0", "p1", ... of strides 4, 8, ...
+    """Build the transformer that MODEL.SWIN describes, with the levels "p0", "p1", ... of strides 4, 8, ...
 
-    MODEL.BACKBONE.FREEZE_AT freezes nothing (0), the patch embedding (1), or the first k - 1 stages too (k); never
-    the norms at the outputs.
+    With MODEL.BACKBONE.FREEZE_AT = 0 nothing is frozen, with 1 the patch embedding, with k > 1 the first k - 1 stages
+    as well. The norms at the outputs are never frozen.
 
     Raises:
-        ValueError: FREEZE_AT is negative or exceeds the stages, or timm is not installed and DROP_PATH_RATE above 0.
+        ValueError: FREEZE_AT is negative or larger than the number of stages + 1, or DROP_PATH_RATE is above 0 and timm
+            is not installed.
     """
     swin, freeze_at = cfg.MODEL.SWIN, cfg.MODEL.BACKBONE.FREEZE_AT
     most = len(swin.DEPTHS) + 1
@@ -52,16 +53,17 @@ def build_swin(cfg: CfgNode, input_shape: ShapeSpec) -> FreezableSwin:
 
 @BACKBONE_REGISTRY.register()
 def build_swin_channel_mapper_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ChannelMapper:
-    """Swin under a channel mapper on all its levels."""
+    """Build Swin with a channel mapper on all its levels."""
     return ChannelMapper.from_bottom_up(build_swin(cfg, input_shape), cfg)
 
 
 @BACKBONE_REGISTRY.register()
 def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Swin under detectron2's FPN on all its levels.
+    """Build Swin with detectron2's FPN on all its levels.
 
     Raises:
-        ValueError: MODEL.FPN.IN_FEATURES names others, or not all: a level left out would have idle parameters.
+        ValueError: MODEL.FPN.IN_FEATURES is neither empty nor the list of all levels. A level that is left out would
+            have parameters without a gradient, with which DistributedDataParallel fails.
     """
     bottom_up = build_swin(cfg, input_shape)
     levels = list(bottom_up.output_shape())

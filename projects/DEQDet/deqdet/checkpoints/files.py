@@ -48,7 +48,8 @@ def read_file(path: Path) -> Mapping:
     try:
         path.open("rb").close()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({describe_os_error(error)}): give the checkpoint's file") from error
+        reason = describe_os_error(error)
+        raise CheckpointError(f"{path} cannot be read ({reason}): give the checkpoint's file") from error
     loaded = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}: a checkpoint is a dict of tensors")

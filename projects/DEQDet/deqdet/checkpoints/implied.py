@@ -122,7 +122,9 @@ def imply_swin(look: Shapes) -> Config:
 
 def imply_detector(look: Shapes, imply_layers: ImplyLayers) -> Config:
     """The keys of all but the backbone: neck, queries and decoder."""
-    dim = look.size("decoder.*.feedforward_norm.*")
+    # A layer of the user's own may have other names than ours.
+    norms = look.find("decoder.*.feedforward_norm.*")
+    dim = look.size("decoder.*.feedforward_norm.*") if norms else look.size("queries.content.weight", axis=1)
     queries = look.size("queries.*")
     if count := look.count("decoder.layers."):
         layers, decoder = [f"decoder.layers.{i}." for i in range(count)], {"MODEL.DEQDET.NUM_LAYERS": count}

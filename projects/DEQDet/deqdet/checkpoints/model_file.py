@@ -77,8 +77,8 @@ def write_model_file(
         notes: more texts for the header.
 
     Raises:
-        CheckpointError: the file cannot be written, class_names or INPUT.FORMAT do not fit the model, or `half` is given
-            and a value is too large for float16 (names the tensor).
+        CheckpointError: the file cannot be written, class_names or INPUT.FORMAT do not fit the model, or `half` is
+            given and a value is too large for float16 (names the tensor).
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -161,7 +161,7 @@ def load_model_config(model_file: ModelFile) -> CfgNode:
     cfg = get_cfg()
     add_deqdet_config(cfg)
     defaults = cfg.clone()
-    _check_known(loaded, cfg, "", source)
+    check_keys(loaded, cfg, "", source)
     try:
         cfg.merge_from_other_cfg(CfgNode(loaded))
     except (AssertionError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -172,7 +172,7 @@ def load_model_config(model_file: ModelFile) -> CfgNode:
     return cfg
 
 
-def _check_known(loaded: Mapping, known: CfgNode, prefix: str, source: str) -> None:
+def check_keys(loaded: Mapping, known: CfgNode, prefix: str, source: str) -> None:
     """See, at every depth, that the config has each key; sections that take keys of any name excepted."""
     for key, value in loaded.items():
         if key not in known and not known.is_new_allowed():
@@ -181,7 +181,7 @@ def _check_known(loaded: Mapping, known: CfgNode, prefix: str, source: str) -> N
                 "update deqdet"
             )
         if isinstance(value, dict) and isinstance(known.get(key), CfgNode):
-            _check_known(value, known[key], f"{prefix}{key}.", source)
+            check_keys(value, known[key], f"{prefix}{key}.", source)
 
 
 def resolve_file(path_or_url: str) -> Path:

@@ -1,4 +1,4 @@
-"""Data sets, generated and registered, and augmentation for detectron2's DatasetMapper."""
+"""Data sets: registration, the generated shapes, and the augmentation policies for detectron2's DatasetMapper."""
 
 from .augmentation import build_augmentation
 from .images import read_image

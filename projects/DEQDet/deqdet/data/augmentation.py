@@ -1,22 +1,22 @@
-"""Augmentation policies for detectron2's own DatasetMapper (the recipes of the paper's Table 5)."""
+"""The augmentation policies of the paper's training recipes (Table 5), for detectron2's own DatasetMapper."""
 
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
 
 def build_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
-    """The list of training augmentations that INPUT.AUGMENTATION names, after the flips of INPUT.RANDOM_FLIP.
+    """List the training augmentations: the flips of INPUT.RANDOM_FLIP, then the policy that INPUT.AUGMENTATION names.
 
     A crop may leave an image without boxes, which training allows.
 
     Raises:
-        ValueError: an unknown policy or flip, or INPUT.CROP, which the policies replace, is on.
+        ValueError: the policy or the flip is unknown, or INPUT.CROP, in place of which the policies stand, is on.
     """
     if cfg.INPUT.CROP.ENABLED:
         raise ValueError("INPUT.CROP.ENABLED must be False: use INPUT.AUGMENTATION and INPUT.DETR_CROP")
     left_right, up_down = T.RandomFlip(), T.RandomFlip(horizontal=False, vertical=True)
     flips = {"none": [], "horizontal": [left_right], "vertical": [up_down], "both": [left_right, up_down]}
-    # DETR's: half of the time a resize and a crop come before the resize.
+    # As in DETR: half of the images are resized and cropped before the resize that all images get.
     crop = [
         T.ResizeShortestEdge(cfg.INPUT.DETR_CROP.RESIZE, sample_style="choice"),
         T.RandomCrop("absolute_range", cfg.INPUT.DETR_CROP.SIZE),

@@ -64,7 +64,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> ImageMapper:
     augmentations = build_augmentation(cfg)
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.INPUT.RANDOM_FLIP = "none"  # detectron2 builds a list of its own first, and knows no "both"
+    cfg.INPUT.RANDOM_FLIP = "none"  # detectron2 first builds its own list, for which "both" is an error
     return ImageMapper(cfg, is_train=True, augmentations=augmentations)
 
 

@@ -1,7 +1,7 @@
-"""Data sets by name: those of DATASETS.REGISTER and the generated shapes, beside detectron2's own.
+"""Registers data sets by name: those of DATASETS.REGISTER and the generated shapes, beside detectron2's own.
 
-A box without area, as real data has, is no error: detectron2's mapper drops it in training, and COCO's
-evaluation counts it as an object that no detection can match. `register_datasets` logs how many there are.
+A box without area is no error, because real data has such boxes. In training detectron2's mapper drops it; COCO's
+evaluation counts it as an object that no detection can match. register_datasets() logs how many there are.
 """
 
 import json
@@ -24,14 +24,19 @@ _CORRECT_ROOT = "correct the image root, the entry's third string"
 
 
 def prepare_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Register DATASETS.REGISTER; draw the shapes sets of DATASETS.TEST and, unless `eval_only`, of TRAIN.
+    """Register the sets of DATASETS.REGISTER, and draw the shapes sets that DATASETS.TEST and TRAIN name.
 
-    Call it in every process before it builds loaders and evaluators: COCOEvaluator reads the annotation file
+    Every process must call it before it builds loaders and evaluators, because COCOEvaluator reads the annotation file
     when it is constructed. Names such as "shapes_seed3_200" (200 images from seed 3) and "shapes_free_seed3_200" (the
-    same with shapes turned freely) need no registration.
+    same with shapes turned by any angle) need no registration.
+
+    Args:
+        cfg: the whole config.
+        eval_only: leave out the sets of DATASETS.TRAIN.
 
     Raises:
-        ValueError, OSError: as `register_datasets`; FileExistsError as `generate_shapes`.
+        ValueError, OSError: see register_datasets().
+        FileExistsError: see generate_shapes().
     """
     register_datasets(cfg)
     for name in cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -45,12 +50,13 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def register_shapes(name: str, config: ShapesConfig, root: str | os.PathLike | None = None) -> None:
-    """Register a shapes set, which is drawn when first loaded. Registering the same again does nothing.
+    """Register a shapes set, which is drawn when it is first loaded. Registering the same set again does nothing.
 
     Args:
-        name: what DATASETS.TRAIN or TEST call it.
+        name: the name for DATASETS.TRAIN and TEST.
         config: what to draw.
-        root: where to; by default shapes/<name> in $DETECTRON2_DATASETS ("datasets" if that is not set).
+        root: the directory to draw it into; by default shapes/<name> in $DETECTRON2_DATASETS, or in "datasets" if that
+            variable is not set.
 
     Raises:
         ValueError: the name stands for another data set.
@@ -80,7 +86,7 @@ def register_datasets(cfg: CfgNode) -> None:
     Relative paths start at the working directory. Registering the same again does nothing.
 
     Raises:
-        ValueError: an entry, its file or a record in it is not as it must be, or the name is taken.
+        ValueError: an entry, its file or a record in the file is invalid, or another data set has the name.
         OSError: a file or directory is missing or cannot be read.
     """
     for index, entry in enumerate(cfg.DATASETS.REGISTER):
@@ -103,12 +109,15 @@ def register_datasets(cfg: CfgNode) -> None:
 
 
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """See that the sets of DATASETS.TEST and, unless `eval_only`, of TRAIN exist and have MODEL.DEQDET.NUM_CLASSES.
+    """Check that the sets of DATASETS.TEST and TRAIN exist and have as many classes as MODEL.DEQDET.NUM_CLASSES says.
+
+    Args:
+        cfg: the whole config.
+        eval_only: leave out the sets of DATASETS.TRAIN.
 
     Raises:
-        ValueError: a number differs, or there is no set to train on, or with `eval_only` to evaluate on.
-        FileNotFoundError: an annotation file is missing.
-        KeyError: a data set is not registered.
+        ValueError: a set has another number of classes, or there is no set to train on (with eval_only: to evaluate
+        on). FileNotFoundError: an annotation file is missing. KeyError: a data set is not registered.
     """
     needed = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
@@ -163,14 +172,14 @@ def find_class_names(cfg: CfgNode) -> list[str]:
 
 
 def _check_coco_file(where: str, json_file: str, image_root: str, *, evaluated: bool) -> list[str]:
-    """Check a COCO-format file and that its images are where they should be; returns the class names."""
+    """Check a COCO-format file and that its first image is in its place, and return the class names by id."""
     where = f"{where}: {json_file}"
     whole = _read_json(where, json_file)
     if not PathManager.isdir(image_root):
         raise NotADirectoryError(f"{where}: its image root {image_root} is not a directory: {_CORRECT_ROOT}")
     _check_records(where, "category", whole["categories"], ("id", "name"))
     _check_records(where, "image", whole["images"], ("id", "file_name", "height", "width"))
-    # COCOeval reads area and iscrowd of every annotation; training does without.
+    # COCOeval reads area and iscrowd of every annotation; training needs neither.
     keys = ("id", "image_id", "category_id", "bbox") + (("area", "iscrowd") if evaluated else ())
     _check_records(where, "annotation", whole["annotations"], keys)
     for image in whole["images"][:1]:
@@ -199,7 +208,7 @@ def _read_json(where: str, json_file: str) -> dict:
 
 
 def _check_records(where: str, kind: str, records: list, keys: tuple[str, ...]) -> None:
-    """Each record must be a dict with `keys`, with an id of its own."""
+    """Raise ValueError unless every record is a dict that has the keys, and no two have the same id."""
     ids = set()
     for index, record in enumerate(records):
         missing = [key for key in keys if not isinstance(record, dict) or key not in record]
@@ -212,7 +221,7 @@ def _check_records(where: str, kind: str, records: list, keys: tuple[str, ...]) 
 
 
 def _check_annotations(where: str, whole: dict) -> None:
-    """Check boxes and references; warn of boxes without area."""
+    """Check the box, the image and the category of every annotation, and warn of boxes without area."""
     images, categories = ({record["id"] for record in whole[key]} for key in ("images", "categories"))
     flat = []
     for annotation in whole["annotations"]:

@@ -1,7 +1,7 @@
-"""The shapes data set: drawn from a seed, in COCO's format, so that a detector trains with no download.
+"""The shapes data set, which is drawn from a seed in COCO's format, so that a detector trains without a download.
 
-The classes differ by outline only: colour, texture, contrast and size are drawn independently of the class.
-The outlines stay distinct under any rotation.
+The classes differ by their outlines alone: colour, texture, contrast and size are drawn independently of the class. No
+rotation makes one outline look like another.
 """
 
 import json
@@ -18,9 +18,10 @@ from iopath.common.file_io import file_lock
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "hourglass")
 JSON_NAME, IMAGES_NAME = "annotations.json", "images"  # in the root
-_GENERATOR = "deqdet.data.shapes, drawing 1"  # raise the number when the same parameters draw other pictures
+_GENERATOR = "deqdet.data.shapes, drawing 1"  # raise the number when the same parameters come to draw other images
 _SUPERSAMPLING, _PLACEMENT_TRIES = 8, 30
-# Quality, and full colour resolution: JPEG's usual halving blurs edges between colours of one lightness.
+# Quality 95, and colour at full resolution: at half of it, as is usual in JPEG, edges between colours of the same
+# lightness would be blurred.
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 logger = logging.getLogger(__name__)
@@ -28,22 +29,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """What determines a shapes set. Lengths are pixels, angles degrees.
+    """The parameters that determine a shapes set. Lengths are in pixels, angles in degrees.
 
-    Image i depends on every field but `num_images`: a longer set begins with the shorter one's images.
+    Image i does not depend on num_images, so that a larger set begins with the images of a smaller one.
     """
 
     num_images: int
     seed: int
     image_size: int = 160
-    min_size: float = 8.0  # of a box's longer side
+    min_size: float = 8.0  # of the longer side of a box
     max_size: float = 80.0
     max_objects: int = 6
     empty_fraction: float = 0.08  # probability of an image without objects
-    max_rotation: float = 10.0  # 180: free
-    max_overlap: float = 0.5  # intersection / smaller box's area; also the hidden part of a shape
-    min_contrast: float = 48.0  # of 255: a shape's largest difference, over the channels, to what is under it
-    max_contrast: float = 127.0  # above 127 some backgrounds leave no room on either side
+    max_rotation: float = 10.0  # to either side; 180 allows any angle
+    max_overlap: float = 0.5  # of two boxes, see box_overlap(); also the largest fraction of a shape that others hide
+    min_contrast: float = 48.0  # of 255: the largest difference, over the channels, of a shape to what is under it
+    max_contrast: float = 127.0  # above 127, some backgrounds have neither a lighter nor a darker colour so far away
     max_texture: float = 0.35  # of the background, relative to the contrast; half of that on the shapes
     max_noise: float = 0.2  # standard deviation, relative to the contrast
 
@@ -55,11 +56,14 @@ class ShapesConfig:
             raise ValueError(f"need num_images >= 1, max_objects in 1..8, {need}, got {self}")
 
     def info(self) -> dict:
+        """Return the "info" of the annotation file, by which a set on disk is compared with this config."""
         return {"generator": _GENERATOR, "parameters": asdict(self)}
 
 
 @dataclass(frozen=True)
-class Shape:  # one drawn object, as it is before anything covers it
+class Shape:
+    """One drawn object, as it is before another one covers it."""
+
     label: int  # index in CLASSES
     box: tuple[float, ...]  # (x, y, w, h), pixels: the bounds of the outline, wholly inside the image
     area: float  # pixels that the outline covers, fractions included
@@ -67,17 +71,21 @@ class Shape:  # one drawn object, as it is before anything covers it
 
 @dataclass(frozen=True)
 class Scene:
+    """An image and the objects in it."""
+
     image: np.ndarray  # (H, W, 3) uint8, RGB
     shapes: tuple[Shape, ...]  # in drawing order: a later one covers an earlier one
 
 
 def generate_shapes(root: str | os.PathLike, config: ShapesConfig) -> str:
-    """Make sure that `root` holds the set that `config` describes; returns the path of its annotation file.
+    """Make sure that `root` holds the set that `config` describes, and return the path of its annotation file.
 
-    Writes `annotations.json` (boxes xywh in pixels, `area` in covered pixels, category ids from 1 in CLASSES'
-    order) and `images/*.jpg`: on such noisy pictures JPEG of quality 95 takes half of PNG's space and half of
-    its time to decode. The set is drawn beside `root` and renamed when complete. Of processes asking at once
-    one draws and the others wait. A set with other parameters, or lacking images, is made again.
+    The set consists of `annotations.json` (boxes xywh in pixels, `area` in covered pixels, category ids from 1 in the
+    order of CLASSES) and `images/*.jpg`. JPEG, because for images with noise its files of quality 95 are half as
+    large as PNG's and are decoded in half of the time.
+
+    A set with other parameters, or without some of its images, is drawn again. It is drawn beside `root` and renamed
+    when it is complete. If several processes ask for it at once, one of them draws and the others wait.
 
     Raises:
         FileExistsError: `root` holds something else, which is left alone.
@@ -91,7 +99,11 @@ def generate_shapes(root: str | os.PathLike, config: ShapesConfig) -> str:
 
 
 def draw_scene(config: ShapesConfig, index: int) -> Scene:
-    """Draw image `index`. It has 1..max_objects objects, uniformly, less those that find no room; or none."""
+    """Draw image `index` of the set.
+
+    The number of objects is uniform in 1..max_objects, or 0 with the probability empty_fraction. An object for which
+    there is no room is left out.
+    """
     rng = np.random.default_rng((config.seed, index))
     contrast = _log_uniform(rng, config.min_contrast, config.max_contrast)
     texture, noise = contrast * config.max_texture, contrast * config.max_noise
@@ -116,27 +128,28 @@ def draw_scene(config: ShapesConfig, index: int) -> Scene:
 
 
 def box_overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Intersection of two xywh boxes over the smaller one's area."""
+    """Compute the intersection of two boxes xywh divided by the area of the smaller one."""
     w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     return max(w, 0.0) * max(h, 0.0) / min(a[2] * a[3], b[2] * b[3])
 
 
 def _polar(radii: np.ndarray | float, angles: np.ndarray) -> np.ndarray:
-    """Points (n, 2), x to the right and y down, at `angles` (degrees) clockwise from the top."""
+    """Return points (n, 2), x to the right and y down, at angles in degrees, clockwise from the top."""
     turn = np.deg2rad(angles)
     return np.stack([radii * np.sin(turn), -radii * np.cos(turn)], axis=-1)
 
 
 _TURN = np.linspace(0, 360, 64, endpoint=False)
 _LEFT = _polar(1.0, np.linspace(180, 360, 33))  # half of the unit circle
-# Closed contours, the outer one first; what lies inside an odd number of them is painted. In any unit.
+# Closed contours in any unit, the outer one first. What lies inside an odd number of them is painted.
 _OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "circle": (_polar(1.0, _TURN),),
     "square": (_polar(1.0, np.array([45, 135, 225, 315])),),
     "triangle": (_polar(1.0, np.array([0, 120, 240])),),
     "star": (_polar(np.array([1.0, 0.4] * 5), np.arange(0, 360, 36)),),
-    # Corners at (1, 3), that is atan(1 / 3) = 18.435 degrees, at (1, 1) and (3, 1), and so on around.
+    # One arm has the corners (1, 3), which is at atan(1 / 3) = 18.435 degrees, (1, 1) and (3, 1); the others are
+    # turned.
     "cross": (_polar(np.sqrt([10, 2, 10] * 4), np.add.outer(_TURN[::16], [18.435, 45, 71.565]).ravel()),),
     "ring": (_polar(1.0, _TURN), _polar(0.55, _TURN)),
     "crescent": (np.concatenate([_LEFT, _LEFT[::-1] * (0.3, 1)]),),
@@ -145,7 +158,12 @@ _OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
 
 
 def _turned_outline(label: int, rotation: float, size: float) -> tuple[list[np.ndarray], np.ndarray]:
-    """Contours (n, 2) turned by `rotation`, from (0, 0) on, and their extent (w, h): the longer is `size`."""
+    """Turn and scale the outline of a class.
+
+    Returns:
+        Its contours, each (n, 2), moved so that the smallest coordinates are 0; and their extent (w, h), of which the
+        longer one is `size`.
+    """
     c, s = math.cos(math.radians(rotation)), math.sin(math.radians(rotation))
     contours = [contour @ np.array([[c, s], [-s, c]]) for contour in _OUTLINES[CLASSES[label]]]
     low, high = contours[0].min(0), contours[0].max(0)
@@ -154,11 +172,11 @@ def _turned_outline(label: int, rotation: float, size: float) -> tuple[list[np.n
 
 
 def _coverage(contours: list[np.ndarray]) -> tuple[tuple[slice, slice], np.ndarray]:
-    """The window (rows, columns) that contours in pixels touch, and how much of each pixel they cover."""
+    """Find the window (rows, columns) that contours in pixels touch, and which part of each pixel they cover."""
     x0, y0 = np.floor(contours[0].min(0)).astype(int)
     x1, y1 = np.ceil(contours[0].max(0)).astype(int)
     fine = np.zeros(((y1 - y0) * _SUPERSAMPLING, (x1 - x0) * _SUPERSAMPLING), np.uint8)
-    # OpenCV's coordinates are of pixel centres, here with 4 fractional bits.
+    # In OpenCV integer coordinates are the centres of pixels; these have 4 fractional bits.
     fixed = [np.rint(((c - (x0, y0)) * _SUPERSAMPLING - 0.5) * 16).astype(np.int32) for c in contours]
     cv2.fillPoly(fine, fixed, 255, lineType=cv2.LINE_8, shift=4)
     cover = cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
@@ -168,7 +186,7 @@ def _coverage(contours: list[np.ndarray]) -> tuple[tuple[slice, slice], np.ndarr
 def _place(
     rng: np.random.Generator, config: ShapesConfig, shapes: list[Shape], owner: np.ndarray
 ) -> tuple[Shape, tuple[slice, slice], np.ndarray] | None:
-    """A new shape, its window and coverage, hiding no other too much; None if no try finds such a place."""
+    """Find a place for a new shape where no other is hidden too much: shape, window and coverage; None without one."""
     label = int(rng.integers(len(CLASSES)))
     rotation = rng.uniform(-config.max_rotation, config.max_rotation)
     contours, extent = _turned_outline(label, rotation, _log_uniform(rng, config.min_size, config.max_size))
@@ -187,11 +205,12 @@ def _place(
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """Draw a number whose logarithm is uniform."""
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
 def _texture(rng: np.random.Generator, size: tuple[int, int], amplitude: float) -> np.ndarray:
-    """(*size, 3) float32 around 0, at most a random part of `amplitude` in size: blobs, waves or a ramp."""
+    """Draw blobs, waves or a ramp, (*size, 3) float32 around 0, of a random amplitude up to `amplitude`."""
     kind, amplitude = rng.integers(3), rng.uniform(0, amplitude)
     grain = _log_uniform(rng, 4, 60)  # pixels
     if kind == 0:
@@ -205,14 +224,14 @@ def _texture(rng: np.random.Generator, size: tuple[int, int], amplitude: float) 
 
 
 def _contrasting(rng: np.random.Generator, under: np.ndarray, contrast: float) -> np.ndarray:
-    """A colour (3,) in 0..255, `contrast` away from `under` in one channel, at least half of it in each."""
+    """Draw a colour (3,) in 0..255 that differs from `under` by `contrast` in one channel, by at least half in each."""
     step = rng.choice((-1, 1), 3) * rng.permuted((1.0, *rng.uniform(0.5, 1, 2))) * contrast
     colour = (under := np.clip(under, 0, 255)) + step
     return np.where((colour < 0) | (colour > 255), under - step, colour).astype(np.float32)
 
 
 def _read_info(root: Path) -> dict | None:
-    """The "info" of a set that this module wrote, of any version; None if `root` holds no such set."""
+    """Read the "info" of a set that this module wrote, in any version; None if `root` holds no such set."""
     try:
         info = json.loads((root / JSON_NAME).read_text())["info"]
         return info if info["generator"].startswith(_GENERATOR.split(",")[0]) else None
@@ -221,17 +240,18 @@ def _read_info(root: Path) -> dict | None:
 
 
 def _is_complete(root: Path, config: ShapesConfig) -> bool:
+    """Tell whether `root` holds the set of this config with all its images."""
     images = root / IMAGES_NAME
     return _read_info(root) == config.info() and len(list(images.glob("*.jpg"))) == config.num_images
 
 
 def _draw_set(root: Path, config: ShapesConfig) -> None:
-    """Draw the set beside `root`, then put it there; only a set that this module wrote may be in the way."""
+    """Draw the set beside `root`, then move it there. It replaces only a set that this module wrote."""
     if root.exists() and _read_info(root) is None and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} holds no shapes set with a readable {JSON_NAME}: choose another place")
     logger.info("Drawing %d images into %s", config.num_images, root)
     partial = root.with_name(f".{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run: whoever draws holds the lock
+    shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted run: this process holds the lock
     (partial / IMAGES_NAME).mkdir(parents=True)
     size, images, annotations = {"height": config.image_size, "width": config.image_size}, [], []
     for image_id in range(1, config.num_images + 1):

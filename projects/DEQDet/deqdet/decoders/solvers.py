@@ -1,6 +1,7 @@
 """Solvers by name, with their options from a config."""
 
 import ast
+import math
 import re
 from dataclasses import fields
 
@@ -40,8 +41,8 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
     options = cfg.MODEL.DEQDET.SOLVER
     name, own = (options.NAME, {}) if spec is None else parse_spec(spec)
     solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME" if spec is None else "the solver", name)
+    check_keys(options)
     try:
-        check_keys(options)
         known = [field.name for field in fields(solver) if field.init]
         values = {field: options[key] for field, key in KEYS.items() if field in known}
         if name == options.NAME:
@@ -64,9 +65,13 @@ def check_keys(options: CfgNode) -> None:
     Raises:
         ValueError: DAMPING, MEMORY or REGULARIZATION is out of range.
     """
-    FixedPointIteration(damping=options.DAMPING)
-    Anderson(regularization=options.REGULARIZATION)
-    Broyden(history_size=options.MEMORY)  # Anderson needs 2, Broyden only 1
+    for key, valid, allowed in (
+        ("DAMPING", 0 < options.DAMPING <= 1, "lie in (0, 1]"),
+        ("MEMORY", options.MEMORY >= 1, "be at least 1"),
+        ("REGULARIZATION", 0 <= options.REGULARIZATION < math.inf, "be finite and not negative"),
+    ):
+        if not valid:
+            raise ValueError(f"MODEL.DEQDET.SOLVER.{key} must {allowed}, got {options[key]}")
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, object]]:

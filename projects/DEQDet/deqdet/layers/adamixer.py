@@ -1,4 +1,7 @@
-"""The AdaMixer layer (AdaMixer, CVPR 2022; Sec. 3.1 and Fig. 2 of the paper)."""
+"""The AdaMixer layer (AdaMixer, CVPR 2022; Sec. 3.1 and Fig. 2 of the paper).
+
+B: rows of the state, N: queries, C: channels.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +17,18 @@ from .sampling import SamplingPoints, sample_pyramid
 
 
 class PositionalAttention(nn.Module):
-    """Self-attention among queries, biased by how much of one box lies in another (AdaMixer, Sec. 3.4)."""
+    """Self-attention among queries that know where their boxes are (AdaMixer, Sec. 3.4).
+
+    The content carries a sine embedding of the position, and the attention logits of head h get the bias
+    tau_h log IoF(b_i, b_j). Inside the softmax this multiplies the weight that query i gives to query j by IoF^tau_h:
+    with a large tau_h a query attends only to boxes around its own, and so may learn that it duplicates another; with
+    tau_h = 0 the head ignores the boxes.
+    """
 
     def __init__(self, *, dim: int, num_heads: int):
         super().__init__()
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        self.iof_scale = nn.Parameter(torch.empty(num_heads))  # tau
+        self.iof_scale = nn.Parameter(torch.empty(num_heads))  # (heads,)  tau
         nn.init.uniform_(self.iof_scale, 0, 4)
         nn.init.xavier_uniform_(self.attention.out_proj.weight)
 
@@ -30,9 +39,10 @@ class PositionalAttention(nn.Module):
             position: (B, N, 4) cx, cy, z, r.
 
         Returns:
-            (B, N, C): content + embedded position + what was attended to.
+            (B, N, C): content + embedded position + the result of the attention.
         """
         embedded = content + embed_position(position, content.shape[2])
+        # 1e-7 gives boxes that do not meet a finite bias: an infinite one could leave a query with no box to attend to.
         overlap = (pairwise_iof(decode_boxes(position)) + 1e-7).log()  # (B, N, N)
         bias = self.iof_scale[:, None, None] * overlap[:, None]  # (B, heads, N, N)
         attended, _ = self.attention(
@@ -43,7 +53,7 @@ class PositionalAttention(nn.Module):
 
 @REFINEMENT_LAYER_REGISTRY.register()
 class AdaMixerLayer(RefinementLayer):
-    """Attend to the other queries, sample the pyramid in and around the box, mix, and refine content and box."""
+    """Refines queries by attention among them, and by features sampled in and around their boxes and mixed."""
 
     accepts_segments = True
 
@@ -62,11 +72,18 @@ class AdaMixerLayer(RefinementLayer):
     ):
         """
         Args:
-            strides: of the pyramid's levels, pixels, finest first.
-            dim: C, of the content and of every level.
+            strides: the strides of the pyramid's levels in pixels, finest first.
+            dim: C, the channels of the content and of every level.
+            num_classes: K.
+            num_points: P, the sampled points of each group.
+            num_out_points: P_out, the points after the mixing.
+            num_groups: G, the groups of channels that are sampled at points of their own.
+            num_heads: heads of the attention.
+            feedforward_dim: the hidden channels of the feed-forward network.
 
         Raises:
-            ValueError: dim is not a multiple of num_groups, of num_heads and of 8.
+            ValueError: dim is not a multiple of num_groups, num_heads and 8 (two features, a sine and a cosine, for
+                each of the four coordinates).
         """
         super().__init__()
         for name, divisor in [("groups", num_groups), ("heads", num_heads), ("sine embedding's features", 8)]:
@@ -107,13 +124,14 @@ class AdaMixerLayer(RefinementLayer):
             for module in branch:
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
+        # At first the layer leaves the boxes where they are.
         nn.init.zeros_(self.box_branch[-1].weight)
         nn.init.zeros_(self.box_branch[-1].bias)
         set_class_prior(self.class_branch[-1])
 
     def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
         """See RefinementLayer.forward."""
-        position = state.position.detach()
+        position = state.position.detach()  # only the last line passes gradient to the given position
         content = self.attention_norm(self.attention(state.content, position))
         samples = sample_pyramid(features, self.strides, self.points(content, position))
         content = self.mixing_norm(content + self.mixing(content, samples))

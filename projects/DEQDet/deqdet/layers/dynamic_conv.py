@@ -1,6 +1,6 @@
-"""Sparse R-CNN's dynamic convolution (CVPR 2021, Sec. 3.1).
+"""The dynamic convolution of Sparse R-CNN (CVPR 2021, Sec. 3.1).
 
-B: rows, N: queries, C: channels, D: dynamic channels, M: cells of a region.
+B: rows of the state, N: queries, C: channels, D: channels between the two convolutions, M: cells of a pooled region.
 """
 
 import torch.nn.functional as F
@@ -8,13 +8,17 @@ from torch import Tensor, nn
 
 
 class DynamicConvolution(nn.Module):
-    """Each query makes the two 1x1 convolutions that filter its own region."""
+    """Filters the pooled region of each query with two 1x1 convolutions that are made from the query's content.
+
+    X <- ReLU(LN(X P1)) and X <- ReLU(LN(X P2)), with P1 (C, D) and P2 (D, C) of each query; a linear layer over all
+    cells and channels then makes one vector of the region.
+    """
 
     def __init__(self, *, dim: int, dynamic_dim: int, num_cells: int):
         """
         Args:
             dim: C.
-            dynamic_dim: D, channels between the convolutions.
+            dynamic_dim: D.
             num_cells: M.
         """
         super().__init__()
@@ -26,7 +30,8 @@ class DynamicConvolution(nn.Module):
         self.out_norm = nn.LayerNorm(dim)
 
     def forward(self, content: Tensor, regions: Tensor) -> Tensor:
-        """
+        """Filter the region of each query.
+
         Args:
             content: (B, N, C).
             regions: (B, N, M, C).
@@ -34,7 +39,7 @@ class DynamicConvolution(nn.Module):
         Returns:
             (B, N, C), to be added to the content.
         """
-        first, second = self.generator(content).chunk(2, dim=2)
+        first, second = self.generator(content).chunk(2, dim=2)  # P1 and P2, flat
         x = F.relu(self.hidden_norm(regions @ first.unflatten(2, self.shapes[0])))  # (B, N, M, D)
         x = F.relu(self.channel_norm(x @ second.unflatten(2, self.shapes[1])))  # (B, N, M, C)
         return F.relu(self.out_norm(self.out(x.flatten(2))))

@@ -1,6 +1,6 @@
 """Adaptive mixing of sampled features (AdaMixer, CVPR 2022, Sec. 3.3).
 
-B: rows, N: queries, G: groups, P: sampled points, P_out: mixed points, C: channels.
+B: rows of the state, N: queries, G: groups of channels, P: sampled points, P_out: points after mixing, C: channels.
 """
 
 import torch.nn.functional as F
@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 
 class AdaptiveMixing(nn.Module):
-    """Each query makes the matrices that mix its own samples, first over channels, then over points."""
+    """Mixes the samples of each query with matrices that are made from the query's content.
+
+    For each group, one matrix M (C / G, C / G) mixes the channels of every point, X <- ReLU(LN(X M)); then another one
+    S (P_out, P) mixes the points of every channel, X <- ReLU(LN(S X)). So what is looked for in the samples, and where,
+    depends on the query.
+    """
 
     def __init__(self, *, dim: int, num_groups: int, num_points: int, num_out_points: int):
         super().__init__()
@@ -19,11 +24,14 @@ class AdaptiveMixing(nn.Module):
         per_group = self.group_dim**2 + num_out_points * num_points
         self.generator = nn.Linear(dim, num_groups * per_group)
         self.out = nn.Linear(dim * num_out_points, dim)
-        nn.init.zeros_(self.generator.weight)  # with the bias's default draw: static mixing at first, but not dead
+        # With weight 0, all queries begin with the same matrices, those of the bias. The bias keeps nn.Linear's random
+        # values: with a bias of 0 the matrices, and so all gradients, would be 0.
+        nn.init.zeros_(self.generator.weight)
         nn.init.xavier_uniform_(self.out.weight)
 
     def forward(self, content: Tensor, samples: Tensor) -> Tensor:
-        """
+        """Mix the samples of each query.
+
         Args:
             content: (B, N, C).
             samples: (B, N, G, P, C / G).
@@ -39,4 +47,5 @@ class AdaptiveMixing(nn.Module):
 
 
 def _norm_relu(x: Tensor) -> Tensor:
+    """Apply a LayerNorm without affine part over the last two dimensions, points and channels of a group, then ReLU."""
     return F.relu(F.layer_norm(x, x.shape[-2:]))

@@ -1,6 +1,20 @@
 """Adaptive 3D sampling of a feature pyramid (AdaMixer, CVPR 2022, Sec. 3.2).
 
-B: images, S: segments, N: queries, G: groups, P: points, C: channels.
+The pyramid counts as a space of three dimensions: x and y in the image, and a depth, the binary logarithm of a length
+in pixels. The level with stride s lies at depth log2 s, and a box at its own z = log2 sqrt(w h). Each query samples
+at points of this space around its box.
+
+A layer may refine S states of each of the B images at once, such as the supervised states of a solving path. Their S
+* B rows are ordered state by state, with the images in the order of the features. For B = 2 images a, b and S = 3
+states,
+
+    row     0   1   2   3   4   5
+    state   1   1   2   2   3   3
+    image   a   b   a   b   a   b
+
+so that row r reads the features of image r % B, of which there is only one copy.
+
+N: queries, G: groups of channels, P: points, C: channels.
 """
 
 import math
@@ -13,7 +27,7 @@ from ..boxes import box_sizes
 
 
 class SamplingPoints(nn.Module):
-    """Queries -> P points (x, y, depth) for each group, around and above each box."""
+    """Makes P points (x, y, depth) for each query and group, by offsets from the centre and the depth of its box."""
 
     def __init__(self, *, dim: int, num_groups: int, num_points: int):
         super().__init__()
@@ -23,7 +37,10 @@ class SamplingPoints(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """No dependence on the query at first: a grid over the box, one level finer than the box's own."""
+        """Start with the same offsets for all queries: a regular grid over the box, at one level below its depth.
+
+        If P is no square, the points are drawn uniformly from the box instead.
+        """
         nn.init.zeros_(self.offsets.weight)
         bias = self.offsets.bias.data.view(self.num_groups, self.num_points, 3)
         bias[..., 2] = -1.0
@@ -41,29 +58,34 @@ class SamplingPoints(nn.Module):
             position: (B, N, 4) cx, cy, z, r.
 
         Returns:
-            (B, N, G, P, 3): x, y in pixels, depth in octaves (log2 of pixels).
+            (B, N, G, P, 3): x, y in pixels, and the depth, log2 of pixels.
         """
         offsets = self.offsets(content).unflatten(2, (self.num_groups, self.num_points, 3))
         center, depth = position[:, :, None, None, :2], position[:, :, None, None, 2:3]
         size = box_sizes(position)[:, :, None, None]  # (B, N, 1, 1, 2)
+        # (cx + dx w, cy + dy h, z + dz): the learned offsets are relative to the size of the box.
         return torch.cat([center + offsets[..., :2] * size, depth + offsets[..., 2:]], dim=-1)
 
 
 def sample_pyramid(features: list[Tensor], strides: list[int], points: Tensor) -> Tensor:
-    """Bilinear within the levels, Gaussian across them: softmax over l of -(depth - log2 s_l)^2 / 2.
+    """Interpolate the pyramid at points of its three-dimensional space.
 
-    Group g reads channels g * C/G to (g + 1) * C/G. Outside the padded input everything is zero.
+    Each level is interpolated bilinearly at (x, y). The results of the levels l are summed with the weights
+    softmax_l(-(depth - log2 s_l)^2 / 2), a Gaussian in the distance of the point to the level. Group g reads the
+    channels g * C / G to (g + 1) * C / G. Outside the padded input all features count as 0.
 
     Args:
-        features: per level (B, C, H_l, W_l).
-        strides: s_l, pixels per cell.
-        points: (S * B, N, G, P, 3), segment-major; x, y in pixels of the padded input, depth in octaves.
+        features: for each level (B, C, H_l, W_l).
+        strides: s_l, the side of a level's cell in pixels.
+        points: (S * B, N, G, P, 3), rows state by state as said above; x, y in pixels of the padded input, and the
+            depth.
 
     Returns:
-        (S * B, N, G, P, C / G).
+        (S * B, N, G, P, C / G), in the same order of rows.
     """
     images, (rows, queries, groups) = len(features[0]), points.shape[:3]
-    # One grid an image: (S * B, N, G, P, 3) -> (B * G, S * N, P, 3)
+    # All states of an image in one grid, so that its features need not be repeated:
+    # (S * B, N, G, P, 3) -> (B * G, S * N, P, 3)
     points = points.unflatten(0, (rows // images, images)).permute(1, 3, 0, 2, 4, 5).flatten(0, 1).flatten(1, 2)
     x, y, depth = points.unbind(-1)  # (B * G, S * N, P) each
     # Levels first, so that each level's weights are contiguous: (L, B * G, 1, S * N, P).
@@ -72,6 +94,8 @@ def sample_pyramid(features: list[Tensor], strides: list[int], points: Tensor) -
     sampled = 0
     for feature, stride, weight in zip(features, strides, weights, strict=True):
         height, width = feature.shape[2:]
+        # grid_sample wants coordinates from -1 to 1, the outer edges of the level, which covers (W_l s_l, H_l s_l)
+        # pixels.
         grid = torch.stack([x * (2 / (width * stride)) - 1, y * (2 / (height * stride)) - 1], dim=-1)
         per_group = feature.unflatten(1, (groups, -1)).flatten(0, 1)  # (B * G, C / G, H, W)
         values = F.grid_sample(per_group, grid, align_corners=False)  # (B * G, C / G, S * N, P)

@@ -1,4 +1,7 @@
-"""The Sparse R-CNN layer (Sparse R-CNN, CVPR 2021, Sec. 3.1; Appendix F of the paper)."""
+"""The Sparse R-CNN layer (Sparse R-CNN, CVPR 2021, Sec. 3.1; Appendix F of the paper).
+
+B: images, S: states of each image (see sampling.py), N: queries, C: channels, M: cells of a pooled region.
+"""
 
 from torch import Tensor, nn
 
@@ -12,12 +15,14 @@ from ..structures import Prediction, QueryState
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
 from .dynamic_conv import DynamicConvolution
 
-FARTHEST = 1e6  # pixels; RoIAlign of an infinite box would read outside its input
+# Boxes are clipped to this many pixels from the origin before they are pooled: RoIAlign of an infinite box would read
+# outside its input.
+FARTHEST = 1e6
 
 
 @REFINEMENT_LAYER_REGISTRY.register()
 class SparseRCNNLayer(RefinementLayer):
-    """Attend to the other queries, pool the box's region, filter it by the query, and refine content and box."""
+    """Refines queries by attention among them, and by the pooled regions of their boxes, which each query filters."""
 
     accepts_segments = True
 
@@ -38,9 +43,16 @@ class SparseRCNNLayer(RefinementLayer):
     ):
         """
         Args:
-            strides: of the pyramid's levels, pixels, finest first: powers of two, each twice the last.
-            dim: C, of the content and of every level.
-            pooler_resolution: cells along a side of a pooled region.
+            strides: the strides of the pyramid's levels in pixels, finest first. They are powers of two, each twice
+                the one before it.
+            dim: C, the channels of the content and of every level.
+            num_classes: K.
+            pooler_resolution: the cells along a side of a pooled region.
+            pooler_sampling_ratio: the points along a side of a cell whose mean RoIAlign takes.
+            dynamic_dim: the channels between the two dynamic convolutions.
+            num_class_layers, num_box_layers: the hidden layers of the class branch and of the box branch.
+            num_heads: heads of the attention.
+            feedforward_dim: the hidden channels of the feed-forward network.
 
         Raises:
             ValueError: dim is not a multiple of num_heads.
@@ -69,7 +81,7 @@ class SparseRCNNLayer(RefinementLayer):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec], initialization: bool) -> dict:
-        """g and f have the same numbers."""
+        """Read MODEL.DEQDET.SPARSE_RCNN; an initialization layer is built like a refinement layer."""
         deqdet, sparse = cfg.MODEL.DEQDET, cfg.MODEL.DEQDET.SPARSE_RCNN
         return {
             "strides": [shape.stride for shape in input_shapes],
@@ -98,13 +110,18 @@ class SparseRCNNLayer(RefinementLayer):
         return Prediction(self.class_branch(state.content), decode_boxes(state.position))
 
     def _pool(self, features: list[Tensor], boxes: Tensor) -> Tensor:
-        """RoIAlign of S * B rows of N boxes (xyxy, pixels), segment-major, each row in its own image.
+        """Pool the features in each box by RoIAlign.
+
+        Args:
+            features: for each level (B, C, H_l, W_l).
+            boxes: (S * B, N, 4) xyxy, pixels; rows state by state (see sampling.py), so that row r is of image r % B.
 
         Returns:
-            (S * B, N, M, C), M cells row by row.
+            (S * B, N, M, C), the cells of a region row by row.
         """
         images, queries = len(features[0]), boxes.shape[1]
         boxes = boxes.nan_to_num().clamp(-FARTHEST, FARTHEST)
+        # The pooler takes a list of the boxes of each image, here those of all its states.
         by_image = boxes.unflatten(0, (-1, images)).transpose(0, 1).flatten(1, 2)  # (B, S * N, 4)
         regions = self.pooler(features, [Boxes(x) for x in by_image])  # (B * S * N, C, side, side)
         regions = regions.flatten(2).transpose(1, 2)  # (B * S * N, M, C)
@@ -112,6 +129,7 @@ class SparseRCNNLayer(RefinementLayer):
 
 
 def _tower(dim: int, num_layers: int, num_outputs: int) -> nn.Sequential:
+    """Build a branch: num_layers times linear, LayerNorm and ReLU, then a linear layer to the outputs."""
     layers: list[nn.Module] = []
     for _ in range(num_layers):
         layers += [nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU()]

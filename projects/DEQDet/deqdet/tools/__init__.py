@@ -1,1 +1,4 @@
-"""The command-line tools: each module has a `main` that takes the words of a command line."""
+"""The command-line tools: each module has the `main` of one command, such as deqdet-train.
+
+The scripts of the same names in the repository's tools/ call the same functions.
+"""

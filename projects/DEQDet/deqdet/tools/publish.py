@@ -1,0 +1,55 @@
+"""Make one model file, with which no config is needed, of a checkpoint and its config.
+
+    deqdet-publish CHECKPOINT --config-file FILE --output FILE.safetensors [--half] [KEY VALUE ...]
+
+CHECKPOINT is a .pth file of a training, or a .safetensors file. The output holds the weights, the config, the class
+names and the pixel format, and no code. FILE is the config that the checkpoint was trained with, for example the
+config.yaml in the training's folder.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checkpoints import publish_checkpoint
+from ..data import find_class_names
+from ..engine import add_config_arguments, exit_on_user_error, load_config, parse_arguments
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command; on any error it leaves no file.
+
+    Args:
+        words: the command line; by default that of the process.
+    """
+    with exit_on_user_error():
+        args = parse_arguments(make_parser(), words)
+        cfg = load_config(args)
+        names = args.class_names or find_class_names(cfg)
+        done = publish_checkpoint(
+            args.checkpoint, args.output, cfg=cfg, class_names=names, weights=args.weights, half=args.half
+        )
+        print(done)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth or .safetensors file, or an hf:// name")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the model file, .safetensors")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "raw", "ema"),
+        default="auto",
+        help="the weights themselves or their moving average; by default the average where the checkpoint has one",
+    )
+    parser.add_argument("--half", action="store_true", help="store float16, which halves the file")
+    parser.add_argument(
+        "--class-names", nargs="+", metavar="NAME", help="in the order of the classes; default: the first test set's"
+    )
+    add_config_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Train or evaluate a detector.
+
+    deqdet-train --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
+    deqdet-train --config-file FILE --eval-only MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
+    deqdet-train --model model_final.safetensors --eval-only [KEY VALUE ...]
+
+FILE is a config file, or the name of one in the model zoo, such as quick/deqdet_shapes. On a machine without CUDA,
+--num-gpus N starts N processes on the CPU. From the repository, `python tools/train_net.py` is the same command.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from ..engine import Trainer, argument_parser, exit_on_user_error, load_weights, parse_arguments, run, setup
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        words: the command line; by default that of the process.
+    """
+    parser = argument_parser()
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    with exit_on_user_error():
+        args = parse_arguments(parser, words)
+    run(work, args)
+
+
+def work(args: argparse.Namespace) -> dict | None:
+    """Train and evaluate, or with --eval-only only evaluate, in one of the processes.
+
+    Returns:
+        The results, such as {"bbox": {"AP": ...}}.
+    """
+    cfg = setup(args)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    model = Trainer.build_model(cfg)
+    load_weights(model, cfg, resume=args.resume)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)  # only if TEST.EXPECTED_RESULTS has any
+    return results
+
+
+if __name__ == "__main__":
+    main()

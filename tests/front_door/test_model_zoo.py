@@ -1,0 +1,71 @@
+"""Configs by name, and what goes wrong with names, files and overrides."""
+
+import pytest
+
+from deqdet import model_zoo
+from deqdet.errors import UserError
+
+from helpers.config_files import COMPLETE, load
+
+
+def test_every_config_of_the_repository_is_listed():
+    assert [f"configs/{name}.yaml" for name in model_zoo.list_configs()] == sorted(COMPLETE)
+
+
+@pytest.mark.parametrize("name", model_zoo.list_configs())
+def test_get_config_is_the_file(name):
+    assert model_zoo.get_config(name) == load(f"configs/{name}.yaml")
+
+
+@pytest.mark.parametrize("name", [
+    "quick/deqdet_shapes", "quick/deqdet_shapes.yaml", "deqdet_shapes", "configs/quick/deqdet_shapes.yaml",
+])  # fmt: skip
+def test_ways_to_say_a_name(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert model_zoo.get_config(name).MODEL.DEQDET.NUM_QUERIES == 16
+
+
+def test_a_file_of_ones_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("MODEL:\n  DEQDET:\n    NUM_QUERIES: 7\nVERSION: 2\n")
+    assert model_zoo.get_config(tmp_path / "mine.yaml").MODEL.DEQDET.NUM_QUERIES == 7
+
+
+def test_overrides():
+    key = "MODEL.DEQDET.SOLVER.OPTIONS.WINDOW"
+    cfg = model_zoo.get_config("deqdet_r50_100q_1x", ["MODEL.DEQDET.NUM_QUERIES", 7, "SEED", "3", key, "5"])
+    assert (cfg.MODEL.DEQDET.NUM_QUERIES, cfg.SEED, cfg.MODEL.DEQDET.SOLVER.OPTIONS.WINDOW) == (7, 3, 5)
+
+
+@pytest.mark.parametrize("name, overrides, message", [
+    ("deqdet_r50_100q_2x", [], "config file deqdet_r50_100q_2x does not exist.*did you mean .*deqdet_r50_100q_1x"),
+    ("quick/deqdet_shape", [], "did you mean quick/deqdet_shapes"),
+    ("zzz", [], r"list_configs\(\) lists them"),
+    ("deqdet_shapes", ["MODEL.DEQDET.NUM_QUERY", "3"], "unknown config key MODEL.DEQDET.NUM_QUERY; did you"),
+    ("deqdet_shapes", ["SEED"], "overrides are pairs of KEY VALUE"),
+    ("deqdet_shapes", ["SEED", "'a'"], "the command line: .*SEED"),
+    ("deqdet_shapes", ["SEED", "1", "--resume", "x"], "--resume must come before the KEY VALUE pairs"),
+])  # fmt: skip
+def test_wrong_names_and_overrides(name, overrides, message):
+    with pytest.raises(UserError, match=message):
+        model_zoo.get_config(name, overrides)
+
+
+def test_a_config_runs_no_code(tmp_path):
+    canary = tmp_path / "canary"
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {canary}']\n")
+    child = tmp_path / "child.yaml"
+    child.write_text(f"_BASE_: {bad}\n")
+    for file in (bad, child):
+        with pytest.raises(UserError, match="plain values only, no Python objects"):
+            model_zoo.get_config(file)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("word, key", [
+    ("MODEL.WEIGHTS", True), ("SEED", True), ("OUTPUT_DIR", True), ("MODLE.WEIGHTS", True),
+    ("MODEL.DEQDET.SOLVER.OPTIONS.window", True),
+    ("IMG.JPG", False), ("street.jpg", False), ("anderson4", False), ("1E-2", False), ("--steps", False), ("", False),
+])  # fmt: skip
+def test_what_counts_as_a_key(word, key):
+    assert model_zoo.is_key(word) is key
