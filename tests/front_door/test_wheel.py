@@ -49,6 +49,11 @@ def wheel(tmp_path_factory):
     return path
 
 
+def list_tools():
+    files = (ROOT / "projects" / "DEQDet" / "deqdet" / "tools").glob("*.py")
+    return {path.stem for path in files if "def main(" in path.read_text()}
+
+
 def test_what_it_holds(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -56,9 +61,8 @@ def test_what_it_holds(wheel):
     configs = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
     assert sorted(name.removeprefix("deqdet/configs/") for name in names if "/configs/" in name) == configs
     assert "deqdet/py.typed" in names
-    tools = {path.stem for path in (ROOT / "projects" / "DEQDet" / "deqdet" / "tools").glob("*.py")} - {"__init__"}
     commands = dict(line.split(" = ") for line in entry_points.splitlines() if " = " in line)
-    assert {target.removeprefix("deqdet.tools.").removesuffix(":main") for target in commands.values()} == tools
+    assert {target.removeprefix("deqdet.tools.").removesuffix(":main") for target in commands.values()} == list_tools()
     assert {"deqdet-train", "deqdet-demo", "deqdet-evaluate-steps", "deqdet-publish"} <= set(commands)
 
 
@@ -81,6 +85,6 @@ def test_it_works_from_an_empty_folder(wheel, small_model, small_cfg, tmp_path):
     np.testing.assert_allclose(boxes, here.instances.pred_boxes.tensor.numpy(), rtol=0, atol=1e-4)
     assert labels == here.labels and len(labels) == 6 and version == __version__
     assert "quick/deqdet_shapes" in configs
-    for tool in ("train_net", "demo"):
+    for tool in list_tools():
         done = subprocess.run([sys.executable, "-m", f"deqdet.tools.{tool}", "--help"], **run)
-        assert done.returncode == 0 and "--config-file" in done.stdout, done.stderr
+        assert done.returncode == 0 and "KEY VALUE" in done.stdout, (tool, done.stderr)

@@ -31,6 +31,8 @@ CFG_READERS = re.compile(
     r"from_config|from_bottom_up|(add_deqdet|_add|build|register|prepare|check|find)_\w+"
     # A model file holds a config.
     r"|write_model_file|load_model_config|_portable_config|publish_checkpoint|merge_overrides"
+    # A process of its own, which starts at a command line.
+    r"|_measure_checkpoint"
 )
 CFG_ROOMS = {"engine", "model_zoo", "predictor", "tools"}  # whose work starts at a config
 

@@ -125,3 +125,7 @@ def _parser() -> argparse.ArgumentParser:
             flag, action="append_const", const=flag, dest="extras", default=[], help=f"write NAME{ending}: {what}"
         )
     return parser
+
+
+if __name__ == "__main__":
+    main()
