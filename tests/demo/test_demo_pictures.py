@@ -93,6 +93,22 @@ class TestDrawing:
             for j in range(i):
                 assert (np.abs(positions[i] - positions[j]) >= sizes[i]).any(), (i, j)
 
+    def test_all_labels_can_be_read(self):
+        """Detections of one place have their labels beside each other, and one at the border has its whole label."""
+        grey = np.full((200, 300, 3), 128, np.uint8)
+
+        def dark_pixels(*boxes: list[float]) -> int:
+            picture = draw_detections(grey, detections(instances(list(boxes), [0] * len(boxes), 200, 300)))
+            return int((picture.max(axis=2) < 40).sum())
+
+        box, narrow, at_the_border = (
+            [x0, 60.0, x1, 150.0] for x0, x1 in ((50.0, 150.0), (140.0, 159.0), (280.0, 299.0))
+        )
+        one = dark_pixels(box)
+        assert one > 200
+        assert dark_pixels(box, box) == pytest.approx(2 * one, rel=0.1)
+        assert dark_pixels(at_the_border) == pytest.approx(dark_pixels(narrow), rel=0.1)
+
     def test_labels_are_not_moved_far(self):
         """Where one label is in the way, the next one is directly above or below it."""
         visualizer = Visualizer(np.zeros((100, 200, 3), np.uint8))

@@ -100,6 +100,10 @@ class TestKindsOfImages:
             assert_same(predictor(reversed_channels, channels="BGR"), expected)
         assert not torch.equal(predictor(image[:, :, ::-1]).instances.scores, expected.instances.scores)
 
+    def test_a_float_tensor_is_rounded(self, predictor):
+        values = torch.full((3, 64, 64), 100.6 / 255)
+        assert (predictor.prepare(values)["image"] == 101).all()
+
     def test_greyscale(self, predictor, tmp_path):
         grey = noise()[:, :, 0]
         expected = predictor(np.stack([grey] * 3, axis=2))

@@ -71,20 +71,15 @@ def draw_detections(image: np.ndarray, found: Detections) -> np.ndarray:
 def separate_labels(picture: VisImage) -> None:
     """Move every label into the image and, up or down, to the nearest place where it covers no earlier label."""
     placed: list[tuple[float, float, float, float]] = []  # x, y (upper left), width, height; pixels
-    renderer = picture.canvas.get_renderer()
     for label in picture.ax.texts:
-        extent = label.get_window_extent(renderer)
+        extent = label.get_window_extent(picture.canvas.get_renderer())
         w, h = extent.width + 2, extent.height + 2  # with the margin of the dark ground
-        x, y = (
-            max(0.0, min(place, most - size))
-            for place, most, size in zip(label.get_position(), (picture.width, picture.height), (w, h), strict=True)
-        )
-        rows = sorted(
-            np.append(np.arange(y, picture.height - h, h / 2), np.arange(y, 0, -h / 2)), key=lambda r: abs(r - y)
-        )
+        lowest = max(0.0, picture.height - h)
+        x, y = np.clip(label.get_position(), 0, (max(0.0, picture.width - w), lowest))
+        rows = np.append(np.arange(y, lowest, h / 2), np.arange(y, 0, -h / 2))
         free = (
             row
-            for row in rows
+            for row in sorted(rows, key=lambda row: abs(row - y))
             if all(x >= a + c or a >= x + w or row >= b + d or b >= row + h for a, b, c, d in placed)
         )
         placed.append((x, next(free, y), w, h))
