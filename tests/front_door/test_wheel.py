@@ -87,4 +87,4 @@ def test_it_works_from_an_empty_folder(wheel, small_model, small_cfg, tmp_path):
     assert "quick/deqdet_shapes" in configs
     for tool in list_tools():
         done = subprocess.run([sys.executable, "-m", f"deqdet.tools.{tool}", "--help"], **run)
-        assert done.returncode == 0 and "KEY VALUE" in done.stdout, (tool, done.stderr)
+        assert done.returncode == 0 and done.stdout.startswith("usage: "), (tool, done.stderr)
