@@ -46,7 +46,7 @@ def build_scene(
         image: (H, W, 3) uint8 RGB, the original.
         side: the longest one of the picture: GIF_SIDE or PANEL_SIDE.
     """
-    height, width = refinement.image_size
+    (height, width), steps = refinement.image_size, refinement.steps
     scale = min(side / max(height, width), MOST_ENLARGED)
     size = (max(1, round(scale * width)), max(1, round(scale * height)))
     queries, labels = refinement.detected.unbind(1)
@@ -63,19 +63,15 @@ def build_scene(
         sure=np.concatenate([np.zeros_like(scores[:1], dtype=bool), scores >= threshold]),
         colours=[colours[label] for label in labels.tolist()],
         legend=legend | {explanation: None},
-        titles=["initial boxes", "step 0: g", *(f"step {t}" for t in range(1, refinement.steps + 1))],
+        titles=["initial boxes", "step 0: g", *(f"step {t} of {steps}" for t in range(1, steps + 1))],
         notes=["", "", *(f"relative residual {residual:.2g}" for residual in refinement.shown.tolist())],
     )
 
 
 def write_gif(scene: Scene, path: Path) -> None:
     """Write all states as an endless animation that stays longer on the first states and on the last one."""
-    last = len(scene.titles) - 1
-    counts = [f" of {last - 1}" if state > 1 else "" for state in range(last + 1)]
-    frames = [
-        _with_legend(_panel(scene, state, [(scene.titles[state] + count, scene.notes[state])]), scene)
-        for state, count in enumerate(counts)
-    ]
+    rows, last = list(zip(scene.titles, scene.notes, strict=True)), len(scene.titles) - 1
+    frames = [_with_legend(_panel(scene, state, [row]), scene) for state, row in enumerate(rows)]
     durations = [1000, 1000, *[500] * 5, *[250] * last][:last] + [2500]  # ms
     palette = _palette(frames[-1], scene)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]

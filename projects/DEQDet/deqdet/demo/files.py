@@ -65,10 +65,10 @@ def plan_pictures(sources: Sequence[Path], output: Path, endings: Sequence[str] 
     as_file = _means_file(output, IMAGE_SUFFIXES)
     if as_file and len(sources) > 1:
         raise UserError(f"--output {output} is one file, but there are {len(sources)} images: give a folder")
-    _make_folder(output.parent if as_file else output)
     pictures = [output] if as_file else _number(sources, output, endings)
-    files = [file for picture in pictures for file in (picture, *(beside(picture, ending) for ending in endings))]
-    _spare(files, sources, output, named=as_file)
+    _make_folder(output.parent if as_file else output)
+    extras = [beside(picture, ending) for picture in pictures for ending in endings]
+    _spare([*pictures, *extras], sources, output, named=as_file)
     return pictures
 
 
@@ -84,14 +84,11 @@ def plan_video(source: Path | None, output: Path) -> Path:
             folder would be written over.
     """
     as_file = _means_file(output, VIDEO_SUFFIXES)
-    _make_folder(output.parent if as_file else output)
-    if as_file:
-        file = output
-    elif source is not None:
-        file = output / f"{source.stem}.mp4"
-    else:
-        names = itertools.chain(["webcam"], (f"webcam_{number}" for number in itertools.count(2)))
-        file = next(path for name in names if not (path := output / f"{name}.mp4").exists())
+    file = output if as_file else output / ("webcam.mp4" if source is None else f"{source.stem}.mp4")
+    numbers = itertools.count(2)
+    while source is None and not as_file and file.exists():
+        file = output / f"webcam_{next(numbers)}.mp4"
+    _make_folder(file.parent)
     _spare([file], [] if source is None else [source], output, named=as_file)
     return file
 

@@ -3,7 +3,6 @@
 import os
 import struct
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,8 @@ from ..errors import UserError, describe_os_error, one_line
 from ..predictor import Detections, Predictor
 from .animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
 from .files import beside
-from .pictures import draw_detections, enlarge
-from .refinement import plot_convergence, trace_refinement, walk_all_steps
+from .pictures import detect, draw_detections, enlarge
+from .refinement import plot_convergence, trace_refinement
 from .video import Window
 
 GIF, STRIP, PLOT = "_refinement.gif", "_strip.png", "_convergence.png"  # endings, see files.beside
@@ -71,16 +70,10 @@ class ImageDemo:
         """The images (H, W, 3) uint8 RGB that can be read, with their detections and the line to print."""
         for source in tqdm(sources, desc="images", disable=None if len(sources) > 1 else True):
             try:
-                image = read_image(source)  # its errors name the file
-            except UserError as error:
+                image = read_image(source)
+                found, seconds = detect(self.predictor, image, str(source), self.options)
+            except UserError as error:  # either names the file
                 self.report(error)
-                continue
-            try:
-                start = time.perf_counter()
-                found = self.predictor(image, **self.options)
-                seconds = time.perf_counter() - start
-            except UserError as error:
-                self.report(f"{source}: {error}")
                 continue
             counts = f"{_plural(len(found), 'detection')}, {_plural(found.steps, 'step')}"
             yield source, image, found, f"{source}: {counts}, {seconds:.2f} s"
@@ -89,14 +82,14 @@ class ImageDemo:
         if not extras:
             return
         names, threshold, decoder = self.predictor.class_names, self.predictor.threshold, self.predictor.model.decoder
-        refinement = trace_refinement(walk_all_steps(self.predictor, image, **self.options), threshold)
-        if GIF in extras:
-            write_gif(build_scene(image, refinement, names, threshold, GIF_SIDE), beside(picture, GIF))
-        if STRIP in extras:
-            write_strip(build_scene(image, refinement, names, threshold, PANEL_SIDE), beside(picture, STRIP))
+        chosen = {"steps": decoder.test_steps, "rtol": decoder.rtol, "solver": decoder.solver}
+        chosen |= {key: value for key, value in self.options.items() if value is not None}
+        walk = self.predictor.walk(image, **chosen, record=range(chosen["steps"] + 1), record_iterates=True)
+        refinement = trace_refinement(walk, threshold)
+        for ending, side, write in ((GIF, GIF_SIDE, write_gif), (STRIP, PANEL_SIDE, write_strip)):
+            if ending in extras:
+                write(build_scene(image, refinement, names, threshold, side), beside(picture, ending))
         if PLOT in extras:
-            chosen = {"solver": decoder.solver, "rtol": decoder.rtol}
-            chosen |= {key: value for key, value in self.options.items() if value is not None}
             title = f"{os.fsencode(source.name).decode(errors='replace')}, {type(chosen['solver']).__name__}"
             plot_convergence(refinement, title, chosen["rtol"]).savefig(beside(picture, PLOT), dpi=120)
 

@@ -1,4 +1,8 @@
-"""Detections drawn on an image with detectron2's Visualizer."""
+"""Detection in one image with its time, and detections drawn with detectron2's Visualizer."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,7 +13,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
 from ..drawing import coloured_metadata
-from ..predictor import Detections
+from ..errors import UserError
+from ..predictor import Detections, Predictor
 
 ENLARGED_SIDE = 640  # pixels: smaller images are drawn about this large
 MOST_ENLARGED = 16  # times
@@ -24,6 +29,16 @@ class BoxVisualizer(Visualizer):
         line = self.output.ax.patches[-1]
         line.set_path_effects([withStroke(linewidth=line.get_linewidth() + 1.0, foreground="white", alpha=0.7)])
         return self.output
+
+
+def detect(predictor: Predictor, image: np.ndarray, name: str, options: Mapping[str, Any]) -> tuple[Detections, float]:
+    """Detect in an image (H, W, 3) uint8 RGB, and measure the seconds. A UserError begins with the name."""
+    start = time.perf_counter()
+    try:
+        found = predictor(image, **options)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return found, time.perf_counter() - start
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:

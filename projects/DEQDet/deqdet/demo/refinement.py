@@ -10,7 +10,6 @@ from torch import Tensor
 from ..boxes import decode_boxes
 from ..decoders.trajectory import ResidualParts
 from ..detector import BatchTrajectory
-from ..predictor import ImageLike, Predictor
 from ..structures import QueryState
 
 
@@ -38,21 +37,12 @@ class Refinement:
         return len(self.residuals)
 
 
-def walk_all_steps(predictor: Predictor, image: ImageLike, *, steps: int | None = None, **options) -> BatchTrajectory:
-    """Walk to the equilibrium of an image, and keep every step: what `trace_refinement` needs.
-
-    Args:
-        options: rtol, solver and channels, as in Predictor.walk.
-    """
-    most = predictor.model.decoder.test_steps if steps is None else steps
-    return predictor.walk(image, steps=steps, record=range(most + 1), record_iterates=True, **options)
-
-
 @torch.no_grad()
 def trace_refinement(walk: BatchTrajectory, threshold: float) -> Refinement:
-    """Read boxes, scores and residuals of every step off the walk of one image, which recorded all steps.
+    """Read boxes, scores and residuals of every step off the walk of one image.
 
     Args:
+        walk: with record_iterates, and with every step recorded.
         threshold: the lowest score of a detection.
     """
     path, (height, width), size = walk.trajectory, walk.images.image_sizes[0], walk.original_sizes[0]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..predictor import Predictor
-from .pictures import draw_detections
+from .pictures import detect, draw_detections
 
 DEFAULT_FPS = 25.0  # where a file or camera does not say
 COMPLETE = 0.9  # of the frames that a file announces, which is an estimate
@@ -77,13 +77,11 @@ class VideoFile:
     def write(self, frame: np.ndarray) -> bool:
         """Write a frame (H, W, 3) uint8 RGB, and return True: go on. UserError if the file cannot be opened."""
         if self._writer is None:
-            size = frame.shape[1], frame.shape[0]
-            problem = (
-                f"--output {self.path}: cannot write this video (codec mp4v, {size[0]} x {size[1]} px): see that its "
-                "folder can be written, and call it .mp4"
-            )
-            codec = cv2.VideoWriter_fourcc(*"mp4v")
-            self._writer = _open(cv2.VideoWriter, str(self.path), codec, self.fps, size, problem=problem)
+            height, width = frame.shape[:2]
+            problem = f"--output {self.path}: cannot write this video (codec mp4v, {width} x {height} px)"
+            advice = "see that its folder can be written, and call it .mp4"
+            target = str(self.path), cv2.VideoWriter_fourcc(*"mp4v"), self.fps, (width, height)
+            self._writer = _open(cv2.VideoWriter, *target, problem=f"{problem}: {advice}")
             self._start = time.perf_counter()
         due = round(self.fps * (time.perf_counter() - self._start)) - self._written if self.live else 1
         for _ in range(max(1, due)):
@@ -129,35 +127,15 @@ def run_video(predictor: Predictor, video: Video, output: Path | None, options: 
     Raises:
         UserError: see Window and VideoFile; or the video breaks off.
     """
-    if output is None:
-        _run(predictor, video, options, partial(Window(video.name).show, wait=False), "")
-        return
-    target = f" -> {output}{' (replaced)' if output.exists() else ''}"
-    file = VideoFile(output, video.fps, video.live)
-    try:
-        _run(predictor, video, options, file.write, target)
-    finally:
-        file.close()
-
-
-def _run(
-    predictor: Predictor, video: Video, options: Mapping[str, Any], give: Callable[[np.ndarray], bool], target: str
-) -> None:
-    """
-    Args:
-        give: takes a picture, and returns whether to go on.
-        target: added to the printed line.
-    """
+    target = "" if output is None else f" -> {output}{' (replaced)' if output.exists() else ''}"
+    file = None if output is None else VideoFile(output, video.fps, video.live)
+    give = partial(Window(video.name).show, wait=False) if file is None else file.write
     figures: list[tuple[int, int, float]] = []
     going = True
     try:
         for frame in tqdm(video.frames(), total=video.length, desc=video.name, unit=" frames", disable=None):
-            start = time.perf_counter()
-            try:
-                found = predictor(frame, **options)
-            except UserError as error:
-                raise UserError(f"{video.name}: {error}") from error
-            figures.append((len(found), found.steps, time.perf_counter() - start))
+            found, seconds = detect(predictor, frame, video.name, options)
+            figures.append((len(found), found.steps, seconds))
             going = give(draw_detections(frame, found))
             if not going:
                 break
@@ -166,6 +144,8 @@ def _run(
             raise
     finally:
         video.capture.release()
+        if file is not None:
+            file.close()
     if not figures:
         raise UserError(f"{video.name}: no frame can be read")
     detections, steps, seconds = np.mean(figures, axis=0)
