@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from .comparison import Result
 from .tables import format_table, format_value
 
-# Heading, key of `summarize`, what it is divided by, format.
+# Heading, key of `summarize`, unit, format.
 COLUMNS = (
     ("AP50", "AP50", 1, ".1f"),
     ("APs", "APs", 1, ".1f"),
@@ -76,7 +76,7 @@ def format_report(configs: Sequence[dict], results: Sequence[Result], command: s
     for config in configs:
         each = ", ".join(format_value(seed["AP"], ".1f") for seed in config["seeds"])
         names = [config["name"], config["decoder"], config["layer"]]
-        cells = [_in_units(config[key], unit, form) for _, key, unit, form in COLUMNS]
+        cells = [format_value(config[key], form, unit) for _, key, unit, form in COLUMNS]
         rows.append([*names, format_value(config["AP"], ".1f"), each, *cells])
     text = format_table(rows, names=3)
     changes = "".join(f"  - {config['name']}: {_format_changes(config['changes'])}\n" for config in configs[1:])
@@ -127,10 +127,6 @@ def _plot(axes: Axes, curve: list[list], **style: object) -> None:
 
 def _format_changes(changes: dict[str, object]) -> str:
     return ", ".join(f"`{key}` {value}" for key, value in changes.items()) or "nothing"
-
-
-def _in_units(value: float | None, unit: float, form: str) -> str:
-    return format_value(None if value is None else value / unit, form)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -10,6 +10,6 @@ def format_table(rows: Sequence[Sequence[str]], *, names: int) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
 
 
-def format_value(value: float | None, form: str) -> str:
-    """A number in the given format, or a dash where there is none."""
-    return "-" if value is None else format(value, form)
+def format_value(value: float | None, form: str, unit: float = 1) -> str:
+    """A number in the given unit and format, or a dash where there is none."""
+    return "-" if value is None else format(value / unit, form)

@@ -135,11 +135,16 @@ def _measure_checkpoint(arguments: Sequence[str], weights: Path, log: Path) -> M
     with open(log, "a") as output:
         for descriptor in (1, 2):  # the profiler's library writes to them directly
             os.dup2(output.fileno(), descriptor)
+    return measure(*build_trained(arguments, weights))
+
+
+def build_trained(arguments: Sequence[str], weights: Path) -> tuple[DEQDet, Iterable[list[dict]]]:
+    """The model of a training in evaluation mode, and the first images of its test set, one at a time."""
     args = parse_arguments(argument_parser(), arguments)
     cfg = load_config(args)
     check_run(cfg, args)
     model = Predictor.from_config(cfg, weights).model
-    return measure(model, build_test_loader(cfg, cfg.DATASETS.TEST[0], WARM_UP + IMAGES))
+    return model, build_test_loader(cfg, cfg.DATASETS.TEST[0], WARM_UP + IMAGES)
 
 
 @torch.no_grad()

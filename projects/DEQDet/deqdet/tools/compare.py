@@ -34,7 +34,7 @@ TRAIN = (sys.executable, "-m", "deqdet.tools.train_net")
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the tool with the given command line, by default that of the process."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # an ordinary exit ends the training too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # an exit by exception ends the training too
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     words = sys.argv[1:] if words is None else words
     args = parse_arguments(make_parser(), words)
