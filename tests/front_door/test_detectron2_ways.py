@@ -24,7 +24,7 @@ def cfg(tmp_path, small_cfg):
     add_deqdet_config(cfg)
     cfg.merge_from_other_cfg(small_cfg("MODEL.DEQDET.NUM_CLASSES", 1))
     cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [entry], (name,), (name,)
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (32,), 32
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (64,), 64
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = 2, 2
     cfg.OUTPUT_DIR = str(tmp_path / "out")
