@@ -34,9 +34,7 @@ def list_configs() -> list[str]:
     return [path.as_posix() for path in files if not path.name.startswith("Base-")]
 
 
-def get_config(
-    name: str | os.PathLike, overrides: Sequence[str] = (), *, allow_remote: bool = False
-) -> CfgNode:
+def get_config(name: str | os.PathLike, overrides: Sequence[str] = (), *, allow_remote: bool = False) -> CfgNode:
     """detectron2's config with DEQDet's keys, a config file's values, and overrides.
 
     MODEL.TRUST_PICKLE counts among the overrides only: a file could otherwise allow itself to name weights that run

@@ -30,7 +30,7 @@ from .data import find_class_names, read_image
 from .data.images import to_rgb
 from .decoders import build_solver
 from .detector import BatchTrajectory, DEQDet
-from .engine import adapt_device, build_model, load_weights
+from .engine import adapt_device, build_model, check_options, load_weights
 from .equilibrium import Solver
 from .errors import UserError, one_line
 from .model_zoo import get_config, put_overrides
@@ -311,6 +311,7 @@ class Predictor:
 
 
 def _build(cfg: CfgNode) -> DEQDet:
+    check_options(cfg)
     if cfg.MODEL.META_ARCHITECTURE != DEQDet.__name__:
         raise UserError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: it must be {DEQDet.__name__}")
     try:

@@ -1,4 +1,4 @@
-"""detectron2's checkpointer, which also loads .safetensors files, model files among them, and runs no code of a file."""
+"""detectron2's checkpointer, which also loads .safetensors files and model files, and runs no code of any file."""
 
 import pickle
 from collections.abc import Mapping

@@ -19,6 +19,7 @@ from ..data import check_datasets, prepare_datasets
 from ..errors import UserError, one_line
 from ..model_zoo import find_config, get_config, put_overrides
 from ..plugins import import_plugins
+from .options import check_options
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,14 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     Modules of the user's own (--plugin) are imported first. With a model file, MODEL.WEIGHTS is that file.
 
     Raises:
-        UserError: there is no config, or it is wrong; says which file or key.
+        UserError: there is no config, or it is wrong; says which file or key, and for a value its range.
     """
+    cfg = _read_config(args)
+    check_options(cfg)
+    return cfg
+
+
+def _read_config(args: argparse.Namespace) -> CfgNode:
     import_plugins(args.plugin)
     file = args.model or _only_model_file(args)
     if file and args.config_file:
