@@ -1,7 +1,7 @@
 """Checkpoint files: reading and writing them, whole models in one file, and conversion of others' weights to ours."""
 
 from .checkpointer import Checkpointer, CompleteCheckpointer, check_pickle, check_query
-from .convert import Conversion, convert, convert_file
+from .conversion import Conversion, convert, convert_file
 from .files import CheckpointError
 from .implied import Config, Shapes
 from .kinds import KINDS, Kind, register_kind, under
