@@ -89,6 +89,9 @@ def _add_layer_keys(deqdet: CN) -> None:
     deqdet.SPARSE_RCNN.NUM_BOX_LAYERS = 3  # the same of the box tower
     deqdet.SPARSE_RCNN.NUM_HEADS = 8  # of the attention among queries
     deqdet.SPARSE_RCNN.FEEDFORWARD_DIM = 2048
+    # Attention among queries: "plain" (Sparse R-CNN's, the paper's Appendix F), "positional" (AdaMixer's, with the two
+    # parts "embedding" of positions and "overlap" of boxes, which can be chosen alone).
+    deqdet.SPARSE_RCNN.ATTENTION = "plain"
 
 
 def _add_equilibrium_keys(deqdet: CN) -> None:
