@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from deqdet import Predictor, add_deqdet_config, model_zoo
 from deqdet.engine import UserError, argument_parser, check_options, configuration, parse_arguments, run, setup
 from deqdet.engine.options import RANGES
+from deqdet.tools import compare
 
 from helpers.engine_toy import IN_PROCESS, parse
 
@@ -113,6 +114,11 @@ TOGETHER = [
     ("MODEL.DEQDET.HIDDEN_DIM", {"MODEL.DEQDET.ADAMIXER.NUM_HEADS": 3}),
     ("MODEL.DEQDET.HIDDEN_DIM", {
         "MODEL.DEQDET.REFINEMENT_LAYER": "SparseRCNNLayer", "MODEL.DEQDET.SPARSE_RCNN.NUM_HEADS": 5,
+    }),
+    ("MODEL.DEQDET.HIDDEN_DIM", {
+        "MODEL.DEQDET.REFINEMENT_LAYER": "SparseRCNNLayer", "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+        "MODEL.DEQDET.SPARSE_RCNN.ATTENTION": "embedding", "MODEL.DEQDET.SPARSE_RCNN.NUM_HEADS": 4,
+        "MODEL.DEQDET.HIDDEN_DIM": 68, "MODEL.FPN.OUT_CHANNELS": 68,
     }),
     ("MODEL.DEQDET.IN_FEATURES", {"MODEL.DEQDET.IN_FEATURES": ["p2", "p9"]}),
     ("MODEL.DEQDET.IN_FEATURES", {"MODEL.RESNETS.OUT_FEATURES": ["res2", "res3"]}),
@@ -266,3 +272,9 @@ def test_numbers_of_processes(words, message):
     args = parse_arguments(argument_parser(), ["--config-file", "quick/deqdet_shapes", *words])
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         run(setup, args)
+
+
+def test_numbers_of_processes_of_a_comparison(tmp_path):
+    message = "^error: --num-gpus is 0: it must be an integer of at least 1"
+    with pytest.raises(SystemExit, match=message):
+        compare.main(["quick/deqdet_shapes", "--num-gpus", "0", "--output", str(tmp_path / "out")])

@@ -140,6 +140,7 @@ class Predictor:
         cfg = load_model_config(file)
         put_overrides(cfg, [str(word) for word in overrides])
         _set_device(cfg, device)
+        check_options(cfg)
         model = _build(cfg)
         _load_state(model, file.weights, path)
         return cls(model, cfg, file.class_names, threshold=threshold)
@@ -176,8 +177,9 @@ class Predictor:
             cfg = get_config(config, overrides)
         if weights is not None:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
-        file = _find_weights(cfg)
         _set_device(cfg, device)
+        check_options(cfg)
+        file = _find_weights(cfg)
         model = _build(cfg)
         if file is None:
             load_weights(model, cfg, resume=False)
@@ -362,7 +364,6 @@ class Predictor:
 
 
 def _build(cfg: CfgNode) -> DEQDet:
-    check_options(cfg)
     if cfg.MODEL.META_ARCHITECTURE != DEQDet.__name__:
         raise UserError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: it must be {DEQDet.__name__}")
     try:

@@ -5,7 +5,7 @@ from .arguments import add_config_arguments, exit_on_user_error, parse_arguments
 from .configuration import adapt_device, check_run, load_config, setup
 from .launcher import argument_parser, run
 from .models import build_model
-from .options import check_options
+from .options import check_options, check_processes
 from .trainer import Trainer, load_weights
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "argument_parser",
     "build_model",
     "check_options",
+    "check_processes",
     "check_run",
     "exit_on_user_error",
     "load_config",

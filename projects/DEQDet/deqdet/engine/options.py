@@ -13,6 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from ..decoders import DECODER_REGISTRY, SOLVER_REGISTRY
 from ..errors import UserError, one_line
 from ..layers import REFINEMENT_LAYER_REGISTRY
+from ..layers.sparse_rcnn import ATTENTIONS
 from ..perturbation import KINDS
 from .ranges import Range, either, integer, is_device, is_finite, named, number, one_of, refused, several
 from .relations import LEVELS, RELATIONS
@@ -104,6 +105,7 @@ RANGES: dict[str, Range] = {
     "MODEL.DEQDET.SPARSE_RCNN.NUM_CLASS_LAYERS": integer(0, 1000),
     "MODEL.DEQDET.SPARSE_RCNN.NUM_BOX_LAYERS": integer(0, 1000),
     "MODEL.DEQDET.SPARSE_RCNN.NUM_HEADS": integer(1, 10_000),
+    "MODEL.DEQDET.SPARSE_RCNN.ATTENTION": one_of(*ATTENTIONS),
     "MODEL.DEQDET.SPARSE_RCNN.FEEDFORWARD_DIM": WIDTH,
     "MODEL.DEQDET.EQUILIBRIUM.USE_INIT_LAYER": SWITCH,
     "MODEL.DEQDET.EQUILIBRIUM.TRAIN_STEPS": integer(1, MOST_STEPS),

@@ -41,16 +41,17 @@ def _check_sizes(cfg: CfgNode) -> Iterator[str]:
 
 def _check_hidden_dim(cfg: CfgNode) -> Iterator[str]:
     deqdet, backbone = cfg.MODEL.DEQDET, cfg.MODEL.BACKBONE.NAME
-    divisors = {
-        "AdaMixerLayer": {
-            "MODEL.DEQDET.ADAMIXER.NUM_GROUPS": deqdet.ADAMIXER.NUM_GROUPS,
-            "MODEL.DEQDET.ADAMIXER.NUM_HEADS": deqdet.ADAMIXER.NUM_HEADS,
-            "the features of the sine embedding": 8,
-        },
-        "SparseRCNNLayer": {"MODEL.DEQDET.SPARSE_RCNN.NUM_HEADS": deqdet.SPARSE_RCNN.NUM_HEADS},
-    }.get(deqdet.REFINEMENT_LAYER, {})
+    divisors = {}
+    if deqdet.REFINEMENT_LAYER == "AdaMixerLayer":
+        divisors["MODEL.DEQDET.ADAMIXER.NUM_GROUPS"] = deqdet.ADAMIXER.NUM_GROUPS
+        divisors["MODEL.DEQDET.ADAMIXER.NUM_HEADS"] = deqdet.ADAMIXER.NUM_HEADS
+        divisors["the features of the sine embedding"] = 8
+    if deqdet.REFINEMENT_LAYER == "SparseRCNNLayer":
+        divisors["MODEL.DEQDET.SPARSE_RCNN.NUM_HEADS"] = deqdet.SPARSE_RCNN.NUM_HEADS
+        if deqdet.SPARSE_RCNN.ATTENTION in ("embedding", "positional"):
+            divisors["the features of the sine embedding"] = 8
     if backbone in MAPPER_BACKBONES:
-        divisors = divisors | {"the groups of the channel mapper's GroupNorm": 32}
+        divisors["the groups of the channel mapper's GroupNorm"] = 32
     for name, divisor in divisors.items():
         if deqdet.HIDDEN_DIM % divisor:
             yield f"MODEL.DEQDET.HIDDEN_DIM is {deqdet.HIDDEN_DIM}: it must be a multiple of {divisor} ({name})"
