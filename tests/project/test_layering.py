@@ -15,6 +15,7 @@ PACKAGE = ROOT / "projects" / "DEQDet" / "deqdet"
 # that of the design's data flow; a new module needs a place here.
 LEVELS = (
     {"errors", "version", "config", "equilibrium", "structures", "boxes"},
+    {"config_file"},
     {"model_zoo", "plugins", "backbones", "queries", "layers", "perturbation"},
     {"decoders", "matcher"},
     {"criterion", "inference"},

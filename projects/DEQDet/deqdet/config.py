@@ -128,6 +128,10 @@ def _add_equilibrium_keys(deqdet: CN) -> None:
 
 
 def _add_training_keys(cfg: CN) -> None:
+    # Load a MODEL.WEIGHTS that is a pickle (.pkl) although reading it can run code. It counts on the command line only,
+    # not in a config file. The .pkl files of detectron2:// and catalog:// need no trust: see deqdet.checkpoints.
+    cfg.MODEL.TRUST_PICKLE = False
+
     cfg.DATASETS.REGISTER = []  # COCO-format sets to register: [[name, json file, image root], ...]
     cfg.INPUT.AUGMENTATION = "1x"  # a policy of deqdet.data.augmentation
     cfg.INPUT.DETR_CROP = CN()

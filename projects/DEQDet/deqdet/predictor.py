@@ -30,7 +30,7 @@ from .data import find_class_names, read_image
 from .data.images import to_rgb
 from .decoders import build_solver
 from .detector import BatchTrajectory, DEQDet
-from .engine import adapt_device, build_model, load_weights
+from .engine import adapt_device, build_model, check_options, load_weights
 from .equilibrium import Solver
 from .errors import UserError, one_line
 from .model_zoo import get_config, put_overrides
@@ -140,6 +140,7 @@ class Predictor:
         cfg = load_model_config(file)
         put_overrides(cfg, [str(word) for word in overrides])
         _set_device(cfg, device)
+        check_options(cfg)
         model = _build(cfg)
         _load_state(model, file.weights, path)
         return cls(model, cfg, file.class_names, threshold=threshold)
@@ -176,8 +177,9 @@ class Predictor:
             cfg = get_config(config, overrides)
         if weights is not None:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
-        file = _find_weights(cfg)
         _set_device(cfg, device)
+        check_options(cfg)
+        file = _find_weights(cfg)
         model = _build(cfg)
         if file is None:
             load_weights(model, cfg, resume=False)

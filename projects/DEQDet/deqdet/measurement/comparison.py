@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from ..engine import build_model, check_run, load_config
+from ..engine import build_model, check_processes, check_run, load_config
 from ..errors import UserError
 from ..model_zoo import find_config
 from .comparison_settings import (
@@ -153,6 +153,7 @@ def check_trainings(runs: Sequence[Run]) -> None:
     built = set()
     for run in runs:
         args = parse_training(run.arguments)
+        check_processes(args)
         cfg = load_config(args)
         check_run(cfg, args)
         cfg.MODEL.DEVICE = "cpu"
