@@ -13,9 +13,8 @@ from detectron2.utils.visualizer import Visualizer
 
 from deqdet.decoders.trajectory import ResidualParts
 from deqdet.demo.animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
-from deqdet.demo.pictures import draw_detections, enlarge, separate_labels
 from deqdet.demo.refinement import Refinement, plot_convergence, trace_refinement
-from deqdet.drawing import class_colours
+from deqdet.drawing import class_colours, enlarge, separate_labels
 from deqdet.equilibrium import relative_residual
 from deqdet.predictor import Detections
 from deqdet.structures import QueryState
@@ -44,7 +43,7 @@ class TestDrawing:
         """In a picture twice as large as the image that they were found in."""
         grey = np.full((400, 600, 3), 128, np.uint8)
         found = instances([[50.0, 60.0, 100.0, 150.0], [150.0, 100.0, 250.0, 180.0]], [0, 2], 200, 300)
-        picture = draw_detections(grey, detections(found))
+        picture = detections(found).draw(grey, enlarge=False)
         assert picture.shape == grey.shape
         for label, (x0, y0, x1, y1) in ((0, (100, 120, 200, 300)), (2, (300, 200, 500, 360))):
             rows, columns = coloured(picture, label).T
@@ -56,12 +55,12 @@ class TestDrawing:
 
     def test_without_detections_the_image_stays_as_it_is(self):
         image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-        assert np.array_equal(draw_detections(image, detections(instances([], [], 60, 80))), image)
+        assert np.array_equal(detections(instances([], [], 60, 80)).draw(image, enlarge=False), image)
 
     def test_a_name_is_never_a_formula(self):
         """A lone $ in a name would be one's beginning: matplotlib raises an error."""
         grey, found = np.full((100, 100, 3), 128, np.uint8), instances([[20.0, 30.0, 90.0, 90.0]], [0], 100, 100)
-        draw_detections(grey, Detections(found, (r"a$\frac$b",), 1, None))
+        Detections(found, (r"a$\frac$b",), 1, None).draw(grey)
 
     @pytest.mark.parametrize("size, expected", [
         ((1, 1), (16, 16)), ((160, 160), (640, 640)), ((100, 320), (200, 640)), ((480, 640), (480, 640)),
@@ -98,7 +97,7 @@ class TestDrawing:
         grey = np.full((200, 300, 3), 128, np.uint8)
 
         def dark_pixels(*boxes: list[float]) -> int:
-            picture = draw_detections(grey, detections(instances(list(boxes), [0] * len(boxes), 200, 300)))
+            picture = detections(instances(list(boxes), [0] * len(boxes), 200, 300)).draw(grey, enlarge=False)
             return int((picture.max(axis=2) < 40).sum())
 
         box, narrow, at_the_border = (

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode as CN
 
-OPEN_SECTION = "MODEL.DEQDET.SOLVER.OPTIONS."  # the section whose keys are not fixed
+# The sections whose keys are not fixed: options of solvers, and whatever a user's own modules read.
+OPEN_SECTIONS = ("MODEL.DEQDET.SOLVER.OPTIONS", "MODEL.DEQDET.PLUGIN")
 
 
 def add_deqdet_config(cfg: CN) -> None:
@@ -16,17 +17,20 @@ def add_deqdet_config(cfg: CN) -> None:
 
 
 def merge_overrides(cfg: CN, pairs: Sequence[str]) -> None:
-    """Put KEY VALUE pairs into a config in place, as its own merge_from_list does, and also new solver options.
+    """Put KEY VALUE pairs into a config in place, as its own merge_from_list does, and also new keys of the open sections.
 
     Args:
-        pairs: keys and values in turn; "MODEL.DEQDET.SOLVER.OPTIONS.<NAME>" need not be in the config yet.
+        pairs: keys and values in turn; "MODEL.DEQDET.SOLVER.OPTIONS.<NAME>" and "MODEL.DEQDET.PLUGIN.<NAME>" need not be in the
+            config yet.
 
     Raises:
         AssertionError, KeyError, ValueError: as CfgNode.merge_from_list.
     """
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-        if key.startswith(OPEN_SECTION):
-            cfg.MODEL.DEQDET.SOLVER.OPTIONS[key.removeprefix(OPEN_SECTION)] = CN._decode_cfg_value(value)
+        section, _, name = key.rpartition(".")
+        if section in OPEN_SECTIONS:
+            node = cfg.MODEL.DEQDET.SOLVER.OPTIONS if section.endswith(".OPTIONS") else cfg.MODEL.DEQDET.PLUGIN
+            node[name] = CN._decode_cfg_value(value)
         else:
             cfg.merge_from_list([key, value])
 
@@ -40,6 +44,9 @@ def _add_model_keys(cfg: CN) -> None:
     deqdet.REFINEMENT_LAYER = "AdaMixerLayer"  # a name in REFINEMENT_LAYER_REGISTRY
     deqdet.DECODER = "EquilibriumDecoder"  # a name in DECODER_REGISTRY
     deqdet.NUM_LAYERS = 6  # T of StackedDecoder and of RecurrentDecoder, the initialization layer counted
+
+    # Keys of layers, decoders and backbones of your own, under any names: MODEL.DEQDET.PLUGIN.NUM_POINTS 8.
+    deqdet.PLUGIN = CN(new_allowed=True)
 
     # BatchNorm of the backbone: keep the statistics of the checkpoint, train only the affine part (not in
     # the stages that MODEL.BACKBONE.FREEZE_AT freezes). Needs MODEL.RESNETS.NORM "BN".

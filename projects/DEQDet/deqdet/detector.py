@@ -30,8 +30,13 @@ class BatchTrajectory:
     original_sizes: list[tuple[int, int]]  # height, width of the images to which detections are scaled
     max_detections: int
 
+    @torch.no_grad()
     def detections(self, step: int | None = None) -> list[Instances]:
-        """The detections of each image after `step` applications of f, or after the last one."""
+        """The detections of each image after `step` applications of f, or after the last one.
+
+        Raises:
+            KeyError: that step was not recorded.
+        """
         prediction = self.trajectory.predict(step)
         return make_detections(prediction, self.images.image_sizes, self.original_sizes, self.max_detections)
 
@@ -185,7 +190,7 @@ class DEQDet(nn.Module):
     ) -> BatchTrajectory:
         """Walk along the solving paths of a batch of images, and keep what is asked for.
 
-        Put the model in evaluation mode first. No gradient is recorded.
+        Put the model in evaluation mode first. No gradient is recorded while walking.
 
         Args:
             batched_inputs: see `forward`.

@@ -1,9 +1,18 @@
-"""Colours of classes, for every picture with boxes."""
+"""Pictures of detections, drawn with detectron2's Visualizer."""
 
+from collections.abc import Sequence
+
+import cv2
 import matplotlib
 import numpy as np
+from matplotlib.patheffects import withStroke
 
 from detectron2.data import Metadata
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
+
+ENLARGED_SIDE = 640  # pixels: smaller images are drawn about this large
+MOST_ENLARGED = 16  # times
 
 Colour = tuple[float, float, float]  # RGB, 0 to 1
 
@@ -19,3 +28,60 @@ def coloured_metadata(metadata: Metadata) -> Metadata:
     classes = metadata.thing_classes
     colours = (255 * np.array(class_colours(len(classes)))).astype(int).tolist()
     return Metadata(name=f"{metadata.name}, coloured", thing_classes=classes, thing_colors=colours)
+
+
+class BoxVisualizer(Visualizer):
+    """detectron2's Visualizer with opaque lines, whose light edges keep them visible on any background."""
+
+    def draw_box(self, box_coord, alpha=1.0, edge_color="g", line_style="-") -> VisImage:
+        """Draw a box (4,) xyxy; `alpha` is ignored."""
+        super().draw_box(box_coord, 1.0, edge_color, line_style)
+        line = self.output.ax.patches[-1]
+        line.set_path_effects([withStroke(linewidth=line.get_linewidth() + 1.0, foreground="white", alpha=0.7)])
+        return self.output
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """Make a small image (H, W, 3) uint8 a whole number of times as large, so that labels can be read."""
+    factor = min(max(1, round(ENLARGED_SIDE / max(image.shape[:2]))), MOST_ENLARGED)
+    size = (image.shape[1] * factor, image.shape[0] * factor)
+    return image if factor == 1 else cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+
+
+def draw_detections(image: np.ndarray, instances: Instances, class_names: Sequence[str]) -> np.ndarray:
+    """Draw the boxes in the colours of their classes, with names and scores.
+
+    Args:
+        image: (H, W, 3) uint8 RGB; the one of the detections, or an enlarged copy of it.
+        instances: on the CPU, in pixels of the original image.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    scale = image.shape[1] / instances.image_size[1]
+    scaled = Instances(image.shape[:2], **instances.get_fields())
+    scaled.pred_boxes = Boxes(scale * instances.pred_boxes.tensor)
+    names = [name.replace("$", r"\$") for name in class_names]  # matplotlib reads formulas between two $
+    metadata = coloured_metadata(Metadata(name="detections", thing_classes=names))
+    visualizer = BoxVisualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION, font_size_scale=0.8)
+    visualizer.draw_instance_predictions(scaled, jittering=False)
+    separate_labels(visualizer.output)
+    return visualizer.output.get_image()
+
+
+def separate_labels(picture: VisImage) -> None:
+    """Move every label into the image and, up or down, to the nearest place where it covers no earlier label."""
+    placed: list[tuple[float, float, float, float]] = []  # x, y (upper left), width, height; pixels
+    for label in picture.ax.texts:
+        extent = label.get_window_extent(picture.canvas.get_renderer())
+        w, h = extent.width + 2, extent.height + 2  # with the margin of the dark ground
+        lowest = max(0.0, picture.height - h)
+        x, y = np.clip(label.get_position(), 0, (max(0.0, picture.width - w), lowest))
+        rows = np.append(np.arange(y, lowest, h / 2), np.arange(y, 0, -h / 2))
+        free = (
+            row
+            for row in sorted(rows, key=lambda row: abs(row - y))
+            if all(x >= a + c or a >= x + w or row >= b + d or b >= row + h for a, b, c, d in placed)
+        )
+        placed.append((x, next(free, y), w, h))
+        label.set_position(placed[-1][:2])

@@ -17,7 +17,7 @@ import yaml
 
 from detectron2.config import CfgNode, get_cfg
 
-from .config import OPEN_SECTION, add_deqdet_config, merge_overrides
+from .config import OPEN_SECTIONS, add_deqdet_config, merge_overrides
 from .config_file import check_config_file, is_remote
 from .errors import UserError, one_line
 
@@ -145,7 +145,7 @@ def is_key(word: str) -> bool:
     section, dot, rest = word.partition(".")
     if not dot:
         return word in cfg
-    if not (re.fullmatch(r"[A-Z0-9_.]+", rest) or word.startswith(OPEN_SECTION)) or os.path.exists(word):
+    if not (re.fullmatch(r"[A-Z0-9_.]+", rest) or word.rpartition(".")[0] in OPEN_SECTIONS) or os.path.exists(word):
         return False
     return section in cfg or (section.isupper() and bool(_close(section, list(cfg))))
 

@@ -8,7 +8,7 @@ print(found.labels, found.instances.pred_boxes, found.steps, found.residual)
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +25,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
+from . import drawing
 from .checkpoints import ModelFile, is_model_file, load_model_config, read_model_file, resolve_file
 from .data import find_class_names, read_image
 from .data.images import to_rgb
@@ -55,6 +56,21 @@ class Detections:
     def labels(self) -> list[str]:
         """The class name of each detection."""
         return [self.class_names[index] for index in self.instances.pred_classes.tolist()]
+
+    def draw(self, image: "ImageLike", *, channels: str = "RGB", enlarge: bool = True) -> np.ndarray:
+        """Draw the detections on their image, with names and scores, in one colour for each class.
+
+        Args:
+            image: what was given to the Predictor.
+            channels: the order of an array or tensor, "RGB" or "BGR".
+            enlarge: draw on an enlarged copy of a small image, so that the labels can be read.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
+        """
+        picture = _to_array(image, channels)
+        picture = drawing.enlarge(picture) if enlarge else picture
+        return drawing.draw_detections(picture, self.instances, self.class_names)
 
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict]:
         """The detections in COCO's result format: image_id, category_id, bbox (x, y, width, height; pixels), score.
@@ -105,7 +121,7 @@ class Predictor:
             threshold: the lowest score of a detection that is returned, 0 to 1.
 
         Raises:
-            UserError: the number of names is not K, or the threshold or INPUT.FORMAT is none.
+            UserError: the number of names is not K, or the threshold or INPUT.FORMAT is not valid.
         """
         if len(class_names) != (expected := cfg.MODEL.DEQDET.NUM_CLASSES):
             raise UserError(f"{len(class_names)} class names for a model of {expected} classes: give one for each")
@@ -123,7 +139,7 @@ class Predictor:
         path: str | os.PathLike,
         *,
         overrides: Sequence[str] = (),
-        device: str | None = None,
+        device: str | torch.device | None = None,
         threshold: float = 0.5,
     ) -> "Predictor":
         """Load a model file, which holds weights, config and class names: what training and tools/publish.py write.
@@ -131,7 +147,7 @@ class Predictor:
         Args:
             path: a .safetensors file, or "hf://owner/name" on the Hugging Face Hub.
             overrides: config keys and values in turn.
-            device: "cpu", "cuda", "cuda:1", ...; by default CUDA if there is one.
+            device: "cpu", "cuda", "cuda:1", ... or a torch.device; by default CUDA if there is one.
 
         Raises:
             UserError: the file is missing, damaged or no model file, or an override is wrong.
@@ -153,7 +169,7 @@ class Predictor:
         *,
         overrides: Sequence[str] = (),
         class_names: Sequence[str] | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         threshold: float = 0.5,
     ) -> "Predictor":
         """Build a detector from a config, and load a checkpoint.
@@ -205,7 +221,7 @@ class Predictor:
         Args:
             images: an image or a list or tuple of images. An image is a file's path, a PIL image, an array (H, W, 3) or
                 (H, W) uint8, or a tensor (3, H, W), uint8 or float from 0 to 1. Files are turned upright by their EXIF
-                data. Arrays and tensors are taken as RGB, unless `channels` says "BGR" (OpenCV's order).
+                data. All arrays and tensors of a call are taken as RGB, unless `channels` says "BGR" (OpenCV's order).
             steps: the most applications of f; by default MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS. Fewer are faster.
             rtol: stop where the relative residual falls below it; by default MODEL.DEQDET.SOLVER.RTOL; 0: never.
             solver: "plain", "anderson", "broyden", "anderson4", "Anderson(history_size=4)", a registered name of your
@@ -260,19 +276,32 @@ class Predictor:
         while chunk := [self._prepare_numbered(*pair, channels) for pair in islice(numbered, batch_size)]:
             yield from self._detect(chunk, options, lowest)
 
-    def walk(self, image: ImageLike, *, channels: str = "RGB", **options) -> BatchTrajectory:
+    def walk(
+        self,
+        image: ImageLike,
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        solver: str | Solver | None = None,
+        record: Collection[int] = (),
+        record_iterates: bool = False,
+        channels: str = "RGB",
+    ) -> BatchTrajectory:
         """The way of one image to its equilibrium, from which states, residuals and detections of any step are read.
 
         Args:
-            options: steps, rtol, record and record_iterates as in DEQDet.walk, and solver as in a call.
+            steps, rtol, solver, channels: see a call.
+            record: the steps to keep, such as range(11). Step 0 is the output of the initialization layer.
+            record_iterates: keep also to which iterate each of these steps applied f, for residuals by part.
 
         Raises:
             UserError: as a call; or the detector has no equilibrium.
+            ValueError: a step to record lies beyond `steps`.
         """
-        chosen = self.options(options.pop("steps", None), options.pop("rtol", None), options.pop("solver", None))
+        options = self.options(steps, rtol, solver)
         inputs = self.prepare(image, channels=channels)
         with _explained(inputs):
-            return self.model.walk([inputs], **chosen, **options)
+            return self.model.walk([inputs], **options, record=record, record_iterates=record_iterates)
 
     def prepare(self, image: ImageLike, *, channels: str = "RGB") -> dict:
         """The input that the model gets for an image.
@@ -324,15 +353,17 @@ class Predictor:
         Raises:
             UserError: a number is out of range, or the solver is unknown.
         """
-        if steps is not None and steps < 1:
-            raise UserError(f"steps must be at least 1, got {steps}")
-        if rtol is not None and not 0 <= rtol < float("inf"):
-            raise UserError(f"rtol must be 0 or a positive number, got {rtol}")
+        if steps is not None and not (isinstance(steps, int | np.integer) and steps >= 1):
+            raise UserError(f"steps must be at least 1 and a whole number, got {steps!r}")
+        if rtol is not None and not (_is_number(rtol) and 0 <= rtol < float("inf")):
+            raise UserError(f"rtol must be 0 or a positive number, got {rtol!r}")
         if isinstance(solver, str):
             try:
                 solver = build_solver(self.cfg, solver)
             except ValueError as error:
                 raise UserError(one_line(error)) from error
+        elif solver is not None and (isinstance(solver, type) or not hasattr(solver, "step")):
+            raise UserError(f"solver must be a name or a solver object such as Anderson(history_size=4), got {solver!r}")
         return {"steps": steps, "rtol": rtol, "solver": solver}
 
     @torch.no_grad()
@@ -399,8 +430,12 @@ def _load_state(model: DEQDet, weights: Mapping[str, Tensor], path: str | os.Pat
 
 def _set_device(cfg: CfgNode, device: str | None) -> None:
     if device is not None:
-        cfg.MODEL.DEVICE = device
+        cfg.MODEL.DEVICE = str(device)
     adapt_device(cfg)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _is_path(image: ImageLike) -> bool:
@@ -408,7 +443,7 @@ def _is_path(image: ImageLike) -> bool:
 
 
 def _check_threshold(threshold: float) -> float:
-    if not 0 <= threshold <= 1:
+    if not _is_number(threshold) or not 0 <= threshold <= 1:
         raise UserError(f"the threshold must lie between 0 and 1, got {threshold}")
     return threshold
 
@@ -462,10 +497,13 @@ def _order(image: np.ndarray, channels: str) -> np.ndarray:
 
 @contextmanager
 def _explained(inputs: dict) -> Iterator[None]:
-    """Turn an error of the model within it, such as a lack of memory, into a UserError with the image's size."""
+    """Turn a lack of memory within it into a UserError with the image's size; other errors are not the image's."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU, torch raises a plain RuntimeError: "DefaultCPUAllocator: can't allocate memory".
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
         where = f"{inputs['file_name']}: " if "file_name" in inputs else ""
         size = f"{inputs['width']} x {inputs['height']}"
-        raise UserError(f"{where}the detector fails on {size} pixels: {one_line(error)}") from error
+        raise UserError(f"{where}there is not enough memory for {size} pixels: {one_line(error)}") from error

@@ -125,7 +125,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def not_safetensors(path: Path, error: Exception) -> CheckpointError:
-    """The error for a file that the safetensors package refuses."""
+    """The error for a file that the safetensors package refuses, or that is not there."""
+    if isinstance(error, OSError) and not path.is_file():
+        return CheckpointError(f"{path} {'is no plain file' if path.exists() else 'does not exist'}: correct its path")
+    if path.suffix != ".safetensors":
+        return CheckpointError(
+            f"{path} is no model file (.safetensors): give a checkpoint with its config (--config-file and "
+            "MODEL.WEIGHTS, or Predictor.from_config), or make a model file of it with deqdet-publish"
+        )
     return CheckpointError(f"{path} is damaged or no safetensors file ({_first_sentence(error)})")
 
 

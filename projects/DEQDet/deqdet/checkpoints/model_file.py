@@ -109,7 +109,7 @@ def read_model_file(path: str | Path) -> ModelFile:
     """Read a model file and compare it with its checksum.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no safetensors file, it is one without a config, or a newer
+        CheckpointError: the file is missing, damaged or no safetensors file, it has no config, or a newer
             version of deqdet wrote it.
     """
     try:
@@ -150,7 +150,7 @@ def load_model_config(model_file: ModelFile) -> CfgNode:
     that a tag names.
 
     Raises:
-        CheckpointError: the text is no YAML of plain values, or a key or value is none that we know.
+        CheckpointError: the text is no YAML of plain values, or it has a key or value that this version does not know.
     """
     source = model_file.source
     try:
@@ -178,8 +178,8 @@ def check_keys(loaded: Mapping, known: CfgNode, prefix: str, source: str) -> Non
     for key, value in loaded.items():
         if key not in known and not known.is_new_allowed():
             raise CheckpointError(
-                f"the config in {source} has the unknown key {prefix}{key}: a newer version of deqdet wrote the file, "
-                "update deqdet"
+                f"the config in {source} has the unknown key {prefix}{key}: a newer version of deqdet wrote the file "
+                "(update deqdet), or a plug-in added the key (plug-ins keep theirs under MODEL.DEQDET.PLUGIN)"
             )
         if isinstance(value, dict) and isinstance(known.get(key), CfgNode):
             check_keys(value, known[key], f"{prefix}{key}.", source)

@@ -3,7 +3,8 @@
 import ast
 import math
 import re
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
@@ -34,20 +35,23 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
             ("Anderson(history_size=4, damping=0.5)"). None: MODEL.DEQDET.SOLVER.NAME.
 
     Raises:
-        ValueError: the name is unknown, the solver has no such option, or an option is out of range. The keys that
-            stand
-            beside NAME are checked too where this solver does not read them.
+        ValueError: the name is unknown, the solver has no such option, or an option is out of range. DAMPING, MEMORY
+            and REGULARIZATION are checked even if this solver does not use them.
     """
     options = cfg.MODEL.DEQDET.SOLVER
-    name, own = (options.NAME, {}) if spec is None else parse_spec(spec)
+    name, own = (_find(options.NAME) or options.NAME, {}) if spec is None else parse_spec(spec)
     solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME" if spec is None else "the solver", name)
     check_keys(options)
     try:
+        if not is_dataclass(solver):
+            raise ValueError(f"{name} must be a dataclass: put @dataclass(frozen=True) above it")
         known = [field.name for field in fields(solver) if field.init]
         values = {field: options[key] for field, key in KEYS.items() if field in known}
-        if name == options.NAME:
-            values |= {key.lower(): value for key, value in options.OPTIONS.items()}
+        if name == (_find(options.NAME) or options.NAME):
+            by_lower = {field.lower(): field for field in known}
+            values |= {by_lower.get(key.lower(), key.lower()): value for key, value in options.OPTIONS.items()}
         values |= own
+        _check_whole_numbers(solver, values)
         if unknown := [field for field in values if field not in known]:
             has = f"its options are {', '.join(known)}" if known else "it has no options"
             raise ValueError(f"{name} has no option {unknown[0]}: {has}")
@@ -74,11 +78,19 @@ def check_keys(options: CfgNode) -> None:
             raise ValueError(f"MODEL.DEQDET.SOLVER.{key} must {allowed}, got {options[key]}")
 
 
+def _check_whole_numbers(solver: type, values: Mapping[str, object]) -> None:
+    """See that an option whose default is a whole number gets one; 2.5 would fail somewhere within the solver."""
+    for field in fields(solver):
+        value = values.get(field.name)
+        if type(field.default) is int and value is not None and type(value) is not int:
+            raise ValueError(f"{field.name} must be a whole number, got {value!r}")
+
+
 def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
     """ "anderson4" -> ("Anderson", {"history_size": 4}); "Anderson(damping=0.5)" -> ("Anderson", {"damping": 0.5}).
 
     Raises:
-        ValueError: it has not this form, or the registry has no such solver.
+        ValueError: it does not have this form, or the registry has no such solver.
     """
     form = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", spec)
     if form is None:
@@ -95,7 +107,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"solver {spec!r}: write the options as (option=value, ...), values as in Python") from error
     if call.args or None in options:
-        raise ValueError(f"solver {spec!r}: give every option by its name, as in (history_size=4)")
+        raise ValueError(f"solver {spec!r}: give every option by its name, as in (damping=0.5)")
     return name, options
 
 

@@ -5,6 +5,7 @@ the residuals, the tables of AP against steps, the latencies, the pictures of th
 N * (4 + C): numbers of a packed state.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +42,14 @@ class Trajectory:
     refinement: RefinementLayer  # f
 
     def state(self, step: int | None = None) -> QueryState:
-        """The state after `step` applications of f, or after the last one. KeyError if that step was not recorded."""
+        """The state after `step` applications of f, or after the last one.
+
+        Raises:
+            KeyError: that step was not recorded.
+        """
         if step == 0:
             return self.start
-        flat = self.solution.value if step is None else self.solution.recorded[step]
+        flat = self.solution.value if step is None else _recorded(self.solution.recorded, step, "record")
         return QueryState.unpack(flat, self.start.content.shape[1])
 
     def predict(self, step: int | None = None) -> Prediction:
@@ -64,13 +69,21 @@ class Trajectory:
         return relative_residual(self.initial.pack(), self.start.pack())
 
     def application(self, step: int) -> tuple[QueryState, QueryState]:
-        """The iterate to which step `step` applied f, and f's output. Needs a walk with record_iterates=True."""
+        """The iterate to which step `step` applied f, and f's output.
+
+        An image that stopped before this step has those of its last step.
+
+        Raises:
+            KeyError: that step was not recorded, or the walk was made without record_iterates=True.
+        """
         queries = self.start.content.shape[1]
-        iterate, output = self.solution.iterates[step], self.solution.outputs[step]
+        needed = "record_iterates=True and record"
+        iterate = _recorded(self.solution.iterates, step, needed)
+        output = _recorded(self.solution.outputs, step, needed)
         return QueryState.unpack(iterate, queries), QueryState.unpack(output, queries)
 
     def residual_parts(self, step: int) -> ResidualParts:
-        """How much step `step` changed content and position. Needs a walk with record_iterates=True."""
+        """How much step `step` changed content and position; for the steps and errors see `application`."""
         iterate, output = self.application(step)
         before, after = iterate.content.flatten(1), output.content.flatten(1)
         positions = (QueryState(x.position, x.content[..., :0]).pack() for x in (iterate, output))
@@ -79,3 +92,9 @@ class Trajectory:
             position=relative_residual(*positions),
             content_norm=torch.linalg.vector_norm(after - before, dim=1),
         )
+
+
+def _recorded(tensors: Mapping[int, Tensor], step: int, needed: str) -> Tensor:
+    if step not in tensors:
+        raise KeyError(f"step {step} was not recorded: walk with {needed}=[{step}, ...]")
+    return tensors[step]

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..drawing import Colour, class_colours
-from .pictures import MOST_ENLARGED, BoxVisualizer
+from ..drawing import MOST_ENLARGED, BoxVisualizer, Colour, class_colours
 from .refinement import Refinement
 
 GIF_SIDE, PANEL_SIDE = 640, 256  # longest side of the picture in a frame of the GIF, in a panel of the strip; pixels

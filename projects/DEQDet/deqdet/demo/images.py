@@ -16,8 +16,8 @@ from ..data import read_image
 from ..errors import UserError, describe_os_error, one_line
 from ..predictor import Detections, Predictor
 from .animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
+from .detection import detect
 from .files import beside
-from .pictures import detect, draw_detections, enlarge
 from .refinement import plot_convergence, trace_refinement
 from .video import Window
 
@@ -44,7 +44,7 @@ class ImageDemo:
             picture = targets[source]
             try:
                 replaced = " (replaced)" if picture.exists() else ""
-                _save(draw_detections(enlarge(image), found), picture)
+                _save(found.draw(image), picture)
                 self._write_extras(source, image, picture, extras)
             except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:
                 reason = describe_os_error(error) if isinstance(error, OSError) else error
@@ -58,7 +58,7 @@ class ImageDemo:
         window = Window("DEQDet")
         for _, image, found, line in self._detect(sources):
             tqdm.write(line)
-            if not window.show(draw_detections(enlarge(image), found), wait=True):
+            if not window.show(found.draw(image), wait=True):
                 break
 
     def report(self, fault: object) -> None:

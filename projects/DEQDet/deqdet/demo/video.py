@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..predictor import Predictor
-from .pictures import detect, draw_detections
+from .detection import detect
 
 DEFAULT_FPS = 25.0  # where a file or camera does not say
 COMPLETE = 0.9  # of the frames that a file announces, which is an estimate
@@ -136,7 +136,7 @@ def run_video(predictor: Predictor, video: Video, output: Path | None, options: 
         for frame in tqdm(video.frames(), total=video.length, desc=video.name, unit=" frames", disable=None):
             found, seconds = detect(predictor, frame, video.name, options)
             figures.append((len(found), found.steps, seconds))
-            going = give(draw_detections(frame, found))
+            going = give(found.draw(frame, enlarge=False))
             if not going:
                 break
     except KeyboardInterrupt:

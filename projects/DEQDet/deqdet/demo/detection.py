@@ -1,0 +1,20 @@
+"""Detection in one image of the demo, with its time."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..predictor import Detections, Predictor
+
+
+def detect(predictor: Predictor, image: np.ndarray, name: str, options: Mapping[str, Any]) -> tuple[Detections, float]:
+    """Detect in an image (H, W, 3) uint8 RGB, and measure the seconds. A UserError begins with the name."""
+    start = time.perf_counter()
+    try:
+        found = predictor(image, **options)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return found, time.perf_counter() - start
