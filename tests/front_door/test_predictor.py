@@ -417,7 +417,7 @@ class TestLoading:
         (["MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
         (["MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS gone.pth does not exist"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], "META_ARCHITECTURE is RetinaNet: it must be DEQDet"),
-        (["MODEL.DEVICE", "foo"], "cannot be built on MODEL.DEVICE foo"),
+        (["MODEL.DEVICE", "foo"], "MODEL.DEVICE is 'foo': it must be cpu, cuda, cuda:N"),
         (["INPUT.FORMAT", "L"], "INPUT.FORMAT is 'L': it must be RGB or BGR"),
         (["MODEL.DEQDET.NUM_QUERIES", 7], "the checkpoint does not fit the model"),
         (["MODEL.DEQDET.NUM_QUERYS", 7], "unknown config key MODEL.DEQDET.NUM_QUERYS; did you mean"),

@@ -274,7 +274,9 @@ class TestPreparation:
         (("DATASETS.TEST", "()"), "name the one set to compare on"),
         (("SOLVER.REFERENCE_WORLD_SIZE", "8"), "SOLVER.REFERENCE_WORLD_SIZE rescales the budget"),
         (("MODEL.DEQDET.NUM_CLASSES", "7"), "set MODEL.DEQDET.NUM_CLASSES to 8"),
-        (("MODEL.DEQDET.EQUILIBRIUM.TRAIN_STEPS", "2"), "^deqdet_shapes: Omega reaches step m C = 1 . 3"),
+        (("MODEL.DEQDET.EQUILIBRIUM.TRAIN_STEPS", "2"),
+         "^deqdet_shapes: MODEL.DEQDET.EQUILIBRIUM.SUPERVISION_COUNT is 1: "
+         r"times SUPERVISION_INTERVAL \(3\) it must be at most TRAIN_STEPS \(2\)"),
         (("SOLVER.MAXITER", "7"), "did you mean SOLVER.MAX_ITER"),
     ])  # fmt: skip
     def test_wrong_overrides(self, prepare, overrides, message):

@@ -107,7 +107,8 @@ def test_a_change_that_makes_no_model_is_refused(prepare):
     """C = 4, but T_train = 3: Omega would go beyond it."""
     steps = "MODEL.DEQDET.EQUILIBRIUM.TRAIN_STEPS 3"
     assert len(prepare("default", opts=steps)) == 1
-    with pytest.raises(UserError, match=r"^supervision_m4_c4: Omega reaches step m C = 1 \* 4, beyond TRAIN_STEPS = 3"):
+    message = r"^supervision_m4_c4: MODEL.DEQDET.EQUILIBRIUM.SUPERVISION_COUNT is 1: times SUPERVISION_INTERVAL \(4\)"
+    with pytest.raises(UserError, match=rf"{message} it must be at most TRAIN_STEPS \(3\)"):
         prepare("default", "supervision_m4_c4", opts=steps)
 
 
@@ -115,7 +116,8 @@ def test_a_change_that_makes_no_model_is_refused(prepare):
     ("noise_position_50", "MODEL.DEQDET.PERTURBATION.KIND none", "MODEL.DEQDET.PERTURBATION.KIND", "none"),
     ("noise_none", "MODEL.DEQDET.PERTURBATION.KIND zero-step", "MODEL.DEQDET.PERTURBATION.KIND", "zero-step"),
     ("rag_1", "MODEL.DEQDET.DECODER RecurrentDecoder", "MODEL.DEQDET.DECODER", "RecurrentDecoder"),
-    ("init_layer_p32", "MODEL.DEQDET.REFINEMENT_LAYER X", "MODEL.DEQDET.REFINEMENT_LAYER", "X"),
+    ("init_layer_p32", "MODEL.DEQDET.REFINEMENT_LAYER SparseRCNNLayer", "MODEL.DEQDET.REFINEMENT_LAYER",
+     "SparseRCNNLayer"),
 ])  # fmt: skip
 def test_changes_without_effect_are_refused(prepare, row, opts, key, there):
     with pytest.raises(UserError, match=f"{row}.yaml changes .*, but {key} is {there} in "):

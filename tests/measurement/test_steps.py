@@ -308,7 +308,7 @@ class TestTool:
         (["MODEL.DEQDET.DECODER", "RecurrentDecoder"], "MODEL.DEQDET.DECODER is RecurrentDecoder"),
         (["MODEL.META_ARCHITECTURE", "EngineToy"], "MODEL.META_ARCHITECTURE is EngineToy: it must be DEQDet"),
         (["MODEL.DEQDET.DECODER", "Stack"], "MODEL.DEQDET.DECODER is 'Stack'"),
-        (["MODEL.BACKBONE.NAME", "Nothing"], "error: No object named 'Nothing' found in 'BACKBONE' registry!"),
+        (["MODEL.BACKBONE.NAME", "Nothing"], "error: MODEL.BACKBONE.NAME is 'Nothing': it must be one of "),
         (["MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty: give the checkpoint of a trained model"),
         (["MODEL.WEIGHTS", "no.pth"], "MODEL.WEIGHTS no.pth does not exist"),
         (["MODEL.DEQDET.NUM_QUERYS", "3"], "did you mean MODEL.DEQDET.NUM_QUERIES?"),

@@ -43,8 +43,8 @@ def number(low: float, high: float = math.inf, *, above: bool = False, below: bo
 
 def one_of(*values: object) -> Range:
     """One of the values, which are all of one type."""
-    known = ", ".join('""' if value == "" else str(value) for value in values)
-    words = known if len(values) == 1 else f"one of {known}"
+    known = ['""' if value == "" else str(value) for value in values]
+    words = " or ".join(known) if len(known) <= 2 else f"one of {', '.join(known)}"
     return Range(words, lambda value: type(value) is type(values[0]) and value in values)
 
 

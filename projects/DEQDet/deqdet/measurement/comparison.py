@@ -118,7 +118,7 @@ def prepare_runs(
             raise UserError(f"{key} cannot be overridden here: use {OWN_KEYS[key]}")
     imports = [word for name in plugins for word in ("--plugin", name)]
     arguments = _arguments(files, scale, (*imports, "--num-gpus", str(num_gpus), "--resume", *overrides))
-    configs = {name: prepare_settings(mine) for name, mine in arguments.items()}
+    configs = {name: _prepare_named(name, mine) for name, mine in arguments.items()}
     check_budgets(configs)
     if eval_period is None:
         eval_period = max(1, round(next(iter(configs.values()))["SOLVER.MAX_ITER"] / EVALUATIONS))
@@ -133,6 +133,14 @@ def prepare_runs(
         check_record(run)
     check_trainings([run for run in runs if not run.result_file.is_file()])
     return runs
+
+
+def _prepare_named(name: str, arguments: Sequence[str]) -> dict[str, object]:
+    """The settings of one config, whose errors begin with its name."""
+    try:
+        return prepare_settings(arguments)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _arguments(files: dict[str, str], scale: str | None, common: Sequence[str]) -> dict[str, tuple[str, ...]]:
