@@ -191,7 +191,15 @@ def test_other_files(tmp_path, content):
         path.write_bytes(content)
     assert not is_model_file(path) and not is_model_file(tmp_path)
     message = "without a config" if content and b"{}" in content else "is damaged or no safetensors file"
+    message = "x.safetensors does not exist: correct its path" if content is None else message
     with pytest.raises(CheckpointError, match=message):
+        read_model_file(path)
+
+
+def test_a_checkpoint_is_no_model_file(tmp_path):
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": {}}, path)
+    with pytest.raises(CheckpointError, match="model_final.pth is no model file .*--config-file.*deqdet-publish"):
         read_model_file(path)
 
 

@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 
 from deqdet.checkpoints import write_model_file
 from deqdet.data import find_class_names
-from deqdet.demo import GIF, PLOT, STRIP, ImageDemo, images, video
+from deqdet.demo import GIF, PLOT, STRIP, ImageDemo, video
 from deqdet.detector import DEQDet
 from deqdet.equilibrium import Broyden
 from deqdet.errors import UserError
@@ -246,7 +246,7 @@ class TestImages:
         names = ["ox", "ass", "hen"]
         cfg, seen = small_cfg(*SIZES, "DATASETS.TEST", ()), []
         write_model_file(tmp_path / "m.safetensors", weights=small_model().state_dict(), cfg=cfg, class_names=names)
-        monkeypatch.setattr(images, "draw_detections", lambda image, found: seen.append(found.labels) or image)
+        monkeypatch.setattr(Detections, "draw", lambda found, image: seen.append(found.labels) or image)
         words = ("--input", save(tmp_path / "x.png"), "--output", tmp_path / "out", "--confidence-threshold", 0)
         for model in (["--model", tmp_path / "m.safetensors"], [*words, "MODEL.WEIGHTS", tmp_path / "m.safetensors"]):
             code, lines, errors = demo(*([] if "--input" in model else words), *model, config_file=None)
@@ -268,7 +268,7 @@ class TestErrors:
         (["--input", "X", "--refinement-gif"], "--refinement-gif: say with --output where to"),
         (["--video-input", "X", *EXTRAS[1:]], "--refinement-strip, --convergence-plot: only with --input"),
         (["--input", "X", "--output", "o", "--confidence-threshold", "1.5"], "must lie between 0 and 1, got 1.5"),
-        (["--input", "X", "--output", "o", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["--input", "X", "--output", "o", "--steps", "0"], "steps must be at least 1 and a whole number, got 0"),
         (["--input", "X", "--output", "o", "--rtol", "-1"], "rtol must be 0 or a positive number, got -1"),
         (["--input", "X", "--output", "o", "--solver", "Newton"], "unknown solver Newton: choose plain, Fixed"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),

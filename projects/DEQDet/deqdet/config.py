@@ -17,11 +17,10 @@ def add_deqdet_config(cfg: CN) -> None:
 
 
 def merge_overrides(cfg: CN, pairs: Sequence[str]) -> None:
-    """Put KEY VALUE pairs into a config in place, as its own merge_from_list does, and also new keys of the open sections.
+    """Put KEY VALUE pairs into a config in place, as merge_from_list does; open sections take new keys.
 
     Args:
-        pairs: keys and values in turn; "MODEL.DEQDET.SOLVER.OPTIONS.<NAME>" and "MODEL.DEQDET.PLUGIN.<NAME>" need not be in the
-            config yet.
+        pairs: keys and values in turn; a key of OPEN_SECTIONS need not be in the config yet.
 
     Raises:
         AssertionError, KeyError, ValueError: as CfgNode.merge_from_list.

@@ -26,7 +26,7 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
 from . import drawing
-from .checkpoints import ModelFile, is_model_file, load_model_config, read_model_file, resolve_file
+from .checkpoints import ModelFile, check_complete, is_model_file, load_model_config, read_model_file, resolve_file
 from .data import find_class_names, read_image
 from .data.images import to_rgb
 from .decoders import build_solver
@@ -363,7 +363,7 @@ class Predictor:
             except ValueError as error:
                 raise UserError(one_line(error)) from error
         elif solver is not None and (isinstance(solver, type) or not hasattr(solver, "step")):
-            raise UserError(f"solver must be a name or a solver object such as Anderson(history_size=4), got {solver!r}")
+            raise UserError(f"solver must be a name or an object such as Anderson(history_size=4), got {solver!r}")
         return {"steps": steps, "rtol": rtol, "solver": solver}
 
     @torch.no_grad()
@@ -422,10 +422,7 @@ def _find_weights(cfg: CfgNode) -> ModelFile | None:
 
 def _load_state(model: DEQDet, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """Load all of the model's weights; half precision becomes the model's own on the way."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit the config: {one_line(error)}") from error
+    model.load_state_dict(check_complete(path, weights, model.state_dict()), strict=False)  # without unread counters
 
 
 def _set_device(cfg: CfgNode, device: str | None) -> None:

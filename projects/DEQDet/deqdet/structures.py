@@ -46,9 +46,10 @@ class QueryState:
     def pack(self) -> Tensor:
         """The state as the solvers take it: a flat vector for each row, (B, N * (4 + C)), positions in packing units.
 
-        CENTER_UNIT and SCALE_UNIT bring the four numbers of a position to about the size of a content's entries, which
-        a LayerNorm keeps near 1. They decide how much a moving box adds to a relative residual, and so what a tolerance
-        means: a box that moves by 10 pixels counts as much as a content that changes by 0.01 in one entry.
+        CENTER_UNIT and SCALE_UNIT make the four numbers of a position no larger than a content's entries, which a
+        LayerNorm keeps near 1. They decide how much a moving box adds to a relative residual, and so what a tolerance
+        means: a box that moves by 10 pixels counts as much as a content that changes by 0.01 in one entry. A content
+        has many more entries, so that the residual of the whole state is nearly that of the content.
         """
         center, scale = self.position.split(2, dim=2)
         return torch.cat([center / CENTER_UNIT, scale / SCALE_UNIT, self.content], dim=2).flatten(1)

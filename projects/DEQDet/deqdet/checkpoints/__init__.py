@@ -13,7 +13,7 @@ from .model_file import (
     resolve_file,
     write_model_file,
 )
-from .publish import publish_checkpoint
+from .publish import check_complete, publish_checkpoint
 
 __all__ = [
     "KINDS",
@@ -27,6 +27,7 @@ __all__ = [
     "Shapes",
     "check_pickle",
     "check_query",
+    "check_complete",
     "convert",
     "convert_file",
     "is_model_file",

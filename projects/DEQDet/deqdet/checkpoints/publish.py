@@ -46,7 +46,7 @@ def publish_checkpoint(
     except CheckpointError as error:
         raise CheckpointError(f"the config describes {error}") from error
     found, taken = _read_weights(source, weights, model)
-    found = _check_complete(source, found, model.state_dict())
+    found = check_complete(source, found, model.state_dict())
     write_model_file(output, weights=found, cfg=cfg, class_names=class_names, half=half, notes={"weights": taken})
     return (
         f"wrote the {'averaged' if taken == AVERAGE else 'raw'} weights of {source} ({len(found)} tensors, "
@@ -70,10 +70,18 @@ def _read_weights(path: Path, choice: str, model: nn.Module) -> tuple[dict[str, 
     return buffers | dict(average), AVERAGE
 
 
-def _check_complete(
+def check_complete(
     path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weights in the model's order, once they are known to be all of the model's."""
+    """The weights in the model's order, once they are known to be all of the model's.
+
+    Args:
+        path: where the weights come from, for the error.
+        expected: the model's own state dict.
+
+    Raises:
+        CheckpointError: weights are unknown, missing or of a wrong shape; names the first of them.
+    """
     given = [name for name in expected if name in weights]
     misshapen = [name for name in given if weights[name].shape != expected[name].shape]
     problems = [

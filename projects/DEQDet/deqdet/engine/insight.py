@@ -103,8 +103,8 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
         "residual_step1" and "residual": relative residuals at the first and at step T_train;
         "steps_to_rtol0.05": the first step with a residual below that, T where there is none, T being the larger of
         T_train and T_infer;
-        "spectral_radius": of f's Jacobian along the content at y_T_train (see `deqdet.spectrum`); above 1, small
-        changes of the content grow.
+        "spectral_radius": of f's Jacobian along the content at y_T_train (see
+        `deqdet.equilibrium.spectrum`); above 1, small changes of the content grow.
     """
     train_steps = model.decoder.supervision.train_steps
     steps = max(train_steps, model.decoder.test_steps)

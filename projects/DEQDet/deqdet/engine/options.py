@@ -38,7 +38,6 @@ EXPECTED = Range(
         isinstance(value, list | tuple) and all(isinstance(entry, list | tuple) and len(entry) == 4 for entry in value)
     ),
 )
-SECTION = Range("a section", lambda value: isinstance(value, CfgNode))
 OPTIONS = Range(
     "a section of plain values",
     lambda value: (
@@ -119,7 +118,6 @@ RANGES: dict[str, Range] = {
     "MODEL.DEQDET.EQUILIBRIUM.CHECKPOINT_SEGMENTS": SWITCH,
     "MODEL.DEQDET.SOLVER.NAME": named(SOLVER_REGISTRY),
     "MODEL.DEQDET.SOLVER.OPTIONS": OPTIONS,
-    "MODEL.DEQDET.PLUGIN": SECTION,
     "MODEL.DEQDET.SOLVER.DAMPING": DAMPING,
     "MODEL.DEQDET.SOLVER.MEMORY": integer(1, MOST_STEPS),
     "MODEL.DEQDET.SOLVER.REGULARIZATION": WEIGHT,

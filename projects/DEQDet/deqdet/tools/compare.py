@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     words = sys.argv[1:] if words is None else words
     args = parse_arguments(make_parser(), words)
-    with exit_on_user_error(interrupted="interrupted: say the same again to go on"):
+    with exit_on_user_error(interrupted="interrupted: run the same command again to continue"):
         compare(args, command=shlex.join(["deqdet-compare", *words]))
 
 
