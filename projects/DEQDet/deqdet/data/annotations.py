@@ -66,6 +66,9 @@ def read_boxes(
     extent = sizes[image] if len(image) else np.zeros((0, 2))  # (n, 2)
     if box_format == "check":
         refuse_other_formats(where, numbers, extent)
+    elif box_format != "xywh":
+        findings.add(REPAIRED, "box format", "the file", f"has boxes as {box_format}, as DATASETS.BOX_FORMAT says",
+                     "they are converted")  # fmt: skip
     xywh = to_xywh(numbers, extent, box_format)
     boxes = Boxes(
         columns.records,

@@ -45,6 +45,7 @@ def write_json(path: Path, content: object) -> None:
             try:
                 json.dump(content, file)
                 file.close()
+                os.chmod(file.name, 0o644)  # others may share the folder
                 os.replace(file.name, path)
             except BaseException:
                 os.unlink(file.name)

@@ -24,11 +24,11 @@ from .annotations import Boxes, read_boxes
 from .cache import find_cache, read_json, write_json
 from .coco_file import LARGEST_ID, Category, ImageRecord, parse, read_bytes, read_categories, read_images
 from .findings import BROKEN, REMARK, REPAIRED, Finding, Findings
-from .image_headers import ImageHeader, Stamp, read_headers, read_stamps
+from .image_headers import MISSING, ImageHeader, Stamp, read_headers, read_stamps
 from .report import Report, summarize
 
 _VERSION = f"1, Pillow {PIL.__version__}"  # raise the number when the checks change
-_SKIP = "correct it, or set DATASETS.SKIP_BROKEN True to leave such images out"
+_SKIP = "replace the image or correct the file, or set DATASETS.SKIP_BROKEN True to leave such images out"
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,11 @@ class _Check:
                 for path, stamp, header in zip(paths, stamps, headers, strict=True)
             },
         )
+        if all(header.problem.startswith(MISSING) for header in headers):
+            raise UserError(
+                f"{self.where}: none of its {len(images)} images is there, the first one would be {paths[0]}: correct "
+                "the image root"
+            )
         for i, (image, header) in enumerate(zip(images, headers, strict=True)):
             fault = self._find_fault(image, header)
             if fault:

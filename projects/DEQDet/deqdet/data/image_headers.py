@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..errors import UserError, describe_os_error, one_line
 from .images import read_image
 
+MISSING = "is missing"  # how the problem of a file that is not there begins
 PILLOW_LIMIT = 178_956_970  # pixels: Pillow refuses to open larger images
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
 _CHUNK = 64  # images that one task of the pool reads
@@ -44,8 +45,9 @@ class Stamp:
 
 def read_stamps(paths: Sequence[str]) -> list[Stamp]:
     """Size and time of modification of each file, which is quick because no file is opened."""
+    chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
     with ThreadPoolExecutor(_workers()) as pool:
-        return list(pool.map(_read_stamp, paths, chunksize=_CHUNK))
+        return [stamp for part in pool.map(_read_chunk_of_stamps, chunks) for stamp in part]
 
 
 def read_headers(
@@ -84,7 +86,7 @@ def read_header(path: str) -> ImageHeader:
         status = os.stat(path)
     except FileNotFoundError:
         hint = "; its name has backslashes, which are no folders here" if "\\" in path else ""
-        return ImageHeader(problem=f"is missing: {path} does not exist{hint}")
+        return ImageHeader(problem=f"{MISSING}: {path} does not exist{hint}")
     except (OSError, ValueError) as error:
         reason = describe_os_error(error) if isinstance(error, OSError) else one_line(error)
         return ImageHeader(problem=f"cannot be opened: {reason}")
@@ -181,6 +183,10 @@ def _read_stamp(path: str) -> Stamp:
     except (OSError, ValueError):
         return Stamp(-1, -1)
     return Stamp(status.st_size, status.st_mtime_ns)
+
+
+def _read_chunk_of_stamps(paths: Sequence[str]) -> list[Stamp]:
+    return [_read_stamp(path) for path in paths]
 
 
 def _read_chunk(paths: Sequence[str]) -> list[ImageHeader]:
