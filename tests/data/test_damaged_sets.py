@@ -17,6 +17,7 @@ from deqdet import add_deqdet_config
 from deqdet.data import build_coco_evaluator, build_mapper, check_datasets, prepare_datasets
 from deqdet.errors import UserError
 
+from helpers.catalogs import catalogs_as_before
 from helpers.damaged_sets import BEGIN, DAMAGES, END, LEFT_OUT, REFUSED, USED, SmallSet, format_table, make_set
 from helpers.paths import ROOT
 
@@ -26,13 +27,10 @@ def apart(tmp_path, monkeypatch):
     """Catalogs as before, a cache of the test's own, and an end to whatever hangs."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    before = set(DatasetCatalog), set(MetadataCatalog)
     signal.alarm(60)
-    yield
+    with catalogs_as_before():
+        yield
     signal.alarm(0)
-    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
-        for name in set(catalog) - names:
-            catalog.remove(name)
 
 
 def make_cfg(train: SmallSet, test: SmallSet, *options: str):

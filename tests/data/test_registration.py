@@ -25,6 +25,8 @@ from deqdet.data import (
 )
 from deqdet.errors import UserError
 
+from helpers.catalogs import catalogs_as_before
+
 TINY = {
     "info": {},
     "licenses": [],
@@ -42,11 +44,8 @@ def catalogs(tmp_path, monkeypatch):
     """Remove from the catalogs what a test registers, and keep the cache of the checks in the test's folder."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    before = set(DatasetCatalog), set(MetadataCatalog)
-    yield
-    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
-        for name in set(catalog) - names:
-            catalog.remove(name)
+    with catalogs_as_before():
+        yield
 
 
 @pytest.fixture
