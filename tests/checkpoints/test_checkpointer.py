@@ -1,8 +1,14 @@
 """Loading checkpoints to evaluate them."""
 
+import itertools
+import pickle
+import tarfile
+
 import pytest
 import torch
 from torch import nn
+
+from detectron2.utils.file_io import PathManager
 
 from deqdet.checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
 from deqdet.engine import UserError, load_weights
@@ -94,7 +100,79 @@ def test_a_bad_file_is_one_clear_error(saved, capsys, kind, damage, message):
 def test_a_bad_pickle_is_one_clear_error(tmp_path, content):
     (tmp_path / "bad.pkl").write_text(content)
     with pytest.raises(CheckpointError, match="bad.pkl is damaged or no checkpoint"):
-        Checkpointer(make_model()).load(str(tmp_path / "bad.pkl"))
+        Checkpointer(make_model(), trust_pickle=True).load(str(tmp_path / "bad.pkl"))
+
+
+@pytest.mark.parametrize("name, query", [("a.pkl", ""), ("a.pkl", "?matching_heuristics=True"), ("a.pyth", "")])
+def test_a_pickle_is_refused_by_its_name(tmp_path, name, query):
+    (tmp_path / name).write_bytes(pickle.dumps(Code()))
+    message = rf"{name}\S* is a pickle, which is not loaded, because reading it can run code: "
+    with pytest.raises(CheckpointError, match=message):
+        Checkpointer(make_model()).load(str(tmp_path / name) + query)
+
+
+def test_a_trusted_pickle_is_loaded(tmp_path):
+    model, loaded = make_model(), make_model()
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": weights, "__author__": "us"}))
+    Checkpointer(loaded, trust_pickle=True).load(str(tmp_path / "a.pkl"))
+    assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("name", ["http://localhost:1/a.pkl", "https://localhost:1/a.pkl?matching_heuristics=True"])
+def test_a_pickle_of_the_network_is_refused_before_it_is_downloaded(name):
+    with pytest.raises(CheckpointError, match=r"a.pkl\S* is a pickle, .* MODEL.TRUST_PICKLE True on the command line"):
+        Checkpointer(make_model()).load(name)
+
+
+def test_an_unknown_query_is_refused(saved):
+    folder, _ = saved
+    with pytest.raises(CheckpointError, match=r"ends in \?heuristics=1: the only option .* \?matching_heuristics=True"):
+        Checkpointer(make_model()).load(f"{folder / 'whole.pth'}?heuristics=1")
+
+
+@pytest.fixture
+def model_zoo(tmp_path, monkeypatch):
+    """A folder from which the names of detectron2's own server are read."""
+    monkeypatch.setattr(PathManager, "get_local_path", lambda path, **_: str(tmp_path / path.rpartition("/")[2]))
+    return tmp_path
+
+
+@pytest.mark.parametrize("prefix", ["detectron2://", "catalog://"])
+def test_the_model_zoo_loads_without_trust(model_zoo, prefix):
+    model = make_model()
+    arrays = {name: value.numpy() for name, value in model.state_dict().items()}
+    own = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
+    caffe2 = {"blobs": arrays | {"0.weight_momentum": arrays["0.weight"]}}
+    for content, protocol in itertools.product((own, arrays, caffe2), (2, 3, 4)):
+        (model_zoo / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+        loaded = make_model()
+        Checkpointer(loaded).load(f"{prefix}ImageNetPretrained/a.pkl")
+        assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"model": Code(), "__author__": "x"}, r"no pickle of NumPy arrays alone \(UnpicklingError: it holds \w+.print"),
+    ({"model": [1], "__author__": "x"}, "a.pkl is no dict of arrays"),
+    ({"blobs": 3}, "a.pkl is no dict of arrays"),
+    ({"0.weight": "text"}, "its entry '0.weight' is a str"),
+    ([1], "a.pkl holds a list"),
+])  # fmt: skip
+def test_the_model_zoo_runs_no_code_either(model_zoo, capsys, content, message):
+    (model_zoo / "a.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpointer(make_model()).load("detectron2://a.pkl")
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_a_tar_archive_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "old.pth", "w") as archive:
+        archive.add(__file__, "pickle")
+    with pytest.raises(CheckpointError, match="old.pth is a tar archive, .*: save it again by torch.save"):
+        Checkpointer(make_model()).load(str(tmp_path / "old.pth"))
+    (tmp_path / "zeros.pth").write_bytes(bytes(2048))
+    with pytest.raises(CheckpointError, match="zeros.pth is damaged"):
+        Checkpointer(make_model()).load(str(tmp_path / "zeros.pth"))
 
 
 def test_the_tools_report_weights_of_another_config(small_cfg, small_model, tmp_path):

@@ -15,10 +15,10 @@ from detectron2.modeling.backbone import SwinTransformer
 from detectron2.modeling.backbone.swin import PatchMerging
 
 from deqdet import add_deqdet_config
-from deqdet.checkpoints import CheckpointError, convert
-from deqdet.checkpoints.convert import Renaming, build_structure, guess_kind
-from deqdet.checkpoints.implied import Given, Shapes
-from deqdet.checkpoints.kinds import KINDS, reorder_patch_merging, under
+from deqdet.checkpoints import CheckpointError, Config, Kind, Shapes, convert, register_kind, under
+from deqdet.checkpoints.conversion import Renaming, build_structure, guess_kind
+from deqdet.checkpoints.implied import Given
+from deqdet.checkpoints.kinds import ADAMIXER_LAYER, DEQDET, KINDS, reorder_patch_merging
 
 from helpers.converter import StrictCheckpointer, golden_weights, make_cfg
 from helpers.paths import ROOT
@@ -419,3 +419,48 @@ def test_towers_of_other_lengths():
 
 def test_make_cfg_reads_pairs_as_a_shell_does():
     assert make_cfg("MODEL.FPN.IN_FEATURES \"['res2','res3']\"").MODEL.FPN.IN_FEATURES == ["res2", "res3"]
+
+
+# A kind of the user's own
+
+
+def imply_mine(look: Shapes, layers: list[str], dim: int) -> Config:
+    assert (layers, dim) == (["decoder.initialization.", "decoder.refinement."], 32)
+    return DEQDET.imply_layers(look, layers, dim) | {"MODEL.DEQDET.NUM_LAYERS": look.size("decoder.*.class_branch.0.*")}
+
+
+@pytest.fixture
+def mine() -> Iterator[Kind]:
+    """DEQDet's layers with other prefixes, whose sign is a special case of DEQDet's own."""
+    rules = under("roi_head.bbox_head.g.", "decoder.initialization.", ADAMIXER_LAYER)
+    rules += under("roi_head.bbox_head.f.", "decoder.refinement.", ADAMIXER_LAYER)
+    yield register_kind(
+        Kind(
+            name="mine",
+            sign="roi_head.bbox_head.f.*",
+            rules=lambda names: [*DEQDET.rules(names), *rules],
+            imply_layers=imply_mine,
+            dead=DEQDET.dead,
+            config=DEQDET.config,
+            resnet_config=DEQDET.resnet_config,
+        )
+    )
+    del KINDS["mine"]
+
+
+def test_a_registered_kind_is_converted(mine):
+    weights = {
+        name.replace("bbox_head.0.", "bbox_head.g.").replace("bbox_head.1.", "bbox_head.f."): value
+        for name, value in golden_weights("deqdet").items()
+    }
+    conversion, expected = convert(weights), convert(golden_weights("deqdet"))
+    assert (conversion.kind, conversion.guessed, expected.kind) == ("mine", True, "deqdet")
+    assert conversion.config == expected.config | {"MODEL.DEQDET.NUM_LAYERS": 32}
+    assert conversion.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(conversion.weights[name], value) for name, value in expected.weights.items())
+
+
+def test_the_name_of_a_kind_is_taken_once(mine):
+    for taken in (mine, DEQDET):
+        with pytest.raises(ValueError, match=f"there is a kind '{taken.name}' already: give this one another name"):
+            register_kind(taken)

@@ -14,9 +14,13 @@ from PIL import Image
 
 from detectron2.structures import Boxes, Instances
 
-from deqdet.demo import ImageDemo, build_detector, video, windows
-from deqdet.demo.predictor import Detections, Detector, build_class_names, prepare_config
-from deqdet.engine import UserError
+from deqdet.checkpoints import write_model_file
+from deqdet.data import find_class_names
+from deqdet.demo import GIF, PLOT, STRIP, ImageDemo, images, video
+from deqdet.detector import DEQDet
+from deqdet.equilibrium import Broyden
+from deqdet.errors import UserError
+from deqdet.predictor import Detections, Predictor
 
 from helpers.paths import TOOLS
 
@@ -40,17 +44,23 @@ def config(small_cfg, weights) -> str:
 
 
 @pytest.fixture(scope="module")
-def make_detector(small_cfg, weights) -> Callable[..., Detector]:
-    """make_detector("KEY", value, ...): every detection counts."""
-    return lambda *overrides: build_detector(small_cfg("MODEL.WEIGHTS", weights, *SIZES, *overrides), threshold=0.0)
+def make_predictor(small_cfg, weights) -> Callable[..., Predictor]:
+    """make_predictor("KEY", value, ...): every detection counts."""
+
+    def make(*overrides) -> Predictor:
+        cfg = small_cfg("MODEL.WEIGHTS", weights, "DATASETS.TEST", (), *SIZES, *overrides)
+        return Predictor.from_config(cfg, threshold=0.0)
+
+    return make
 
 
 @pytest.fixture
 def demo(config, monkeypatch, capsys) -> Callable[..., tuple[object, list[str], list[str]]]:
     """demo(word, ...): the exit code (None or 0: done) and the lines of stdout and stderr."""
 
-    def run(*words, config_file: str = config) -> tuple[object, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", ["demo.py", "--config-file", config_file, *map(str, words)])
+    def run(*words, config_file: str | None = config) -> tuple[object, list[str], list[str]]:
+        model = [] if config_file is None else ["--config-file", config_file]
+        monkeypatch.setattr(sys, "argv", ["demo.py", *model, *map(str, words)])
         code = None
         try:
             runpy.run_path(str(TOOL), run_name="__main__")
@@ -78,14 +88,13 @@ def write_video(path: Path, frames: int = 6, width: int = 64, height: int = 48, 
 
 class TestColours:
     @pytest.mark.parametrize("order", ["RGB", "BGR"])
-    def test_the_model_gets_its_own_order(self, make_detector, tmp_path, order):
+    def test_the_model_gets_its_own_order(self, make_predictor, tmp_path, monkeypatch, order):
         """A red image: red is the first channel of an RGB model and the last of a BGR one, and red in the picture."""
-        detector = make_detector("INPUT.FORMAT", order)
-        seen = []
-        hook = detector.model.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]["image"]))
+        predictor = make_predictor("INPUT.FORMAT", order)
+        seen, preprocess = [], predictor.model.preprocess
+        monkeypatch.setattr(predictor.model, "preprocess", lambda x: seen.append(x[0]["image"]) or preprocess(x))
         source = save(tmp_path / "red.png", colour=(250, 20, 0))
-        ImageDemo(detector).write([source], [tmp_path / "out.png"])
-        hook.remove()
+        ImageDemo(predictor).write([source], [tmp_path / "out.png"])
         (tensor,) = seen
         assert tensor.shape == (3, 64, 85)  # as INPUT.MIN_SIZE_TEST says
         channels = [250.0, 20.0, 0.0] if order == "RGB" else [0.0, 20.0, 250.0]
@@ -94,10 +103,10 @@ class TestColours:
         colours, counts = np.unique(picture, axis=0, return_counts=True)
         assert colours[counts.argmax()].tolist() == [250, 20, 0]
 
-    def test_the_order_changes_the_detections(self, make_detector, tmp_path):
+    def test_the_order_changes_the_detections(self, make_predictor, tmp_path):
         """RGB pixels in an RGB model are the same to it as BGR ones in a BGR model with the same weights."""
         image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
-        rgb, bgr = make_detector("INPUT.FORMAT", "RGB"), make_detector("INPUT.FORMAT", "BGR")
+        rgb, bgr = make_predictor("INPUT.FORMAT", "RGB"), make_predictor("INPUT.FORMAT", "BGR")
         scores = [detector(x).instances.scores for detector, x in
                   ((rgb, image), (bgr, image[:, :, ::-1]), (bgr, image))]  # fmt: skip
         assert torch.equal(scores[0], scores[1])
@@ -186,9 +195,8 @@ class TestImages:
         def detect_nothing(image: np.ndarray) -> Detections:
             found = Instances(image.shape[:2], pred_boxes=Boxes(torch.zeros(0, 4)))
             found.scores, found.pred_classes = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-            return Detections(found, {}, 1, 0.0)
+            return Detections(found, ("thing",), 1, None)
 
-        detect_nothing.class_names = ["thing"]
         demo = ImageDemo(detect_nothing)
         wide, normal = tmp_path / f"wide{suffix}", tmp_path / "normal.png"
         demo.write([save(tmp_path / "1.png", 1, 70000), save(tmp_path / "2.png")], [wide, normal])
@@ -199,7 +207,7 @@ class TestImages:
     def test_refinement_files(self, demo, tmp_path):
         source = save(tmp_path / "x.jpg", 200, 300)
         words = ("--input", source, "--output", tmp_path / "out", *EXTRAS, "--confidence-threshold", 0, "--steps", 7)
-        code, lines, errors = demo(*words, "--solver", "Anderson")
+        code, lines, errors = demo(*words, "--solver", "anderson3")
         assert not code and not errors
         names = ["x.jpg", "x_refinement.gif", "x_strip.png", "x_convergence.png"]
         assert sorted(x.name for x in (tmp_path / "out").iterdir()) == sorted(names)
@@ -214,11 +222,43 @@ class TestImages:
         assert cv2.imread(str(tmp_path / "out" / "x_strip.png")).shape[1] == 6 * (256 + 8) - 8  # 0, 1, 2, 3, 5, 7
         assert cv2.imread(str(tmp_path / "out" / "x_convergence.png")).shape == (480, 1080, 3)
 
-    def test_steps_and_rtol_reach_the_model(self, small_cfg, weights):
-        cfg = small_cfg("MODEL.WEIGHTS", weights)
-        prepare_config(cfg, steps=11, rtol=0.25, solver="Broyden")
-        decoder = build_detector(cfg, 0.5).model.decoder
-        assert (decoder.test_steps, decoder.rtol, type(decoder.solver).__name__) == (11, 0.25, "Broyden")
+    def test_no_image_is_encoded_a_third_time(self, make_predictor, tmp_path, monkeypatch):
+        predictor = make_predictor()
+        calls, encode = [], predictor.model.encode
+        monkeypatch.setattr(predictor.model, "encode", lambda images: calls.append(1) or encode(images))
+        source = save(tmp_path / "x.png")
+        for extras, expected in (((), 1), ((GIF, STRIP, PLOT), 2)):
+            calls.clear()
+            ImageDemo(predictor).write([source], [tmp_path / "out.png"], extras)
+            assert len(calls) == expected
+
+    def test_steps_rtol_and_solver_reach_the_model(self, demo, tmp_path, monkeypatch):
+        seen = []
+        infer = DEQDet.infer
+        monkeypatch.setattr(DEQDet, "infer", lambda *args, **kw: seen.append(kw) or infer(*args, **kw))
+        words = ("--input", save(tmp_path / "x.png"), "--output", tmp_path / "out")
+        code, _, errors = demo(*words, "--steps", 11, "--rtol", 0.25, "--solver", "Broyden(history_size=3)")
+        assert not code and not errors
+        assert seen == [{"steps": 11, "rtol": 0.25, "solver": Broyden(history_size=3)}]
+
+    def test_a_model_file_needs_no_config(self, demo, small_cfg, small_model, tmp_path, monkeypatch):
+        """Its class names are written beside the boxes."""
+        names = ["ox", "ass", "hen"]
+        cfg, seen = small_cfg(*SIZES, "DATASETS.TEST", ()), []
+        write_model_file(tmp_path / "m.safetensors", weights=small_model().state_dict(), cfg=cfg, class_names=names)
+        monkeypatch.setattr(images, "draw_detections", lambda image, found: seen.append(found.labels) or image)
+        words = ("--input", save(tmp_path / "x.png"), "--output", tmp_path / "out", "--confidence-threshold", 0)
+        for model in (["--model", tmp_path / "m.safetensors"], [*words, "MODEL.WEIGHTS", tmp_path / "m.safetensors"]):
+            code, lines, errors = demo(*([] if "--input" in model else words), *model, config_file=None)
+            assert not code and not errors and " 6 detections, 4 steps, " in lines[0]
+        assert len(seen) == 2 and seen[0] == seen[1] and set(seen[0]) <= set(names)
+
+    @pytest.mark.parametrize("opts", [["--opts"], []])
+    def test_overrides_at_the_end(self, demo, tmp_path, opts):
+        """With and without the older --opts, also directly behind the images."""
+        words = ("--output", tmp_path / "out", "--input", save(tmp_path / "x.png"), save(tmp_path / "y.png"))
+        code, lines, errors = demo(*words, *opts, "MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 2)
+        assert not code and not errors and all(", 2 steps, " in line for line in lines) and len(lines) == 2
 
 
 class TestErrors:
@@ -228,9 +268,9 @@ class TestErrors:
         (["--input", "X", "--refinement-gif"], "--refinement-gif: say with --output where to"),
         (["--video-input", "X", *EXTRAS[1:]], "--refinement-strip, --convergence-plot: only with --input"),
         (["--input", "X", "--output", "o", "--confidence-threshold", "1.5"], "must lie between 0 and 1, got 1.5"),
-        (["--input", "X", "--output", "o", "--steps", "0"], "TEST_STEPS must be at least 1, got 0"),
-        (["--input", "X", "--output", "o", "--rtol", "-1"], "SOLVER.RTOL must not be negative"),
-        (["--input", "X", "--output", "o", "--solver", "Newton"], "must be one of FixedPointIteration, Anderson, Br"),
+        (["--input", "X", "--output", "o", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["--input", "X", "--output", "o", "--rtol", "-1"], "rtol must be 0 or a positive number, got -1"),
+        (["--input", "X", "--output", "o", "--solver", "Newton"], "unknown solver Newton: choose plain, Fixed"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.WEIGHTS", "gone"], "MODEL.WEIGHTS gone does not exist"),
         (["--input", "X", "--output", "o", "--opts", "MODEL.META_ARCHITECTURE", "RetinaNet"], "it must be DEQDet"),
@@ -258,11 +298,14 @@ class TestErrors:
 
     @pytest.mark.parametrize("words", [["--steps", "3"], ["--rtol", "0.1", "--solver", "Anderson"], EXTRAS])
     @pytest.mark.parametrize("decoder", ["StackedDecoder", "RecurrentDecoder"])
-    def test_what_takes_an_equilibrium(self, demo, tmp_path, words, decoder):
-        source = save(tmp_path / "x.png")
-        words = [*words, "--output", tmp_path / "out", "--opts", "MODEL.DEQDET.DECODER", decoder]
-        code, lines, _ = demo("--input", source, *words)
-        flags = ", ".join(word for word in words[: words.index("--output")] if word.startswith("--"))
+    def test_what_takes_an_equilibrium(self, demo, small_model, tmp_path, words, decoder):
+        """It fails before any image is done, and before the folder of the results is made."""
+        source, overrides = save(tmp_path / "x.png"), ["MODEL.DEQDET.DECODER", decoder, "MODEL.DEQDET.NUM_LAYERS", 2]
+        torch.save({"model": small_model(*overrides).state_dict()}, tmp_path / "model.pth")
+        overrides += ["MODEL.WEIGHTS", tmp_path / "model.pth"]
+        code, lines, _ = demo("--input", source, *words, "--output", tmp_path / "out", "--opts", *overrides)
+        flags = ", ".join(word for word in words if word.startswith("--"))
+        assert not (tmp_path / "out").exists()
         assert code.startswith(f"error: {flags}: only for MODEL.DEQDET.DECODER EquilibriumDecoder")
         assert decoder in code and not lines
 
@@ -279,9 +322,9 @@ class TestErrors:
 class TestClassNames:
     def test_from_the_test_set(self, small_cfg, tmp_path, caplog):
         """Those of generated shapes are known without the images being drawn."""
-        shapes = build_class_names(small_cfg("DATASETS.TEST", ("shapes_val",), "MODEL.DEQDET.NUM_CLASSES", 8))
+        shapes = find_class_names(small_cfg("DATASETS.TEST", ("shapes_val",), "MODEL.DEQDET.NUM_CLASSES", 8))
         assert len(shapes) == 8 and "circle" in shapes
-        coco = build_class_names(small_cfg("DATASETS.TEST", ("coco_2017_val",), "MODEL.DEQDET.NUM_CLASSES", 80))
+        coco = find_class_names(small_cfg("DATASETS.TEST", ("coco_2017_val",), "MODEL.DEQDET.NUM_CLASSES", 80))
         assert coco[0] == "person" and len(coco) == 80 and not caplog.messages
 
     def test_from_a_registered_set(self, small_cfg, toy_config):
@@ -290,7 +333,7 @@ class TestClassNames:
         broken = [f"other_{folder.name}", "nowhere.json", "nowhere"]
         cfg = small_cfg("DATASETS.REGISTER", [broken, entry], "DATASETS.TEST", (entry[0],))
         cfg.MODEL.DEQDET.NUM_CLASSES = 1
-        assert build_class_names(cfg) == ["half"]
+        assert find_class_names(cfg) == ["half"]
         assert cfg.DATASETS.REGISTER == [broken, entry]
 
     @pytest.mark.parametrize("name, reason", [
@@ -300,7 +343,7 @@ class TestClassNames:
     def test_numbers_where_there_are_none(self, small_cfg, caplog, name, reason):
         entry = ["demo_registered", "nowhere.json", "nowhere"]
         cfg = small_cfg("DATASETS.TEST", (name,), "DATASETS.REGISTER", [entry])
-        assert build_class_names(cfg) == ["class 0", "class 1", "class 2"]
+        assert find_class_names(cfg) == ["class 0", "class 1", "class 2"]
         (message,) = caplog.messages
         assert name in message and reason in message
 
@@ -314,12 +357,12 @@ class TestWindow:
 
         def wait(milliseconds: int) -> int:
             found.append((pictures[-1][:, :, ::-1], milliseconds))
-            return windows.ESCAPE if len(found) == 2 else -1
+            return video.ESCAPE if len(found) == 2 else -1
 
         monkeypatch.setenv("DISPLAY", ":0")
-        monkeypatch.setattr(windows.cv2, "namedWindow", lambda name, flags: None)
-        monkeypatch.setattr(windows.cv2, "imshow", lambda name, picture: pictures.append(picture))
-        monkeypatch.setattr(windows.cv2, "waitKey", wait)
+        monkeypatch.setattr(video.cv2, "namedWindow", lambda name, flags: None)
+        monkeypatch.setattr(video.cv2, "imshow", lambda name, picture: pictures.append(picture))
+        monkeypatch.setattr(video.cv2, "waitKey", wait)
         return found
 
     def test_images(self, demo, shown, tmp_path):
@@ -339,7 +382,7 @@ class TestWindow:
             raise cv2.error("The function is not implemented")
 
         monkeypatch.setenv("DISPLAY", ":0")
-        monkeypatch.setattr(windows.cv2, "namedWindow", fail)
+        monkeypatch.setattr(video.cv2, "namedWindow", fail)
         code, *_ = demo("--input", save(tmp_path / "x.png"))
         assert code == ("error: no window can be opened, since this OpenCV was built without them "
                         "(opencv-python-headless): give --output")  # fmt: skip
@@ -370,13 +413,13 @@ class TestVideo:
     def test_frames_of_which_the_resize_leaves_nothing(self, demo, tmp_path):
         source = write_video(tmp_path / "film.mp4", frames=2, width=2048, height=2)
         code, lines, _ = demo("--video-input", source, "--output", tmp_path / "out")
-        assert "film.mp4: the detector fails on its 2048 x 2 pixels" in code and not lines
+        assert "film.mp4: an image of 2048 x 2 pixels cannot be resized" in code and not lines
 
-    def test_a_video_that_breaks_off(self, make_detector, tmp_path, monkeypatch, capsys):
+    def test_a_video_that_breaks_off(self, make_predictor, tmp_path, monkeypatch, capsys):
         film = video.open_video(write_video(tmp_path / "film.mp4", frames=4))
         monkeypatch.setattr(video.Video, "length", property(lambda self: 20))
         with pytest.raises(UserError, match="breaks off: 4 of its 20 frames"):
-            video.run_video(make_detector(), film, tmp_path / "out.mp4")
+            video.run_video(make_predictor(), film, tmp_path / "out.mp4")
         assert "4 frames" in capsys.readouterr().out  # and what there is has been done
 
     def test_a_recording_keeps_to_the_clock(self, tmp_path, monkeypatch):

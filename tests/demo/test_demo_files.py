@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deqdet.data import read_image
 from deqdet.demo import find_images, plan_pictures, plan_video
-from deqdet.demo.sources import read_image
-from deqdet.engine import UserError
+from deqdet.errors import UserError
 
 ENDINGS = ["_strip.png"]
 
@@ -79,13 +79,13 @@ class TestReadImage:
             Image.fromarray(noise).save(tmp_path / name)
             whole = (tmp_path / name).read_bytes()
             (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-            with pytest.raises(ValueError, match="^cannot be read as an image: .*truncated"):
+            with pytest.raises(UserError, match=f"{tmp_path / name}: cannot be read as an image: .*truncated"):
                 read_image(tmp_path / name)
         (tmp_path / "text.jpg").write_text("no image")
-        with pytest.raises(ValueError, match="^not an image"):
+        with pytest.raises(UserError, match=f"{tmp_path}/text.jpg: not an image"):
             read_image(tmp_path / "text.jpg")
         Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
-        with pytest.raises(ValueError, match="more than 16 bits .mode F.: convert it"):
+        with pytest.raises(UserError, match=f"{tmp_path}/float.tif: .*more than 16 bits .mode F.: convert it"):
             read_image(tmp_path / "float.tif")
 
 

@@ -9,14 +9,16 @@ import torch
 from PIL import Image
 
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import Visualizer
 
+from deqdet.decoders.trajectory import ResidualParts
 from deqdet.demo.animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
-from deqdet.demo.drawing import draw_detections, enlarge, place_labels
-from deqdet.demo.refinement import Refinement, trace_refinement
-from deqdet.demo.residual_plot import plot_convergence
+from deqdet.demo.pictures import draw_detections, enlarge, separate_labels
+from deqdet.demo.refinement import Refinement, plot_convergence, trace_refinement
+from deqdet.drawing import class_colours
 from deqdet.equilibrium import relative_residual
+from deqdet.predictor import Detections
 from deqdet.structures import QueryState
-from deqdet.visualization import class_colours
 
 NAMES = ["red", "green", "blue"]
 
@@ -25,6 +27,10 @@ def instances(boxes: list[list[float]], labels: list[int], height: int, width: i
     found = Instances((height, width), pred_boxes=Boxes(torch.tensor(boxes).reshape(-1, 4)))
     found.scores, found.pred_classes = torch.full((len(labels),), 0.9), torch.tensor(labels, dtype=torch.int64)
     return found
+
+
+def detections(found: Instances) -> Detections:
+    return Detections(found, tuple(NAMES), steps=1, residual=None)
 
 
 def coloured(picture: np.ndarray, label: int, tolerance: int = 1) -> np.ndarray:
@@ -38,7 +44,7 @@ class TestDrawing:
         """In a picture twice as large as the image that they were found in."""
         grey = np.full((400, 600, 3), 128, np.uint8)
         found = instances([[50.0, 60.0, 100.0, 150.0], [150.0, 100.0, 250.0, 180.0]], [0, 2], 200, 300)
-        picture = draw_detections(grey, found, NAMES)
+        picture = draw_detections(grey, detections(found))
         assert picture.shape == grey.shape
         for label, (x0, y0, x1, y1) in ((0, (100, 120, 200, 300)), (2, (300, 200, 500, 360))):
             rows, columns = coloured(picture, label).T
@@ -46,16 +52,16 @@ class TestDrawing:
             assert (rows.min(), rows.max()) == pytest.approx((y0, y1), abs=2)
         assert not len(coloured(picture, 1))
         outside = np.concatenate([picture[:90].ravel(), picture[370:].ravel()])
-        assert (outside == 128).all()  # the labels are directly above the boxes
+        assert (outside == 128).all()  # the labels are in the boxes
 
     def test_without_detections_the_image_stays_as_it_is(self):
         image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-        assert np.array_equal(draw_detections(image, instances([], [], 60, 80), NAMES), image)
+        assert np.array_equal(draw_detections(image, detections(instances([], [], 60, 80))), image)
 
     def test_a_name_is_never_a_formula(self):
         """A lone $ in a name would be one's beginning: matplotlib raises an error."""
         grey, found = np.full((100, 100, 3), 128, np.uint8), instances([[20.0, 30.0, 90.0, 90.0]], [0], 100, 100)
-        draw_detections(grey, found, [r"a$\frac$b"])
+        draw_detections(grey, Detections(found, (r"a$\frac$b",), 1, None))
 
     @pytest.mark.parametrize("size, expected", [
         ((1, 1), (16, 16)), ((160, 160), (640, 640)), ((100, 320), (200, 640)), ((480, 640), (480, 640)),
@@ -71,23 +77,59 @@ class TestDrawing:
         assert distances.min() > 0.3
 
     def test_labels_stay_in_the_image_and_off_each_other(self):
-        size = np.array([40.0, 10.0])
-        one = place_labels(np.array([[30.0, 50.0, 90.0, 90.0]]), size[None], 200, 100)
-        assert one.tolist() == [[30, 40]]  # above
-        corners = np.array([[0.0, 0.0, 20.0, 20.0], [190.0, 90.0, 200.0, 100.0], [195.0, 2.0, 200.0, 8.0]])
-        same = np.tile([[60.0, 40.0, 160.0, 80.0]], (5, 1))
-        boxes = np.concatenate([corners, same])
-        places = place_labels(boxes, np.tile(size, (8, 1)), 200, 100)
-        assert (places >= 0).all() and (places + size <= [200, 100]).all()
-        for i in range(8):
+        visualizer = Visualizer(np.zeros((100, 200, 3), np.uint8))
+        corners = [(0, 0), (190, 90), (195, 2), (-3, 97)]
+        places = [(120, 50), *corners, *[(60, 40)] * 5, (65, 44)]
+        for place in places:
+            visualizer.draw_text("label 99%", place, font_size=6, horizontal_alignment="left")
+        separate_labels(visualizer.output)
+        labels, renderer = visualizer.output.ax.texts, visualizer.output.canvas.get_renderer()
+        assert labels[0].get_position() == (120, 50) and labels[5].get_position() == (60, 40)  # nothing is in their way
+        positions = np.array([label.get_position() for label in labels])
+        sizes = np.array([label.get_window_extent(renderer).size for label in labels])
+        assert len(labels) == len(places) and sizes.min() > 5
+        assert (positions >= 0).all() and (positions + sizes <= [200, 100]).all()
+        for i in range(len(labels)):
             for j in range(i):
-                assert (np.abs(places[i] - places[j]) >= size).any(), (i, j)
+                assert (np.abs(positions[i] - positions[j]) >= sizes[i]).any(), (i, j)
+
+    def test_all_labels_can_be_read(self):
+        """Detections of one place have their labels beside each other, and one at the border has its whole label."""
+        grey = np.full((200, 300, 3), 128, np.uint8)
+
+        def dark_pixels(*boxes: list[float]) -> int:
+            picture = draw_detections(grey, detections(instances(list(boxes), [0] * len(boxes), 200, 300)))
+            return int((picture.max(axis=2) < 40).sum())
+
+        box, narrow, at_the_border = (
+            [x0, 60.0, x1, 150.0] for x0, x1 in ((50.0, 150.0), (140.0, 159.0), (280.0, 299.0))
+        )
+        one = dark_pixels(box)
+        assert one > 200
+        assert dark_pixels(box, box) == pytest.approx(2 * one, rel=0.1)
+        assert dark_pixels(at_the_border) == pytest.approx(dark_pixels(narrow), rel=0.1)
+
+    def test_labels_are_not_moved_far(self):
+        """Where one label is in the way, the next one is directly above or below it."""
+        visualizer = Visualizer(np.zeros((100, 200, 3), np.uint8))
+        for _ in range(2):
+            visualizer.draw_text("label", (60, 40), font_size=6, horizontal_alignment="left")
+        separate_labels(visualizer.output)
+        first, second = visualizer.output.ax.texts
+        height = first.get_window_extent(visualizer.output.canvas.get_renderer()).height
+        assert height <= abs(second.get_position()[1] - first.get_position()[1]) <= height + 3
 
 
 def rows(found: Instances) -> list[list[float]]:
     """x0, y0, x1, y1, score, class of each."""
     columns = [found.pred_boxes.tensor, found.scores[:, None], found.pred_classes[:, None].float()]
     return torch.cat(columns, dim=1).tolist()
+
+
+def trace(model, inputs: dict, threshold: float) -> Refinement:
+    """Of a model in eval mode, along its own number of steps."""
+    walk = model.walk([inputs], record=range(model.decoder.test_steps + 1), record_iterates=True)
+    return trace_refinement(walk, threshold)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +147,7 @@ def inputs(image) -> dict:
 
 @pytest.fixture(scope="module")
 def refinement(small_model, inputs) -> Refinement:
-    return trace_refinement(small_model().eval(), inputs, threshold=0.0)
+    return trace(small_model().eval(), inputs, 0.0)
 
 
 def moving(steps: int = 12) -> Refinement:
@@ -122,8 +164,7 @@ def moving(steps: int = 12) -> Refinement:
         detected=torch.tensor([[0, 1]]),
         residuals=0.5 ** torch.arange(1.0, steps + 1),
         shown=0.5 ** torch.arange(1.0, steps + 1),
-        content=torch.full((steps, 2), 0.3),
-        position=torch.full((steps,), 0.2),
+        parts=ResidualParts(*(torch.full((steps,), value) for value in (0.3, 0.2, 0.1))),
         shifts=torch.full((steps, 2), 3.5),
     )
 
@@ -141,7 +182,7 @@ class TestTrace:
                 (found,) = model([inputs])
             threshold = found["instances"].scores[2:4].mean().item()
             sure = found["instances"][:3]
-            traced = trace_refinement(model, inputs, threshold)
+            traced = trace(model, inputs, threshold)
             assert traced.steps == int(found["steps"]) == expected_steps
             best = {}  # a query may be detected as several classes, at one place; the best one comes first
             for *box, score, label in rows(sure):
@@ -170,14 +211,16 @@ class TestTrace:
         torch.testing.assert_close(refinement.scores[0], first, rtol=0, atol=1e-5)
         for t in range(4):
             change = states[t + 1].content - states[t].content
-            assert refinement.content[t, 0] == pytest.approx(change.square().sum().sqrt().item(), rel=1e-3)
+            assert refinement.parts.content_norm[t] == pytest.approx(change.square().sum().sqrt().item(), rel=1e-3)
             ratio = change.norm() / states[t + 1].content.norm()
-            assert refinement.content[t, 1] == pytest.approx(ratio.item(), rel=1e-3)
+            assert refinement.parts.content[t] == pytest.approx(ratio.item(), rel=1e-3)
             packed = relative_residual(states[t].pack(), states[t + 1].pack())
             assert refinement.residuals[t] == pytest.approx(packed.item(), rel=1e-3)
             units = torch.tensor([1024.0, 1024.0, 8.0, 8.0])
             value, result = states[t].position / units, states[t + 1].position / units
-            assert refinement.position[t] == pytest.approx(((result - value).norm() / result.norm()).item(), rel=1e-3)
+            assert refinement.parts.position[t] == pytest.approx(
+                ((result - value).norm() / result.norm()).item(), rel=1e-3
+            )
             limits = torch.tensor([192.0, 128.0, 192.0, 128.0])
             shift = torch.minimum(boxes[t + 1].clamp(min=0), limits) - torch.minimum(boxes[t].clamp(min=0), limits)
             torch.testing.assert_close(refinement.shifts[t], shift.square().mean(dim=1).sqrt(), rtol=1e-3, atol=1e-3)
@@ -193,20 +236,36 @@ class TestTrace:
             return QueryState(image.position, -9 * image.content) if len(calls) == 3 else image
 
         monkeypatch.setattr(model.decoder.refinement, "forward", jump)
-        traced = trace_refinement(model, inputs, 0.0)
+        traced = trace(model, inputs, 0.0)
         assert traced.residuals[2] > traced.residuals[1] == traced.shown[1] == traced.shown[2]
         assert torch.equal(traced.boxes[3], traced.boxes[2]) and not torch.equal(traced.boxes[2], traced.boxes[1])
 
+    def test_a_later_step_that_becomes_infinite(self, small_model, inputs, monkeypatch):
+        """The boxes of the step before stay, and so does their residual."""
+        model = small_model().eval()
+        forward, calls = model.decoder.refinement.forward, []
+
+        def break_off(state, features):
+            calls.append(state)
+            output = forward(state, features)
+            return QueryState(output.position, torch.inf * output.content) if len(calls) == 3 else output
+
+        monkeypatch.setattr(model.decoder.refinement, "forward", break_off)
+        traced = trace(model, inputs, 0.0)
+        assert traced.steps == 3 and not traced.residuals[2].isfinite()
+        assert traced.shown[2] == traced.shown[1] == traced.residuals[1]
+        assert torch.equal(traced.boxes[3], traced.boxes[2])
+
     def test_without_an_initialization_layer(self, small_model, inputs):
         """Step 0 is then the initial queries themselves."""
-        traced = trace_refinement(small_model("MODEL.DEQDET.EQUILIBRIUM.USE_INIT_LAYER", False).eval(), inputs, 0.0)
+        traced = trace(small_model("MODEL.DEQDET.EQUILIBRIUM.USE_INIT_LAYER", False).eval(), inputs, 0.0)
         torch.testing.assert_close(traced.boxes[0], traced.initial_boxes, rtol=0, atol=1e-4)
         assert traced.steps == 4
 
     def test_a_query_is_followed_once(self, small_model, inputs, refinement):
         """Its best class; each of the 6 queries has 3, and all 18 pairs would pass the threshold."""
         model = small_model("TEST.DETECTIONS_PER_IMAGE", 18).eval()
-        detected = trace_refinement(model, inputs, threshold=0.0).detected
+        detected = trace(model, inputs, 0.0).detected
         scores, labels = refinement.scores[-1].max(dim=1)
         order = scores.argsort(descending=True)
         assert detected.tolist() == [[q, int(labels[q])] for q in order.tolist()]
@@ -217,7 +276,7 @@ class TestTrace:
         with torch.no_grad():
             for parameter in model.decoder.refinement.parameters():
                 parameter.fill_(float("nan"))
-        traced = trace_refinement(model, inputs, threshold=0.0)
+        traced = trace(model, inputs, 0.0)
         assert traced.boxes.isfinite().all() and traced.steps == 1
         write_strip(build_scene(image, traced, NAMES, 0.0, PANEL_SIDE), tmp_path / "strip.png")
         plot_convergence(traced, "broken", 0.0).savefig(tmp_path / "plot.png")
@@ -284,8 +343,7 @@ def test_the_plot_shows_the_residuals():
     falling = 0.7 ** torch.arange(1.0, 13)
     traced = replace(
         moving(),
-        content=torch.stack([10 * falling, 2 * falling], dim=1),
-        position=3 * falling,
+        parts=ResidualParts(content=2 * falling, position=3 * falling, content_norm=10 * falling),
         residuals=4 * falling,
         shifts=torch.stack([3 * falling, 4 * falling], dim=1),
     )

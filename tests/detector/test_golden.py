@@ -8,7 +8,7 @@ from torch import nn
 
 from detectron2.structures import Boxes, Instances
 
-from deqdet.checkpoints.convert import Renaming
+from deqdet.checkpoints.conversion import Renaming
 from deqdet.checkpoints.kinds import KINDS
 from deqdet.inference import top_detections
 

@@ -35,7 +35,7 @@ def test_mistakes_on_the_command_line(toy_config, words, message):
     [
         ("SOLVER:\n  BASE_LRS: 1.0", r"toy.yaml: unknown config key SOLVER.BASE_LRS; did .*SOLVER.BASE_LR"),
         ("SOLVER: {", r"toy.yaml: while parsing"),
-        ("_BASE_: missing.yaml", r"toy.yaml: .*No such file.*missing.yaml"),
+        ("_BASE_: missing.yaml", r"toy.yaml: its _BASE_ .*missing.yaml does not exist"),
     ],
 )
 def test_mistakes_in_the_config_file(tmp_path, text, message):

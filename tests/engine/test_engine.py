@@ -142,7 +142,7 @@ def test_the_steps_until_convergence_are_in_the_summary(toy_config, capsys):
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("MODEL.META_ARCHITECTURE", "Nothing", "Nothing.*META_ARCH"),
+    ("MODEL.META_ARCHITECTURE", "Nothing", "META_ARCHITECTURE is 'Nothing': it must be one of DEQDet, .* --plugin"),
     ("OUTPUT_DIR", __file__, "OUTPUT_DIR .*test_engine.py is a file: choose a folder"),
     ("OUTPUT_DIR", f"{__file__}/out", r"OUTPUT_DIR .*test_engine.py/out cannot be made \(Not a directory\)"),
 ])  # fmt: skip

@@ -22,7 +22,7 @@ from deqdet.engine import Trainer, UserError, setup
 from deqdet.engine.insight import EquilibriumInsight, build_insight, measure_equilibrium
 from deqdet.engine.optimizer import build_optimizer
 from deqdet.equilibrium import relative_residual
-from deqdet.residuals import measure_residuals
+from deqdet.measurement.residuals import measure_residuals
 from deqdet.structures import QueryState
 
 from helpers.batches import strip

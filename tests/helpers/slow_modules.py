@@ -57,3 +57,19 @@ def slow_box(position: list[float]) -> tuple[float, float, float, float]:
     cx, cy, z, r = position
     width, height = 2**z / math.sqrt(2**r), 2**z * math.sqrt(2**r)
     return cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2
+
+
+def slow_iof(box: tuple, other: tuple) -> float:
+    across = max(min(box[2], other[2]) - max(box[0], other[0]), 0)
+    down = max(min(box[3], other[3]) - max(box[1], other[1]), 0)
+    return across * down / max((box[2] - box[0]) * (box[3] - box[1]), 1e-6)
+
+
+def slow_embedding(position: list[float], dim: int) -> Tensor:
+    cx, cy, z, r = position
+    features = []
+    for value in (cx / 1000, cy / 1000, z, r):
+        for i in range(dim // 4):
+            angle = value / 10000 ** (2 * (i // 2) / (dim / 4))
+            features.append(math.sin(angle) if i % 2 == 0 else math.cos(angle))
+    return torch.tensor(features)

@@ -15,7 +15,9 @@ from helpers.slow_modules import (
     slow_attention,
     slow_box,
     slow_branch,
+    slow_embedding,
     slow_feedforward,
+    slow_iof,
     slow_linear,
     slow_norm,
     slow_normalise,
@@ -43,26 +45,10 @@ def stirred_layer(stir) -> AdaMixerLayer:
 # The slow layer, which computes for one image, query, group, point and level after the other.
 
 
-def slow_iof(box: tuple, other: tuple) -> float:
-    across = max(min(box[2], other[2]) - max(box[0], other[0]), 0)
-    down = max(min(box[3], other[3]) - max(box[1], other[1]), 0)
-    return across * down / max((box[2] - box[0]) * (box[3] - box[1]), 1e-6)
-
-
-def slow_embedding(position: list[float]) -> Tensor:
-    cx, cy, z, r = position
-    features = []
-    for value in (cx / 1000, cy / 1000, z, r):
-        for i in range(DIM // 4):
-            angle = value / 10000 ** (2 * (i // 2) / (DIM / 4))
-            features.append(math.sin(angle) if i % 2 == 0 else math.cos(angle))
-    return torch.tensor(features)
-
-
 def slow_attend(layer: AdaMixerLayer, content: Tensor, positions: list[list[float]]) -> list[Tensor]:
     """Compute q1 of each query of one image (steps 1 and 2), from contents (N, C) and N positions."""
     boxes = [slow_box(p) for p in positions]
-    u = [q + slow_embedding(p) for q, p in zip(content, positions, strict=True)]
+    u = [q + slow_embedding(p, DIM) for q, p in zip(content, positions, strict=True)]
 
     def bias(head: int, i: int, j: int) -> Tensor:
         return layer.attention.iof_scale[head] * math.log(slow_iof(boxes[i], boxes[j]) + 1e-7)

@@ -11,9 +11,19 @@ from detectron2.layers import ShapeSpec
 
 from deqdet import add_deqdet_config
 from deqdet.layers import SparseRCNNLayer, build_refinement_layer
+from deqdet.layers.sparse_rcnn import ATTENTIONS
 from deqdet.structures import QueryState
 
-from helpers.slow_modules import slow_attention, slow_box, slow_branch, slow_feedforward, slow_linear, slow_norm
+from helpers.slow_modules import (
+    slow_attention,
+    slow_box,
+    slow_branch,
+    slow_embedding,
+    slow_feedforward,
+    slow_iof,
+    slow_linear,
+    slow_norm,
+)
 from helpers.small_layers import (
     CLASSES,
     DIM,
@@ -27,8 +37,8 @@ from helpers.small_layers import (
 )
 
 
-def stirred_layer(stir) -> SparseRCNNLayer:
-    layer = make_sparse_rcnn()
+def stirred_layer(stir, **changed) -> SparseRCNNLayer:
+    layer = make_sparse_rcnn(**changed)
     stir(layer, size=0.3)
     return layer
 
@@ -93,13 +103,25 @@ def slow_refine(position: list[float], deltas: list[float]) -> list[float]:
     return [cx, cy, math.log2(math.sqrt(width * height)), math.log2(height / width)]
 
 
+def slow_attend(layer: SparseRCNNLayer, content: Tensor, positions: list[list[float]]) -> list[Tensor]:
+    """Compute q1 of each query of one image (step 2), from contents (N, C) and N positions."""
+    embed, overlap = ATTENTIONS[layer.kind]
+    boxes = [slow_box(position) for position in positions]
+    u = [q + slow_embedding(p, DIM) if embed else q for q, p in zip(content, positions, strict=True)]
+
+    def bias(head: int, i: int, j: int) -> Tensor | float:
+        return layer.attention.iof_scale[head] * math.log(slow_iof(boxes[i], boxes[j]) + 1e-7) if overlap else 0.0
+
+    module = layer.attention if layer.kind == "plain" else layer.attention.attention
+    attended = slow_attention(module, u, bias)
+    return [slow_norm(layer.attention_norm, x + y) for x, y in zip(u, attended, strict=True)]
+
+
 def slow_layer(layer: SparseRCNNLayer, state: QueryState, features: list[Tensor]) -> QueryState:
     all_positions, all_contents = [], []
     for row, (content, positions) in enumerate(zip(state.content, state.position.tolist(), strict=True)):
         levels = [level[row % len(level)] for level in features]
-        attended = slow_attention(layer.attention, list(content), lambda head, i, j: 0.0)
-        for q, attention, position in zip(content, attended, positions, strict=True):
-            q1 = slow_norm(layer.attention_norm, q + attention)
+        for q1, position in zip(slow_attend(layer, content, positions), positions, strict=True):
             filtered = slow_dynamic_conv(layer, q1, slow_regions(position, levels))
             q2 = slow_norm(layer.dynamic_conv_norm, q1 + filtered)
             q3 = slow_norm(layer.feedforward_norm, q2 + slow_feedforward(layer.feedforward, q2))
@@ -110,10 +132,12 @@ def slow_layer(layer: SparseRCNNLayer, state: QueryState, features: list[Tensor]
     )
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
-def test_against_loops(float64, stir):
+def test_against_loops(float64, stir, attention):
     """Return a state of four rows, two of each of two images, with boxes of every level and some beyond the edge."""
-    layer, features, state = stirred_layer(stir), SPARSE_RCNN.features(), SPARSE_RCNN.state(rows=4)
+    layer, features, state = stirred_layer(stir, attention=attention), SPARSE_RCNN.features(), SPARSE_RCNN.state(rows=4)
+    layer.kind = attention
     boxes = [slow_box(position) for position in state.position.flatten(0, 1).tolist()]
     assert {slow_level(box) for box in boxes} == {0, 1, 2}
     fast, slow = layer(state, features), slow_layer(layer, state, features)
@@ -189,6 +213,18 @@ def test_the_towers_have_as_many_layers_as_asked_for():
 def test_dimensions_must_divide():
     with pytest.raises(ValueError, match="16 is not a multiple of the 5 heads"):
         make_sparse_rcnn(num_heads=5)
+    with pytest.raises(ValueError, match="12 is not a multiple of the 8 sine embedding's features"):
+        make_sparse_rcnn(dim=12, attention="embedding")
+    with pytest.raises(ValueError, match="SPARSE_RCNN.ATTENTION is 'sine': it must be one of plain, embedding"):
+        make_sparse_rcnn(attention="sine")
+
+
+def test_parameters_of_each_attention():
+    """The overlap bias has a number for each head, the embedding none; the plain one keeps the names of old weights."""
+    names = {kind: set(dict(make_sparse_rcnn(attention=kind).named_parameters())) for kind in ATTENTIONS}
+    assert "attention.in_proj_weight" in names["plain"] and "attention.attention.in_proj_weight" in names["embedding"]
+    assert names["positional"] - names["embedding"] == {"attention.iof_scale"}
+    assert names["overlap"] == names["positional"]
 
 
 def test_the_config_reaches_the_layer(small_cfg):
@@ -203,6 +239,7 @@ def test_the_config_reaches_the_layer(small_cfg):
         f"{key}.NUM_BOX_LAYERS": 4,
         f"{key}.NUM_HEADS": 16,
         f"{key}.FEEDFORWARD_DIM": 48,
+        f"{key}.ATTENTION": "overlap",
     }
     shapes = [ShapeSpec(channels=32, stride=8), ShapeSpec(channels=32, stride=16)]
     for initialization in (True, False):
@@ -212,7 +249,8 @@ def test_the_config_reaches_the_layer(small_cfg):
         assert poolers == [((5, 5), 1 / 8, 3, True), ((5, 5), 1 / 16, 3, True)]
         assert layer.dynamic_conv.generator.weight.shape == (2 * 32 * 11, 32)
         assert layer.dynamic_conv.out.weight.shape == (32, 25 * 32)
-        assert layer.attention.num_heads == 16
+        assert layer.attention.attention.num_heads == 16 and len(layer.attention.iof_scale) == 16
+        assert not layer.attention.embed
         assert layer.feedforward[0].weight.shape == (48, 32)
         assert len(layer.class_branch) == 2 * 3 + 1 and layer.class_branch[-1].weight.shape == (3, 32)
         assert len(layer.box_branch) == 4 * 3 + 1 and layer.box_branch[-1].weight.shape == (4, 32)

@@ -1,4 +1,4 @@
-"""The comparison: what a training's files say, what is trained again, the table; and the tool once for real."""
+"""The comparison: what a training's files say, what is trained again; and the tool once for real."""
 
 import fcntl
 import json
@@ -11,39 +11,21 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
 from typing import TextIO
 
-import cv2
 import pytest
-import torch
-from matplotlib.axes import Axes
 
-from deqdet.analysis import count_multiply_adds
-from deqdet.comparison import (
-    Measurement,
-    Metrics,
-    Result,
-    Run,
-    complete,
-    prepare_runs,
-    read_metrics,
-    write_report,
-)
-from deqdet.comparison.measurement import IMAGES, WARM_UP, measure, peak_memory
-from deqdet.comparison.report import summarize
-from deqdet.comparison.runs import check_record
-from deqdet.comparison.settings import check_budgets
-from deqdet.engine import UserError
+from deqdet.errors import UserError
+from deqdet.measurement.comparison import Run, check_record, complete, prepare_runs, read_metrics
+from deqdet.measurement.comparison_settings import check_budgets
+from deqdet.measurement.timing import Measurement
 
+from helpers.comparison import MEASURED
 from helpers.paths import ROOT
 
 QUICK = ROOT / "configs" / "quick"
 NAN = float("nan")
-MEASURED = Measurement(parameters=2_000_000, multiply_adds=3_000_000_000, image_size=[160, 192],
-                       ms_per_image=40.0, inference_memory_mb=50.0)  # fmt: skip
-
 # Stands for tools/train_net.py: notes its arguments, then leaves what a training of 30 iterations leaves.
 STUB = """
 import json, sys
@@ -66,22 +48,6 @@ def write_lines(path: Path, *lines: dict) -> None:
 
 def evaluation(iteration: int, ap: float, aps: float = 1.0, **others: float) -> dict:
     return {"bbox/AP": ap, "bbox/AP50": 2 * ap, "bbox/APs": aps, "iteration": iteration, **others}
-
-
-def make_result(name: str, seed: int, ap: float | None, **figures: object) -> Result:
-    settings = {
-        "MODEL.DEQDET.DECODER": f"{name}Decoder",
-        "MODEL.DEQDET.REFINEMENT_LAYER": "SomeLayer",
-        "SOLVER.MAX_ITER": 30,
-        "SOLVER.IMS_PER_BATCH": 16,
-        "DATASETS.TRAIN": ["some_train"],
-        "DATASETS.TEST": ["some_val"],
-        "num_gpus": 2,
-    }
-    curve = [[10, 1.0], [20, 2.0], [30, ap]]
-    metrics = {"AP": ap, "AP50": 60.0, "APs": 10.0, "curve": curve, "seconds_per_iteration": 0.5}
-    metrics = Metrics(**{**metrics, "training_memory_mb": 900.0, **figures})
-    return Result(name, seed, settings, metrics, MEASURED, "a machine", 1.5)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
@@ -277,6 +243,17 @@ class TestPreparation:
         assert last.settings["MODEL.DEQDET.DECODER"] == "RecurrentDecoder"
         assert "--resume" in last.arguments and "OUTPUT_DIR" not in last.settings
 
+    def test_names_of_the_model_zoo_and_plugins(self, prepare, tmp_path):
+        plugin = tmp_path / "layer_of_a_comparison.py"
+        plugin.write_text("imported = True\n")
+        runs = prepare("quick/deqdet_shapes", "rnndet_shapes", seeds=[1], plugins=[str(plugin)])
+        assert [run.name for run in runs] == ["deqdet_shapes", "rnndet_shapes"]
+        for run in runs:
+            where = run.arguments.index("--plugin")
+            assert run.arguments[where + 1] == str(plugin)
+            assert Path(run.arguments[run.arguments.index("--config-file") + 1]).is_file()
+        assert sys.modules.pop("deqdet_plugin_layer_of_a_comparison").imported
+
     def test_unequal_budgets_are_an_error(self, prepare, write_config):
         other = write_config("other.yaml", "SOLVER: {MAX_ITER: 77}")
         with pytest.raises(UserError, match="SOLVER.MAX_ITER is 1200 in deqdet_shapes, but 77 in other"):
@@ -315,104 +292,6 @@ class TestPreparation:
         assert prepare(write_config("x.yaml"), seeds=[1]) == [run]
         with pytest.raises(UserError, match="begun with SOLVER.BASE_LR 0.001, which is 0.002 now"):
             prepare(write_config("x.yaml", "SOLVER: {BASE_LR: 0.002}"), seeds=[1])
-
-
-class TestMeasurement:
-    def test_figures_of_a_model(self, small_model, make_inputs):
-        model = small_model().eval()
-        calls = []
-        model.register_forward_hook(lambda *_: calls.append(1))
-        found = measure(model, repeat(make_inputs(1)))
-        assert len(calls) == WARM_UP + IMAGES
-        assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
-        assert found.image_size == [64, 96]
-        assert found.multiply_adds == count_multiply_adds(model, height=64, width=96).total.linear
-        assert found.ms_per_image > 0
-        weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
-        assert weights < found.inference_memory_mb < weights + 20  # a small image: no libraries are counted
-
-    def test_two_images_are_too_few(self, small_model, make_inputs):
-        with pytest.raises(ValueError, match="2 image.s. are too few"):
-            measure(small_model().eval(), [make_inputs(1)] * 2)
-
-    def test_peak_of_memory(self):
-        held = torch.zeros(2**20)  # 4 MiB, there before
-
-        def step() -> torch.Tensor:
-            doubled = held * 2  # 4
-            more = torch.cat([doubled, held])  # 12
-            del doubled
-            return more.sum()  # 8 and a little
-
-        assert peak_memory(step, torch.device("cpu")) / 2**20 == pytest.approx(12, abs=0.1)
-
-
-class TestReport:
-    def test_means_over_the_seeds(self):
-        results = [
-            make_result("A", 1, 20.0, curve=[[10, 1.0], [20, 2.0], [30, 20.0]], seconds_per_iteration=0.5),
-            make_result("B", 1, 33.0),
-            make_result("A", 2, 30.0, curve=[[10, 4.0], [30, 30.0]], seconds_per_iteration=0.7, APs=None),
-        ]
-        a, b = summarize(results)
-        assert (a["name"], b["name"], a["decoder"]) == ("A", "B", "ADecoder")
-        assert (a["AP"], a["APs"]) == (25.0, None)
-        assert a["seconds_per_iteration"] == pytest.approx(0.6)
-        assert a["curve"] == [[10, 2.5], [30, 25.0]]  # the points that both have
-        assert [seed["AP"] for seed in a["seeds"]] == [20.0, 30.0]
-        assert b["AP"] == 33.0 and len(b["seeds"]) == 1
-
-    def test_table_and_json(self, tmp_path):
-        results = [make_result("A", 1, 20.0), make_result("B", 1, 33.0, APs=None), make_result("A", 2, 31.0)]
-        write_report(results, tmp_path, "the command")
-        text = (tmp_path / "comparison.md").read_text()
-        assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
-            "| A | ADecoder | SomeLayer | 25.5 | 20.0, 31.0 | 60.0 | 10.0 | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
-            "| B | BDecoder | SomeLayer | 33.0 | 33.0 | 60.0 | - | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
-        ]
-        for part in ("30 iterations of 16 images of some_train", "160 x 192", "a machine", "`the command`", "some_val"):
-            assert part in text
-        whole = json.loads((tmp_path / "comparison.json").read_text())
-        assert whole["command"] == "the command" and whole["configs"] == summarize(results)
-
-    def test_what_differs_from_the_first_config(self, tmp_path):
-        """Not the seed, and not a key that the first one's run did not know."""
-        results = [make_result("A", seed, 20.0) for seed in (1, 2)] + [make_result(name, 1, 30.0) for name in "BA"]
-        results[3] = replace(results[0], name="C")
-        results[0].settings["SEED"] = 1
-        results[2].settings.update({"SEED": 5, "SOLVER.MAX_ITER": 40, "SOLVER.NEWER": 1})
-        write_report(results, tmp_path, "")
-        assert [config["changes"] for config in summarize(results)] == [
-            {}, {"MODEL.DEQDET.DECODER": "BDecoder", "SOLVER.MAX_ITER": 40}, {}
-        ]  # fmt: skip
-        lines = (tmp_path / "comparison.md").read_text().splitlines()
-        start = lines.index("- What differs from A:")
-        assert lines[start + 1 : start + 3] == [
-            "  - B: `MODEL.DEQDET.DECODER` BDecoder, `SOLVER.MAX_ITER` 40",
-            "  - C: nothing",
-        ]
-        write_report(results[:2], tmp_path, "")
-        assert "differs" not in (tmp_path / "comparison.md").read_text()
-
-    def test_curve_has_a_colour_for_each_config(self, tmp_path):
-        curve = [[10, None], [20, 20.0], [30, 30.0]]  # the first AP has no value
-        write_report([make_result("A", 1, 20.0), make_result("B", 1, 30.0, curve=curve)], tmp_path, "")
-        picture = cv2.imread(str(tmp_path / "comparison.png"))[..., ::-1]
-        for colour in ([31, 119, 180], [255, 127, 14], [255, 255, 255]):  # tab10's first two, the ground
-            assert (abs(picture.astype(int) - colour).max(axis=-1) < 3).sum() > 300
-        assert (abs(picture.astype(int) - [44, 160, 44]).max(axis=-1) < 3).sum() == 0  # there is no third
-
-    def test_an_eleventh_curve_is_dashed(self, tmp_path, monkeypatch):
-        drawn, plot = [], Axes.plot
-
-        def note(axes, *values, **style):
-            drawn.append((style["color"], style["linestyle"]))
-            return plot(axes, *values, **style)
-
-        monkeypatch.setattr(Axes, "plot", note)
-        write_report([make_result(f"config {index}", 1, 20.0) for index in range(12)], tmp_path, "")
-        assert len(set(drawn)) == 12
-        assert drawn[10] == (drawn[0][0], "--") and drawn[9][1] == "-"
 
 
 def test_the_tool_trains_two_detectors_once(tmp_path):

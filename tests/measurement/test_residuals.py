@@ -1,6 +1,6 @@
 import torch
 
-from deqdet.residuals import measure_residuals
+from deqdet.measurement.residuals import measure_residuals
 
 UNITS = torch.tensor([1024.0, 1024.0, 8.0, 8.0])  # of the packed position
 

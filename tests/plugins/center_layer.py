@@ -76,5 +76,6 @@ register_kind(
         ],
         imply_layers=lambda shapes, layers, dim: {"MODEL.DEQDET.NUM_CLASSES": shapes.size("decoder.*.classify.*")},
         config={"MODEL.DEQDET.REFINEMENT_LAYER": "CenterLayer", "MODEL.DEQDET.DECODER": "EquilibriumDecoder"},
+        resnet_config={"MODEL.RESNETS.NORM": "BN"},  # no shape shows whether a BatchNorm was frozen
     )
 )

@@ -120,7 +120,7 @@ def test_it_begins_with_its_command(path):
 @pytest.mark.parametrize("name", ROWS)
 def test_it_begins_with_the_papers_row(name):
     comment = comment_of(f"configs/{name}.yaml")
-    assert "8 GPUs with 2 images each: python" in comment
+    assert "Train it on 8 GPUs with 2 images each: python" in comment
     if ROWS[name] is None:
         assert "The paper has no such row" in comment and "we have not trained it" in comment
         return
@@ -137,8 +137,8 @@ def test_an_ablation_begins_with_the_papers_row(name):
     part, ap = ABLATIONS[name]
     comment = comment_of(f"configs/ablations/{name}.yaml")
     assert comment.startswith(f"Table 4{part}, ")
-    recipe = f"AP {ap} on COCO val2017 after 12 epochs (paper; not trained by us). 8 GPUs with 2 images each: python"
-    assert recipe in comment
+    result = f"AP {ap} on COCO val2017 after 12 epochs (paper; not trained by us)."
+    assert f"{result} Train it on 8 GPUs with 2 images each: python" in comment
 
 
 @pytest.mark.parametrize("path", CONFIGS)

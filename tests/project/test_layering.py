@@ -15,15 +15,15 @@ PACKAGE = ROOT / "projects" / "DEQDet" / "deqdet"
 # that of the design's data flow; a new module needs a place here.
 LEVELS = (
     {"errors", "version", "config", "equilibrium", "structures", "boxes"},
+    {"config_file"},
     {"model_zoo", "plugins", "backbones", "queries", "layers", "perturbation"},
     {"decoders", "matcher"},
     {"criterion", "inference"},
     {"detector", "data"},
-    {"residuals", "tables", "timing", "visualization", "drawing"},
-    {"checkpoints", "analysis"},
+    {"checkpoints", "drawing"},
     {"engine"},
     {"predictor"},
-    {"comparison", "convergence", "measurement", "demo"},
+    {"measurement", "demo"},
     {"tools"},
     {""},  # deqdet/__init__.py
 )
@@ -31,7 +31,9 @@ LEVELS = (
 CFG_READERS = re.compile(
     r"from_config|from_bottom_up|(add_deqdet|_add|build|register|prepare|check|find)_\w+"
     # A model file holds a config.
-    r"|write_model_file|load_model_config|_portable_config|publish_checkpoint|_config_with|merge_overrides"
+    r"|write_model_file|load_model_config|_portable_config|publish_checkpoint|merge_overrides"
+    # A process of its own, which starts at a command line.
+    r"|_measure_checkpoint"
 )
 CFG_ROOMS = {"engine", "model_zoo", "predictor", "tools"}  # whose work starts at a config
 

@@ -89,6 +89,9 @@ def _add_layer_keys(deqdet: CN) -> None:
     deqdet.SPARSE_RCNN.NUM_BOX_LAYERS = 3  # the same of the box tower
     deqdet.SPARSE_RCNN.NUM_HEADS = 8  # of the attention among queries
     deqdet.SPARSE_RCNN.FEEDFORWARD_DIM = 2048
+    # Attention among queries: "plain" (Sparse R-CNN's, the paper's Appendix F), "positional" (AdaMixer's, with the two
+    # parts "embedding" of positions and "overlap" of boxes, which can be chosen alone).
+    deqdet.SPARSE_RCNN.ATTENTION = "plain"
 
 
 def _add_equilibrium_keys(deqdet: CN) -> None:
@@ -125,6 +128,10 @@ def _add_equilibrium_keys(deqdet: CN) -> None:
 
 
 def _add_training_keys(cfg: CN) -> None:
+    # Load a MODEL.WEIGHTS that is a pickle (.pkl) although reading it can run code. It counts on the command line only,
+    # not in a config file. The .pkl files of detectron2:// and catalog:// need no trust: see deqdet.checkpoints.
+    cfg.MODEL.TRUST_PICKLE = False
+
     cfg.DATASETS.REGISTER = []  # COCO-format sets to register: [[name, json file, image root], ...]
     # True: images that cannot be used and annotations without a usable box are left out, and a warning says how many.
     # False: a set with such a fault is refused before anything starts.

@@ -6,6 +6,7 @@ The files are those of the repository's configs/; an installed package carries a
 """
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,12 @@ from pathlib import Path
 import yaml
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.utils.file_io import PathManager
 
 from .config import OPEN_SECTION, add_deqdet_config, merge_overrides
+from .config_file import check_config_file, is_remote
 from .errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
 
 _PACKAGED = Path(__file__).with_name("configs")  # as setup.py lays them into a wheel
 _IN_REPOSITORY = Path(__file__).parents[3] / "configs"
@@ -31,21 +34,33 @@ def list_configs() -> list[str]:
     return [path.as_posix() for path in files if not path.name.startswith("Base-")]
 
 
-def get_config(name: str | os.PathLike, overrides: Sequence[str] = ()) -> CfgNode:
+def get_config(name: str | os.PathLike, overrides: Sequence[str] = (), *, allow_remote: bool = False) -> CfgNode:
     """detectron2's config with DEQDet's keys, a config file's values, and overrides.
+
+    MODEL.TRUST_PICKLE counts among the overrides only: a file could otherwise allow itself to name weights that run
+    code.
 
     Args:
         name: a name of `list_configs`, its last part where that is unambiguous ("deqdet_shapes"), or a YAML file.
         overrides: keys and values in turn, as on the tools' command lines.
+        allow_remote: whether the file and its bases may come from the network.
 
     Raises:
-        UserError: there is no such config, the file is no YAML or holds Python objects, or a key or value is wrong.
+        UserError: there is no such config, a file is no YAML, holds Python objects, loops or comes from the network, or
+            a key or value is wrong.
     """
     cfg = get_cfg()
     add_deqdet_config(cfg)
     file = find_config(name)
+    check_config_file(file, allow_remote=allow_remote)
     with explained(cfg, str(name)):
-        cfg.merge_from_file(file, allow_unsafe=False)
+        if is_remote(file):  # merge_from_file takes local files only
+            cfg.merge_from_other_cfg(CfgNode(CfgNode.load_yaml_with_base(file, allow_unsafe=False)))
+        else:
+            cfg.merge_from_file(file, allow_unsafe=False)
+    if cfg.MODEL.TRUST_PICKLE:
+        logger.warning("%s: MODEL.TRUST_PICKLE is ignored in a file: it counts on the command line only", name)
+        cfg.MODEL.TRUST_PICKLE = False
     put_overrides(cfg, [str(word) for word in overrides])
     return cfg
 
@@ -66,13 +81,13 @@ def put_overrides(cfg: CfgNode, pairs: Sequence[str]) -> None:
 
 
 def find_config(name: str | os.PathLike) -> str:
-    """The path of the file that a name of `get_config` stands for.
+    """The path of the file that a name of `get_config` stands for; a URL is returned as it is.
 
     Raises:
         UserError: there is none, or the last part of a name stands for several.
     """
     text = os.fspath(name)
-    if PathManager.isfile(text):
+    if is_remote(text) or os.path.isfile(text):
         return text
     stem, known = text.removeprefix("configs/").removesuffix(".yaml"), list_configs()
     found = [config for config in known if config == stem] or [x for x in known if x.rpartition("/")[2] == stem]
@@ -101,9 +116,9 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
     known = [key for key, _ in flatten(cfg)]
     try:
         yield
-    except yaml.constructor.ConstructorError as error:
-        raise UserError(f"{where}: {one_line(error)}: a config holds plain values only, no Python objects") from error
-    except (AssertionError, KeyError, TypeError, ValueError, OSError, yaml.YAMLError) as error:
+    except (
+        AssertionError, AttributeError, KeyError, TypeError, ValueError, OSError, RecursionError, yaml.YAMLError
+    ) as error:  # fmt: skip
         # The text of a KeyError is the repr of its message.
         message = one_line(error.args[0] if isinstance(error, KeyError) else error)
         unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)

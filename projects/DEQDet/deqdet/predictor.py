@@ -1,10 +1,10 @@
 """Detection in a few lines of Python: a trained detector with its classes, for images of any kind.
 
-    from deqdet import Predictor
+from deqdet import Predictor
 
-    predictor = Predictor.from_file("model_final.safetensors")
-    found = predictor("street.jpg", steps=10)
-    print(found.labels, found.instances.pred_boxes, found.steps, found.residual)
+predictor = Predictor.from_file("model_final.safetensors")
+found = predictor("street.jpg", steps=10)
+print(found.labels, found.instances.pred_boxes, found.steps, found.residual)
 """
 
 import os
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,13 +23,14 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
 
-from .checkpoints import load_model_config, read_model_file, resolve_file
+from .checkpoints import ModelFile, is_model_file, load_model_config, read_model_file, resolve_file
 from .data import find_class_names, read_image
 from .data.images import to_rgb
 from .decoders import build_solver
 from .detector import BatchTrajectory, DEQDet
-from .engine import adapt_device, build_model, load_weights
+from .engine import adapt_device, build_model, check_options, load_weights
 from .equilibrium import Solver
 from .errors import UserError, one_line
 from .model_zoo import get_config, put_overrides
@@ -61,8 +61,13 @@ class Detections:
 
         Args:
             category_ids: the id of each class; by default 1, 2, ... in the order of class_names.
+
+        Raises:
+            UserError: there is not one id for each class.
         """
         ids = range(1, len(self.class_names) + 1) if category_ids is None else category_ids
+        if len(ids) != len(self.class_names):
+            raise UserError(f"{len(ids)} category_ids for {len(self.class_names)} classes: give one for each")
         records = instances_to_coco_json(self.instances, image_id)
         return [record | {"category_id": ids[record["category_id"]]} for record in records]
 
@@ -135,6 +140,7 @@ class Predictor:
         cfg = load_model_config(file)
         put_overrides(cfg, [str(word) for word in overrides])
         _set_device(cfg, device)
+        check_options(cfg)
         model = _build(cfg)
         _load_state(model, file.weights, path)
         return cls(model, cfg, file.class_names, threshold=threshold)
@@ -156,7 +162,8 @@ class Predictor:
             config: the name of a config in the model zoo, a YAML file, or a config.
             weights: the checkpoint (.pth, .safetensors); by default the config's MODEL.WEIGHTS.
             overrides: config keys and values in turn.
-            class_names: by default those of the first set of DATASETS.TEST, or "class 0", ... where it has none.
+            class_names: by default those in the checkpoint if it is a model file, else those of the first set of
+                DATASETS.TEST, or "class 0", ... where it has none.
             device: see `from_file`.
 
         Raises:
@@ -170,13 +177,17 @@ class Predictor:
             cfg = get_config(config, overrides)
         if weights is not None:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
-        if not cfg.MODEL.WEIGHTS:
-            raise UserError("there are no weights: give the checkpoint of a trained model (weights= or MODEL.WEIGHTS)")
         _set_device(cfg, device)
+        check_options(cfg)
+        file = _find_weights(cfg)
         model = _build(cfg)
-        load_weights(model, cfg, resume=False)
-        names = find_class_names(cfg) if class_names is None else class_names
-        return cls(model, cfg, names, threshold=threshold)
+        if file is None:
+            load_weights(model, cfg, resume=False)
+        else:
+            _load_state(model, file.weights, cfg.MODEL.WEIGHTS)
+        if class_names is None:
+            class_names = find_class_names(cfg) if file is None else file.class_names
+        return cls(model, cfg, class_names, threshold=threshold)
 
     def __call__(
         self,
@@ -209,10 +220,20 @@ class Predictor:
         Raises:
             UserError: an image cannot be read or is too small or too large, or an option does not fit the detector.
         """
-        options = {"steps": steps, "rtol": rtol, "solver": solver, "threshold": threshold}
         if isinstance(images, list | tuple):
-            return list(self.stream(images, **options, channels=channels, batch_size=batch_size))
-        return next(self.stream([images], **options, channels=channels, batch_size=1))
+            return list(
+                self.stream(
+                    images,
+                    steps=steps,
+                    rtol=rtol,
+                    solver=solver,
+                    threshold=threshold,
+                    channels=channels,
+                    batch_size=batch_size,
+                )
+            )
+        inputs = self.prepare(images, channels=channels)
+        return next(self._detect([inputs], self.options(steps, rtol, solver), self._lowest(threshold)))
 
     def stream(
         self,
@@ -228,13 +249,15 @@ class Predictor:
         """Detect in any number of images: they are read as they are needed, and results come in their order.
 
         The arguments are those of a call.
+
+        Raises:
+            UserError: as a call; an image without a path is named by its place, beginning with 0.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        lowest = self.threshold if threshold is None else _check_threshold(threshold)
-        options = self._options(steps, rtol, solver)
-        images = iter(images)
-        while chunk := [self.prepare(image, channels=channels) for image in islice(images, batch_size)]:
+        lowest, options = self._lowest(threshold), self.options(steps, rtol, solver)
+        numbered = enumerate(images)
+        while chunk := [self._prepare_numbered(*pair, channels) for pair in islice(numbered, batch_size)]:
             yield from self._detect(chunk, options, lowest)
 
     def walk(self, image: ImageLike, *, channels: str = "RGB", **options) -> BatchTrajectory:
@@ -246,13 +269,21 @@ class Predictor:
         Raises:
             UserError: as a call; or the detector has no equilibrium.
         """
-        chosen = self._options(options.pop("steps", None), options.pop("rtol", None), options.pop("solver", None))
+        chosen = self.options(options.pop("steps", None), options.pop("rtol", None), options.pop("solver", None))
         inputs = self.prepare(image, channels=channels)
         with _explained(inputs):
             return self.model.walk([inputs], **chosen, **options)
 
     def prepare(self, image: ImageLike, *, channels: str = "RGB") -> dict:
-        """The input that the model gets for an image: "image" (3, h, w) resized, and "height", "width" as it was."""
+        """The input that the model gets for an image.
+
+        Returns:
+            "image" (3, h, w) uint8, resized, in the order of INPUT.FORMAT; "height" and "width" of the image as it was;
+            "file_name" if it is a path.
+
+        Raises:
+            UserError: the image cannot be read, or a side has no pixel left after the resize.
+        """
         rgb = _to_array(image, channels)
         height, width = rgb.shape[:2]
         ordered = rgb[:, :, ::-1] if self.cfg.INPUT.FORMAT == "BGR" else rgb
@@ -260,17 +291,39 @@ class Predictor:
         try:
             self._resize(inputs)
         except (ValueError, MemoryError) as error:
-            raise UserError(f"an image of {width} x {height} pixels cannot be resized: {one_line(error)}") from error
+            where = f"{image}: " if _is_path(image) else ""
+            size = f"{width} x {height} pixels"
+            raise UserError(f"{where}an image of {size} cannot be resized: {one_line(error)}") from error
         tensor = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-        return {"image": tensor, "height": height, "width": width}
+        named = {"file_name": str(image)} if _is_path(image) else {}
+        return {"image": tensor, "height": height, "width": width, **named}
+
+    def _prepare_numbered(self, index: int, image: ImageLike, channels: str) -> dict:
+        """As `prepare`, but the errors of an image without a path give its place in the list."""
+        try:
+            return self.prepare(image, channels=channels)
+        except UserError as error:
+            if _is_path(image):
+                raise
+            raise UserError(f"image {index} of the list: {error}") from error
+
+    def _lowest(self, threshold: float | None) -> float:
+        return self.threshold if threshold is None else _check_threshold(threshold)
 
     @property
     def has_equilibrium(self) -> bool:
         """Whether steps, rtol, solver and `walk` can be used."""
         return self.model.decoder.has_equilibrium
 
-    def _options(self, steps: int | None, rtol: float | None, solver: str | Solver | None) -> dict:
-        """The options of DEQDet.infer, checked."""
+    def options(self, steps: int | None = None, rtol: float | None = None, solver: str | Solver | None = None) -> dict:
+        """Check the options of a call, before any image is read, and make a solver of its name.
+
+        Returns:
+            "steps", "rtol" and "solver", as a call, `stream`, `walk` and DEQDet.infer take them.
+
+        Raises:
+            UserError: a number is out of range, or the solver is unknown.
+        """
         if steps is not None and steps < 1:
             raise UserError(f"steps must be at least 1, got {steps}")
         if rtol is not None and not 0 <= rtol < float("inf"):
@@ -319,18 +372,39 @@ def _build(cfg: CfgNode) -> DEQDet:
         raise UserError(f"the model cannot be built on MODEL.DEVICE {cfg.MODEL.DEVICE}: {one_line(error)}") from error
 
 
+def _find_weights(cfg: CfgNode) -> ModelFile | None:
+    """The model file that MODEL.WEIGHTS names; None for a checkpoint of any other kind.
+
+    Raises:
+        UserError: MODEL.WEIGHTS is empty, or the file does not exist or is damaged.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if not path:
+        raise UserError("MODEL.WEIGHTS is empty: give the checkpoint of a trained model")
+    if path.startswith("hf://"):
+        path = cfg.MODEL.WEIGHTS = str(resolve_file(path))
+    file = path.split("?")[0]  # detectron2 allows ?matching_heuristics=True
+    if "://" not in file and not PathManager.isfile(file):
+        raise UserError(f"MODEL.WEIGHTS {file} does not exist: give the checkpoint of a trained model")
+    return read_model_file(file) if is_model_file(file) else None
+
+
 def _load_state(model: DEQDet, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """Load all of the model's weights; half precision becomes the model's own on the way."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit the config in the file: {one_line(error)}") from error
+        raise UserError(f"{path}: the weights do not fit the config: {one_line(error)}") from error
 
 
 def _set_device(cfg: CfgNode, device: str | None) -> None:
     if device is not None:
         cfg.MODEL.DEVICE = device
     adapt_device(cfg)
+
+
+def _is_path(image: ImageLike) -> bool:
+    return isinstance(image, str | os.PathLike)
 
 
 def _check_threshold(threshold: float) -> float:
@@ -347,8 +421,8 @@ def _to_array(image: ImageLike, channels: str) -> np.ndarray:
     """
     if channels not in ("RGB", "BGR"):
         raise UserError(f"channels must be RGB or BGR, got {channels!r}")
-    if isinstance(image, str | os.PathLike):
-        return read_image(Path(image))
+    if _is_path(image):
+        return read_image(image)
     if isinstance(image, Image.Image):
         try:
             return np.array(to_rgb(image))
@@ -392,5 +466,6 @@ def _explained(inputs: dict) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
+        where = f"{inputs['file_name']}: " if "file_name" in inputs else ""
         size = f"{inputs['width']} x {inputs['height']}"
-        raise UserError(f"the detector fails on {size} pixels: {one_line(error)}") from error
+        raise UserError(f"{where}the detector fails on {size} pixels: {one_line(error)}") from error

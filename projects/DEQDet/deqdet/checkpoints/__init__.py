@@ -1,7 +1,7 @@
 """Checkpoint files: reading and writing them, whole models in one file, and conversion of others' weights to ours."""
 
-from .checkpointer import Checkpointer, CompleteCheckpointer
-from .convert import Conversion, convert, convert_file
+from .checkpointer import Checkpointer, CompleteCheckpointer, check_pickle, check_query
+from .conversion import Conversion, convert, convert_file
 from .files import CheckpointError
 from .implied import Config, Shapes
 from .kinds import KINDS, Kind, register_kind, under
@@ -25,6 +25,8 @@ __all__ = [
     "Kind",
     "ModelFile",
     "Shapes",
+    "check_pickle",
+    "check_query",
     "convert",
     "convert_file",
     "is_model_file",

@@ -1,37 +1,70 @@
-"""detectron2's checkpointer, which also loads .safetensors files, model files among them."""
+"""detectron2's checkpointer, which also loads .safetensors files and model files, and runs no code of any file."""
 
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from .files import CheckpointError, check_weights, read_safetensors, read_torch
+from .array_pickle import read_array_pickle
+from .files import CheckpointError, check_weights, read_safetensors, read_torch, refuse_pickle
 from .model_file import is_model_file, read_model_file, resolve_file
+
+MODEL_ZOO = ("detectron2://", "catalog://")  # names of files on detectron2's own server
+TRUST = (
+    "if you trust whoever made it, put MODEL.TRUST_PICKLE True on the command line; else take a .pth or .safetensors "
+    "file"
+)
 
 
 class Checkpointer(DetectionCheckpointer):
     """Loads .safetensors files, model files and hf:// names as well; it saves .pth files as DetectionCheckpointer does.
 
-    A .pth file may hold tensors and plain Python values only: building other objects can run code, so they are refused.
-    The .pkl files of detectron2's model zoo are pickles and can run code: load none that you do not trust.
+    No file runs code. A .pth file, or one of any other name, may hold tensors and plain Python values only: building
+    other objects can run code, so they are refused. Of the .pkl files, which are pickles, only those of detectron2's
+    model zoo are loaded, and of these only NumPy arrays and plain values.
 
     Missing counters of BatchNorm give no warning, since nothing reads them and ImageNet weights do not have them.
     (torch does not miss them, but detectron2 turns the BatchNorm of frozen stages into a module that would.)
 
     Raises:
-        CheckpointError: in `load`, if the file is damaged or no checkpoint, or cannot be downloaded.
+        CheckpointError: in `load`, if the file is damaged, no checkpoint or a pickle, or cannot be downloaded.
     """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", *, trust_pickle: bool = False, **others: Any):
+        """
+        Args:
+            trust_pickle: load any .pkl file as DetectionCheckpointer does, which runs the code that is in it.
+            others: as DetectionCheckpointer's.
+        """
+        super().__init__(model, save_dir, **others)
+        self._trust_pickle = trust_pickle
+        self._from_model_zoo = False  # whether the file that is being loaded comes from detectron2's own server
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As DetectionCheckpointer's; `path` may be an hf:// name (see `resolve_file`)."""
+        path = path or ""
+        self._from_model_zoo = path.startswith(MODEL_ZOO)
+        if not self._from_model_zoo:
+            check_pickle(path, trusted=self._trust_pickle)  # before anything is downloaded
+        check_query(path)
         return super().load(str(resolve_file(path)) if path.startswith("hf://") else path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict:
+        if not filename.endswith(".pkl"):
+            refuse_pickle(filename)
+            return super()._load_file(filename)
+        if self._from_model_zoo:
+            return _as_checkpoint(filename, read_array_pickle(Path(filename)))
+        check_pickle(filename, trusted=self._trust_pickle)
         try:
             return super()._load_file(filename)
-        except (pickle.UnpicklingError, EOFError, KeyError, UnicodeDecodeError) as error:  # of a .pkl or .pyth file
+        except (pickle.UnpicklingError, EOFError, KeyError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{filename} is damaged or no checkpoint ({type(error).__name__})") from error
 
     def _torch_load(self, f: str) -> dict:
@@ -48,6 +81,45 @@ class Checkpointer(DetectionCheckpointer):
         missing = incompatible.missing_keys
         missing[:] = [name for name in missing if not name.endswith(".num_batches_tracked")]
         return incompatible
+
+
+def check_pickle(path: str, *, trusted: bool) -> None:
+    """Refuse a pickle by its name, unless it is a .pkl that is trusted or comes from detectron2's model zoo.
+
+    Raises:
+        CheckpointError: it is refused; says how to allow it.
+    """
+    name = path.split("?")[0]
+    if not name.endswith(".pkl"):
+        refuse_pickle(path)
+    elif not (trusted or path.startswith(MODEL_ZOO)):
+        refuse_pickle(path, TRUST)
+
+
+def check_query(path: str) -> None:
+    """See that the only query behind a file's name is the one that detectron2 knows.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    query = urlparse(path).query
+    if query not in ("", "matching_heuristics=True", "matching_heuristics=False"):
+        raise CheckpointError(f"{path} ends in ?{query}: the only option of a file is ?matching_heuristics=True")
+
+
+def _as_checkpoint(filename: str, loaded: dict) -> dict:
+    """The content of a model zoo's .pkl in the form that detectron2 loads: its own format, or Caffe2's."""
+    own_format = "model" in loaded and "__author__" in loaded
+    arrays = loaded["model"] if own_format else loaded.get("blobs", loaded)  # Caffe2's detectors have "blobs"
+    if not isinstance(arrays, dict):
+        raise CheckpointError(f"{filename} is no dict of arrays")
+    for name, value in arrays.items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            raise CheckpointError(f"{filename} is no dict of arrays: its entry {name!r} is a {type(value).__name__}")
+    if own_format:
+        return loaded
+    weights = {name: value for name, value in arrays.items() if not name.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
 class CompleteCheckpointer(Checkpointer):

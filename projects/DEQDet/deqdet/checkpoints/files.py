@@ -2,6 +2,7 @@
 
 import os
 import re
+import tarfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from ..errors import UserError, describe_os_error, one_line
 # Where trainers put the weights in a checkpoint. A file without such an entry holds nothing but weights.
 ENTRIES = ("state_dict", "model")
 AUTHOR = "deqdet.checkpoints"
+PICKLES = (".pkl", ".pyth")  # the names of files that detectron2 reads as pickles
 
 
 class CheckpointError(UserError):
@@ -50,10 +52,28 @@ def read_file(path: Path) -> Mapping:
     except OSError as error:
         reason = describe_os_error(error)
         raise CheckpointError(f"{path} cannot be read ({reason}): give the checkpoint's file") from error
+    refuse_pickle(str(path))
     loaded = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}: a checkpoint is a dict of tensors")
     return loaded
+
+
+def refuse_pickle(name: str, advice: str = "") -> None:
+    """Refuse a file by its name, if detectron2 would read it as a pickle: that can run code.
+
+    A pickle under any other name is refused too, when `read_torch` reads it.
+
+    Args:
+        name: the file, or its URL with or without a query.
+        advice: what to do in place of the usual advice.
+
+    Raises:
+        CheckpointError: the name ends in .pkl or .pyth.
+    """
+    if name.split("?")[0].endswith(PICKLES):
+        advice = advice or "save its weights as .safetensors, or by torch.save as .pth, where it was made"
+        raise CheckpointError(f"{name} is a pickle, which is not loaded, because reading it can run code: {advice}")
 
 
 def find_weights(path: Path, loaded: Mapping) -> Checkpoint:
@@ -115,6 +135,8 @@ def read_torch(path: Path) -> object:
     Raises:
         CheckpointError: the file is damaged, or holds other objects.
     """
+    if _is_tar(path):  # PyTorch before 2.6 runs code in these even if told to load weights only
+        raise CheckpointError(f"{path} is a tar archive, as PyTorch wrote before 2016: save it again by torch.save")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they are about is in the error
@@ -143,7 +165,7 @@ def check_target(path: Path, source: Path) -> None:
         raise CheckpointError(f"{path} cannot be written: it is no plain file")
     if path.exists() and source.exists() and path.samefile(source):
         raise CheckpointError(f"{path} is the checkpoint to be converted: give the output another name")
-    if path.suffix in (".pkl", ".pyth"):
+    if path.suffix in PICKLES:
         raise CheckpointError(f"detectron2 reads {path.suffix} files in a way of its own: name {path} .pth instead")
 
 
@@ -199,6 +221,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)  # puts the new name on the disk
         finally:
             os.close(folder)
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether a file is a tar archive with anything in it; a file of zeros would be one with nothing."""
+    with path.open("rb") as file:
+        empty = not file.read(512).strip(b"\0")
+    return not empty and tarfile.is_tarfile(path)
 
 
 def _own_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -98,16 +98,14 @@ def resnet_rules(prefix: str) -> list[Rule]:
     return under(prefix, BODY, rules)
 
 
-TORCHVISION = register_kind(
-    Kind(
-        name="torchvision",
-        sign="layer1.0.*",
-        rules=lambda names: resnet_rules(""),
-        # The classifier, and BatchNorm's counters of batches, which nothing reads and FrozenBatchNorm would not take.
-        dead=("fc.*", "*.num_batches_tracked"),
-        config=IMAGES,
-        resnet_config=STRIDE,
-    )
+TORCHVISION = Kind(
+    name="torchvision",
+    sign="layer1.0.*",
+    rules=lambda names: resnet_rules(""),
+    # The classifier, and BatchNorm's counters of batches, which nothing reads and FrozenBatchNorm would not take.
+    dead=("fc.*", "*.num_batches_tracked"),
+    config=IMAGES,
+    resnet_config=STRIDE,
 )
 
 # Swin Transformers: the authors' ImageNet checkpoints, whose names detectron2 has kept, and mmdetection's names and
@@ -148,20 +146,14 @@ def reorder_patch_merging(name: str, value: Tensor) -> Tensor:
     return by_pixel.movedim(-3, -1).transpose(-3, -2).flatten(-3)  # (..., column, row, C)
 
 
-SWIN = register_kind(
-    Kind(
-        name="swin",
-        sign="layers.0.blocks.*",
-        rules=lambda names: [
-            ("patch_embed.", f"{BODY}patch_embed."),
-            ("layers.", f"{BODY}layers."),
-            *OUTPUT_NORMS,
-        ],
-        # The classifier with the norm before it, and masks that detectron2 computes for each image.
-        dead=("head.*", "norm.*", "*.attn_mask"),
-        may_lack=(f"{BODY}norm?.*",),
-        config=IMAGES,
-    )
+SWIN = Kind(
+    name="swin",
+    sign="layers.0.blocks.*",
+    rules=lambda names: [(part, BODY + part) for part in ("patch_embed.", "layers.")] + OUTPUT_NORMS,
+    # The classifier with the norm before it, and masks that detectron2 computes for each image.
+    dead=("head.*", "norm.*", "*.attn_mask"),
+    may_lack=(f"{BODY}norm?.*",),
+    config=IMAGES,
 )
 
 # The Sparse R-CNN authors' checkpoints. Theirs is a detectron2 project too, so the backbone has our names already.
@@ -219,22 +211,20 @@ def _imply_sparse_rcnn(look: Shapes, layers: list[str], dim: int) -> Config:
     }
 
 
-SPARSE_RCNN = register_kind(
-    Kind(
-        name="sparse_rcnn",
-        sign="head.head_series.*",
-        rules=_sparse_rcnn_rules,
-        imply_layers=_imply_sparse_rcnn,
-        config=IMAGES
-        | {
-            "MODEL.DEQDET.DECODER": "StackedDecoder",
-            "MODEL.DEQDET.REFINEMENT_LAYER": "SparseRCNNLayer",
-            "MODEL.DEQDET.QUERIES.NORM_CONTENT": False,
-            "MODEL.DEQDET.QUERIES.LEARN_BOXES": True,
-        },
-        resnet_config=STRIDE | {"MODEL.RESNETS.NORM": "FrozenBN"},
-        notes=("no shape shows the number of attention heads: MODEL.DEQDET.SPARSE_RCNN.NUM_HEADS, 8 in the releases",),
-    )
+SPARSE_RCNN = Kind(
+    name="sparse_rcnn",
+    sign="head.head_series.*",
+    rules=_sparse_rcnn_rules,
+    imply_layers=_imply_sparse_rcnn,
+    config=IMAGES
+    | {
+        "MODEL.DEQDET.DECODER": "StackedDecoder",
+        "MODEL.DEQDET.REFINEMENT_LAYER": "SparseRCNNLayer",
+        "MODEL.DEQDET.QUERIES.NORM_CONTENT": False,
+        "MODEL.DEQDET.QUERIES.LEARN_BOXES": True,
+    },
+    resnet_config=STRIDE | {"MODEL.RESNETS.NORM": "FrozenBN"},
+    notes=("no shape shows the number of attention heads: MODEL.DEQDET.SPARSE_RCNN.NUM_HEADS, 8 in the releases",),
 )
 
 # The DEQDet authors' releases (mmdetection 3) and AdaMixer's (mmdetection 2), whose layers have the same names.
@@ -267,13 +257,11 @@ MMDET: list[Rule] = [
     ("rpn_head.init_proposal_bboxes.weight", "queries.boxes"),
     ("rpn_head.init_proposal_features.", "queries.content."),
 ]
-MMDET_DEAD = ("roi_head.bbox_head.*.instance_interactive_conv*",)  # of a base class whose forward is overridden
 MMDET_CONFIG = IMAGES | {
     "MODEL.DEQDET.REFINEMENT_LAYER": "AdaMixerLayer",
     "MODEL.DEQDET.QUERIES.NORM_CONTENT": True,
     "MODEL.DEQDET.QUERIES.LEARN_BOXES": False,
 }
-MMDET_RESNET = STRIDE | {"MODEL.RESNETS.NORM": "BN", "MODEL.DEQDET.FIX_BN_STATISTICS": True}
 
 
 def _imply_adamixer(look: Shapes, layers: list[str], dim: int) -> Config:
@@ -312,37 +300,34 @@ def _count_groups(look: Shapes, dim: int, out_points: int) -> int:
     return vote(candidates, "mixing.generator and points.offsets")
 
 
-DEQDET = register_kind(
-    Kind(
-        name="deqdet",
-        sign="roi_head.bbox_head.*",
-        rules=lambda names: [
-            *MMDET,
-            *under("roi_head.bbox_head.0.", "decoder.initialization.", ADAMIXER_LAYER),
-            *under("roi_head.bbox_head.1.", "decoder.refinement.", ADAMIXER_LAYER),
-        ],
-        imply_layers=_imply_adamixer,
-        dead=MMDET_DEAD,
-        config=MMDET_CONFIG | {"MODEL.DEQDET.DECODER": "EquilibriumDecoder"},
-        resnet_config=MMDET_RESNET,
-        convert=reorder_patch_merging,
-        notes=("the released code takes 21 steps of refinement at test time: MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS 21",),
-    )
+DEQDET = Kind(
+    name="deqdet",
+    sign="roi_head.bbox_head.*",
+    rules=lambda names: [
+        *MMDET,
+        *under("roi_head.bbox_head.0.", "decoder.initialization.", ADAMIXER_LAYER),
+        *under("roi_head.bbox_head.1.", "decoder.refinement.", ADAMIXER_LAYER),
+    ],
+    imply_layers=_imply_adamixer,
+    dead=("roi_head.bbox_head.*.instance_interactive_conv*",),  # of a base class whose forward is overridden
+    config=MMDET_CONFIG | {"MODEL.DEQDET.DECODER": "EquilibriumDecoder"},
+    resnet_config=STRIDE | {"MODEL.RESNETS.NORM": "BN", "MODEL.DEQDET.FIX_BN_STATISTICS": True},
+    convert=reorder_patch_merging,
+    notes=("the released code takes 21 steps of refinement at test time: MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS 21",),
 )
 
-ADAMIXER = register_kind(
-    Kind(
-        name="adamixer",
-        sign="roi_head.bbox_head.2.*",  # DEQDet's has two layers only
-        rules=lambda names: [
-            *MMDET,
-            ("neck.lateral_convs.*.conv.", "backbone.convs.*."),
-            *under("roi_head.bbox_head.*.", "decoder.layers.*.", ADAMIXER_LAYER),
-        ],
-        imply_layers=_imply_adamixer,
-        dead=MMDET_DEAD,
-        config=MMDET_CONFIG | {"MODEL.DEQDET.DECODER": "StackedDecoder"},
-        resnet_config=MMDET_RESNET,
-        convert=reorder_patch_merging,
-    )
+ADAMIXER = replace(
+    DEQDET,
+    name="adamixer",
+    sign="roi_head.bbox_head.2.*",  # DEQDet's has two layers only
+    rules=lambda names: [
+        *MMDET,
+        ("neck.lateral_convs.*.conv.", "backbone.convs.*."),
+        *under("roi_head.bbox_head.*.", "decoder.layers.*.", ADAMIXER_LAYER),
+    ],
+    config=MMDET_CONFIG | {"MODEL.DEQDET.DECODER": "StackedDecoder"},
+    notes=(),
 )
+
+for _kind in (TORCHVISION, SWIN, SPARSE_RCNN, DEQDET, ADAMIXER):
+    register_kind(_kind)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 
-from .convert import COUNTER, build_structure, describe, describe_shapes
+from .conversion import COUNTER, build_empty, describe, describe_shapes
 from .files import CheckpointError, check_target, check_weights, find_weights, read_file
-from .model_file import STATISTICS, is_model_file, read_model_file, resolve_file, write_model_file
+from .model_file import is_model_file, read_model_file, resolve_file, write_model_file
 
 AVERAGE = "ema"  # the entry of a checkpoint with the exponential moving average of the weights
 CHOICES = ("auto", "raw", AVERAGE)
@@ -41,17 +41,20 @@ def publish_checkpoint(
         raise ValueError(f"weights is {weights!r}: it must be one of {', '.join(CHOICES)}")
     source, output = resolve_file(str(checkpoint)), Path(output)
     check_target(output, source)
-    found, taken = _read_weights(source, weights)
-    found = _check_complete(source, found, build_structure(cfg))
-    notes = {"weights": taken}
-    write_model_file(output, weights=found, cfg=cfg, class_names=class_names, half=half, notes=notes)
+    try:
+        model = build_empty(cfg)
+    except CheckpointError as error:
+        raise CheckpointError(f"the config describes {error}") from error
+    found, taken = _read_weights(source, weights, model)
+    found = _check_complete(source, found, model.state_dict())
+    write_model_file(output, weights=found, cfg=cfg, class_names=class_names, half=half, notes={"weights": taken})
     return (
         f"wrote the {'averaged' if taken == AVERAGE else 'raw'} weights of {source} ({len(found)} tensors, "
         f"{'float16' if half else 'as they are'}) with their config and {len(class_names)} class names to {output}"
     )
 
 
-def _read_weights(path: Path, choice: str) -> tuple[dict[str, Tensor], str]:
+def _read_weights(path: Path, choice: str, model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The chosen weights, and which they are: "raw" or "ema"."""
     loaded = {"model": read_model_file(path).weights} if is_model_file(path) else read_file(path)
     average = loaded.get(AVERAGE)
@@ -61,9 +64,10 @@ def _read_weights(path: Path, choice: str) -> tuple[dict[str, Tensor], str]:
     if choice == "raw" or average is None:
         return raw.weights, "raw"
     check_weights(path, average, [AVERAGE])
-    # An average of the parameters alone goes with the raw statistics of BatchNorm.
-    statistics = {name: value for name, value in raw.weights.items() if name.endswith((*STATISTICS, COUNTER))}
-    return statistics | dict(average), AVERAGE
+    # An average of the parameters alone goes with the raw buffers, such as BatchNorm's statistics.
+    parameters = {name for name, _ in model.named_parameters()}
+    buffers = {name: value for name, value in raw.weights.items() if name not in parameters}
+    return buffers | dict(average), AVERAGE
 
 
 def _check_complete(

@@ -11,17 +11,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from detectron2.utils.visualizer import Visualizer
-
-from ..visualization import Colour, class_colours
-from .drawing import MOST_ENLARGED, draw_box
+from ..drawing import Colour, class_colours
+from .pictures import MOST_ENLARGED, BoxVisualizer
 from .refinement import Refinement
 
 GIF_SIDE, PANEL_SIDE = 640, 256  # longest side of the picture in a frame of the GIF, in a panel of the strip; pixels
-LEAST_WIDTH = 340, 210  # of a frame, of a panel; pixels, for the text
+LEAST_WIDTH = {GIF_SIDE: 340, PANEL_SIDE: 210}  # of a frame and a panel, so that the text has its place; pixels
+LINE_WIDTH = {GIF_SIDE: 0.8, PANEL_SIDE: 0.45}  # font_size_scale of the Visualizer, to which lines are proportional
 STRIP_STEPS = (0, 1, 2, 3, 5, 10)  # and the last one
-FONT_SIZE = 16  # pixels
-LINE = 24  # pixels
+FONT_SIZE, LINE, GAP = 16, 24, 8  # pixels
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -29,130 +27,112 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 class Scene:
     """An image in its final size with the paths of its detections. S = 2 + T states: initial boxes, g, steps 1 to T."""
 
+    side: int  # GIF_SIDE or PANEL_SIDE
     picture: np.ndarray  # (H, W, 3) uint8 RGB
     boxes: np.ndarray  # (S, M, 4)  xyxy, pixels of the picture
     sure: np.ndarray  # (S, M)  bool, whether the score has reached the threshold
     colours: list[Colour]  # M
-    legend: dict[str, Colour]  # class names
+    legend: dict[str, Colour | None]  # what the colours, and dashes, mean
     titles: list[str]  # S
     notes: list[str]  # S  the residuals
-    threshold: float
 
 
 def build_scene(
     image: np.ndarray, refinement: Refinement, class_names: Sequence[str], threshold: float, side: int
 ) -> Scene:
-    """
+    """Scale an image and its boxes.
+
     Args:
         image: (H, W, 3) uint8 RGB, the original.
-        side: the longest one of the picture, pixels.
+        side: the longest one of the picture: GIF_SIDE or PANEL_SIDE.
     """
-    height, width = refinement.image_size
+    (height, width), steps = refinement.image_size, refinement.steps
     scale = min(side / max(height, width), MOST_ENLARGED)
     size = (max(1, round(scale * width)), max(1, round(scale * height)))
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     queries, labels = refinement.detected.unbind(1)
     boxes = torch.cat([refinement.initial_boxes[None], refinement.boxes])[:, queries].numpy()
     scores = refinement.scores[:, queries, labels].numpy()
-    limits = np.maximum(np.array(size) - 2.0, 1.0)  # so that the lines stay within
+    limits = np.maximum(np.array(size) - 2.0, 1.0)  # so that the lines stay within the picture
     colours = class_colours(len(class_names))
-    steps = refinement.steps
+    legend = {class_names[label]: colours[label] for label in sorted(set(labels.tolist()))}
+    explanation = f"dashed: score below {threshold:g}" if legend else f"no detection has a score of {threshold:g}"
     return Scene(
-        picture=cv2.resize(image, size, interpolation=interpolation),
+        side=side,
+        picture=cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC),
         boxes=(scale * boxes).clip(1.0, np.tile(limits, 2)),
         sure=np.concatenate([np.zeros_like(scores[:1], dtype=bool), scores >= threshold]),
         colours=[colours[label] for label in labels.tolist()],
-        legend={class_names[label]: colours[label] for label in sorted(set(labels.tolist()))},
-        titles=["initial boxes", "step 0: g", *(f"step {t}" for t in range(1, steps + 1))],
+        legend=legend | {explanation: None},
+        titles=["initial boxes", "step 0: g", *(f"step {t} of {steps}" for t in range(1, steps + 1))],
         notes=["", "", *(f"relative residual {residual:.2g}" for residual in refinement.shown.tolist())],
-        threshold=threshold,
     )
 
 
 def write_gif(scene: Scene, path: Path) -> None:
-    """All states, the first and the last ones for longer; it starts again and again."""
-    last = len(scene.titles) - 1
-    frames = []
-    for state in range(last + 1):
-        title = scene.titles[state] + (f" of {last - 1}" if state > 1 else "")
-        frames.append(_frame(scene, state, title))
+    """Write all states as an endless animation that stays longer on the first states and on the last one."""
+    rows, last = list(zip(scene.titles, scene.notes, strict=True)), len(scene.titles) - 1
+    frames = [_with_legend(_panel(scene, state, [row]), scene) for state, row in enumerate(rows)]
     durations = [1000, 1000, *[500] * 5, *[250] * last][:last] + [2500]  # ms
-    palette = _palette(frames, scene)
+    palette = _palette(frames[-1], scene)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def write_strip(scene: Scene, path: Path) -> None:
-    """One row of at most seven steps."""
+    """Write one row of at most seven steps."""
     last = len(scene.titles) - 2
-    steps = sorted({step for step in STRIP_STEPS if step < last} | {last})
-    panels = [_draw(scene, step + 1, line=0.45) for step in steps]
-    gap = 8
-    width, height = max(panels[0].width, LEAST_WIDTH[1]), panels[0].height
-    total = len(panels) * (width + gap) - gap
-    legend = _legend(scene, total)
-    strip = Image.new("RGB", (total, 2 * LINE + height + legend.height), PAPER)
-    draw = ImageDraw.Draw(strip)
-    for index, (step, panel) in enumerate(zip(steps, panels, strict=True)):
-        x = index * (width + gap)
-        draw.text((x, LINE // 2), scene.titles[step + 1], INK, _font(), anchor="lm")
-        draw.text((x, LINE + LINE // 2), scene.notes[step + 1], INK, _font(), anchor="lm")
-        strip.paste(panel, (x, 2 * LINE))
-    strip.paste(legend, (0, 2 * LINE + height))
-    strip.save(path, optimize=True)
+    states = [step + 1 for step in sorted({step for step in STRIP_STEPS if step < last} | {last})]
+    panels = [_panel(scene, state, [(scene.titles[state], ""), (scene.notes[state], "")]) for state in states]
+    step = panels[0].width + GAP
+    row = Image.new("RGB", (len(panels) * step - GAP, panels[0].height), PAPER)
+    for index, panel in enumerate(panels):
+        row.paste(panel, (index * step, 0))
+    _with_legend(row, scene).save(path, optimize=True)
 
 
-def _frame(scene: Scene, state: int, title: str) -> Image.Image:
-    """Title and residual above the picture, the legend below."""
-    picture = _draw(scene, state, line=0.8)
-    width = max(picture.width, LEAST_WIDTH[0])
-    legend = _legend(scene, width)
-    frame = Image.new("RGB", (width, LINE + picture.height + legend.height), PAPER)
-    draw = ImageDraw.Draw(frame)
-    draw.text((4, LINE // 2), title, INK, _font(), anchor="lm")
-    draw.text((width - 4, LINE // 2), scene.notes[state], INK, _font(), anchor="rm")
-    frame.paste(picture, ((width - picture.width) // 2, LINE))
-    frame.paste(legend, (0, LINE + picture.height))
-    return frame
-
-
-def _draw(scene: Scene, state: int, line: float) -> Image.Image:
-    """The picture with its boxes, dashed where the score is below the threshold. `line`: see font_size_scale."""
-    visualizer = Visualizer(scene.picture, font_size_scale=line)
+def _panel(scene: Scene, state: int, rows: Sequence[tuple[str, str]]) -> Image.Image:
+    """The picture with its boxes, dashed where the score is below the threshold, under rows of text (left, right)."""
+    visualizer = BoxVisualizer(scene.picture, font_size_scale=LINE_WIDTH[scene.side])
     for box, sure, colour in zip(scene.boxes[state], scene.sure[state], scene.colours, strict=True):
-        draw_box(visualizer, box, colour, dashed=not sure)
-    return Image.fromarray(visualizer.get_output().get_image())
+        visualizer.draw_box(box, edge_color=colour, line_style="-" if sure else "--")
+    picture = Image.fromarray(visualizer.get_output().get_image())
+    width, top = max(picture.width, LEAST_WIDTH[scene.side]), LINE * len(rows)
+    panel = Image.new("RGB", (width, top + picture.height), PAPER)
+    draw = ImageDraw.Draw(panel)
+    for index, (left, right) in enumerate(rows):
+        y = index * LINE + LINE // 2
+        draw.text((4, y), left, INK, _font(), anchor="lm")
+        draw.text((width - 4, y), right, INK, _font(), anchor="rm")
+    panel.paste(picture, ((width - picture.width) // 2, top))
+    return panel
 
 
-def _legend(scene: Scene, width: int) -> Image.Image:
-    """The colours of the classes, in as many lines as it takes."""
-    entries: list[tuple[str, Colour | None]] = list(scene.legend.items())
-    entries.append((f"dashed: score below {scene.threshold:g}", None))
-    if not scene.legend:
-        entries = [(f"no detection has a score of {scene.threshold:g}", None)]
-    font, swatch, places = _font(), FONT_SIZE, []
-    x, y = 4, 0
-    for name, colour in entries:
-        length = round(font.getlength(name)) + (swatch + 6 if colour else 0)
-        if x > 4 and x + length > width:
+def _with_legend(above: Image.Image, scene: Scene) -> Image.Image:
+    """A picture with the legend below it, in as many lines as it takes."""
+    places = []
+    x, y = 4, above.height
+    for name, colour in scene.legend.items():
+        length = round(_font().getlength(name)) + (FONT_SIZE + 6 if colour else 0)
+        if x > 4 and x + length > above.width:
             x, y = 4, y + LINE
         places.append((x, y))
-        x += length + swatch
-    legend = Image.new("RGB", (width, y + LINE), PAPER)
-    draw = ImageDraw.Draw(legend)
-    for (name, colour), (x, y) in zip(entries, places, strict=True):
+        x += length + FONT_SIZE
+    whole = Image.new("RGB", (above.width, y + LINE), PAPER)
+    whole.paste(above)
+    draw = ImageDraw.Draw(whole)
+    for (name, colour), (x, y) in zip(scene.legend.items(), places, strict=True):
         if colour:
-            top = y + (LINE - swatch) // 2
-            draw.rectangle((x, top, x + swatch - 1, top + swatch - 1), _to_bytes(colour))
-            x += swatch + 6
-        draw.text((x, y + LINE // 2), name, INK, font, anchor="lm")
-    return legend
+            top = y + (LINE - FONT_SIZE) // 2
+            draw.rectangle((x, top, x + FONT_SIZE - 1, top + FONT_SIZE - 1), _to_bytes(colour))
+            x += FONT_SIZE + 6
+        draw.text((x, y + LINE // 2), name, INK, _font(), anchor="lm")
+    return whole
 
 
-def _palette(frames: Sequence[Image.Image], scene: Scene) -> Image.Image:
-    """One for all frames, so that what does not move is stored once; the colours of lines and text are exact in it."""
-    exact = list(dict.fromkeys([PAPER, INK, *map(_to_bytes, scene.legend.values())]))[:128]
-    others = frames[-1].quantize(256 - len(exact)).getpalette()
+def _palette(frame: Image.Image, scene: Scene) -> Image.Image:
+    """One palette for all frames, so that what does not move is stored once; lines and text keep their colours."""
+    exact = list(dict.fromkeys([PAPER, INK, *(_to_bytes(x) for x in scene.legend.values() if x)]))[:128]
+    others = frame.quantize(256 - len(exact)).getpalette()
     palette = Image.new("P", (1, 1))
     palette.putpalette([*(part for colour in exact for part in colour), *others][: 3 * 256])
     return palette
@@ -164,5 +144,5 @@ def _to_bytes(colour: Colour) -> tuple[int, int, int]:
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    """matplotlib brings one; Pillow's own has only one size in its older releases."""
+    """The font that matplotlib brings; Pillow's own has only one size in its older releases."""
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT_SIZE)

@@ -1,13 +1,15 @@
-"""How the queries of one image moved, from the initial boxes to the equilibrium."""
+"""How the queries of one image moved, from the initial boxes to the equilibrium, and its residuals as a plot."""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..boxes import decode_boxes
-from ..detector import DEQDet
-from ..equilibrium import relative_residual
+from ..decoders.trajectory import ResidualParts
+from ..detector import BatchTrajectory
 from ..structures import QueryState
 
 
@@ -15,18 +17,18 @@ from ..structures import QueryState
 class Refinement:
     """T: steps taken; N: queries; K: classes. All on the CPU; boxes are xyxy, in pixels of the original image.
 
-    Step 0 is the initialization layer g. A residual of step t is that of the state y that the step started from.
+    Step 0 is the output of the initialization layer g. A residual of step t is that of the iterate to which the step
+    applied f.
     """
 
     image_size: tuple[int, int]  # height, width of the original image
     initial_boxes: Tensor  # (N, 4)
     boxes: Tensor  # (1 + T, N, 4)  not clipped
     scores: Tensor  # (1 + T, N, K)
-    detected: Tensor  # (M, 2)  int64, query and class of the detections after step T, best first, one a query
+    detected: Tensor  # (M, 2)  int64, query and class of the detections after step T, best first, one for each query
     residuals: Tensor  # (T,)  relative, of the whole packed state: what rtol is compared with
-    shown: Tensor  # (T,)  the same, of the state that boxes and scores come from: the best one so far with RETURN_BEST
-    content: Tensor  # (T, 2)  ||f(q) - q||, and relative
-    position: Tensor  # (T,)  relative, packed
+    shown: Tensor  # (T,)  of the state that boxes and scores come from; an earlier step's where that state was kept
+    parts: ResidualParts  # (T,) each: residuals of content and of position
     shifts: Tensor  # (T, N)  by how much each box changes, clipped: root mean square over x0, y0, x1, y1; pixels
 
     @property
@@ -35,54 +37,39 @@ class Refinement:
         return len(self.residuals)
 
 
-@dataclass(frozen=True)
-class _Application:
-    """Of f to a state, both (1, N, ...)."""
-
-    value: QueryState
-    image: QueryState
-
-
 @torch.no_grad()
-def trace_refinement(model: DEQDet, inputs: dict, threshold: float) -> Refinement:
-    """Solve one image's equilibrium as the model does at test time, and keep every state.
+def trace_refinement(walk: BatchTrajectory, threshold: float) -> Refinement:
+    """Read boxes, scores and residuals of every step off the walk of one image.
 
     Args:
-        model: in eval mode, with an EquilibriumDecoder.
-        inputs: of the model, with "height" and "width" of the original image.
+        walk: with record_iterates, and with every step recorded.
         threshold: the lowest score of a detection.
     """
-    decoder, most_steps = model.decoder, model.decoder.test_steps
-    images = model.preprocess([inputs])
-    features, initial = model.encode(images)
-    start = decoder.initialize(initial, features)
-    applied: list[_Application] = []
-    # What a solver applies f to is not among the recorded states.
-    hook = decoder.refinement.register_forward_hook(lambda _, args, image: applied.append(_Application(args[0], image)))
-    try:
-        solution = decoder.solve(start, features, steps=most_steps, rtol=decoder.rtol, record=range(most_steps + 1))
-    finally:
-        hook.remove()
-    steps, num_queries = int(solution.steps[0]), initial.content.shape[1]
-    applied = applied[:steps]  # with rtol = 0 even a state that became infinite goes on
-    first = decoder.refinement if decoder.initialization is None else decoder.initialization
-    states = [QueryState.unpack(solution.recorded[t], num_queries) for t in range(1, steps + 1)]
-    predictions = [first.predict(start), *(decoder.refinement.predict(state) for state in states)]
-    size, (height, width) = (inputs["height"], inputs["width"]), images.image_sizes[0]
-    scale = start.position.new_tensor([size[1] / width, size[0] / height]).repeat(2)
-    residuals = solution.residuals[:steps, 0].float().cpu()
+    path, (height, width), size = walk.trajectory, walk.images.image_sizes[0], walk.original_sizes[0]
+    solution, steps = path.solution, int(path.solution.steps[0])
+    scale = path.start.position.new_tensor([size[1] / width, size[0] / height]).repeat(2)
+    predictions = [path.predict(step) for step in range(steps + 1)]
+    parts = [path.residual_parts(step) for step in range(1, steps + 1)]
     scores = torch.cat([x.logits.float().sigmoid() for x in predictions]).cpu()
+    residuals = solution.residuals[:steps, 0].float().cpu()
+    shown = residuals.clone()
+    for t in range(1, steps):  # a worse step than the best one so far, or an infinite one, leaves the state as it was
+        if not torch.equal(solution.recorded[t + 1], solution.outputs[t + 1]):
+            shown[t] = shown[t - 1]
     return Refinement(
         image_size=size,
-        initial_boxes=(scale * decode_boxes(initial.position[0])).cpu(),
+        initial_boxes=(scale * decode_boxes(path.initial.position[0])).cpu(),
         boxes=torch.cat([scale * x.boxes for x in predictions]).cpu(),
         scores=scores,
-        detected=_detect(scores[-1], threshold, model.max_detections),
+        detected=_detect(scores[-1], threshold, walk.max_detections),
         residuals=residuals,
-        shown=_lowest_so_far(residuals) if decoder.return_best else residuals,
-        content=torch.stack([_content_residual(x) for x in applied]).cpu(),
-        position=torch.cat([_position_residual(x) for x in applied]).cpu(),
-        shifts=torch.cat([_shift(x, scale, size) for x in applied]).cpu(),
+        shown=shown,
+        parts=ResidualParts(
+            content=torch.cat([x.content for x in parts]).cpu(),
+            position=torch.cat([x.position for x in parts]).cpu(),
+            content_norm=torch.cat([x.content_norm for x in parts]).cpu(),
+        ),
+        shifts=torch.cat([_shift(*path.application(step), scale, size) for step in range(1, steps + 1)]).cpu(),
     )
 
 
@@ -96,26 +83,49 @@ def _detect(scores: Tensor, threshold: float, most: int) -> Tensor:
     return torch.tensor(list(seen.items()), dtype=torch.int64).reshape(-1, 2)
 
 
-def _lowest_so_far(residuals: Tensor) -> Tensor:
-    """(T,) -> (T,); NaN is higher than any."""
-    return residuals.nan_to_num(nan=torch.inf, posinf=torch.inf).cummin(dim=0).values
-
-
-def _content_residual(applied: _Application) -> Tensor:
-    """(2,), see Refinement.content."""
-    value, image = applied.value.content.flatten(1), applied.image.content.flatten(1)
-    return torch.cat([torch.linalg.vector_norm(image - value, dim=1), relative_residual(value, image)])
-
-
-def _position_residual(applied: _Application) -> Tensor:
-    """(1,)"""
-    value, image = (QueryState(x.position, x.content[..., :0]).pack() for x in (applied.value, applied.image))
-    return relative_residual(value, image)
-
-
-def _shift(applied: _Application, scale: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, N), see Refinement.shifts: within the image, as detections are clipped to it."""
+def _shift(iterate: QueryState, output: QueryState, scale: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, N), see Refinement.shifts. Both boxes are clipped to the image, as detections are."""
     limits = scale.new_tensor([size[1], size[0]]).repeat(2)
-    boxes = [scale * decode_boxes(x.position) for x in (applied.value, applied.image)]
-    value, image = (torch.minimum(x.clamp(min=0), limits) for x in boxes)
-    return (image - value).square().mean(dim=2).sqrt()
+    before, after = (torch.minimum((scale * decode_boxes(x.position)).clamp(min=0), limits) for x in (iterate, output))
+    return (after - before).square().mean(dim=2).sqrt()
+
+
+def plot_convergence(refinement: Refinement, title: str, rtol: float) -> Figure:
+    """Plot the residuals of content and position against the step, absolute ones on the left, relative ones right.
+
+    Args:
+        rtol: drawn beside the relative residuals if it is positive.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")  # pyplot would choose a backend
+    axes_absolute, axes_relative = figure.subplots(1, 2)
+    parts, every = refinement.parts, refinement.shifts
+    found = every[:, refinement.detected[:, 0]]
+    absolute = [
+        (parts.content_norm, "C0-o", "content: ‖f(q) − q‖"),
+        (_rms(every), "C1-o", "corners of all boxes: RMS, px"),
+    ]
+    if found.shape[1]:
+        absolute.append((_rms(found), "C1--s", "corners of the detections: RMS, px"))
+    relative = [
+        (parts.content, "C0-o", "content"),
+        (parts.position, "C1-o", "position (packed units)"),
+        (refinement.residuals, "k:", "whole state, as rtol is compared with"),
+    ]
+    for axes, kind, lines in ((axes_absolute, "absolute", absolute), (axes_relative, "relative", relative)):
+        for values, style, label in lines:
+            # A logarithmic axis has a gap where a value is 0 or not finite.
+            shown = torch.where(values.isfinite() & (values > 0), values, torch.nan).numpy()
+            axes.plot(np.arange(1, len(shown) + 1), shown, style, label=label, markersize=3, linewidth=1.2)
+        axes.set(xlabel="step", ylabel=f"{kind} residual", yscale="log")
+    if rtol > 0:
+        axes_relative.axhline(rtol, color="gray", linestyle="--", linewidth=1, label=f"rtol = {rtol:g}")
+    for axes in (axes_absolute, axes_relative):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False)
+    figure.suptitle(title, parse_math=False)
+    return figure
+
+
+def _rms(shifts: Tensor) -> Tensor:
+    return shifts.square().mean(dim=1).sqrt()

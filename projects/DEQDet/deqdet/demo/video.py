@@ -1,23 +1,25 @@
-"""The demo on a video file or a camera."""
+"""The demo on a video file or a camera, and the window that shows pictures."""
 
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
-from .drawing import draw_detections
-from .predictor import Detector
-from .windows import Window
+from ..predictor import Predictor
+from .pictures import detect, draw_detections
 
 DEFAULT_FPS = 25.0  # where a file or camera does not say
 COMPLETE = 0.9  # of the frames that a file announces, which is an estimate
+ESCAPE = 27
 
 
 @dataclass(frozen=True)
@@ -30,75 +32,57 @@ class Video:
 
     @property
     def fps(self) -> float:
+        """Frames per second."""
         fps = self.capture.get(cv2.CAP_PROP_FPS)
         return fps if 0 < fps < 1000 else DEFAULT_FPS
 
     @property
     def length(self) -> int | None:
-        """The frames that the file announces."""
+        """The number of frames that the file announces; None for a camera, or a file that does not say."""
         count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
         return count if count > 0 and not self.live else None
 
     def frames(self) -> Iterator[np.ndarray]:
-        """(H, W, 3) uint8 RGB, until there are no more."""
-        while True:
-            there, frame = self.capture.read()
-            if not there:
-                return
+        """The frames (H, W, 3) uint8 RGB, until there are no more."""
+        while (frame := self.capture.read()[1]) is not None:
             yield np.ascontiguousarray(frame[:, :, ::-1])
 
 
 def open_video(path: Path) -> Video:
-    """
-    Raises:
-        UserError: it is missing or no video.
-    """
+    """Open a video file. UserError if it is missing or no video."""
     if not path.is_file():
         raise UserError(f"--video-input {path} {'is not a file' if path.exists() else 'does not exist'}")
-    with _quiet_opencv():
-        capture = cv2.VideoCapture(str(path))
-    if not capture.isOpened():
-        raise UserError(f"--video-input {path} is not a video, or of a format that OpenCV cannot read")
-    return Video(capture, str(path), live=False)
+    problem = f"--video-input {path} is not a video, or of a format that OpenCV cannot read"
+    return Video(_open(cv2.VideoCapture, str(path), problem=problem), str(path), live=False)
 
 
 def open_camera(index: int) -> Video:
-    """
-    Raises:
-        UserError: there is none.
-    """
-    with _quiet_opencv():
-        capture = cv2.VideoCapture(index)
-    if not capture.isOpened():
-        raise UserError(f"--webcam {index}: this camera cannot be opened: give the number of another one")
-    return Video(capture, f"camera {index}", live=True)
+    """Open a camera. UserError if there is none."""
+    problem = f"--webcam {index}: this camera cannot be opened: give the number of another one"
+    return Video(_open(cv2.VideoCapture, index, problem=problem), f"camera {index}", live=True)
 
 
 class VideoFile:
-    """Writes frames with the codec mp4v; the file is opened with the first one."""
+    """Writes frames with the codec mp4v. The file is opened with the first one, whose size all others must have."""
 
     def __init__(self, path: Path, fps: float, live: bool):
         """
         Args:
-            live: keep to the clock, and repeat frames where they come more slowly than fps.
+            live: keep to the clock: repeat frames where they come more slowly than fps.
         """
         self.path, self.fps, self.live = path, fps, live
         self._writer: cv2.VideoWriter | None = None
         self._start, self._written = 0.0, 0
 
     def write(self, frame: np.ndarray) -> bool:
-        """
-        Args:
-            frame: (H, W, 3) uint8 RGB, all of one size.
-
-        Returns:
-            True: go on.
-
-        Raises:
-            UserError: the file cannot be opened.
-        """
+        """Write a frame (H, W, 3) uint8 RGB, and return True: go on. UserError if the file cannot be opened."""
         if self._writer is None:
-            self._writer, self._start = self._open(frame.shape[1], frame.shape[0]), time.perf_counter()
+            height, width = frame.shape[:2]
+            problem = f"--output {self.path}: cannot write this video (codec mp4v, {width} x {height} px)"
+            advice = "see that its folder can be written, and call it .mp4"
+            target = str(self.path), cv2.VideoWriter_fourcc(*"mp4v"), self.fps, (width, height)
+            self._writer = _open(cv2.VideoWriter, *target, problem=f"{problem}: {advice}")
+            self._start = time.perf_counter()
         due = round(self.fps * (time.perf_counter() - self._start)) - self._written if self.live else 1
         for _ in range(max(1, due)):
             self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
@@ -110,52 +94,49 @@ class VideoFile:
         if self._writer is not None:
             self._writer.release()
 
-    def _open(self, width: int, height: int) -> cv2.VideoWriter:
-        with _quiet_opencv():
-            writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter_fourcc(*"mp4v"), self.fps, (width, height))
-        if not writer.isOpened():
-            raise UserError(
-                f"--output {self.path}: cannot write this video (codec mp4v, {width} x {height} px): see that its "
-                "folder can be written, and call it .mp4"
-            )
-        return writer
+
+class Window:
+    """A window that shows one picture at a time."""
+
+    def __init__(self, name: str):
+        """UserError if there is no display, or OpenCV was built without windows."""
+        self.name = name
+        # OpenCV may end the whole process where there is no display.
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise UserError("no window can be opened, since there is no display: give --output")
+        try:
+            cv2.namedWindow(name, cv2.WINDOW_NORMAL)
+        except cv2.error as error:
+            reason = "this OpenCV was built without them (opencv-python-headless)"
+            raise UserError(f"no window can be opened, since {reason}: give --output") from error
+
+    def show(self, picture: np.ndarray, *, wait: bool) -> bool:
+        """Show a picture (H, W, 3) uint8 RGB, with `wait` until a key is pressed. False after the key Esc."""
+        cv2.imshow(self.name, picture[:, :, ::-1])
+        return cv2.waitKey(0 if wait else 1) != ESCAPE
 
 
-def run_video(detector: Detector, video: Video, output: Path | None) -> None:
+def run_video(predictor: Predictor, video: Video, output: Path | None, options: Mapping[str, Any] = {}) -> None:
     """Detect in every frame, write a video or show it in a window, and print a line.
 
     Esc in the window, or Ctrl-C where a camera is recorded, ends it.
 
-    Raises:
-        UserError: as Window and VideoFile; or the video breaks off.
-    """
-    if output is None:
-        _run(detector, video, partial(Window(video.name).show, wait=False), "")
-        return
-    target = f" -> {output}{' (replaced)' if output.exists() else ''}"
-    file = VideoFile(output, video.fps, video.live)
-    try:
-        _run(detector, video, file.write, target)
-    finally:
-        file.close()
-
-
-def _run(detector: Detector, video: Video, give: Callable[[np.ndarray], bool], target: str) -> None:
-    """
     Args:
-        give: takes a picture, and returns whether to go on.
-        target: added to the printed line.
+        options: steps, rtol and solver, as in a Predictor's call.
+
+    Raises:
+        UserError: see Window and VideoFile; or the video breaks off.
     """
+    target = "" if output is None else f" -> {output}{' (replaced)' if output.exists() else ''}"
+    file = None if output is None else VideoFile(output, video.fps, video.live)
+    give = partial(Window(video.name).show, wait=False) if file is None else file.write
     figures: list[tuple[int, int, float]] = []
     going = True
     try:
         for frame in tqdm(video.frames(), total=video.length, desc=video.name, unit=" frames", disable=None):
-            try:
-                found = detector(frame)
-            except ValueError as error:
-                raise UserError(f"{video.name}: {error}") from error
-            figures.append((len(found.instances), found.steps, found.seconds))
-            going = give(draw_detections(frame, found.instances, detector.class_names))
+            found, seconds = detect(predictor, frame, video.name, options)
+            figures.append((len(found), found.steps, seconds))
+            going = give(draw_detections(frame, found))
             if not going:
                 break
     except KeyboardInterrupt:
@@ -163,23 +144,25 @@ def _run(detector: Detector, video: Video, give: Callable[[np.ndarray], bool], t
             raise
     finally:
         video.capture.release()
+        if file is not None:
+            file.close()
     if not figures:
         raise UserError(f"{video.name}: no frame can be read")
     detections, steps, seconds = np.mean(figures, axis=0)
-    print(
-        f"{video.name}: {len(figures)} frames; on average {detections:.1f} detections, {steps:.1f} steps, "
-        f"{seconds:.2f} s{target}"
-    )
+    averages = f"on average {detections:.1f} detections, {steps:.1f} steps, {seconds:.2f} s"
+    print(f"{video.name}: {len(figures)} frames; {averages}{target}")
     if going and video.length is not None and len(figures) < COMPLETE * video.length:
         raise UserError(f"{video.name} breaks off: {len(figures)} of its {video.length} frames can be read")
 
 
-@contextmanager
-def _quiet_opencv() -> Iterator[None]:
-    """Without its warnings: our own error says what is wrong."""
+def _open(kind: Callable, *args, problem: str) -> Any:
+    """Make a cv2.VideoCapture or VideoWriter, without OpenCV's own warnings. UserError with `problem` if it fails."""
     before = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        yield
+        opened = kind(*args)
     finally:
         cv2.utils.logging.setLogLevel(before)
+    if not opened.isOpened():
+        raise UserError(problem)
+    return opened

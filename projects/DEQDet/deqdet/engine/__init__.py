@@ -5,6 +5,7 @@ from .arguments import add_config_arguments, exit_on_user_error, parse_arguments
 from .configuration import adapt_device, check_run, load_config, setup
 from .launcher import argument_parser, run
 from .models import build_model
+from .options import check_options, check_processes
 from .trainer import Trainer, load_weights
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "add_config_arguments",
     "argument_parser",
     "build_model",
+    "check_options",
+    "check_processes",
     "check_run",
     "exit_on_user_error",
     "load_config",

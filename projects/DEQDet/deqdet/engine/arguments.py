@@ -34,12 +34,15 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --model and --plugin."""
+    """Add --model, --plugin and --allow-remote-config."""
     parser.add_argument(
         "--model", default="", metavar="FILE", help="a model file (.safetensors or hf://owner/name), config included"
     )
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="MODULE", help="import a module or .py file of your own first"
+    )
+    parser.add_argument(
+        "--allow-remote-config", action="store_true", help="read a config or its _BASE_ from the network too"
     )
 
 

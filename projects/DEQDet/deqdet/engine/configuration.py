@@ -14,11 +14,12 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoints import is_model_file, load_model_config, read_model_file, resolve_file
+from ..checkpoints import check_pickle, check_query, is_model_file, load_model_config, read_model_file, resolve_file
 from ..data import check_datasets, prepare_datasets
 from ..errors import UserError, one_line
 from ..model_zoo import find_config, get_config, put_overrides
 from ..plugins import import_plugins
+from .options import check_options
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,14 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     Modules of the user's own (--plugin) are imported first. With a model file, MODEL.WEIGHTS is that file.
 
     Raises:
-        UserError: there is no config, or it is wrong; says which file or key.
+        UserError: there is no config, or it is wrong; says which file or key, and for a value its range.
     """
+    cfg = _read_config(args)
+    check_options(cfg)
+    return cfg
+
+
+def _read_config(args: argparse.Namespace) -> CfgNode:
     import_plugins(args.plugin)
     file = args.model or _only_model_file(args)
     if file and args.config_file:
@@ -69,7 +76,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     if not file:
         if not args.config_file:
             raise UserError("--config-file is missing: give a file, or a name such as quick/deqdet_shapes")
-        return get_config(args.config_file, args.opts)
+        return get_config(args.config_file, args.opts, allow_remote=args.allow_remote_config)
     path = resolve_file(file)
     cfg = load_model_config(read_model_file(path))
     put_overrides(cfg, args.opts)
@@ -100,7 +107,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         batch = f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}"
         raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
     if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
-        _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only)
+        _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only, trust_pickle=cfg.MODEL.TRUST_PICKLE)
 
 
 def _known_classes(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
@@ -131,7 +138,9 @@ def _make_folder(path: str) -> None:
         raise UserError(f"OUTPUT_DIR {path} is a file: choose a folder")
 
 
-def _check_weights(path: str, *, eval_only: bool) -> None:
+def _check_weights(path: str, *, eval_only: bool, trust_pickle: bool) -> None:
+    check_pickle(path, trusted=trust_pickle)
+    check_query(path)
     path = path.split("?")[0]  # detectron2's ?matching_heuristics=True
     if eval_only and not path:
         raise UserError("nothing to evaluate: give a checkpoint as MODEL.WEIGHTS, or --resume to take the last one")

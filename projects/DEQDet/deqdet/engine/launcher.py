@@ -16,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 from ..errors import UserError
 from .arguments import add_model_arguments, exit_on_user_error
 from .configuration import check_run, load_config
+from .options import check_processes
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -38,9 +39,10 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
     Args:
         main: a function of a module, since new processes import it by its name.
     """
-    several = args.num_gpus * args.num_machines > 1
     try:
         with exit_on_user_error():
+            check_processes(args)
+            several = args.num_gpus * args.num_machines > 1
             on_cpu = several and _check_processes(args).MODEL.DEVICE == "cpu"
             with _hidden_gpus() if on_cpu else nullcontext():
                 launch(

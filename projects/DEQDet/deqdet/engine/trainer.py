@@ -47,7 +47,7 @@ class Trainer(DefaultTrainer):
             )
         with explained_datasets():
             prepare_datasets(cfg)
-        with _our_parts(on_cuda):
+        with _our_parts(on_cuda, cfg.MODEL.TRUST_PICKLE):
             super().__init__(cfg)
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -126,7 +126,8 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
         UserError: the file cannot be read or downloaded, or is not a checkpoint of this model.
     """
     with _readable_weights():
-        CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        checkpointer = CompleteCheckpointer(model, cfg.OUTPUT_DIR, trust_pickle=cfg.MODEL.TRUST_PICKLE)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 
 
 @contextmanager
@@ -143,7 +144,7 @@ def _readable_weights() -> Iterator[None]:
 
 
 @contextmanager
-def _our_parts(on_cuda: bool) -> Iterator[None]:
+def _our_parts(on_cuda: bool, trust_pickle: bool) -> Iterator[None]:
     """Make DefaultTrainer use our checkpointer, and let DDP take a model that is not on CUDA.
 
     DefaultTrainer.__init__ calls DetectionCheckpointer and create_ddp_model of its own module. The latter passes the
@@ -151,7 +152,7 @@ def _our_parts(on_cuda: bool) -> Iterator[None]:
     that module stand for other objects meanwhile; a copy of __init__ would be longer.
     """
     originals = defaults.create_ddp_model, defaults.DetectionCheckpointer
-    defaults.DetectionCheckpointer = Checkpointer
+    defaults.DetectionCheckpointer = functools.partial(Checkpointer, trust_pickle=trust_pickle)
     if not on_cuda:
         defaults.create_ddp_model = functools.partial(originals[0], device_ids=None)
     try:

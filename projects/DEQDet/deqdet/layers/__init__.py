@@ -1,7 +1,13 @@
 """Refinement layers, by name in REFINEMENT_LAYER_REGISTRY."""
 
 from .adamixer import AdaMixerLayer
-from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, build_refinement_layer, look_up
+from .base import (
+    REFINEMENT_LAYER_REGISTRY,
+    RefinementLayer,
+    build_refinement_layer,
+    look_up,
+    set_class_prior,
+)
 from .sparse_rcnn import SparseRCNNLayer
 
 __all__ = [
@@ -11,4 +17,5 @@ __all__ = [
     "SparseRCNNLayer",
     "build_refinement_layer",
     "look_up",
+    "set_class_prior",
 ]

@@ -3,52 +3,17 @@
 B: rows of the state, N: queries, C: channels.
 """
 
-import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
-from ..boxes import decode_boxes, embed_position, pairwise_iof, refine_position
+from ..boxes import decode_boxes, refine_position
 from ..structures import Prediction, QueryState
+from .attention import PositionalAttention
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
 from .mixing import AdaptiveMixing
 from .sampling import SamplingPoints, sample_pyramid
-
-
-class PositionalAttention(nn.Module):
-    """Self-attention among queries that know where their boxes are (AdaMixer, Sec. 3.4).
-
-    The content carries a sine embedding of the position, and the attention logits of head h get the bias
-    tau_h log IoF(b_i, b_j). Inside the softmax this multiplies the weight that query i gives to query j by IoF^tau_h:
-    with a large tau_h a query attends only to boxes around its own, and so may learn that it duplicates another; with
-    tau_h = 0 the head ignores the boxes.
-    """
-
-    def __init__(self, *, dim: int, num_heads: int):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        self.iof_scale = nn.Parameter(torch.empty(num_heads))  # (heads,)  tau
-        nn.init.uniform_(self.iof_scale, 0, 4)
-        nn.init.xavier_uniform_(self.attention.out_proj.weight)
-
-    def forward(self, content: Tensor, position: Tensor) -> Tensor:
-        """
-        Args:
-            content: (B, N, C).
-            position: (B, N, 4) cx, cy, z, r.
-
-        Returns:
-            (B, N, C): content + embedded position + the result of the attention.
-        """
-        embedded = content + embed_position(position, content.shape[2])
-        # 1e-7 gives boxes that do not meet a finite bias: an infinite one could leave a query with no box to attend to.
-        overlap = (pairwise_iof(decode_boxes(position)) + 1e-7).log()  # (B, N, N)
-        bias = self.iof_scale[:, None, None] * overlap[:, None]  # (B, heads, N, N)
-        attended, _ = self.attention(
-            embedded, embedded, embedded, attn_mask=bias.flatten(0, 1).to(embedded.dtype), need_weights=False
-        )
-        return embedded + attended
 
 
 @REFINEMENT_LAYER_REGISTRY.register()

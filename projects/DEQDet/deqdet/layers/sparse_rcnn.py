@@ -12,12 +12,20 @@ from detectron2.structures import Boxes
 
 from ..boxes import decode_boxes, refine_position_by_deltas
 from ..structures import Prediction, QueryState
+from .attention import PositionalAttention
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
 from .dynamic_conv import DynamicConvolution
 
 # Boxes are clipped to this many pixels from the origin before they are pooled: RoIAlign of an infinite box would read
 # outside its input.
 FARTHEST = 1e6
+# MODEL.DEQDET.SPARSE_RCNN.ATTENTION: whether queries embed their position, and weigh others by the overlap of boxes.
+ATTENTIONS = {
+    "plain": (False, False),
+    "embedding": (True, False),
+    "overlap": (False, True),
+    "positional": (True, True),
+}
 
 
 @REFINEMENT_LAYER_REGISTRY.register()
@@ -40,6 +48,7 @@ class SparseRCNNLayer(RefinementLayer):
         num_box_layers: int,
         num_heads: int,
         feedforward_dim: int,
+        attention: str = "plain",
     ):
         """
         Args:
@@ -53,20 +62,32 @@ class SparseRCNNLayer(RefinementLayer):
             num_class_layers, num_box_layers: the hidden layers of the class branch and of the box branch.
             num_heads: heads of the attention.
             feedforward_dim: the hidden channels of the feed-forward network.
+            attention: "plain" is Sparse R-CNN's own, in which queries do not know where the others look. "positional"
+                is AdaMixer's; "embedding" and "overlap" have one of its two parts.
 
         Raises:
-            ValueError: dim is not a multiple of num_heads.
+            ValueError: dim is not a multiple of num_heads, or of 8 with an embedding; or an unknown attention.
         """
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"the hidden dimension {dim} is not a multiple of the {num_heads} heads")
+        if attention not in ATTENTIONS:
+            known = ", ".join(ATTENTIONS)
+            raise ValueError(f"MODEL.DEQDET.SPARSE_RCNN.ATTENTION is {attention!r}: it must be one of {known}")
+        embed, overlap = ATTENTIONS[attention]
+        if embed and dim % 8:
+            raise ValueError(f"the hidden dimension {dim} is not a multiple of the 8 sine embedding's features")
         self.pooler = ROIPooler(
             output_size=pooler_resolution,
             scales=[1 / stride for stride in strides],
             sampling_ratio=pooler_sampling_ratio,
             pooler_type="ROIAlignV2",
         )
-        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.is_positional = embed or overlap
+        if self.is_positional:
+            self.attention = PositionalAttention(dim=dim, num_heads=num_heads, embed=embed, overlap=overlap)
+        else:  # without a module around it, so that the parameters have the names of older checkpoints
+            self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.attention_norm = nn.LayerNorm(dim)
         self.dynamic_conv = DynamicConvolution(dim=dim, dynamic_dim=dynamic_dim, num_cells=pooler_resolution**2)
         self.dynamic_conv_norm = nn.LayerNorm(dim)
@@ -94,16 +115,23 @@ class SparseRCNNLayer(RefinementLayer):
             "num_box_layers": sparse.NUM_BOX_LAYERS,
             "num_heads": sparse.NUM_HEADS,
             "feedforward_dim": sparse.FEEDFORWARD_DIM,
+            "attention": sparse.ATTENTION,
         }
 
     def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
         """See RefinementLayer.forward."""
-        regions = self._pool(features, decode_boxes(state.position.detach()))
-        attended, _ = self.attention(state.content, state.content, state.content, need_weights=False)
-        content = self.attention_norm(state.content + attended)
+        position = state.position.detach()
+        regions = self._pool(features, decode_boxes(position))
+        content = self.attention_norm(self._attend(state.content, position))
         content = self.dynamic_conv_norm(content + self.dynamic_conv(content, regions))
         content = self.feedforward_norm(content + self.feedforward(content))
         return QueryState(refine_position_by_deltas(state.position, self.box_branch(content)), content)
+
+    def _attend(self, content: Tensor, position: Tensor) -> Tensor:
+        """(B, N, C): the content with what it attends to."""
+        if self.is_positional:
+            return self.attention(content, position)
+        return content + self.attention(content, content, content, need_weights=False)[0]
 
     def predict(self, state: QueryState) -> Prediction:
         """See RefinementLayer.predict."""

@@ -1,0 +1,89 @@
+"""Config files are checked, with all of their bases, before detectron2 merges them, so that no config runs code."""
+
+import os
+import re
+from collections.abc import Iterator
+
+import yaml
+
+from detectron2.utils.file_io import PathManager
+
+from .errors import UserError, describe_os_error, one_line
+
+BASE = "_BASE_"
+MOST_FILES = 100  # that one config may consist of; a server could go on naming new bases for ever
+MODEL_ZOO = "detectron2://"  # detectron2's own server
+
+
+def check_config_file(path: str, *, allow_remote: bool) -> None:
+    """See that a config file and every file that it inherits from hold plain values only.
+
+    YAML can name a Python object to build, and building it can run code. Nothing is built here: yaml.safe_load refuses
+    every such tag.
+
+    Args:
+        path: a file, or a URL.
+        allow_remote: whether the config and its bases may come from the network.
+
+    Raises:
+        UserError: a file is missing, from the network, no YAML mapping or holds Python objects, or a _BASE_ leads back
+            to a file that inherits from it. Says which file and, for YAML, which line.
+    """
+    pending, count = [(path,)], 0
+    while pending:
+        chain = pending.pop()
+        file = chain[-1]
+        if _identity(file) in map(_identity, chain[:-1]):
+            raise UserError(f"{path}: its {BASE} loops, {' -> '.join(chain)}: remove one of these {BASE} keys")
+        count += 1
+        if count > MOST_FILES:
+            raise UserError(f"{path} inherits from more than {MOST_FILES} files by {BASE}: a config must be simpler")
+        inherited = f"{chain[-2]}: its {BASE} {file}" if len(chain) > 1 else f"config file {file}"
+        _check_place(file, inherited, allow_remote=allow_remote)
+        pending += [(*chain, base) for base in _read_bases(file)]
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL rather than a local file."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
+def _identity(path: str) -> str:
+    """What two names of one local file have in common; a URL stands for itself."""
+    return path if is_remote(path) else os.path.realpath(path)
+
+
+def _check_place(file: str, named: str, *, allow_remote: bool) -> None:
+    if not is_remote(file):
+        if not os.path.isfile(file):
+            raise UserError(f"{named} does not exist, or is no plain file")
+    elif not (allow_remote or file.startswith(MODEL_ZOO)):
+        raise UserError(
+            f"{named} comes from the network: download it and look at it first, or allow it with --allow-remote-config "
+            "(in Python, allow_remote=True)"
+        )
+
+
+def _read_bases(file: str) -> Iterator[str]:
+    """The files that a config file names as its bases, relative to its own folder as detectron2 takes them."""
+    try:
+        with PathManager.open(file, "r") as stream:
+            loaded = yaml.safe_load(stream)
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(
+            f"{file}, line {error.problem_mark.line + 1}: {one_line(error.problem)}: a config holds plain values only, "
+            "no Python objects"
+        ) from error
+    except OSError as error:
+        raise UserError(f"config file {file} cannot be read ({describe_os_error(error)})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: {one_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file} is no config: it must be a YAML mapping of keys to values")
+    bases = loaded.get(BASE, [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise UserError(f"{file}: {BASE} must be the name of a file, or a list of names, got {one_line(base)}")
+        base = os.path.expanduser(base)
+        absolute = base.startswith(("/", "https://", "http://"))
+        yield base if absolute else os.path.join(os.path.dirname(file), base)

@@ -1,0 +1,9 @@
+"""Everything that measures a trained detector.
+
+- `cost`: its parameters and multiply-adds; needs neither weights nor data.
+- `residuals`: how close its iterates come to a fixed point.
+- `timing`: seconds and bytes that it takes for an image.
+- `steps`, `steps_report`: AP, residual and latency against the number of steps, the solver and the tolerance.
+- `comparison`, `comparison_report`: several configs trained on equal terms, and the table of them.
+- `accuracy`, `plots`, `tables`: COCO's AP, pictures of a training, tables in markdown.
+"""

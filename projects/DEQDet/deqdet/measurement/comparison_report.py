@@ -1,0 +1,143 @@
+"""The table of a comparison, as markdown and JSON, and its curve."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .comparison import Result
+from .tables import format_table, format_value
+
+# Heading, key of `summarize`, unit, format.
+COLUMNS = (
+    ("AP50", "AP50", 1, ".1f"),
+    ("APs", "APs", 1, ".1f"),
+    ("parameters (M)", "parameters", 1e6, ".2f"),
+    ("multiply-adds (G)", "multiply_adds", 1e9, ".3g"),
+    ("s / iteration", "seconds_per_iteration", 1, ".3g"),
+    ("ms / image", "ms_per_image", 1, ".3g"),
+    ("memory, training (MB)", "training_memory_mb", 1, ".0f"),
+    ("memory, inference (MB)", "inference_memory_mb", 1, ".0f"),
+)
+
+
+def write_report(results: Sequence[Result], folder: Path, command: str) -> None:
+    """Write comparison.md, comparison.json and comparison.png into `folder`.
+
+    Args:
+        results: at least one. Those of one config make one row; rows are in the order of their first results.
+        command: the one that made them, for the reader to repeat.
+    """
+    configs = summarize(results)
+    (folder / "comparison.md").write_text(format_report(configs, results, command))
+    summary = {"command": command, "machines": _machines(results), "configs": configs}
+    (folder / "comparison.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    plot_curves(configs, folder / "comparison.png")
+
+
+def summarize(results: Sequence[Result]) -> list[dict]:
+    """Make a dict for each config: the means of all figures over its seeds, and under "seeds" the figures of each seed.
+
+    "changes" are the settings in which the config differs from the first one, where both have them. A mean that lacks
+    one of its figures is None. A curve's mean has the points that every seed has.
+    """
+    configs, first = [], results[0].settings
+    for name in dict.fromkeys(result.name for result in results):
+        mine = [result for result in results if result.name == name]
+        seeds = [{"seed": result.seed, **asdict(result.metrics), **asdict(result.measurement)} for result in mine]
+        same = ("seed", "curve", "image_size")
+        configs.append({
+            "name": name,
+            "decoder": mine[0].settings["MODEL.DEQDET.DECODER"],
+            "layer": mine[0].settings["MODEL.DEQDET.REFINEMENT_LAYER"],
+            "changes": {
+                key: value
+                for key, value in mine[0].settings.items()
+                if key != "SEED" and value != first.get(key, value)
+            },
+            "image_size": seeds[0]["image_size"],
+            **{key: _mean([seed[key] for seed in seeds]) for key in seeds[0] if key not in same},
+            "curve": _mean_curve([seed["curve"] for seed in seeds]),
+            "seeds": seeds,
+        })  # fmt: skip
+    return configs
+
+
+def format_report(configs: Sequence[dict], results: Sequence[Result], command: str) -> str:
+    """Markdown: a row for each config, and below the table what its columns mean and how to repeat it."""
+    budget, seeds = results[0].settings, dict.fromkeys(result.seed for result in results)
+    sizes = dict.fromkeys("{} x {}".format(*config["image_size"]) for config in configs)
+    rows = [["config", "decoder", "layer", "AP", "AP of each seed", *(column[0] for column in COLUMNS)]]
+    for config in configs:
+        each = ", ".join(format_value(seed["AP"], ".1f") for seed in config["seeds"])
+        names = [config["name"], config["decoder"], config["layer"]]
+        cells = [format_value(config[key], form, unit) for _, key, unit, form in COLUMNS]
+        rows.append([*names, format_value(config["AP"], ".1f"), each, *cells])
+    text = format_table(rows, names=3)
+    changes = "".join(f"  - {config['name']}: {_format_changes(config['changes'])}\n" for config in configs[1:])
+    if changes:
+        changes = f"- What differs from {configs[0]['name']}:\n{changes}"
+    return f"""{text}
+
+{changes}- {budget["SOLVER.MAX_ITER"]} iterations of {budget["SOLVER.IMS_PER_BATCH"]} images of \
+{", ".join(budget["DATASETS.TRAIN"])}; seed {", ".join(map(str, seeds))}; every figure is the mean of the seeds.
+- AP on {budget["DATASETS.TEST"][0]} after the last iteration.
+- Multiply-adds of convolutions and linear layers on an image of {", ".join(sizes)} pixels.
+- s / iteration: median, with {budget["num_gpus"]} process(es). ms / image: median, one image at a time, \
+without loading it.
+- Memory in training: on a GPU, the most that tensors took of the first one; on a CPU, the most that the first process \
+had resident, with more than 0.5 GB of libraries.
+- Memory at inference: the most that tensors took for one image, weights included.
+- Machine: {"; ".join(_machines(results))}. {date.today().isoformat()}.
+- Command: `{command}`
+
+![AP against iterations](comparison.png)
+"""
+
+
+def plot_curves(configs: Sequence[dict], path: Path) -> None:
+    """Draw AP against iterations: thin lines for the seeds, a thick one for their mean."""
+    figure = Figure(figsize=(8, 5), layout="constrained")  # pyplot would choose a backend
+    axes = figure.subplots()
+    colours, lines = matplotlib.colormaps["tab10"].colors, ("-", "--", ":")
+    for index, config in enumerate(configs):
+        colour, line = colours[index % len(colours)], lines[index // len(colours) % len(lines)]
+        if len(config["seeds"]) > 1:
+            for seed in config["seeds"]:
+                _plot(axes, seed["curve"], color=colour, linestyle=line, linewidth=0.8, alpha=0.5)
+        style = {"color": colour, "linestyle": line, "linewidth": 2.2, "marker": "o", "markersize": 4}
+        _plot(axes, config["curve"], **style, label=config["name"])
+    axes.set(xlabel="iterations", ylabel="AP", xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if len(configs) > len(colours):
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small", handlelength=4)
+    else:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _plot(axes: Axes, curve: list[list], **style: object) -> None:
+    axes.plot([point[0] for point in curve], [float("nan") if ap is None else ap for _, ap in curve], **style)
+
+
+def _format_changes(changes: dict[str, object]) -> str:
+    return ", ".join(f"`{key}` {value}" for key, value in changes.items()) or "nothing"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else sum(values) / len(values)
+
+
+def _mean_curve(curves: Sequence[list[list]]) -> list[list]:
+    tables = [dict(curve) for curve in curves]
+    common = [iteration for iteration in tables[0] if all(iteration in table for table in tables)]
+    return [[iteration, _mean([table[iteration] for table in tables])] for iteration in common]
+
+
+def _machines(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(result.machine for result in results))

@@ -1,0 +1,112 @@
+"""Pictures of a training's outcome: detections beside the ground truth, loss curve, residuals against steps."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from detectron2.data import Metadata
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import ColorMode, Visualizer
+
+from ..data import read_image
+from ..drawing import coloured_metadata
+
+MARGIN = 6  # pixels between the pictures of a sheet
+
+
+def draw_pair(record: dict, detections: Instances, metadata: Metadata, *, width: int, threshold: float) -> np.ndarray:
+    """Draw one image twice, side by side: with the ground truth, and with the detections.
+
+    Args:
+        record: detectron2's dataset dict, with annotations.
+        detections: boxes in pixels of the original image.
+        width: width of each half, pixels.
+        threshold: detections with a lower score are left out.
+
+    Returns:
+        (height, 2 * width + MARGIN, 3) uint8 RGB.
+
+    Raises:
+        UserError: the image cannot be read.
+    """
+    image = read_image(record["file_name"])
+    coloured, scale = coloured_metadata(metadata), width / image.shape[1]
+    truth, found = (Visualizer(image, coloured, scale, ColorMode.SEGMENTATION) for _ in range(2))
+    truth.draw_dataset_dict(record)
+    found.draw_instance_predictions(detections[detections.scores >= threshold].to("cpu"))
+    halves = [_fit(half.get_output().get_image(), width) for half in (truth, found)]
+    gap = np.full((halves[0].shape[0], MARGIN, 3), 255, np.uint8)
+    return np.concatenate([halves[0], gap, halves[1]], axis=1)
+
+
+def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) -> None:
+    """Write pairs of one width as a grid with a line of headings.
+
+    Args:
+        pairs: as draw_pair returns them.
+    """
+    height = max(pair.shape[0] for pair in pairs)
+    width = pairs[0].shape[1]
+    rows = -(-len(pairs) // columns)
+    top, gap = 26, 3 * MARGIN
+    sheet = np.full((top + rows * (height + gap), columns * (width + gap), 3), 255, np.uint8)
+    for index, pair in enumerate(pairs):
+        row, column = divmod(index, columns)
+        y, x = top + row * (height + gap), column * (width + gap)
+        sheet[y : y + pair.shape[0], x : x + width] = pair
+    for column in range(columns):
+        for half, heading in enumerate(("ground truth", "detections")):
+            x = column * (width + gap) + half * (width + MARGIN) // 2 + 4
+            cv2.putText(sheet, heading, (x, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
+    cv2.imwrite(str(path), sheet[:, :, ::-1])
+
+
+def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
+    """Draw the loss of each supervised prediction against the iteration, from a run's metrics.json.
+
+    The file is appended to: where a later run or a resumed one goes over the same iterations, its lines count.
+    """
+    lines: list[dict] = []
+    for line in map(json.loads, Path(metrics_file).read_text().splitlines()):
+        if "total_loss" in line:
+            lines = [earlier for earlier in lines if earlier["iteration"] < line["iteration"]] + [line]
+    iterations = [line["iteration"] for line in lines]
+    names = sorted({key.removeprefix("loss_cls_") for line in lines for key in line if key.startswith("loss_cls_")})
+    figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would choose a backend
+    axes = figure.subplots()
+    for name in names:
+        sums = [sum(v for k, v in line.items() if k.startswith("loss_") and k.endswith(f"_{name}")) for line in lines]
+        axes.plot(iterations, sums, label=name, linewidth=1.2)
+    axes.set(xlabel="iteration", ylabel="weighted loss of a prediction", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(title="prediction", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_residuals(residuals: Tensor, path: str | Path) -> None:
+    """Draw median and quartiles over the images against the step, on a logarithmic axis.
+
+    Args:
+        residuals: (1 + T, images), as measure_residuals returns them.
+    """
+    quartiles = np.quantile(residuals.numpy(), [0.25, 0.5, 0.75], axis=1)
+    steps = np.arange(len(residuals))
+    figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would choose a backend
+    axes = figure.subplots()
+    axes.fill_between(steps, quartiles[0], quartiles[2], alpha=0.25, label="middle half of the images")
+    axes.plot(steps, quartiles[1], marker="o", markersize=3, label="median image")
+    axes.set(xlabel="layer", ylabel="relative residual", yscale="log")
+    shown = [0, 1, *range(5, len(steps), 5)]
+    axes.set_xticks(shown, ["g", *(f"f{i}" for i in shown[1:])])
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _fit(image: np.ndarray, width: int) -> np.ndarray:
+    height = round(image.shape[0] * width / image.shape[1])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)

@@ -1,0 +1,198 @@
+"""AP and residual of an equilibrium detector against steps, solver and tolerance (the paper's Tables 7 to 9).
+
+Each image is walked once with each solver: what it is after any number of steps, and where it would stop with any
+tolerance, is read off that one path.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+
+from ..decoders import build_solver
+from ..detector import DEQDet
+from ..equilibrium import Solver, Status, first_below
+from ..errors import UserError
+from .accuracy import Accuracy
+from .cost import Cost
+from .timing import Latency
+
+
+def build_solvers(cfg: CfgNode, specs: Sequence[str]) -> dict[str, Solver]:
+    """Build solvers by their short names ("plain", "anderson4"); each comes once, under the first of its names.
+
+    Raises:
+        UserError: a name is unknown, or a number out of range.
+    """
+    solvers: dict[str, Solver] = {}
+    for spec in specs:
+        try:
+            solver = build_solver(cfg, spec)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if solver not in solvers.values():
+            solvers[spec] = solver
+    return solvers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which states are read off every path."""
+
+    steps: tuple[int, ...]  # numbers of steps, the same for all images
+    rtols: tuple[float, ...]  # relative residuals at which each image stops on its own
+    limit: int  # the most steps with an rtol, and the number that they are compared with
+
+    def __post_init__(self) -> None:
+        if wrong := [step for step in (*self.steps, self.limit) if step < 1]:
+            raise ValueError(f"a number of steps must be at least 1, got {wrong[0]}")
+        if wrong := [rtol for rtol in self.rtols if not 0 < rtol < math.inf]:
+            raise ValueError(f"an rtol must be a number above 0, got {wrong[0]}")
+
+    @property
+    def fixed(self) -> set[int]:
+        """Steps after which every image is read out."""
+        return {*self.steps, self.limit}
+
+    @property
+    def record(self) -> set[int]:
+        """Steps after which some image may be read out."""
+        return self.fixed.union(range(1, self.limit + 1)) if self.rtols else self.fixed
+
+
+@dataclass(frozen=True)
+class ImagePath:
+    """What became of one image along T steps of one solver."""
+
+    image_id: int
+    steps: int  # applications of f that it took part in: T, or fewer if its states became infinite or NaN
+    finite: bool
+    residuals: Tensor  # (T,)  relative residual of each step's iterate
+    detections: dict[int, Instances]  # step -> detections in the pixels of the original image, on the CPU
+
+
+@torch.no_grad()
+def walk_paths(model: DEQDet, batches: Iterable[list[dict]], *, solver: Solver, plan: Plan) -> Iterator[ImagePath]:
+    """Walk each batch once, and read out the states that the plan asks for.
+
+    Args:
+        model: in evaluation mode.
+        batches: detectron2's inputs, as a test loader gives them.
+
+    Yields:
+        The path of each image, in order. T is the largest number of steps in the plan.
+
+    Raises:
+        UserError: the decoder has no equilibrium.
+    """
+    fixed = plan.fixed
+    for batch in batches:
+        walk = model.walk(batch, steps=max(fixed), rtol=0.0, solver=solver, record=plan.record)
+        solution = walk.trajectory.solution
+        stops = [first_below(solution.residuals[: plan.limit], rtol).tolist() for rtol in plan.rtols]
+        detections = {step: walk.detections(step) for step in sorted(fixed.union(*stops))}
+        taken, residuals = solution.steps.tolist(), solution.residuals.cpu()
+        for index, inputs in enumerate(batch):
+            kept = fixed.union(stop[index] for stop in stops)
+            yield ImagePath(
+                image_id=inputs["image_id"],
+                steps=taken[index],
+                finite=bool(solution.status[index] != Status.NONFINITE),
+                residuals=residuals[:, index].clone(),
+                detections={step: detections[step][index].to("cpu") for step in sorted(kept)},
+            )
+
+
+@dataclass(frozen=True)
+class StepsRow:
+    """All images after a fixed number of steps: a row of Tables 7 to 9, with residual and latency."""
+
+    steps: int
+    multiply_adds: int  # of convolutions and linear layers; a solver's own arithmetic is not counted
+    seconds: float  # for an image
+    residual: float | None  # of the last step's iterate, median over the images; None if it is infinite
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True)
+class ToleranceRow:
+    """Each image until its relative residual is below rtol, at most `limit` steps."""
+
+    rtol: float  # 0: all images take all steps
+    mean_steps: float
+    median_steps: float
+    percentile_95_steps: float
+    saved: float  # percent of the `limit` evaluations of f
+    converged: float | None  # percent of the images; None with rtol = 0
+    accuracy: Accuracy
+    difference: float | None  # AP minus that of rtol = 0
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows of one solver."""
+
+    name: str
+    solver: str  # with its numbers
+    latency: Latency
+    nonfinite: int  # images whose states became infinite or NaN; they keep the last finite one
+    median_residuals: list[float | None]  # of every step, from the first one on
+    steps: list[StepsRow]
+    tolerances: list[ToleranceRow]  # the first one is rtol = 0
+
+
+def summarize(
+    name: str,
+    solver: str,
+    paths: Sequence[ImagePath],
+    *,
+    plan: Plan,
+    evaluate: Callable[[Sequence[ImagePath], Sequence[tuple[int, ...]]], list[Accuracy]],
+    cost: Cost,
+    latency: Latency,
+) -> Results:
+    """Make all rows of a solver from the paths of all images.
+
+    Args:
+        paths: walked with the same plan.
+        evaluate: see accuracy.Evaluation.
+        cost: the cost of an image, with any number of steps.
+    """
+    residuals = torch.stack([path.residuals for path in paths], dim=1)  # (T, images)
+    # A residual that is NaN is further from convergence than any number.
+    medians = np.median(residuals.nan_to_num(nan=math.inf, posinf=math.inf).numpy(), axis=1).tolist()
+    medians = [value if math.isfinite(value) else None for value in medians]
+    rtols = (0.0, *plan.rtols)
+    stops = [first_below(residuals[: plan.limit], rtol) for rtol in rtols]
+    same = [(step,) * len(paths) for step in plan.steps]
+    accuracies = evaluate(paths, same + [tuple(stop.tolist()) for stop in stops])
+    rows = [
+        StepsRow(step, replace(cost, steps=step).total.linear, latency.of(step), medians[step - 1], accuracy)
+        for step, accuracy in zip(plan.steps, accuracies, strict=False)
+    ]
+    tolerances, accuracies = [], accuracies[len(plan.steps) :]
+    for rtol, stop, accuracy in zip(rtols, stops, accuracies, strict=True):
+        # With an rtol, an image that became infinite leaves the batch; with rtol = 0, f is still applied to it.
+        taken = np.minimum([path.steps for path in paths] if rtol else plan.limit, stop.numpy())
+        converged = residuals.gather(0, stop[None] - 1) < rtol
+        known = accuracy.AP is not None and accuracies[0].AP is not None
+        tolerances.append(
+            ToleranceRow(
+                rtol=rtol,
+                mean_steps=float(np.mean(taken)),
+                median_steps=float(np.median(taken)),
+                percentile_95_steps=float(np.percentile(taken, 95)),
+                saved=100 * (1 - float(np.mean(taken)) / plan.limit),
+                converged=100 * float(converged.double().mean()) if rtol else None,
+                accuracy=accuracy,
+                difference=accuracy.AP - accuracies[0].AP if known else None,
+            )
+        )
+    nonfinite = sum(not path.finite for path in paths)
+    return Results(name, solver, latency, nonfinite, medians, rows, tolerances)

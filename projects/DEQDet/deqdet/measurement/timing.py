@@ -1,0 +1,199 @@
+"""Seconds and bytes that a trained model takes for an image at inference, and the machine that took them."""
+
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler import profile
+from tqdm import tqdm
+
+from ..data import build_test_loader
+from ..detector import DEQDet
+from ..engine import argument_parser, check_run, load_config, parse_arguments
+from ..engine.launcher import count_cores
+from ..equilibrium import Solver
+from ..errors import UserError
+from ..predictor import Predictor
+from .cost import count_multiply_adds, count_parameters
+
+WARM_UP = 2  # images before the clock counts; Measurement takes the memory from them
+IMAGES = 20  # images that a Measurement times
+RUNS = 10  # walks that a Latency is the median of
+STEPS = 10  # steps of such a walk; a solver's history is full for most of them
+
+Result = TypeVar("Result")
+
+
+def timed(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """Call, and wait for the device. Returns the call's result and the seconds that it took."""
+    _synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    _synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def describe_machine(device: torch.device | None = None) -> str:
+    """Name the processor, its cores, the GPUs and the version of torch in one line; or one device and the version."""
+    version = f"torch {torch.__version__}"
+    if device is not None and device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {version}"
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    parts = [name, f"{count_cores()} cores"]
+    if device is not None:
+        parts.append(f"{torch.get_num_threads()} thread(s)")
+    elif torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    return ", ".join([*parts, version])
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds for one image, without loading it."""
+
+    fixed: float  # preprocessing, backbone and neck, initialization layer, read-out, postprocessing
+    per_step: float  # one application of f, and what the solver does beside it
+
+    def of(self, steps: int) -> float:
+        """Seconds of the whole detector with that many steps."""
+        return self.fixed + steps * self.per_step
+
+
+def measure_latencies(
+    model: DEQDet, batches: Iterable[list[dict]], solvers: Mapping[str, Solver]
+) -> dict[str, Latency]:
+    """Measure the latency with each solver, by the solver's name: medians of RUNS walks.
+
+    A walk of no steps and its read-out are the fixed cost. A walk of STEPS steps takes longer by the time of STEPS
+    applications. All walks of an image follow each other, so that a machine that becomes slower meanwhile favours no
+    solver.
+
+    Args:
+        model: in evaluation mode.
+        batches: detectron2's inputs, of one image each: at least one. The first RUNS images are used in turn.
+
+    Raises:
+        UserError: the decoder has no equilibrium.
+    """
+    fixed: list[float] = []
+    per_step: dict[str, list[float]] = {name: [] for name in solvers}
+    images = cycle(list(islice(batches, RUNS)))
+    for batch in tqdm(islice(images, WARM_UP + RUNS), desc="latency", total=WARM_UP + RUNS, disable=None):
+        start, before = timed(partial(model.walk, batch, steps=0, rtol=0.0), model.device)
+        fixed.append(before + timed(torch.no_grad()(start.detections), model.device)[1])
+        for name, solver in solvers.items():
+            walk = partial(model.walk, batch, steps=STEPS, rtol=0.0, solver=solver)
+            per_step[name].append((timed(walk, model.device)[1] - before) / STEPS)
+    return {name: Latency(median(fixed[WARM_UP:]), median(times[WARM_UP:])) for name, times in per_step.items()}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Size, cost and speed of one model on one machine."""
+
+    parameters: int
+    multiply_adds: int  # "linear" of `cost`, on an image of image_size
+    image_size: list[int]  # height and width of the first image as the model gets it, pixels
+    ms_per_image: float  # median, one image at a time, without loading it
+    inference_memory_mb: float  # the most that tensors took for one image, weights included; MiB
+
+
+def measure_apart(arguments: Sequence[str], weights: Path, log: Path) -> Measurement:
+    """Run `measure` in a fresh process, where nothing of a training or of another model is left.
+
+    Args:
+        arguments: those of tools/train_net.py.
+        weights: a checkpoint of that training.
+        log: what the process prints is added to this file.
+
+    Raises:
+        UserError: the process was killed.
+    """
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_measure_checkpoint, arguments, weights, log).result()
+    except BrokenProcessPool as error:
+        raise UserError(f"the measurement of {weights} was killed: free memory and try again") from error
+
+
+def _measure_checkpoint(arguments: Sequence[str], weights: Path, log: Path) -> Measurement:
+    with open(log, "a") as output:
+        for descriptor in (1, 2):  # the profiler's library writes to them directly
+            os.dup2(output.fileno(), descriptor)
+    return measure(*build_trained(arguments, weights))
+
+
+def build_trained(arguments: Sequence[str], weights: Path) -> tuple[DEQDet, Iterable[list[dict]]]:
+    """The model of a training in evaluation mode, and the first images of its test set, one at a time."""
+    args = parse_arguments(argument_parser(), arguments)
+    cfg = load_config(args)
+    check_run(cfg, args)
+    model = Predictor.from_config(cfg, weights).model
+    return model, build_test_loader(cfg, cfg.DATASETS.TEST[0], WARM_UP + IMAGES)
+
+
+@torch.no_grad()
+def measure(model: DEQDet, batches: Iterable[list[dict]]) -> Measurement:
+    """Measure a model on the first WARM_UP + IMAGES images.
+
+    Args:
+        model: in evaluation mode.
+        batches: detectron2's inputs, of one image each.
+
+    Raises:
+        UserError: there are not more images than WARM_UP.
+    """
+    sizes, peaks, times = [], [], []
+    for batch in islice(batches, WARM_UP + IMAGES):
+        sizes.append(list(batch[0]["image"].shape[-2:]))
+        if len(peaks) < WARM_UP:
+            peaks.append(peak_memory(partial(model, batch), model.device))
+        else:
+            times.append(timed(partial(model, batch), model.device)[1])
+    if not times:
+        raise UserError(f"{len(sizes)} image(s) are too few to time a model: give more than {WARM_UP}")
+    height, width = sizes[0]
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return Measurement(
+        parameters=count_parameters(model).total,
+        multiply_adds=count_multiply_adds(model, height=height, width=width).total.linear,
+        image_size=sizes[0],
+        ms_per_image=1e3 * median(times),
+        inference_memory_mb=(weights + max(peaks)) / 2**20,
+    )
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that tensors on `device` take during a call, beside those that are there before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(profile_memory=True) as profiled:
+        call()
+    # There is one event for each allocation, and one with a negative size for each release.
+    events = [e for e in profiled.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in events if e.device_type() == DeviceType.CPU]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(sizes), default=0)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

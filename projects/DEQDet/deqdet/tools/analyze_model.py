@@ -1,0 +1,69 @@
+"""Parameters and multiply-adds of a detector on an 800 x 1333 image. No data set, no weights, no GPU.
+
+    deqdet-analyze-model --config-file F [--tasks parameter flop] [--steps N] [--output OUT.json] [KEY VALUE ...]
+
+Multiply-adds are counted in two ways. "linear", the paper's: over convolutions and linear layers, without the
+projections within nn.MultiheadAttention, which its counter misses. "all": over all operators that fvcore counts.
+The image is padded to 800 x 1344, as at test time. A step is one refinement layer after the initialization layer
+(or after the first of a stack), with its read-out: T layers are T - 1 steps.
+
+OUT.json has plain numbers: parameters.total and parameters.modules.NAME; flops.steps and, for WAY linear or all,
+flops.WAY.backbone, .neck, .initialization, .per_step, .read_out (the part of per_step that is one) and .total.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
+from ..errors import UserError, describe_os_error
+from ..measurement.cost import count_multiply_adds, count_parameters, format_cost, format_parameters
+
+TASKS = ("parameter", "flop")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the tool with the given command line, by default that of the process."""
+    with exit_on_user_error():
+        analyze(parse_arguments(make_parser(), words))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The tool's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help="parameter, flop or both, the default"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of an equilibrium decoder; default TEST_STEPS")
+    parser.add_argument("--output", type=Path, metavar="OUT.json", help="write the same numbers as JSON")
+    return parser
+
+
+def analyze(args: argparse.Namespace) -> None:
+    """Print the tables that the command line asks for, and write them as JSON."""
+    if args.steps is not None and "flop" not in args.tasks:
+        raise UserError("--steps is for the task flop: add it to --tasks, or leave --steps out")
+    cfg = load_config(args)
+    cfg.MODEL.DEVICE = "cpu"
+    model, found, tables = build_model(cfg), {}, []
+    if "parameter" in args.tasks:
+        parameters = count_parameters(model)
+        found["parameters"] = asdict(parameters)
+        tables.append(format_parameters(parameters))
+    if "flop" in args.tasks:
+        cost = count_multiply_adds(model, steps=args.steps)
+        found["flops"] = cost.to_dict()
+        tables.append(format_cost(cost))
+    print("\n\n".join(tables))
+    if args.output:
+        try:
+            args.output.write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.output}: {describe_os_error(error)}") from error
+
+
+if __name__ == "__main__":
+    main()

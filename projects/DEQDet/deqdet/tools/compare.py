@@ -1,0 +1,97 @@
+"""Train several detectors on the same data for the same budget, and write one table.
+
+    deqdet-compare CONFIG [CONFIG ...] --output DIR [--seeds 1 2] [--num-gpus N] [KEY VALUE ...]
+
+writes DIR/comparison.md, comparison.json and comparison.png (AP against iterations), anew after every run. A CONFIG is
+a file or a name of the model zoo. Each run lives in DIR/CONFIG-seedN, its output in the file "log" there. Called again,
+it does not train a finished run again, and goes on with an interrupted one from its last checkpoint
+(SOLVER.CHECKPOINT_PERIOD). A run that was begun with another config is an error: delete its folder to train it again.
+Changes of the code go unnoticed.
+
+    deqdet-compare configs/ablations/{default,rag_1}.yaml --scale CONFIG --output DIR [...]
+
+trains rows of an ablation at the scale of another config: what a row changes is put on that config, and the default row
+then equals it. A row changes the keys in which it differs, once loaded, from the default.yaml beside it. A size in
+pixels (MODEL.DEQDET.PERTURBATION.POSITION_SIZE) keeps its ratio to the default row's: 50 of 25 pixels become twice the
+other config's. Any other change must start from a value that the other config shares with the default row; if not, that
+is an error before any training. The KEY VALUE pairs are put on the other config first, and can provide such values.
+"""
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..engine import exit_on_user_error, parse_arguments
+from ..measurement.comparison import Run, complete, prepare_runs
+from ..measurement.comparison_report import write_report
+from ..measurement.timing import Measurement, measure_apart
+
+TRAIN = (sys.executable, "-m", "deqdet.tools.train_net")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the tool with the given command line, by default that of the process."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # an exit by exception ends the training too
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    words = sys.argv[1:] if words is None else words
+    args = parse_arguments(make_parser(), words)
+    with exit_on_user_error(interrupted="interrupted: say the same again to go on"):
+        compare(args, command=shlex.join(["deqdet-compare", *words]))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The tool's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="config files or names of the model zoo")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the table and of the runs")
+    parser.add_argument("--scale", metavar="CONFIG", help="the config on which the rows' changes are put, see above")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="each config is trained with each; default 1")
+    parser.add_argument("--num-gpus", type=int, default=1, help="as for training: processes on a CPU")
+    parser.add_argument(
+        "--eval-period", type=int, help="iterations between two points of the curve, 20 or more; default MAX_ITER / 6"
+    )
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="import a module or .py file of your own first"
+    )
+    parser.epilog = "KEY VALUE pairs at the end override all configs: SOLVER.MAX_ITER 100"
+    return parser
+
+
+def compare(args: argparse.Namespace, command: str) -> None:
+    """Complete one run after the other, and write the report after each.
+
+    Args:
+        command: how the tool was called, for the report.
+    """
+    runs = prepare_runs(
+        args.configs,
+        args.output,
+        seeds=args.seeds,
+        num_gpus=args.num_gpus,
+        overrides=args.opts,
+        eval_period=args.eval_period,
+        scale=args.scale,
+        plugins=args.plugin,
+    )
+    results = []
+    for number, run in enumerate(runs, start=1):
+        where = f"[{number}/{len(runs)}] {run.label}"
+        print(f"{where}: in {run.folder}", flush=True)
+        result = complete(run, TRAIN, measure)
+        results.append(result)
+        score = "no AP" if result.metrics.AP is None else f"AP {result.metrics.AP:.1f}"
+        print(f"{where}: {score}, {result.minutes:.1f} min of training", flush=True)
+        write_report(results, args.output, command)
+    print(f"Table: {args.output}/comparison.md, comparison.json; curve: {args.output}/comparison.png")
+
+
+def measure(run: Run) -> Measurement:
+    """Measure the model of a finished training, in a process of its own."""
+    return measure_apart(run.arguments, run.weights, run.log)
+
+
+if __name__ == "__main__":
+    main()

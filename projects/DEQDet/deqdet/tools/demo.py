@@ -1,0 +1,131 @@
+"""Detect in images, a video or a camera's pictures, and watch how an equilibrium detector converges.
+
+    deqdet-demo --model FILE --input PATH [PATH ...] [--output OUT]
+    deqdet-demo --config-file F --input PATH [PATH ...] [--output OUT] MODEL.WEIGHTS CHECKPOINT
+    deqdet-demo ... --video-input FILE | --webcam [INDEX] [--output OUT]
+
+A PATH is a file, a folder (the images directly in it) or a glob. Each picture goes to the folder OUT under its own name
+(of several with one name, later ones get _2, _3, ...), or for a single image to the file OUT; small images are drawn
+enlarged. Without --output, results are shown in a window: any key goes on, Esc ends. Each class has one colour.
+
+--refinement-gif, --refinement-strip and --convergence-plot write NAME_refinement.gif, NAME_strip.png and
+NAME_convergence.png beside the picture: how the boxes of the detections moved from the initial ones step by step, and
+the residuals of content and position. They need MODEL.DEQDET.DECODER EquilibriumDecoder, as do --steps, --rtol and
+--solver.
+
+A file that cannot be done has one line on stderr; the others are done, and the exit code is 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..decoders import EquilibriumDecoder
+from ..demo import (
+    GIF,
+    PLOT,
+    STRIP,
+    ImageDemo,
+    find_images,
+    open_camera,
+    open_video,
+    plan_pictures,
+    plan_video,
+    run_video,
+)
+from ..engine import add_config_arguments, exit_on_user_error, load_config, parse_arguments
+from ..errors import UserError
+from ..predictor import Predictor
+
+EXTRAS = {  # flag: the file's ending, what it shows
+    "--refinement-gif": (GIF, "the boxes step by step"),
+    "--refinement-strip": (STRIP, "some steps side by side"),
+    "--convergence-plot": (PLOT, "residuals against the step"),
+}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line `words`, by default that of the process."""
+    with exit_on_user_error():
+        args = parse_arguments(_parser(), words)
+        args.extras = [flag for flag in EXTRAS if flag in args.extras]  # each once, in this order
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
+        if not 0 <= args.confidence_threshold <= 1:
+            raise UserError(f"--confidence-threshold must lie between 0 and 1, got {args.confidence_threshold}")
+        if args.extras and not args.input:
+            raise UserError(f"{', '.join(args.extras)}: only with --input")
+        if args.extras and args.output is None:
+            raise UserError(f"{', '.join(args.extras)}: say with --output where to")
+        if args.input:
+            _detect_in_images(args)
+        else:
+            _detect_in_video(args)
+
+
+def _detect_in_images(args: argparse.Namespace) -> None:
+    """Do all that can be done, then exit with 1 if something could not."""
+    sources, faults = find_images(args.input)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    count = len(faults)
+    if sources:
+        predictor, options = _load(args)
+        demo = ImageDemo(predictor, options)
+        if args.output is None:
+            demo.show(sources)
+        else:
+            endings = [EXTRAS[flag][0] for flag in args.extras]
+            demo.write(sources, plan_pictures(sources, args.output, endings), endings)
+        count += demo.faults
+    if count:
+        sys.exit(1)
+
+
+def _detect_in_video(args: argparse.Namespace) -> None:
+    video = open_camera(args.webcam) if args.video_input is None else open_video(args.video_input)
+    predictor, options = _load(args)
+    output = None if args.output is None else plan_video(args.video_input, args.output)
+    run_video(predictor, video, output, options)
+
+
+def _load(args: argparse.Namespace) -> tuple[Predictor, dict]:
+    """The detector, and the command line's steps, rtol and solver as it takes them.
+
+    Raises:
+        UserError: it cannot be built or loaded, or has no equilibrium for the flags that need one.
+    """
+    predictor = Predictor.from_config(load_config(args), threshold=args.confidence_threshold)
+    options = {"steps": args.steps, "rtol": args.rtol, "solver": args.solver}
+    flags = [f"--{name}" for name, value in options.items() if value is not None] + args.extras
+    if flags and not predictor.has_equilibrium:
+        raise UserError(
+            f"{', '.join(flags)}: only for MODEL.DEQDET.DECODER {EquilibriumDecoder.__name__}, "
+            f"but this config has {type(predictor.model.decoder).__name__}"
+        )
+    return predictor, predictor.options(**options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="PATH", help="image files, folders, globs")
+    source.add_argument("--video-input", type=Path, metavar="FILE", help="a video file")
+    source.add_argument("--webcam", type=int, nargs="?", const=0, metavar="INDEX", help="a camera; default 0")
+    parser.add_argument("--output", type=Path, metavar="OUT", help="folder or file; if not given, a window is opened")
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.5, metavar="S", help="lowest score that is shown; default 0.5"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="the most steps; default TEST_STEPS of the config")
+    parser.add_argument("--rtol", type=float, metavar="R", help="stop at this residual; default SOLVER.RTOL")
+    parser.add_argument("--solver", metavar="S", help='"anderson4", "Broyden", "Anderson(history_size=4)", ...')
+    for flag, (ending, what) in EXTRAS.items():
+        parser.add_argument(
+            flag, action="append_const", const=flag, dest="extras", default=[], help=f"write NAME{ending}: {what}"
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The table of a comparison as text, JSON and a picture, by hand."""
+
+import json
+from dataclasses import replace
+
+import cv2
+import pytest
+from matplotlib.axes import Axes
+
+from deqdet.measurement.comparison_report import summarize, write_report
+
+from helpers.comparison import make_result
+
+
+def test_means_over_the_seeds():
+    results = [
+        make_result("A", 1, 20.0, curve=[[10, 1.0], [20, 2.0], [30, 20.0]], seconds_per_iteration=0.5),
+        make_result("B", 1, 33.0),
+        make_result("A", 2, 30.0, curve=[[10, 4.0], [30, 30.0]], seconds_per_iteration=0.7, APs=None),
+    ]
+    a, b = summarize(results)
+    assert (a["name"], b["name"], a["decoder"]) == ("A", "B", "ADecoder")
+    assert (a["AP"], a["APs"]) == (25.0, None)
+    assert a["seconds_per_iteration"] == pytest.approx(0.6)
+    assert a["curve"] == [[10, 2.5], [30, 25.0]]  # the points that both have
+    assert [seed["AP"] for seed in a["seeds"]] == [20.0, 30.0]
+    assert b["AP"] == 33.0 and len(b["seeds"]) == 1
+
+
+def test_table_and_json(tmp_path):
+    results = [make_result("A", 1, 20.0), make_result("B", 1, 33.0, APs=None), make_result("A", 2, 31.0)]
+    write_report(results, tmp_path, "the command")
+    text = (tmp_path / "comparison.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
+        "| A | ADecoder | SomeLayer | 25.5 | 20.0, 31.0 | 60.0 | 10.0 | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
+        "| B | BDecoder | SomeLayer | 33.0 | 33.0 | 60.0 | - | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
+    ]
+    for part in ("30 iterations of 16 images of some_train", "160 x 192", "a machine", "`the command`", "some_val"):
+        assert part in text
+    whole = json.loads((tmp_path / "comparison.json").read_text())
+    assert whole["command"] == "the command" and whole["configs"] == summarize(results)
+
+
+def test_what_differs_from_the_first_config(tmp_path):
+    """Not the seed, and not a key that the first one's run did not know."""
+    results = [make_result("A", seed, 20.0) for seed in (1, 2)] + [make_result(name, 1, 30.0) for name in "BA"]
+    results[3] = replace(results[0], name="C")
+    results[0].settings["SEED"] = 1
+    results[2].settings.update({"SEED": 5, "SOLVER.MAX_ITER": 40, "SOLVER.NEWER": 1})
+    write_report(results, tmp_path, "")
+    assert [config["changes"] for config in summarize(results)] == [
+        {}, {"MODEL.DEQDET.DECODER": "BDecoder", "SOLVER.MAX_ITER": 40}, {}
+    ]  # fmt: skip
+    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    start = lines.index("- What differs from A:")
+    assert lines[start + 1 : start + 3] == [
+        "  - B: `MODEL.DEQDET.DECODER` BDecoder, `SOLVER.MAX_ITER` 40",
+        "  - C: nothing",
+    ]
+    write_report(results[:2], tmp_path, "")
+    assert "differs" not in (tmp_path / "comparison.md").read_text()
+
+
+def test_curve_has_a_colour_for_each_config(tmp_path):
+    curve = [[10, None], [20, 20.0], [30, 30.0]]  # the first AP has no value
+    write_report([make_result("A", 1, 20.0), make_result("B", 1, 30.0, curve=curve)], tmp_path, "")
+    picture = cv2.imread(str(tmp_path / "comparison.png"))[..., ::-1]
+    for colour in ([31, 119, 180], [255, 127, 14], [255, 255, 255]):  # tab10's first two, the ground
+        assert (abs(picture.astype(int) - colour).max(axis=-1) < 3).sum() > 300
+    assert (abs(picture.astype(int) - [44, 160, 44]).max(axis=-1) < 3).sum() == 0  # there is no third
+
+
+def test_an_eleventh_curve_is_dashed(tmp_path, monkeypatch):
+    drawn, plot = [], Axes.plot
+
+    def note(axes, *values, **style):
+        drawn.append((style["color"], style["linestyle"]))
+        return plot(axes, *values, **style)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    write_report([make_result(f"config {index}", 1, 20.0) for index in range(12)], tmp_path, "")
+    assert len(set(drawn)) == 12
+    assert drawn[10] == (drawn[0][0], "--") and drawn[9][1] == "-"

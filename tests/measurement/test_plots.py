@@ -1,0 +1,73 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from detectron2.data import Metadata
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from deqdet.measurement.plots import MARGIN, contact_sheet, draw_pair, plot_losses, plot_residuals
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A grey image with one true box at the left; two detections at the right, one of them below the threshold."""
+    file_name = str(tmp_path / "grey.png")
+    cv2.imwrite(file_name, np.full((60, 80, 3), 128, np.uint8))
+    annotation = {"bbox": [4, 20, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    detections = Instances((60, 80))
+    detections.pred_boxes = Boxes(torch.tensor([[50.0, 20.0, 70.0, 40.0], [4.0, 20.0, 24.0, 40.0]]))
+    detections.scores = torch.tensor([0.9, 0.1])
+    detections.pred_classes = torch.tensor([1, 0])
+    record = {"file_name": file_name, "annotations": [annotation]}
+    metadata = Metadata(name="test", thing_classes=["left", "right"])
+    return draw_pair(record, detections, metadata, width=160, threshold=0.5)
+
+
+def drawn_columns(half: np.ndarray) -> tuple[int, int]:
+    """The first and last column in which the grey was drawn over, in rows above any label."""
+    columns = np.abs(half[45:75].astype(int) - 128).max(axis=(0, 2)).nonzero()[0]
+    return columns.min(), columns.max()
+
+
+def test_pair_shows_truth_left_and_sure_detections_right(pair):
+    assert pair.shape == (120, 2 * 160 + MARGIN, 3)
+    left, right = drawn_columns(pair[:, :160]), drawn_columns(pair[:, 160 + MARGIN :])
+    assert left == pytest.approx((2 * 4, 2 * 24), abs=4)  # the image is drawn at twice its size
+    assert right == pytest.approx((2 * 50, 2 * 70), abs=4)
+
+
+def test_sheet_holds_every_pair(pair, tmp_path):
+    path = tmp_path / "sheet.png"
+    contact_sheet([pair] * 3, columns=2, path=path)
+    sheet = cv2.imread(str(path))[:, :, ::-1]
+    places = [(26, 0), (26, pair.shape[1] + 3 * MARGIN), (26 + pair.shape[0] + 3 * MARGIN, 0)]
+    for y, x in places:
+        assert np.array_equal(sheet[y : y + pair.shape[0], x : x + pair.shape[1]], pair)
+    assert (sheet[places[2][0] :, places[1][1] :] == 255).all()  # no fourth one
+
+
+def test_plots_draw_what_they_are_given(tmp_path):
+    """Both plots differ from those of other data, and of the same data do not."""
+    for name, values in {"a": (3.0, 2.0), "b": (3.0, 1.0)}.items():
+        lines = [{"iteration": i, "total_loss": v, "loss_cls_init": v, "lr": 1.0} for i, v in enumerate(values)]
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, [*lines, {"iteration": 1, "bbox/AP": 1.0}])))
+        plot_losses(tmp_path / f"{name}.json", tmp_path / f"loss_{name}.png")
+        plot_residuals(torch.tensor(values)[:, None].expand(2, 4), tmp_path / f"residual_{name}.png")
+    for kind in ("loss", "residual"):
+        pictures = [cv2.imread(str(tmp_path / f"{kind}_{name}.png")) for name in "ab"]
+        assert pictures[0].shape == (480, 840, 3)
+        assert (pictures[0] != pictures[1]).any()
+
+
+def test_a_later_run_replaces_the_iterations_that_it_repeats(tmp_path):
+    """metrics.json is appended to: two runs in it give the picture of the second alone."""
+    lines = {name: [{"iteration": i, "total_loss": 1, "loss_cls_init": v} for i, v in enumerate(values)]
+             for name, values in {"first": (5.0, 4.0, 3.0), "second": (2.0, 1.0, 0.5)}.items()}
+    for name, content in {"both": lines["first"] + lines["second"], "second": lines["second"]}.items():
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, content)))
+        plot_losses(tmp_path / f"{name}.json", tmp_path / f"{name}.png")
+    both, second = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("both", "second"))
+    assert np.array_equal(both, second)
