@@ -19,7 +19,6 @@ from deqdet.checkpoints import write_model_file
 from deqdet.data import (
     CheckOptions,
     annotations,
-    build_mapper,
     cache,
     check_coco_file,
     checking,
@@ -298,13 +297,6 @@ def test_keys_have_ranges(tmp_path, key, value, words):
     cfg.merge_from_list([key, value])
     with pytest.raises(UserError, match=f"{key} is .*: it {words}"):
         prepare_datasets(cfg)
-
-
-def test_pixel_formats_other_than_rgb_and_bgr_are_refused():
-    cfg = make_cfg({})
-    cfg.INPUT.FORMAT = "L"
-    with pytest.raises(UserError, match="INPUT.FORMAT is 'L': it must be RGB or BGR"):
-        build_mapper(cfg, is_train=True)
 
 
 # --- the cache

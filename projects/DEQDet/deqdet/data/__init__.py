@@ -1,9 +1,11 @@
 """Data sets: their check, their registration, the generated shapes, and what the model gets to see of them."""
 
+from .annotations import BOX_FORMATS
 from .augmentation import build_augmentation
 from .checking import CheckedSet, CheckOptions, check_coco_file
 from .contact_sheet import draw_contact_sheet
 from .evaluation import OriginalIdsEvaluator, build_coco_evaluator
+from .image_headers import PILLOW_LIMIT
 from .images import read_image
 from .mapper import ImageMapper, build_mapper, build_test_loader
 from .registration import check_datasets, find_class_names, prepare_datasets, register_datasets, register_shapes
@@ -11,10 +13,12 @@ from .report import Report, format_report
 from .shapes import ShapesConfig, generate_shapes
 
 __all__ = [
+    "BOX_FORMATS",
     "CheckOptions",
     "CheckedSet",
     "ImageMapper",
     "OriginalIdsEvaluator",
+    "PILLOW_LIMIT",
     "Report",
     "ShapesConfig",
     "build_augmentation",

@@ -15,7 +15,6 @@ from detectron2.data import (
 )
 from detectron2.data import transforms as T
 
-from ..errors import UserError
 from .augmentation import build_augmentation
 from .images import read_image
 
@@ -58,10 +57,8 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> ImageMapper:
     """The mapper of a config, in training with the augmentations that INPUT.AUGMENTATION names.
 
     Raises:
-        UserError: INPUT.FORMAT is neither RGB nor BGR. ValueError: as `build_augmentation`.
+        ValueError: as `build_augmentation`.
     """
-    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: it must be RGB or BGR, grey images are read as RGB too")
     if not is_train:
         return ImageMapper(cfg, is_train=False)
     augmentations = build_augmentation(cfg)
