@@ -128,6 +128,17 @@ def test_missing_file_and_directories(tiny, tmp_path):
     assert "tiny" not in DatasetCatalog
 
 
+def test_file_of_a_set_that_is_not_used_must_be_there(tiny):
+    unused = ("unused", "gone.json", str(tiny[2]))
+    register(tiny)
+    cfg = make_cfg(("tiny", str(tiny[1]), str(tiny[2])), unused, test=("tiny",))
+    with pytest.raises(UserError, match=r"REGISTER\[1\] \('unused'\): gone.json cannot be read"):
+        prepare_datasets(cfg)
+    cfg.DATASETS.TRAIN = ("unused",)
+    prepare_datasets(cfg, eval_only=True)
+    assert "unused" not in DatasetCatalog
+
+
 @pytest.mark.parametrize("text, words", [("{", "is not valid JSON"), ("[]", 'has no list "images"')])
 def test_file_must_be_a_json_object(tiny, text, words):
     tiny[1].write_text(text)

@@ -61,8 +61,9 @@ class SmallSet:
         del self.truth[image["file_name"]][index % 2]
 
     def save(self) -> None:
-        content = json.dumps(self.data).encode() if self.content is None else self.content
-        self.json_file.write_bytes(content)
+        if not self.json_file.is_fifo():
+            content = json.dumps(self.data).encode() if self.content is None else self.content
+            self.json_file.write_bytes(content)
 
 
 def make_set(folder: Path, names: tuple[str, ...] = NAMES) -> SmallSet:
@@ -142,6 +143,11 @@ def _(s):
 @damage("JSON cut in the middle", REFUSED, "is not valid JSON")
 def _(s):
     s.content = json.dumps(s.data).encode()[:500]
+
+
+@damage("a FIFO in place of the annotation file", REFUSED, "is a folder or a pipe")
+def _(s):
+    os.mkfifo(s.json_file)
 
 
 @damage("an empty annotation file", REFUSED, "is not valid JSON")

@@ -34,23 +34,34 @@ class ImageRecord:
     path: str
 
 
+def locate(where: str, json_file: str) -> str:
+    """The local path of an annotation file, which is seen to be a plain file and not opened.
+
+    Raises:
+        UserError: it is missing or no plain file.
+    """
+    try:
+        path = PathManager.get_local_path(json_file)
+        plain = stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        raise _unreadable(where, error) from error
+    if not plain:  # to open a FIFO would wait for ever
+        raise UserError(f"{where} is a folder or a pipe: give the path of a COCO-format file")
+    return path
+
+
 def read_bytes(where: str, json_file: str) -> bytes:
     """The contents of an annotation file.
 
     Raises:
         UserError: it is missing, no plain file, or cannot be read.
     """
+    path = locate(where, json_file)
     try:
-        path = PathManager.get_local_path(json_file)
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO would wait for ever
-            raise UserError(f"{where} is a folder or a pipe: give the path of a COCO-format file")
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise UserError(
-            f"{where} cannot be read ({describe_os_error(error)}): give the path of a COCO-format file, absolute or "
-            f"relative to {os.getcwd()}"
-        ) from error
+        raise _unreadable(where, error) from error
 
 
 def parse(where: str, content: bytes, findings: Findings, *, annotated: bool) -> dict:
@@ -168,6 +179,13 @@ def look_up(value: object, table: Mapping[int | str, int]) -> int | None:
     if isinstance(key, int):
         return table.get(str(key))
     return table.get(int(key)) if isinstance(key, str) and key.isascii() and key.isdigit() else None
+
+
+def _unreadable(where: str, error: OSError) -> UserError:
+    return UserError(
+        f"{where} cannot be read ({describe_os_error(error)}): give the path of a COCO-format file, absolute or "
+        f"relative to {os.getcwd()}"
+    )
 
 
 def _note_id(findings: Findings, name: str, given: object, number: int | str) -> None:

@@ -123,7 +123,7 @@ def _read_open(path: str, file: BinaryIO) -> ImageHeader:
     try:  # in doubt, the reader of the training decides
         height, width = read_image(path).shape[:2]
     except UserError as error:
-        reason = one_line(error).removeprefix(f"{path}: ")
+        reason = one_line(error).removeprefix(f"{path}: ").removeprefix("cannot be read as an image: ")
         return ImageHeader(problem=f"is damaged or truncated: {reason}" if not whole else f"is unusable: {reason}")
     return ImageHeader(width, height, orientation or 1)
 

@@ -20,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 from ..errors import UserError
 from .annotations import BOX_FORMATS
 from .checking import CheckedSet, CheckOptions, check_coco_file, compare_classes
-from .coco_file import parse, read_bytes, read_categories
+from .coco_file import locate, parse, read_bytes, read_categories
 from .findings import BROKEN, Findings
 from .image_headers import PILLOW_LIMIT
 from .shapes import CLASSES, IMAGES_NAME, JSON_NAME, ShapesConfig, generate_shapes
@@ -46,7 +46,7 @@ def prepare_datasets(
     Every process must call it before it builds loaders and evaluators, because COCOEvaluator reads the annotation file
     when it is constructed. A set that this process has checked already is not checked again. Names such as
     "shapes_seed3_200" (200 images from seed 3) and "shapes_free_seed3_200" (the same with shapes turned by any angle)
-    need no registration.
+    need no registration. Of the sets of DATASETS.REGISTER that are not used, only the file must be there.
 
     The classes of all sets are matched by name to the model's: `class_names`, or else those of the first set of
     DATASETS.TRAIN in the order of their ids. In an evaluation that set counts only if it is there and has
@@ -68,6 +68,9 @@ def prepare_datasets(
         if list(cfg.DATASETS.TEST).count(name) > 1:
             raise UserError(f"DATASETS.TEST names {name!r} twice: name each test set once")
     used = cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    for name, (json_file, _, where) in find_entries(cfg).items():
+        if name in used or name not in cfg.DATASETS.TRAIN:  # an evaluation does without the training sets
+            locate(where, json_file)
     _draw_shapes(used)
     classes = ModelClasses(tuple(class_names), "the model file") if class_names else ModelClasses()
     if eval_only and not class_names and cfg.DATASETS.TRAIN:
