@@ -274,7 +274,8 @@ def test_a_set_that_a_function_loads_must_have_the_models_order(tmp_path):
 
 def test_drawn_shapes_are_matched_by_name_without_a_look_at_their_images(tmp_path, monkeypatch, reads):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    prepare_datasets(make_cfg({}, test=("shapes_seed3_2",)), eval_only=True)
+    checked = prepare_datasets(make_cfg({}, test=("shapes_seed3_2",)), eval_only=True)
+    assert checked["shapes_seed3_2"].findings == ()
     right = labels_of("shapes_seed3_2")
     names = MetadataCatalog.get("shapes_seed3_2").thing_classes
     prepare_datasets(make_cfg({}, test=("shapes_seed3_2",)), eval_only=True, class_names=sorted(names))

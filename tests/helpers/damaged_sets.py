@@ -170,7 +170,7 @@ def _(s):
     s.content = b"[]"
 
 
-@damage("no `info` and no `licenses` (pycocotools 2.0.10 fails)", PUT_RIGHT, "has no info and no licenses")
+@damage("no `info` and no `licenses` (pycocotools 2.0.10 fails)", PUT_RIGHT, "has no info, which some")
 def _(s):
     del s.data["info"], s.data["licenses"]
 

@@ -288,7 +288,7 @@ def _normalized(
     category_ids = _number([categories[i].id for i in order], keep=in_order)
     copy = {
         "info": whole.get("info") if isinstance(whole.get("info"), dict) else {},
-        "licenses": whole.get("licenses") or [],
+        "licenses": whole.get("licenses", []),
         "images": [
             {
                 **{"id": image_ids[i], "file_name": image.file_name},

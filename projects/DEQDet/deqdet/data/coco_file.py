@@ -90,10 +90,9 @@ def parse(where: str, content: bytes, findings: Findings, *, annotated: bool) ->
         shown = {"utf-8-sig": "UTF-8 with a byte order mark"}.get(encoding, encoding.upper())
         findings.add(REPAIRED, "encoding", "the file", f"is in {shown}", "it is read as such")
     # pycocotools 2.0.10 copies "info" without asking whether it is there.
-    absent = [key for key in ("info", "licenses") if key not in whole]
-    if absent:
-        words = f"has no {' and no '.join(absent)}, which some versions of pycocotools need"
-        findings.add(REPAIRED, "no info", "the file", words, "they are added, empty")
+    if not isinstance(whole.get("info"), dict):
+        words = "has no info, which some versions of pycocotools need"
+        findings.add(REPAIRED, "no info", "the file", words, "it is added, empty")
     return whole
 
 
