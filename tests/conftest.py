@@ -65,6 +65,14 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)  # on tensors as small as these, threads mostly wait for each other
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_checks(tmp_path_factory) -> Iterator[None]:
+    """What checks of data sets remember goes into a temporary folder, also that of processes which a test starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FVCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_cfg() -> Callable[..., CfgNode]:
     """small_cfg("KEY", value, ...): the small model's config, with overrides."""

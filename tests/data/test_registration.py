@@ -23,8 +23,13 @@ from deqdet.data import (
     register_datasets,
     register_shapes,
 )
+from deqdet.errors import UserError
+
+from helpers.catalogs import catalogs_as_before
 
 TINY = {
+    "info": {},
+    "licenses": [],
     "images": [{"id": 7, "file_name": "a.png", "height": 20, "width": 30}],
     "categories": [{"id": 5, "name": "cat"}, {"id": 2, "name": "dog"}],
     "annotations": [
@@ -35,13 +40,12 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def catalogs():
-    """Remove from the catalogs what a test registers."""
-    before = set(DatasetCatalog), set(MetadataCatalog)
-    yield
-    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
-        for name in set(catalog) - names:
-            catalog.remove(name)
+def catalogs(tmp_path, monkeypatch):
+    """Remove from the catalogs what a test registers, and keep the cache of the checks in the test's folder."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    with catalogs_as_before():
+        yield
 
 
 @pytest.fixture
@@ -69,13 +73,14 @@ def register(tiny, name="tiny", **datasets):
 
 
 def test_registered_set_loads_and_tells_its_classes(tiny):
+    del tiny[0]["annotations"][1]  # nothing is to be put right
     register(tiny)
     meta = MetadataCatalog.get("tiny")
     assert (meta.evaluator_type, meta.json_file, meta.image_root) == ("coco", str(tiny[1]), str(tiny[2]))
     assert meta.thing_classes == ["dog", "cat"]  # by id, before anything is loaded
     (record,) = DatasetCatalog.get("tiny")
     assert record["file_name"] == str(tiny[2] / "a.png")
-    assert [annotation["category_id"] for annotation in record["annotations"]] == [1, 0]
+    assert [annotation["category_id"] for annotation in record["annotations"]] == [1]
 
 
 def test_yaml_and_command_line_give_the_same(tiny, tmp_path):
@@ -93,13 +98,13 @@ def test_registering_twice_is_fine_but_not_with_other_paths(tiny, tmp_path):
     register(tiny)
     register(tiny)
     other = tiny[0], tmp_path / "other.json", tiny[2]
-    with pytest.raises(ValueError, match=r"DATASETS.REGISTER\[0\] \('tiny'\): this name is taken .*tiny.json"):
+    with pytest.raises(UserError, match=r"DATASETS.REGISTER\[0\] \('tiny'\): this name is taken .*tiny.json"):
         register(other)
 
 
 @pytest.mark.parametrize("name", ["coco_2017_val", "shapes_val"])
 def test_names_of_other_sets_are_taken(tiny, name):
-    with pytest.raises(ValueError, match=rf"REGISTER\[0\] \('{name}'\): this name is taken .* choose another name"):
+    with pytest.raises(UserError, match=rf"REGISTER\[0\] \('{name}'\): this name is taken .* choose another name"):
         register(tiny, name=name)
 
 
@@ -107,89 +112,98 @@ def test_names_of_other_sets_are_taken(tiny, name):
 def test_entry_must_be_three_strings(entries):
     cfg = make_cfg()
     cfg.DATASETS.REGISTER = entries
-    with pytest.raises(ValueError, match=r"DATASETS.REGISTER\[0\] is .*: it must be three strings, as in \[\["):
+    with pytest.raises(UserError, match=r"DATASETS.REGISTER\[0\] is .*: it must be three strings, as in \[\["):
         register_datasets(cfg)
 
 
 def test_missing_file_and_directories(tiny, tmp_path):
     whole, json_file, image_root = tiny
     where = rf"DATASETS.REGISTER\[0\] \('tiny'\): {json_file}"
-    with pytest.raises(FileNotFoundError, match=where + r" cannot be read .* relative to " + os.getcwd()):
+    with pytest.raises(UserError, match=where + r" cannot be read .* relative to " + os.getcwd()):
         register_datasets(make_cfg(("tiny", str(json_file), str(image_root))))
-    with pytest.raises(NotADirectoryError, match=where + rf": its image root {tmp_path}/nowhere is not a directory"):
+    with pytest.raises(UserError, match=where + rf": its image root {tmp_path}/nowhere is not a directory"):
         register((whole, json_file, tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match=where + rf": its first image {tmp_path}/a.png does not exist"):
+    with pytest.raises(UserError, match=where + rf": none of its 1 images is there, .* {tmp_path}/a.png"):
         register((whole, json_file, tmp_path))
     assert "tiny" not in DatasetCatalog
+
+
+def test_file_of_a_set_that_is_not_used_must_be_there(tiny):
+    unused = ("unused", "gone.json", str(tiny[2]))
+    register(tiny)
+    cfg = make_cfg(("tiny", str(tiny[1]), str(tiny[2])), unused, test=("tiny",))
+    with pytest.raises(UserError, match=r"REGISTER\[1\] \('unused'\): gone.json cannot be read"):
+        prepare_datasets(cfg)
+    cfg.DATASETS.TRAIN = ("unused",)
+    prepare_datasets(cfg, eval_only=True)
+    assert "unused" not in DatasetCatalog
 
 
 @pytest.mark.parametrize("text, words", [("{", "is not valid JSON"), ("[]", 'has no list "images"')])
 def test_file_must_be_a_json_object(tiny, text, words):
     tiny[1].write_text(text)
-    with pytest.raises(ValueError, match=rf"REGISTER\[0\] \('tiny'\): {tiny[1]} {words}"):
+    with pytest.raises(UserError, match=rf"REGISTER\[0\] \('tiny'\): {tiny[1]} {words}"):
         register_datasets(make_cfg(("tiny", str(tiny[1]), str(tiny[2]))))
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
 def test_file_must_have_three_lists(tiny, key):
     del tiny[0][key]
-    with pytest.raises(ValueError, match=f'{tiny[1]} has no list "{key}"'):
+    with pytest.raises(UserError, match=f'{tiny[1]} has no list "{key}"'):
         register(tiny)
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"bbox": [1, 2, 3]}, r"annotation 1 has bbox \[1, 2, 3\]: it must be four finite numbers"),
-        ({"bbox": [1, 2, 3, float("nan")]}, r"annotation 1 has bbox \[1, 2, 3, nan\]"),
-        ({"bbox": [1, 2, 3, "4"]}, "annotation 1 has bbox"),
-        ({"bbox": None}, "annotation 1 has bbox None"),
+        ({"bbox": [1, 2, 3]}, r"annotation 1 of a.png has bbox \[1, 2, 3\], which must be four finite numbers"),
+        ({"bbox": [1, 2, 3, float("nan")]}, r"annotation 1 of a.png has bbox \[1, 2, 3, nan\]"),
+        ({"bbox": [1, 2, 3, "four"]}, "annotation 1 of a.png has bbox"),
+        ({"bbox": None}, "annotation 1 of a.png has bbox None"),
         ({"image_id": 8}, 'annotation 1 has image_id 8, which "images" lacks'),
-        ({"category_id": 1}, 'annotation 1 has category_id 1, which "categories" lacks'),
-        ({"id": 2}, "annotation id 2 occurs twice"),
+        ({"category_id": 1}, 'annotation 1 of a.png has category_id 1, which "categories" lacks'),
+        ({"bbox": [2, 3, -1, 8]}, "annotation 1 of a.png has bbox .* whose width or height is negative"),
     ],
 )
 def test_faulty_annotation_is_named(tiny, change, words):
     tiny[0]["annotations"][0] |= change
-    with pytest.raises(ValueError, match=rf"{tiny[1]}: {words}"):
+    with pytest.raises(UserError, match=rf"{tiny[1]}: {words}"):
         register(tiny)
 
 
-@pytest.mark.parametrize("list_name, key", [("images", "height"), ("categories", "name"), ("annotations", "bbox")])
+@pytest.mark.parametrize("list_name, key", [("images", "file_name"), ("categories", "name"), ("annotations", "bbox")])
 def test_missing_field_is_named(tiny, list_name, key):
     del tiny[0][list_name][0][key]
     kind, number = {"images": ("image", 7), "categories": ("category", 5), "annotations": ("annotation", 1)}[list_name]
-    with pytest.raises(ValueError, match=f"{tiny[1]}: {kind} {number} has no {key}"):
+    with pytest.raises(UserError, match=f"{tiny[1]}: {kind} {number}.* has no {key}"):
         register(tiny)
 
 
-def test_area_is_needed_for_evaluation_only(tiny):
+def test_an_area_that_is_missing_is_the_boxs(tiny):
     del tiny[0]["annotations"][0]["area"]
-    with pytest.raises(ValueError, match="annotation 1 has no area"):
-        register(tiny, test=("tiny",))
-    register(tiny, train=("tiny",))
+    register(tiny, test=("tiny",))
+    copy = json.loads(Path(MetadataCatalog.get("tiny").json_file).read_text())
+    assert [annotation["area"] for annotation in copy["annotations"]] == [80.0]
 
 
-def test_box_without_area_is_reported_and_survives(tiny, caplog):
+def test_box_without_area_is_reported_and_left_out(tiny, caplog):
     with caplog.at_level(logging.WARNING, logger="deqdet.data.registration"):
         cfg = register(tiny)
-    assert "1 of 2 boxes have no area (annotation 2)" in caplog.text
+    assert "annotation 2 of a.png has bbox [9.0, 9.0, 0.0, 0.0], which has no area: it is left out" in caplog.text
     (record,) = DatasetCatalog.get("tiny")
     assert build_mapper(cfg, is_train=True)(record)["instances"].gt_classes.tolist() == [1]  # only the cat
 
 
-def test_box_without_area_counts_as_not_found(tiny):
-    """Both boxes of one image "found" exactly: the one without area still has recall 0."""
+def test_box_without_area_is_no_object_to_find(tiny):
+    """The one box with an area found exactly is all there is to find."""
     register(tiny)
-    DatasetCatalog.get("tiny")
     evaluator = COCOEvaluator("tiny", tasks=("bbox",), distributed=False)
     evaluator.reset()
-    for annotation in tiny[0]["annotations"]:
-        result = {"image_id": 7, "category_id": {2: 0, 5: 1}[annotation["category_id"]], "score": 0.9}
-        evaluator._predictions.append({"image_id": 7, "instances": [result | {"bbox": annotation["bbox"]}]})
+    result = {"image_id": 7, "category_id": 1, "score": 0.9, "bbox": tiny[0]["annotations"][0]["bbox"]}
+    evaluator._predictions.append({"image_id": 7, "instances": [result]})
     results = evaluator.evaluate()["bbox"]
-    assert results["AP-cat"] == pytest.approx(100.0)
-    assert results["AP-dog"] == pytest.approx(0.0)
+    assert (results["AP"], results["AP-cat"]) == (pytest.approx(100.0), pytest.approx(100.0))
+    assert np.isnan(results["AP-dog"])
 
 
 def test_num_classes(tiny):
@@ -198,25 +212,25 @@ def test_num_classes(tiny):
     check_datasets(cfg)
     cfg.MODEL.DEQDET.NUM_CLASSES = 3
     words = r"'tiny' of DATASETS.TRAIN has 2 categories \(dog, cat\), but the model has 3"
-    with pytest.raises(ValueError, match=words + ": set MODEL.DEQDET.NUM_CLASSES to 2"):
+    with pytest.raises(UserError, match=words + ": set MODEL.DEQDET.NUM_CLASSES to 2"):
         check_datasets(cfg)
-    with pytest.raises(ValueError, match="'tiny' of DATASETS.TEST has 2 categories"):
+    with pytest.raises(UserError, match="'tiny' of DATASETS.TEST has 2 categories"):
         check_datasets(cfg, eval_only=True)
 
 
 def test_a_builtin_set_that_is_not_there_is_an_error():
-    with pytest.raises(FileNotFoundError, match="'coco_2017_val' of DATASETS.TEST is not there.*DETECTRON2_DATASETS"):
+    with pytest.raises(UserError, match="'coco_2017_val' of DATASETS.TEST is not there.*DETECTRON2_DATASETS"):
         check_datasets(make_cfg(test=("coco_2017_val",)), eval_only=True)
 
 
 @pytest.mark.parametrize(("eval_only", "key"), [(False, "TRAIN"), (True, "TEST")])
 def test_no_data_set_at_all_is_an_error(eval_only, key):
-    with pytest.raises(ValueError, match=f"DATASETS.{key} is empty"):
+    with pytest.raises(UserError, match=f"DATASETS.{key} is empty"):
         check_datasets(make_cfg(), eval_only=eval_only)
 
 
 def test_unregistered_name_is_an_error():
-    with pytest.raises(KeyError, match="'unheard_of' is not registered"):
+    with pytest.raises(UserError, match="'unheard_of' of DATASETS.TRAIN is not registered"):
         check_datasets(make_cfg(train=("unheard_of",)))
 
 

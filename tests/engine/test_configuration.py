@@ -50,7 +50,7 @@ def test_mistakes_in_the_config_file(tmp_path, text, message):
     [
         (["MODEL.WEIGHTS", "gone.pth"], r"MODEL.WEIGHTS gone.pth does not exist: give a checkpoint file"),
         (["MODEL.DEQDET.NUM_CLASSES", 2], r"1 categories \(half\), .*MODEL.DEQDET.NUM_CLASSES"),
-        (["DATASETS.TRAIN", "('nowhere',)"], r"'nowhere' is not registered"),
+        (["DATASETS.TRAIN", "('nowhere',)"], r"'nowhere' of DATASETS.TRAIN is not registered"),
         (["DATASETS.TRAIN", "()"], r"DATASETS.TRAIN is empty"),
     ],
 )

@@ -139,6 +139,16 @@ def _add_training_keys(cfg: CN) -> None:
     cfg.MODEL.TRUST_PICKLE = False
 
     cfg.DATASETS.REGISTER = []  # COCO-format sets to register: [[name, json file, image root], ...]
+    # True: images that cannot be used and annotations without a usable box are left out, and a warning says how many.
+    # False: a set with such a fault is refused before anything starts.
+    cfg.DATASETS.SKIP_BROKEN = False
+    # True: a file_name in an annotation file may lead out of the image root, by ".." or as an absolute path.
+    cfg.DATASETS.ALLOW_OUTSIDE_ROOT = False
+    # How the boxes of the sets of REGISTER are written: xywh (COCO's: left, top, width, height, in pixels), xyxy (two
+    # corners), xywh_relative or xyxy_relative (divided by the image's width and height). check: COCO's, and a set whose
+    # boxes look like another form is refused.
+    cfg.DATASETS.BOX_FORMAT = "check"
+    cfg.INPUT.MAX_IMAGE_PIXELS = 100_000_000  # larger images are refused before anything starts; at most 178,956,970
     cfg.INPUT.AUGMENTATION = "1x"  # a policy of deqdet.data.augmentation
     cfg.INPUT.DETR_CROP = CN()
     cfg.INPUT.DETR_CROP.RESIZE = [400, 500, 600]  # short sides before the crop of the 2x policy, pixels

@@ -1,19 +1,35 @@
-"""Data sets: registration, the generated shapes, and the augmentation policies for detectron2's DatasetMapper."""
+"""Data sets: their check, their registration, the generated shapes, and what the model gets to see of them."""
 
+from .annotations import BOX_FORMATS
 from .augmentation import build_augmentation
+from .checking import CheckedSet, CheckOptions, check_coco_file
+from .contact_sheet import draw_contact_sheet
+from .evaluation import OriginalIdsEvaluator, build_coco_evaluator
+from .image_headers import PILLOW_LIMIT
 from .images import read_image
 from .mapper import ImageMapper, build_mapper, build_test_loader
 from .registration import check_datasets, find_class_names, prepare_datasets, register_datasets, register_shapes
+from .report import Report, format_report
 from .shapes import ShapesConfig, generate_shapes
 
 __all__ = [
+    "BOX_FORMATS",
+    "CheckOptions",
+    "CheckedSet",
     "ImageMapper",
+    "OriginalIdsEvaluator",
+    "PILLOW_LIMIT",
+    "Report",
     "ShapesConfig",
     "build_augmentation",
+    "build_coco_evaluator",
     "build_mapper",
     "build_test_loader",
+    "check_coco_file",
     "check_datasets",
+    "draw_contact_sheet",
     "find_class_names",
+    "format_report",
     "generate_shapes",
     "prepare_datasets",
     "read_image",

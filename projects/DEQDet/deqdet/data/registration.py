@@ -1,52 +1,132 @@
 """Registers data sets by name: those of DATASETS.REGISTER and the generated shapes, beside detectron2's own.
 
-A box without area is no error, because real data has such boxes. In training detectron2's mapper drops it; COCO's
-evaluation counts it as an object that no detection can match. register_datasets() logs how many there are.
+Every set in COCO's format that a run uses is checked (see checking.py) before it is registered, detectron2's own too.
 """
 
+import difflib
 import json
 import logging
-import math
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ..errors import UserError
+from .annotations import BOX_FORMATS
+from .checking import CheckedSet, CheckOptions, check_coco_file, compare_classes
+from .coco_file import locate, parse, read_bytes, read_categories
+from .findings import BROKEN, Findings
+from .image_headers import PILLOW_LIMIT
 from .shapes import CLASSES, IMAGES_NAME, JSON_NAME, ShapesConfig, generate_shapes
 
 logger = logging.getLogger(__name__)
 
 _FORM = "[[name, json file, image root], ...]"
-_CORRECT_ROOT = "correct the image root, the entry's third string"
 
 
-def prepare_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Register the sets of DATASETS.REGISTER, and draw the shapes sets that DATASETS.TEST and TRAIN name.
+@dataclass(frozen=True)
+class ModelClasses:
+    """The classes of a model in the order of its outputs, to which the data sets' are matched by name."""
+
+    names: tuple[str, ...] = ()  # empty: not known yet
+    source: str = ""  # where they are from, for messages
+
+
+def prepare_datasets(
+    cfg: CfgNode, *, eval_only: bool = False, class_names: Sequence[str] = ()
+) -> dict[str, CheckedSet]:
+    """Check and register the sets that DATASETS.TRAIN and TEST name, and draw the generated ones among them.
 
     Every process must call it before it builds loaders and evaluators, because COCOEvaluator reads the annotation file
-    when it is constructed. Names such as "shapes_seed3_200" (200 images from seed 3) and "shapes_free_seed3_200" (the
-    same with shapes turned by any angle) need no registration.
+    when it is constructed. A set that this process has checked already is not checked again. Names such as
+    "shapes_seed3_200" (200 images from seed 3) and "shapes_free_seed3_200" (the same with shapes turned by any angle)
+    need no registration. Of the sets of DATASETS.REGISTER that are not used, only the file must be there.
+
+    The classes of all sets are matched by name to the model's: `class_names`, or else those of the first set of
+    DATASETS.TRAIN in the order of their ids. In an evaluation that set counts only if it is there and has
+    MODEL.DEQDET.NUM_CLASSES classes; without it, the first test set decides.
 
     Args:
         cfg: the whole config.
         eval_only: leave out the sets of DATASETS.TRAIN.
+        class_names: of the model in the order of its outputs, where they are known.
+
+    Returns:
+        What was checked now, by name.
 
     Raises:
-        ValueError, OSError: see register_datasets().
+        UserError: a set cannot be used, has other classes, or is named twice in DATASETS.TEST.
         FileExistsError: see generate_shapes().
     """
-    register_datasets(cfg)
-    for name in cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        parts = re.fullmatch(r"shapes_(free_)?seed(\d+)_(\d+)", name)
-        if parts and name not in DatasetCatalog:
-            turn = {"max_rotation": 180.0} if parts[1] else {}
-            register_shapes(name, ShapesConfig(seed=int(parts[2]), num_images=int(parts[3]), **turn))
-        config = MetadataCatalog.get(name).get("shapes_config")
-        if config is not None:
-            generate_shapes(os.path.dirname(MetadataCatalog.get(name).json_file), config)
+    for name in cfg.DATASETS.TEST:
+        if list(cfg.DATASETS.TEST).count(name) > 1:
+            raise UserError(f"DATASETS.TEST names {name!r} twice: name each test set once")
+    used = cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    for name, (json_file, _, where) in find_entries(cfg).items():
+        if name in used or name not in cfg.DATASETS.TRAIN:  # an evaluation does without the training sets
+            locate(where, json_file)
+    _draw_shapes(used)
+    classes = ModelClasses(tuple(class_names), "the model file") if class_names else ModelClasses()
+    if eval_only and not class_names and cfg.DATASETS.TRAIN:
+        classes = find_training_classes(cfg)
+    return register_sets(cfg, used, classes, eval_only=eval_only)
+
+
+def register_datasets(cfg: CfgNode) -> dict[str, CheckedSet]:
+    """Check and register every [name, json file, image root] of DATASETS.REGISTER, also those that no key names.
+
+    Relative paths start at the working directory. Registering the same again does nothing.
+
+    Returns:
+        What was checked now, by name.
+
+    Raises:
+        UserError: an entry, its file or an image cannot be used, or another data set has the name.
+    """
+    names = list(find_entries(cfg))
+    first = [name for name in cfg.DATASETS.TRAIN if name in names]  # they decide on the order of the classes
+    used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    checked = register_sets(cfg, [*first, *(name for name in names if name in used)], ModelClasses())
+    for name in names:
+        if name not in used:
+            checked |= register_sets(cfg, [name], ModelClasses())
+    return checked
+
+
+def register_sets(
+    cfg: CfgNode, names: Sequence[str], classes: ModelClasses, *, eval_only: bool = False
+) -> dict[str, CheckedSet]:
+    """Check sets and register them as checked; all have the same classes, in the order of `classes` or of the first.
+
+    Raises:
+        UserError: as `prepare_datasets`.
+    """
+    entries, done = find_entries(cfg), {}
+    for name in dict.fromkeys(names):
+        key = "TRAIN" if name in cfg.DATASETS.TRAIN and not eval_only else "TEST"
+        json_file, image_root, where = entries.get(name) or _find_registered(name, key)
+        if not json_file:  # a set that a function of the user's loads
+            _check_without_file(name, key, classes)
+        else:
+            drawn = MetadataCatalog.get(name).get("shapes_config") is not None
+            options = build_check_options(cfg, name, eval_only=eval_only, ours=drawn, registered=name in entries)
+            state = (json_file, image_root, options, classes, _stamp(json_file))
+            if MetadataCatalog.get(name).get("checked_as") != state:
+                done[name] = checked = check_coco_file(
+                    where, json_file, image_root, options, class_names=classes.names, model=classes.source
+                )
+                _log(where, checked)
+                _install(name, checked, (json_file, image_root), state)
+        if not classes.names:
+            found = tuple(MetadataCatalog.get(name).get("thing_classes", ()))
+            classes = ModelClasses(found, f"{name!r} of DATASETS.{key}")
+    return done
 
 
 def register_shapes(name: str, config: ShapesConfig, root: str | os.PathLike | None = None) -> None:
@@ -66,8 +146,7 @@ def register_shapes(name: str, config: ShapesConfig, root: str | os.PathLike | N
     root = os.path.abspath(os.path.expanduser(root))
     json_file, image_root = os.path.join(root, JSON_NAME), os.path.join(root, IMAGES_NAME)
     if name in DatasetCatalog:
-        known = MetadataCatalog.get(name)
-        if (known.get("json_file"), known.get("shapes_config")) != (json_file, config):
+        if (_find_source(name)[0], MetadataCatalog.get(name).get("shapes_config")) != (json_file, config):
             raise ValueError(f"the name {name!r} is taken by another data set: choose another name")
         return
     DatasetCatalog.register(name, lambda: load_coco_json(generate_shapes(root, config), image_root, name))
@@ -80,34 +159,6 @@ def register_shapes(name: str, config: ShapesConfig, root: str | os.PathLike | N
     )
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Register every [name, json file, image root] of DATASETS.REGISTER as a COCO-format data set.
-
-    Relative paths start at the working directory. Registering the same again does nothing.
-
-    Raises:
-        ValueError: an entry, its file or a record in the file is invalid, or another data set has the name.
-        OSError: a file or directory is missing or cannot be read.
-    """
-    for index, entry in enumerate(cfg.DATASETS.REGISTER):
-        where = f"DATASETS.REGISTER[{index}]"
-        triple = isinstance(entry, list | tuple) and len(entry) == 3
-        if not triple or not all(isinstance(part, str) and part for part in entry):
-            raise ValueError(f"{where} is {entry!r}: it must be three strings, as in {_FORM}")
-        name, json_file, image_root = entry
-        where = f"{where} ({name!r})"
-        if name in DatasetCatalog:
-            known = MetadataCatalog.get(name)
-            if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
-                raise ValueError(
-                    f"{where}: this name is taken by another data set, of {known.get('json_file')} and "
-                    f"{known.get('image_root')}: choose another name"
-                )
-            continue
-        thing_classes = _check_coco_file(where, json_file, image_root, evaluated=name in cfg.DATASETS.TEST)
-        register_coco_instances(name, {"thing_classes": thing_classes}, json_file, image_root)
-
-
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
     """Check that the sets of DATASETS.TEST and TRAIN exist and have as many classes as MODEL.DEQDET.NUM_CLASSES says.
 
@@ -116,134 +167,247 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
         eval_only: leave out the sets of DATASETS.TRAIN.
 
     Raises:
-        ValueError: a set has another number of classes, or there is no set to train on (with eval_only: to evaluate
-        on). FileNotFoundError: an annotation file is missing. KeyError: a data set is not registered.
+        UserError: a set has another number of classes, is not registered or its annotation file is missing, or there
+            is no set to train on (with eval_only: to evaluate on).
     """
     needed = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
-        raise ValueError(f"DATASETS.{needed} is empty: name a built-in data set or one of DATASETS.REGISTER")
+        raise UserError(f"DATASETS.{needed} is empty: name a built-in data set or one of DATASETS.REGISTER")
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
-            json_file = MetadataCatalog.get(name).get("json_file")
-            if json_file and not PathManager.isfile(json_file):
-                raise FileNotFoundError(
-                    f"{name!r} of DATASETS.{key} is not there: its {json_file} does not exist. Set the environment "
-                    "variable DETECTRON2_DATASETS to the folder that holds the built-in data sets"
-                )
+            _find_registered(name, key)
             if MetadataCatalog.get(name).get("thing_classes") is None:
                 DatasetCatalog.get(name)  # some sets know their classes only once loaded
             classes = MetadataCatalog.get(name).get("thing_classes", ())
             expected = cfg.MODEL.DEQDET.NUM_CLASSES
             if len(classes) != expected:
                 shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-                raise ValueError(
+                raise UserError(
                     f"{name!r} of DATASETS.{key} has {len(classes)} categories ({shown}), but the model has "
                     f"{expected}: set MODEL.DEQDET.NUM_CLASSES to {len(classes)}, or change DATASETS.{key}"
                 )
 
 
 def find_class_names(cfg: CfgNode) -> list[str]:
-    """The names of the model's K classes, from the first set of DATASETS.TEST; its images need not be there.
+    """The names of the model's K classes in the order of its outputs; the data sets' images need not be there.
 
-    Where that set is unknown, has no names or another number of them, the names are "class 0", "class 1", ..., and a
-    warning says why.
+    They are those of the first set of DATASETS.TRAIN, or else of DATASETS.TEST. Where neither is known or has K names,
+    they are "class 0", "class 1", ..., and a warning says why.
     """
     count = cfg.MODEL.DEQDET.NUM_CLASSES
-    numbered = [f"class {i}" for i in range(count)]
-    if not cfg.DATASETS.TEST:
-        return numbered
-    name, reason = cfg.DATASETS.TEST[0], "it has none"
-    if name not in DatasetCatalog:
-        own = cfg.clone()
-        own.defrost()
-        own.DATASETS.TEST = (name,)
-        own.DATASETS.REGISTER = [entry for entry in cfg.DATASETS.REGISTER if list(entry[:1]) == [name]]
-        try:
-            prepare_datasets(own, eval_only=True)
-        except (KeyError, ValueError, OSError) as error:
-            reason = str(error)
-    names = MetadataCatalog.get(name).get("thing_classes", [])
-    if len(names) == count:
-        return list(names)
-    if names:
-        reason = f"it has {len(names)}, but the model has {count}"
-    logger.warning("No class names from %s of DATASETS.TEST: %s. The classes are numbered.", name, reason)
-    return numbered
+    reasons = []
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key][:1]:
+            names, reason = find_names_of_set(cfg, name)
+            if len(names) == count:
+                return list(names)
+            if names:
+                reason = f"it has {len(names)}, but the model has {count}"
+            reasons.append(f"No class names from {name} of DATASETS.{key}: {reason}")
+    if reasons:
+        logger.warning("%s. The classes are numbered.", reasons[-1])
+    return [f"class {i}" for i in range(count)]
 
 
-def _check_coco_file(where: str, json_file: str, image_root: str, *, evaluated: bool) -> list[str]:
-    """Check a COCO-format file and that its first image is in its place, and return the class names by id."""
-    where = f"{where}: {json_file}"
-    whole = _read_json(where, json_file)
-    if not PathManager.isdir(image_root):
-        raise NotADirectoryError(f"{where}: its image root {image_root} is not a directory: {_CORRECT_ROOT}")
-    _check_records(where, "category", whole["categories"], ("id", "name"))
-    _check_records(where, "image", whole["images"], ("id", "file_name", "height", "width"))
-    # COCOeval reads area and iscrowd of every annotation; training needs neither.
-    keys = ("id", "image_id", "category_id", "bbox") + (("area", "iscrowd") if evaluated else ())
-    _check_records(where, "annotation", whole["annotations"], keys)
-    for image in whole["images"][:1]:
-        path = os.path.join(image_root, image["file_name"])
-        if not PathManager.isfile(path):
-            raise FileNotFoundError(f"{where}: its first image {path} does not exist: {_CORRECT_ROOT}")
-    _check_annotations(where, whole)
-    return [category["name"] for category in sorted(whole["categories"], key=lambda c: c["id"])]
+def find_training_classes(cfg: CfgNode) -> ModelClasses:
+    """The classes of the first set of DATASETS.TRAIN, if the model has as many; else none. Its images are not read."""
+    name = cfg.DATASETS.TRAIN[0]
+    names, reason = find_names_of_set(cfg, name)
+    if len(names) == cfg.MODEL.DEQDET.NUM_CLASSES:
+        return ModelClasses(tuple(names), f"{name!r} of DATASETS.TRAIN")
+    if not names:
+        logger.info("The classes of %s of DATASETS.TRAIN are unknown (%s): the test set's order holds", name, reason)
+    return ModelClasses()
 
 
-def _read_json(where: str, json_file: str) -> dict:
+def find_names_of_set(cfg: CfgNode, name: str) -> tuple[list[str], str]:
+    """The class names of a set, without a look at its images; where there are none, the reason."""
     try:
-        with PathManager.open(json_file) as file:
-            whole = json.load(file)
-    except OSError as error:
-        raise type(error)(
-            f"{where} cannot be read ({error.strerror}): give the path of a COCO-format file, absolute or "
-            f"relative to {os.getcwd()}"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON ({error}): a COCO-format file is needed") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
-            raise ValueError(f'{where} has no list "{key}", which a COCO-format file needs')
-    return whole
+        if name not in DatasetCatalog:
+            _register_seeded_shapes(name)
+        entry = None if name in DatasetCatalog else find_entries(cfg).get(name)
+        if entry:
+            whole = parse(entry[2], read_bytes(entry[2], entry[0]), Findings(), annotated=False)
+            return [category.name for category in read_categories(entry[2], whole, Findings())], ""
+    except (UserError, ValueError) as error:
+        return [], str(error)
+    return list(MetadataCatalog.get(name).get("thing_classes", [])), "it has none"
 
 
-def _check_records(where: str, kind: str, records: list, keys: tuple[str, ...]) -> None:
-    """Raise ValueError unless every record is a dict that has the keys, and no two have the same id."""
-    ids = set()
-    for index, record in enumerate(records):
-        missing = [key for key in keys if not isinstance(record, dict) or key not in record]
-        if missing:
-            label = record.get("id", f"number {index}") if isinstance(record, dict) else f"number {index}"
-            raise ValueError(f"{where}: {kind} {label} has no {', '.join(missing)}: add it to the file")
-        if record["id"] in ids:
-            raise ValueError(f"{where}: {kind} id {record['id']} occurs twice: give each {kind} its own")
-        ids.add(record["id"])
+def find_entries(cfg: CfgNode) -> dict[str, tuple[str, str, str]]:
+    """DATASETS.REGISTER by name: the json file, the image root, and what to call the file in messages.
+
+    Raises:
+        UserError: an entry is no triple of strings, or its name stands for another data set.
+    """
+    entries: dict[str, tuple[str, str, str]] = {}
+    for index, entry in enumerate(cfg.DATASETS.REGISTER):
+        where = f"DATASETS.REGISTER[{index}]"
+        triple = isinstance(entry, list | tuple) and len(entry) == 3
+        if not triple or not all(isinstance(part, str) and part for part in entry):
+            raise UserError(f"{where} is {entry!r}: it must be three strings, as in {_FORM}")
+        name, json_file, image_root = entry
+        known = entries[name][:2] if name in entries else _find_source(name) if name in DatasetCatalog else None
+        if known not in (None, (json_file, image_root)):
+            raise UserError(
+                f"{where} ({name!r}): this name is taken by another data set, of {known[0]} and {known[1]}: choose "
+                "another name"
+            )
+        entries[name] = json_file, image_root, f"{where} ({name!r}): {json_file}"
+    return entries
 
 
-def _check_annotations(where: str, whole: dict) -> None:
-    """Check the box, the image and the category of every annotation, and warn of boxes without area."""
-    images, categories = ({record["id"] for record in whole[key]} for key in ("images", "categories"))
-    flat = []
-    for annotation in whole["annotations"]:
-        at, box = f"{where}: annotation {annotation['id']}", annotation["bbox"]
-        if annotation["image_id"] not in images:
-            raise ValueError(f'{at} has image_id {annotation["image_id"]}, which "images" lacks')
-        if annotation["category_id"] not in categories:
-            raise ValueError(f'{at} has category_id {annotation["category_id"]}, which "categories" lacks')
-        if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(value) for value in box):
-            raise ValueError(f"{at} has bbox {box!r}: it must be four finite numbers (x, y, width, height)")
-        if not (box[2] > 0 and box[3] > 0):
-            flat.append(annotation["id"])
-    if flat:
-        logger.warning(
-            "%s: %d of %d boxes have no area (annotation %s): training skips them; evaluation counts each as "
-            "an object that was not found",
-            where,
-            len(flat),
-            len(whole["annotations"]),
-            ", ".join(map(str, flat[:5])) + (", ..." if len(flat) > 5 else ""),
+def build_check_options(
+    cfg: CfgNode, name: str, *, eval_only: bool, ours: bool = False, registered: bool = True
+) -> CheckOptions:
+    """How a set is checked, from the config's keys.
+
+    Args:
+        ours: the images were drawn by this package and are not looked at.
+        registered: the set is one of DATASETS.REGISTER, for which DATASETS.BOX_FORMAT holds.
+
+    Raises:
+        UserError: a key has a value that is not allowed.
+    """
+    limit, box_format = cfg.INPUT.MAX_IMAGE_PIXELS, cfg.DATASETS.BOX_FORMAT
+    if not 0 < limit <= PILLOW_LIMIT:
+        raise UserError(f"INPUT.MAX_IMAGE_PIXELS is {limit}: it must lie in 1..{PILLOW_LIMIT}, Pillow's own limit")
+    if box_format not in BOX_FORMATS:
+        raise UserError(f"DATASETS.BOX_FORMAT is {box_format!r}: it must be one of {', '.join(BOX_FORMATS)}")
+    in_training = name in cfg.DATASETS.TRAIN and not eval_only
+    return CheckOptions(
+        skip_broken=cfg.DATASETS.SKIP_BROKEN,
+        allow_outside_root=cfg.DATASETS.ALLOW_OUTSIDE_ROOT,
+        max_image_pixels=limit,
+        box_format=box_format if registered else "xywh" if ours else "check",
+        num_queries=cfg.MODEL.DEQDET.NUM_QUERIES,
+        check_images=not ours,
+        trained=in_training,
+        unlabelled_allowed=name in cfg.DATASETS.TEST and not in_training,
+    )
+
+
+def load_records(json_file: str, image_root: str) -> list[dict]:
+    """The records of a checked set in detectron2's format, sorted by image id, with boxes only."""
+    with PathManager.open(json_file) as file:
+        whole = json.load(file)
+    labels = {number: i for i, number in enumerate(sorted(category["id"] for category in whole["categories"]))}
+    records = {}
+    for image in sorted(whole["images"], key=lambda image: image["id"]):
+        records[image["id"]] = record = {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+        }
+        if "annotations" in whole:
+            record["annotations"] = []
+    for annotation in whole.get("annotations", ()):
+        records[annotation["image_id"]]["annotations"].append(
+            {
+                "bbox": annotation["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": labels[annotation["category_id"]],
+                "iscrowd": annotation["iscrowd"],
+            }
+        )
+    return list(records.values())
+
+
+def _draw_shapes(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in DatasetCatalog:
+            _register_seeded_shapes(name)
+        config = MetadataCatalog.get(name).get("shapes_config")
+        if config is not None:
+            generate_shapes(os.path.dirname(_find_source(name)[0]), config)
+
+
+def _register_seeded_shapes(name: str) -> None:
+    parts = re.fullmatch(r"shapes_(free_)?seed(\d+)_(\d+)", name)
+    if parts:
+        turn = {"max_rotation": 180.0} if parts[1] else {}
+        register_shapes(name, ShapesConfig(seed=int(parts[2]), num_images=int(parts[3]), **turn))
+
+
+def _find_source(name: str) -> tuple[str | None, str | None]:
+    """The annotation file and image root of a registered set as they were given, not the copy of a checked one."""
+    known = MetadataCatalog.get(name)
+    return known.get("source") or (known.get("json_file"), known.get("image_root"))
+
+
+def _find_registered(name: str, key: str) -> tuple[str | None, str | None, str]:
+    """Annotation file, image root and what to call the set; the file is None for a set that is not in COCO's format.
+
+    Raises:
+        UserError: the set is not registered, or its file does not exist.
+    """
+    if name not in DatasetCatalog:
+        close = difflib.get_close_matches(name, list(DatasetCatalog), n=2, cutoff=0.7)
+        hint = f"did you mean {' or '.join(close)}?" if close else "add it to DATASETS.REGISTER, as in " + _FORM
+        raise UserError(f"{name!r} of DATASETS.{key} is not registered: {hint}")
+    json_file, image_root = _find_source(name)
+    if json_file and not PathManager.isfile(json_file):
+        raise UserError(
+            f"{name!r} of DATASETS.{key} is not there: its {json_file} does not exist. Set the environment "
+            "variable DETECTRON2_DATASETS to the folder that holds the built-in data sets"
+        )
+    coco = MetadataCatalog.get(name).get("evaluator_type") == "coco" and image_root
+    return json_file if coco else None, image_root, f"{name!r}: {json_file}"
+
+
+def _check_without_file(name: str, key: str, classes: ModelClasses) -> None:
+    """Compare the classes of a set without a COCO file; they cannot be put into another order.
+
+    Raises:
+        UserError: they are not the model's, or in another order.
+    """
+    if MetadataCatalog.get(name).get("thing_classes") is None:
+        DatasetCatalog.get(name)  # some sets know their classes only once loaded
+    own, where = list(MetadataCatalog.get(name).get("thing_classes", ())), f"{name!r} of DATASETS.{key}"
+    if classes.names and own and compare_classes(where, own, classes.names, classes.source) != sorted(range(len(own))):
+        raise UserError(
+            f"{where} has the classes of {classes.source} in another order, and no COCO file that could be mapped: "
+            f"let its function and its thing_classes use the order {', '.join(classes.names)}"
         )
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _install(name: str, checked: CheckedSet, source: tuple[str, str], state: tuple) -> None:
+    """Put a checked set into detectron2's catalogs, in place of what its name stood for."""
+    fields = MetadataCatalog.get(name).as_dict()
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if name in catalog:
+            catalog.remove(name)
+    for key in ("name", "thing_dataset_id_to_contiguous_id"):  # the second is detectron2's, from the ids of the file
+        fields.pop(key, None)
+    fields |= {
+        "json_file": checked.json_file,
+        "image_root": source[1],
+        "evaluator_type": "coco",
+        "thing_classes": list(checked.class_names),
+        "thing_dataset_id_to_contiguous_id": {number: i for i, number in enumerate(checked.category_ids)},
+        "source": source,
+        "checked_as": state,
+    }
+    DatasetCatalog.register(name, lambda: load_records(checked.json_file, source[1]))
+    MetadataCatalog.get(name).set(**fields)
+
+
+def _log(where: str, checked: CheckedSet) -> None:
+    for finding in checked.findings:
+        if finding.level == BROKEN:
+            logger.warning("%s: left out, as DATASETS.SKIP_BROKEN says: %s", where, finding.facts())
+        else:
+            logger.warning("%s: %s", where, finding.line())
+    report = checked.report
+    if report.num_images_left_out:
+        total = report.num_images + report.num_images_left_out
+        logger.warning("%s: %d of %d images are used", where, report.num_images, total)
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(PathManager.get_local_path(path))
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

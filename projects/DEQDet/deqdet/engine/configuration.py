@@ -99,7 +99,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         UserError: a data set or file is missing, or the number of classes is not the model's.
     """
     with explained_datasets():
-        prepare_datasets(cfg, eval_only=args.eval_only)
+        prepare_datasets(cfg, eval_only=args.eval_only, class_names=_known_classes(cfg, args))
         check_datasets(cfg, eval_only=args.eval_only)
     world_size = args.num_gpus * args.num_machines
     rescaled = cfg.SOLVER.REFERENCE_WORLD_SIZE > 0  # detectron2 then adapts the batch to the processes
@@ -108,6 +108,15 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
     if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only, trust_pickle=cfg.MODEL.TRUST_PICKLE)
+
+
+def _known_classes(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
+    """The class names that a model file holds, where one is evaluated; none where it holds mere numbers."""
+    weights = cfg.MODEL.WEIGHTS
+    if not args.eval_only or args.resume or not os.path.isfile(weights) or not is_model_file(weights):
+        return ()
+    names = read_model_file(weights).class_names
+    return () if names == tuple(f"class {i}" for i in range(len(names))) else names
 
 
 @contextmanager

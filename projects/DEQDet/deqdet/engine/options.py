@@ -10,6 +10,7 @@ import math
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from ..data import BOX_FORMATS, PILLOW_LIMIT
 from ..decoders import DECODER_REGISTRY, SOLVER_REGISTRY
 from ..errors import UserError, one_line
 from ..layers import REFINEMENT_LAYER_REGISTRY
@@ -133,6 +134,9 @@ RANGES: dict[str, Range] = {
     "DATASETS.TRAIN": several(TEXT, 0),
     "DATASETS.TEST": several(TEXT, 0),
     "DATASETS.REGISTER": several(several(TEXT, 3, 3), 0),
+    "DATASETS.SKIP_BROKEN": SWITCH,
+    "DATASETS.ALLOW_OUTSIDE_ROOT": SWITCH,
+    "DATASETS.BOX_FORMAT": one_of(*BOX_FORMATS),
     "DATASETS.PROPOSAL_FILES_TRAIN": refused((), PROPOSALS),
     "DATASETS.PROPOSAL_FILES_TEST": refused((), PROPOSALS),
     "DATALOADER.NUM_WORKERS": integer(0, 1000),
@@ -144,6 +148,7 @@ RANGES: dict[str, Range] = {
         "WeightedCategoryTrainingSampler",
     ),  # fmt: skip
     "INPUT.FORMAT": one_of("RGB", "BGR"),
+    "INPUT.MAX_IMAGE_PIXELS": integer(1, PILLOW_LIMIT),
     "INPUT.AUGMENTATION": one_of("1x", "2x"),
     "INPUT.RANDOM_FLIP": one_of("none", "horizontal", "vertical", "both"),
     "INPUT.CROP.ENABLED": refused(False, "use INPUT.AUGMENTATION and INPUT.DETR_CROP"),

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
 from ..checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
-from ..data import build_mapper, build_test_loader, prepare_datasets
+from ..data import build_coco_evaluator, build_mapper, build_test_loader, prepare_datasets
 from ..errors import UserError
 from .configuration import explained_datasets
 from .evaluation import StepsEvaluator
@@ -111,9 +111,11 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """COCO's box AP with at most 100 detections for each image, which are also written to OUTPUT_DIR/inference.
 
+        With several test sets, each has a folder of its name in there.
         With a tolerance (MODEL.DEQDET.SOLVER.RTOL), the number of steps that the images took is reported too.
         """
-        coco = COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        folder, several = os.path.join(cfg.OUTPUT_DIR, "inference"), len(cfg.DATASETS.TEST) > 1
+        coco = build_coco_evaluator(dataset_name, folder, apart=several)
         return DatasetEvaluators([coco, StepsEvaluator()]) if cfg.MODEL.DEQDET.SOLVER.RTOL > 0 else coco
 
 

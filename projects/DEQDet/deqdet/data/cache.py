@@ -1,0 +1,72 @@
+"""The folder in which checks of data sets are remembered, and its files.
+
+It is $DETECTRON2_DATASETS/.cache/deqdet where that variable names a folder that can be written to; else
+$FVCORE_CACHE/deqdet, by default ~/.torch/fvcore_cache/deqdet; else a folder for temporary files. Deleting it is safe.
+"""
+
+import getpass
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from fvcore.common.file_io import get_cache_dir
+
+from ..errors import UserError, describe_os_error
+
+
+def find_cache() -> Path:
+    """The cache folder, which is made if need be.
+
+    Raises:
+        UserError: none of the places can be written to.
+    """
+    datasets = os.getenv("DETECTRON2_DATASETS")
+    places = [Path(datasets, ".cache", "deqdet")] if datasets and os.path.isdir(datasets) else []
+    places += [Path(get_cache_dir(), "deqdet"), Path(tempfile.gettempdir(), f"deqdet-{_user()}")]
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                return place
+        except OSError as error:
+            reason = describe_os_error(error)
+    raise UserError(f"cannot write to {places[-1]} ({reason}): set FVCORE_CACHE to a folder that can be written to")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file whole or not at all, so that other processes never read a part of it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                json.dump(content, file)
+                file.close()
+                os.chmod(file.name, 0o644)  # others may share the folder
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({describe_os_error(error)}): make room, or set FVCORE_CACHE to another folder"
+        ) from error
+
+
+def read_json(path: Path) -> dict | None:
+    """A file of the cache; None if it is not there or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())

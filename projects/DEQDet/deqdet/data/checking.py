@@ -1,0 +1,364 @@
+"""Checks a data set in COCO's format before the first iteration, and writes a copy of its file where something is put
+right; the file itself is never touched.
+
+    checked = check_coco_file("my set", "train.json", "images", CheckOptions())
+
+Training, evaluation and deqdet-check-data all use this one function. Its result is remembered (see cache.py) for as
+long as the file's contents, the options, and the size and time of modification of every image stay the same.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import PIL
+from iopath.common.file_io import file_lock
+
+from ..errors import UserError
+from .annotations import Boxes, read_boxes
+from .cache import find_cache, read_json, write_json
+from .coco_file import LARGEST_ID, Category, ImageRecord, parse, read_bytes, read_categories, read_images
+from .findings import BROKEN, REMARK, REPAIRED, Finding, Findings
+from .image_headers import MISSING, ImageHeader, Stamp, read_headers, read_stamps
+from .report import Report, summarize
+
+_VERSION = f"1, Pillow {PIL.__version__}"  # raise the number when the checks change
+_SKIP = "replace the image or correct the file, or set DATASETS.SKIP_BROKEN True to leave such images out"
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What a check is to accept, from the config's keys of the same names."""
+
+    skip_broken: bool = False  # leave out images and annotations that cannot be used, instead of refusing the set
+    allow_outside_root: bool = False
+    max_image_pixels: int = 100_000_000
+    box_format: str = "check"  # one of annotations.BOX_FORMATS
+    num_queries: int = 0  # boxes that an image may have before a remark; 0: any number
+    check_images: bool = True  # False: only the annotation file, for images that this package has drawn
+    trained: bool = False  # the set is trained on: it needs boxes
+    unlabelled_allowed: bool = True  # a file without annotations is accepted: predictions are written, no AP
+
+
+@dataclass(frozen=True)
+class CheckedSet:
+    """A data set that can be used."""
+
+    json_file: str  # the file itself, or the copy in which things are put right
+    category_ids: tuple[int, ...]  # in json_file, ascending, which is the model's order
+    class_names: tuple[str, ...]  # in the model's order
+    labelled: bool  # False: it can be predicted, but not evaluated
+    findings: tuple[Finding, ...]
+    report: Report
+    from_cache: bool = False
+
+
+def check_coco_file(
+    where: str,
+    json_file: str,
+    image_root: str,
+    options: CheckOptions,
+    *,
+    class_names: Sequence[str] = (),
+    model: str = "",
+) -> CheckedSet:
+    """Check a data set, and put right what can be.
+
+    Args:
+        where: what to call the file in messages.
+        image_root: the folder of the images.
+        class_names: the model's classes in their order, to which the file's are matched by name; empty: the file's own
+            order, by id.
+        model: where the model's classes are from, for messages.
+
+    Raises:
+        UserError: the set cannot be used. The message names the image or annotation and says what to do.
+    """
+    content = read_bytes(where, json_file)
+    cache = find_cache()
+    root = os.path.abspath(image_root)
+    key = _digest(_VERSION, content, root)
+    # Of several processes at once, one checks, and the others then find its result.
+    with file_lock(str(cache / f"{key}.check")) if options.check_images else nullcontext():
+        result_file = cache / f"{key[:32]}-{_digest(asdict(options), list(class_names), image_root)[:16]}.json"
+        result = _remembered(result_file)
+        if result is not None:
+            return result
+        check = _Check(where, image_root, options, cache / f"{key}-headers.json")
+        return check.run(json_file, content, result_file, list(class_names), model)
+
+
+class _Check:
+    """One run of the check: its steps share the place for messages, the options and the findings."""
+
+    def __init__(self, where: str, image_root: str, options: CheckOptions, headers_file: Path):
+        self.where, self.image_root, self.options = where, image_root, options
+        self.headers_file, self.findings = headers_file, Findings()
+
+    def run(
+        self, json_file: str, content: bytes, result_file: Path, class_names: list[str], model: str
+    ) -> CheckedSet:
+        """All steps in turn; see check_coco_file."""
+        options = self.options
+        if not os.path.isdir(self.image_root):
+            raise UserError(
+                f"{self.where}: its image root {self.image_root} is not a directory: correct the image root, the "
+                "entry's third string"
+            )
+        whole = parse(self.where, content, self.findings, annotated=not options.unlabelled_allowed)
+        categories = read_categories(self.where, whole, self.findings)
+        order = compare_classes(self.where, [category.name for category in categories], class_names, model)
+        images = read_images(
+            self.where, whole, self.image_root, self.findings, allow_outside_root=options.allow_outside_root
+        )
+        stamps, usable, sizes = self._check_images(images)
+        labelled = bool(whole.get("annotations"))
+        boxes = read_boxes(
+            self.where,
+            whole.get("annotations", []),
+            images,
+            sizes,
+            categories,
+            self.findings,
+            box_format=options.box_format,
+        )
+        boxes = boxes.select(usable[boxes.image])
+        if labelled:
+            self._note_crowded_images(boxes, images)
+        self._refuse_broken(usable)
+        labelled = self._check_labels(boxes, labelled)
+        report = summarize(boxes, sizes, usable, [categories[i].name for i in order], order)
+        if order != sorted(order):
+            words = f"lists the classes in another order than {model}"
+            self.findings.add(REPAIRED, "order", "the file", words, "they are matched by name")
+        category_ids = [categories[i].id for i in order]
+        changed = any(finding.level in (BROKEN, REPAIRED) for finding in self.findings.all())
+        if changed or ("annotations" in whole) != labelled:
+            copy = _normalized(whole, images, usable, sizes, categories, order, boxes if labelled else None)
+            json_file = str(result_file.with_name(f"{Path(json_file).stem[:40]}-{result_file.stem}.copy.json"))
+            write_json(Path(json_file), copy)
+            category_ids = [category["id"] for category in copy["categories"]]
+        names = tuple(categories[i].name for i in order)
+        result = CheckedSet(json_file, tuple(category_ids), names, labelled, tuple(self.findings.all()), report)
+        _remember(result_file, result, [image.path for image in images] if options.check_images else [], stamps)
+        return result
+
+    def _check_images(self, images: Sequence[ImageRecord]) -> tuple[list[Stamp], np.ndarray, np.ndarray]:
+        """The stamps of the image files, which images are usable (n,), and their width and height (n, 2)."""
+        sizes = np.array([(image.width or 0, image.height or 0) for image in images], dtype=np.int64)
+        usable = np.ones(len(images), dtype=bool)
+        if not self.options.check_images:
+            return [], usable, sizes
+        paths = [image.path for image in images]
+        stamps = read_stamps(paths)
+        headers = read_headers(paths, f"Checking images of {self.where}", _load_headers(self.headers_file), stamps)
+        write_json(
+            self.headers_file,
+            {
+                path: [stamp.size, stamp.modified, *asdict(header).values()]
+                for path, stamp, header in zip(paths, stamps, headers, strict=True)
+            },
+        )
+        if all(header.problem.startswith(MISSING) for header in headers):
+            raise UserError(
+                f"{self.where}: none of its {len(images)} images is there, the first one would be {paths[0]}: correct "
+                "the image root"
+            )
+        for i, (image, header) in enumerate(zip(images, headers, strict=True)):
+            fault = self._find_fault(image, header)
+            if fault:
+                usable[i] = False
+                self.findings.add(BROKEN, *fault, _SKIP)
+            sizes[i] = header.width or sizes[i, 0], header.height or sizes[i, 1]
+        return stamps, usable, sizes
+
+    def _find_fault(self, image: ImageRecord, header: ImageHeader) -> tuple[str, str, str] | None:
+        """Why an image cannot be used: the kind of the finding, the image's name, and words; None if it can."""
+        name = f"image {image.file_name}"
+        if header.problem:
+            return header.problem.split(":")[0], name, header.problem
+        limit = self.options.max_image_pixels
+        shown = f"{header.width} x {header.height}"
+        if header.width * header.height > limit:
+            words = f"has {shown} pixels, more than INPUT.MAX_IMAGE_PIXELS {limit}"
+            return "too large", name, words
+        given = image.width or header.width, image.height or header.height
+        if given == (header.width, header.height):
+            return None
+        words = f"is {shown} pixels, but the annotation file says {given[0]} x {given[1]}"
+        if given == (header.height, header.width):
+            cause = (
+                f"its EXIF orientation {header.orientation} turns it"
+                if header.orientation >= 5
+                else "most likely its EXIF orientation was removed or applied"
+            )
+            words += f" (width and height are exchanged: {cause}, so that the boxes may be those of the turned image)"
+        return "other size", name, words
+
+    def _note_crowded_images(self, boxes: Boxes, images: Sequence[ImageRecord]) -> None:
+        limit = self.options.num_queries
+        counts = np.bincount(boxes.image[~boxes.crowd], minlength=len(images))
+        for i in np.argsort(-counts, kind="stable") if limit else ():
+            if counts[i] <= limit:
+                break
+            words = f"has {counts[i]} boxes, more than the model's {limit} queries"
+            outcome = "not all of them can be found: raise MODEL.DEQDET.NUM_QUERIES"
+            self.findings.add(REMARK, "more boxes than queries", f"image {images[i].file_name}", words, outcome)
+
+    def _refuse_broken(self, usable: np.ndarray) -> None:
+        broken = self.findings.of_level(BROKEN)
+        if broken and not self.options.skip_broken:
+            others = ", ".join(f"{finding.count} x {finding.kind}" for finding in broken[1:])
+            more = f" (there are other faults too, {others}; deqdet-check-data lists all)" if others else ""
+            raise UserError(f"{self.where}: {broken[0].line()}{more}")
+        if not usable.any():
+            raise UserError(f"{self.where}: none of its {len(usable)} images can be used: {broken[0].facts()}")
+
+    def _check_labels(self, boxes: Boxes, labelled: bool) -> bool:
+        """Whether the set can be evaluated.
+
+        Raises:
+            UserError: there is no box to train on.
+        """
+        if (~boxes.crowd).any():
+            return True
+        if self.options.trained:
+            raise UserError(f"{self.where} has no box to train on: give a file with annotations")
+        words = "has no box" if labelled else "has no annotations"
+        self.findings.add(REMARK, "unlabelled", "the file", words, "predictions are written to a file, but no AP")
+        return False
+
+
+def compare_classes(where: str, names: Sequence[str], class_names: Sequence[str], model: str) -> list[int]:
+    """Match the class names of a data set to the model's.
+
+    Args:
+        where: what to call the data set in messages.
+        class_names: the model's, in its order; empty: the data set's own.
+        model: where these are from, for messages.
+
+    Returns:
+        For each of the model's classes its index in `names`.
+
+    Raises:
+        UserError: the names are not the same.
+    """
+    if not class_names:
+        return list(range(len(names)))
+    lacks, foreign = [n for n in class_names if n not in names], [n for n in names if n not in class_names]
+    if lacks or foreign:
+        parts = [f"it lacks {_shorten(lacks)}"] * bool(lacks) + [f"only it has {_shorten(foreign)}"] * bool(foreign)
+        alike = {n.strip().casefold() for n in lacks} == {n.strip().casefold() for n in foreign}
+        hint = " (they differ only in spaces or capital letters)" if alike else ""
+        raise UserError(
+            f"{where} has other class names than {model}: {', and '.join(parts)}{hint}: "
+            'rename or add "categories" in one of the files'
+        )
+    return [names.index(name) for name in class_names]
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _normalized(
+    whole: dict,
+    images: Sequence[ImageRecord],
+    usable: np.ndarray,
+    sizes: np.ndarray,
+    categories: Sequence[Category],
+    order: Sequence[int],
+    boxes: Boxes | None,
+) -> dict:
+    """The file's contents as pycocotools and detectron2 can read them, without what is left out.
+
+    An id stays where it can. Where ids of a kind are numbered anew, each record keeps its own as "original_id". The
+    categories are numbered in the model's order, since detectron2 takes the order of the ids for that of the classes.
+
+    Args:
+        boxes: None for a file without labels.
+    """
+    image_ids = _number([image.id for image in images])
+    in_order = list(order) == sorted(order)
+    category_ids = _number([categories[i].id for i in order], keep=in_order)
+    copy = {
+        "info": whole.get("info") if isinstance(whole.get("info"), dict) else {},
+        "licenses": whole.get("licenses", []),
+        "images": [
+            {
+                **{"id": image_ids[i], "file_name": image.file_name},
+                **{"width": int(sizes[i, 0]), "height": int(sizes[i, 1])},
+                **({} if image_ids[i] == image.id else {"original_id": whole["images"][i]["id"]}),
+            }
+            for i, image in enumerate(images)
+            if usable[i]
+        ],
+        "categories": [
+            {
+                **{"id": number, "name": categories[i].name},
+                **({} if number == categories[i].id else {"original_id": categories[i].id}),
+            }
+            for number, i in zip(category_ids, order, strict=True)
+        ],
+    }
+    if boxes is not None:
+        place = {index: number for number, index in zip(category_ids, order, strict=True)}
+        ids = _number([record.get("id") for record in boxes.records], lowest=1)
+        columns = zip(
+            ids, boxes.records, boxes.image, boxes.category, boxes.xywh.tolist(), boxes.area.tolist(), boxes.crowd,
+            strict=True,
+        )  # fmt: skip
+        copy["annotations"] = [
+            {
+                **{"id": number, "image_id": image_ids[image], "category_id": place[category]},
+                **{"bbox": xywh, "area": area, "iscrowd": int(crowd)},
+                **({} if number == record.get("id") else {"original_id": record.get("id")}),
+            }
+            for number, record, image, category, xywh, area, crowd in columns
+        ]
+    return copy
+
+
+def _number(ids: Sequence[object], *, keep: bool = True, lowest: int = -LARGEST_ID) -> list[int]:
+    """The ids themselves where all are whole numbers, different and not below `lowest`; else 1, 2, ..."""
+    plain = all(type(number) is int and lowest <= number < LARGEST_ID for number in ids)
+    return list(ids) if keep and plain and len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))
+
+
+def _remember(path: Path, result: CheckedSet, images: Sequence[str], stamps: Sequence[Stamp]) -> None:
+    files = {name: [stamp.size, stamp.modified] for name, stamp in zip(images, stamps, strict=True)}
+    write_json(path, {"files": files, "result": asdict(replace(result, from_cache=True))})
+
+
+def _remembered(path: Path) -> CheckedSet | None:
+    """The result of an earlier check of the same file; None if there is none, or an image has changed since."""
+    known = read_json(path)
+    if known is None:
+        return None
+    files, result = known["files"], known["result"]
+    if [[stamp.size, stamp.modified] for stamp in read_stamps(list(files))] != list(files.values()):
+        return None
+    if not os.path.isfile(result["json_file"]):
+        return None
+    result["findings"] = tuple(Finding(**finding) for finding in result["findings"])
+    result["category_ids"], result["class_names"] = tuple(result["category_ids"]), tuple(result["class_names"])
+    return CheckedSet(**{**result, "report": Report(**result["report"])})
+
+
+def _load_headers(path: Path) -> dict[str, tuple[Stamp, ImageHeader]]:
+    """The headers that an earlier check read, by path."""
+    known = read_json(path) or {}
+    return {name: (Stamp(*row[:2]), ImageHeader(*row[2:])) for name, row in known.items()}
+
+
+def _digest(*parts: object) -> str:
+    """A hexadecimal name, the same for the same contents."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(hashlib.sha256(part if isinstance(part, bytes) else json.dumps(part).encode()).digest())
+    return state.hexdigest()

@@ -1,0 +1,228 @@
+"""Reads the categories and images of a COCO-format file, whatever its encoding and the type of its ids."""
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from detectron2.utils.file_io import PathManager
+
+from ..errors import UserError, describe_os_error, one_line
+from .findings import REMARK, REPAIRED, Findings
+
+LARGEST_ID = 2**53  # beyond it, numpy's float64 columns in pycocotools no longer tell two ids apart
+_RENUMBERED = "numbers stand for these ids within the run"
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class as the file lists it."""
+
+    id: int | str
+    name: str
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An image as the file lists it."""
+
+    id: int | str
+    file_name: str  # relative to the image root
+    width: int | None  # pixels; None where the file does not say
+    height: int | None
+    path: str
+
+
+def locate(where: str, json_file: str) -> str:
+    """The local path of an annotation file, which is seen to be a plain file and not opened.
+
+    Raises:
+        UserError: it is missing or no plain file.
+    """
+    try:
+        path = PathManager.get_local_path(json_file)
+        plain = stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        raise _unreadable(where, error) from error
+    if not plain:  # to open a FIFO would wait for ever
+        raise UserError(f"{where} is a folder or a pipe: give the path of a COCO-format file")
+    return path
+
+
+def read_bytes(where: str, json_file: str) -> bytes:
+    """The contents of an annotation file.
+
+    Raises:
+        UserError: it is missing, no plain file, or cannot be read.
+    """
+    path = locate(where, json_file)
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise _unreadable(where, error) from error
+
+
+def parse(where: str, content: bytes, findings: Findings, *, annotated: bool) -> dict:
+    """Parse an annotation file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Args:
+        annotated: the list "annotations" is needed.
+
+    Raises:
+        UserError: it is no JSON, or lacks a list that a COCO-format file has.
+    """
+    try:
+        encoding = json.detect_encoding(content)
+        whole = json.loads(content.decode(encoding))
+    except (ValueError, RecursionError) as error:
+        hint = " (it is compressed: unpack it)" if content[:2] in (b"\x1f\x8b", b"PK") else ""
+        raise UserError(
+            f"{where} is not valid JSON ({one_line(error)[:200]}){hint}: a COCO-format file in UTF-8 is needed"
+        ) from error
+    for key in ("images", "categories", "annotations"):
+        if key == "annotations" and not annotated and isinstance(whole, dict) and key not in whole:
+            continue
+        if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
+            raise UserError(f'{where} has no list "{key}", which a COCO-format file needs')
+    if encoding != "utf-8":
+        shown = {"utf-8-sig": "UTF-8 with a byte order mark"}.get(encoding, encoding.upper())
+        findings.add(REPAIRED, "encoding", "the file", f"is in {shown}", "it is read as such")
+    # pycocotools 2.0.10 copies "info" without asking whether it is there.
+    if not isinstance(whole.get("info"), dict):
+        words = "has no info, which some versions of pycocotools need"
+        findings.add(REPAIRED, "no info", "the file", words, "it is added, empty")
+    return whole
+
+
+def read_categories(where: str, whole: dict, findings: Findings) -> list[Category]:
+    """The categories in the order of their ids, or in the file's order where an id is a string.
+
+    Raises:
+        UserError: there are none, one is incomplete, or two have the same id or the same name.
+    """
+    if not whole["categories"]:
+        raise UserError(f'{where} lists no "categories": add the classes of its boxes')
+    found = []
+    for index, record in enumerate(whole["categories"]):
+        _require(where, "category", index, record, ("id", "name"))
+        number = read_id(record["id"])
+        if number is None:
+            raise UserError(f"{where}: category {record['name']!r} has id {record['id']!r}: give it a whole number")
+        name = record["name"]
+        if isinstance(name, int | float) and not isinstance(name, bool):
+            words = f"has the number {name!r} as its name"
+            findings.add(REPAIRED, "numeric name", f"category {record['id']!r}", words, "it is taken as text")
+            name = str(name)
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{where}: category {record['id']!r} has name {name!r}: give it a name in words")
+        _note_id(findings, f"category {name}", record["id"], number)
+        found.append(Category(number, name))
+    _refuse_twice(where, "category", "id", [category.id for category in found])
+    _refuse_twice(where, "category", "name", [category.name for category in found])
+    numbers = all(isinstance(category.id, int) for category in found)
+    return sorted(found, key=lambda category: category.id) if numbers else found
+
+
+def read_images(
+    where: str, whole: dict, image_root: str, findings: Findings, *, allow_outside_root: bool
+) -> list[ImageRecord]:
+    """The images in the file's order.
+
+    Raises:
+        UserError: there are none, one is incomplete or lies outside the image root, or two have the same id.
+    """
+    if not whole["images"]:
+        raise UserError(f'{where} lists no "images": a data set needs at least one')
+    root = os.path.abspath(image_root).rstrip(os.sep) + os.sep
+    found, seen = [], {}
+    for index, record in enumerate(whole["images"]):
+        _require(where, "image", index, record, ("id", "file_name"))
+        number, name = read_id(record["id"]), record["file_name"]
+        if number is None:
+            raise UserError(f"{where}: image {name!r} has id {record['id']!r}: give it a whole number")
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            raise UserError(f"{where}: image {record['id']!r} has file_name {name!r}: give the name of a file")
+        _note_id(findings, f"image {name}", record["id"], number)
+        path = os.path.join(image_root, name)
+        if not (allow_outside_root or os.path.abspath(path).startswith(root)):
+            raise UserError(
+                f"{where}: image {record['id']!r} has file_name {name!r}, which leaves the image root {image_root}: "
+                "correct it, or set DATASETS.ALLOW_OUTSIDE_ROOT True if you trust the file"
+            )
+        if name in seen:
+            words = f"is listed twice, as image {seen[name]!r} and {record['id']!r}"
+            findings.add(REMARK, "listed twice", name, words, "each is used with its own boxes")
+        seen[name] = record["id"]
+        sides = [_read_side(findings, name, key, record.get(key)) for key in ("width", "height")]
+        found.append(ImageRecord(number, name, *sides, path))
+    _refuse_twice(where, "image", "id", [image.id for image in found])
+    return found
+
+
+def read_id(value: object) -> int | str | None:
+    """An id as it is compared: 3.0 is 3; None where the value can be no id."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | str):
+        return value
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def look_up(value: object, table: Mapping[int | str, int]) -> int | None:
+    """The index of the record that a reference names, where 7 and "7" name each other if need be; None if unknown."""
+    key = read_id(value)
+    if key in table:
+        return table[key]
+    if isinstance(key, int):
+        return table.get(str(key))
+    return table.get(int(key)) if isinstance(key, str) and key.isascii() and key.isdigit() else None
+
+
+def _unreadable(where: str, error: OSError) -> UserError:
+    return UserError(
+        f"{where} cannot be read ({describe_os_error(error)}): give the path of a COCO-format file, absolute or "
+        f"relative to {os.getcwd()}"
+    )
+
+
+def _note_id(findings: Findings, name: str, given: object, number: int | str) -> None:
+    if isinstance(number, str):
+        words = f"has the text {given!r} as its id, with which pycocotools cannot work"
+        findings.add(REPAIRED, f"text id of {name.split()[0]}", name, words, _RENUMBERED)
+    elif isinstance(given, float) or not -LARGEST_ID < number < LARGEST_ID:
+        words = f"has id {given!r}, which is no whole number of usual size"
+        findings.add(REPAIRED, f"odd id of {name.split()[0]}", name, words, _RENUMBERED)
+
+
+def _read_side(findings: Findings, name: str, key: str, value: object) -> int | None:
+    """A width or height; text such as "640" is put right, and what is no number is taken from the file later."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        side = None if isinstance(value, bool) else int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        side = None
+    outcome = "it is taken from the image file" if side is None else "it is read as a whole number"
+    findings.add(REPAIRED, f"{key} {outcome}", f"image {name}", f"has {key} {value!r}", outcome)
+    return side
+
+
+def _require(where: str, kind: str, index: int, record: object, keys: tuple[str, ...]) -> None:
+    missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+    if missing:
+        label = record.get("id", f"number {index}") if isinstance(record, dict) else f"number {index}"
+        raise UserError(f"{where}: {kind} {label} has no {', '.join(missing)}: add it to the file")
+
+
+def _refuse_twice(where: str, kind: str, what: str, values: list) -> None:
+    seen, twice = set(), []
+    for value in values:
+        if value in seen:
+            twice.append(value)
+        seen.add(value)
+    if twice:
+        shown = ", ".join(str(value) for value in dict.fromkeys(twice[:5]))
+        plural = {"category": "categories", "image": "images"}[kind]
+        raise UserError(f"{where}: {kind} {what} {shown} occurs twice: give the {plural} different {what}s")
