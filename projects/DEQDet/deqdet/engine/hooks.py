@@ -128,6 +128,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
         except (UserError, OSError, ValueError, TypeError, KeyError) as error:
             what = one_line(error) if isinstance(error, UserError) else f"{self._record} is missing or damaged"
             logger.warning("%s: the next evaluation counts as the best so far", what)
+        else:
+            self._write_record()  # a kill may have come before it was written
 
     def after_step(self) -> None:
         known = self.best_metric
@@ -141,7 +143,10 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def _save_record(self, known: float | None) -> None:
         if self.best_metric != known:
-            write_text(json.dumps({"value": self.best_metric, "iteration": self.best_iter}), self._record)
+            self._write_record()
+
+    def _write_record(self) -> None:
+        write_text(json.dumps({"value": self.best_metric, "iteration": self.best_iter}), self._record)
 
 
 class WeightsCheckpointer(Checkpointer):

@@ -130,9 +130,15 @@ def restore_batch_norm(model: nn.Module, ranks: list[list[Tensor]]) -> None:
             buffer.copy_(value)
 
 
-def dump_config(cfg: CfgNode) -> str:
-    """The config as YAML, without the keys of the machine and of the run's place."""
+def dump_config(cfg: CfgNode, saved: str | None = None) -> str:
+    """The config as YAML, without the keys of the machine and of the run's place.
+
+    Args:
+        saved: the same of the checkpoint that the training was resumed from, whose values of KEPT_KEYS are in force.
+    """
     plain = flatten(yaml.safe_load(cfg.dump()))
+    before = yaml.safe_load(saved) if saved else {}
+    plain |= {key: before[key] for key in KEPT_KEYS if key in before}
     return yaml.safe_dump({key: value for key, value in plain.items() if key not in LOCAL_KEYS})
 
 

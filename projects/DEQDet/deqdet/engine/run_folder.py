@@ -19,7 +19,7 @@ LOCK = ".lock"
 # start that failed leaves too, and the folder inference/, which an evaluation fills, are not among them.
 _RESULTS = re.compile(
     r"model_(\d{7,}|final|best)\.(pth|json|safetensors)|last_checkpoint|metrics\.json|events\.out\.tfevents\..*"
-    r"|nonfinite_\d+\.pth"
+    r"|nonfinite_\d+(_rank\d+)?\.pth"
 )
 _FOREIGN = re.compile(r".*\.(pth|pt|pkl|safetensors)")  # weights under other names
 
@@ -46,13 +46,13 @@ def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
         return
     if args.resume:
         return
-    found = [path.name for path in (*results, *_find_foreign(folder)) if path.stat().st_size > 0]
-    found = [name for name in found if not name.startswith("events.")]  # a start that failed may have opened one
+    names = dict.fromkeys(path.name for path in (*results, *_find_foreign(folder)) if path.stat().st_size > 0)
+    found = [name for name in names if not name.startswith("events.")]  # a start that failed may have opened one
     if found:
         names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise UserError(
-            f"OUTPUT_DIR {folder} holds another training ({names}): --resume goes on with it, --overwrite deletes it, "
-            "or choose another folder"
+            f"OUTPUT_DIR {folder} holds a training already ({names}): --resume goes on with it, "
+            "--overwrite deletes it, or choose another folder"
         )
 
 

@@ -185,7 +185,7 @@ class Trainer(DefaultTrainer):
         """DefaultTrainer's, and "progress": what `deqdet.engine.resume` remembers."""
         progress = {
             "seed": self.cfg.SEED,
-            "config": dump_config(self.cfg),
+            "config": dump_config(self.cfg, self._resumed["config"] if self._resumed else None),
             "complete": self.iteration_complete,
             "storage": storage_state(get_event_storage()) if has_event_storage() else {},
             "metrics": self._metrics.state_dict() if self._metrics else None,
