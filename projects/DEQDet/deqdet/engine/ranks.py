@@ -26,6 +26,7 @@ from ..errors import UserError, one_line
 
 LOST_PEER = 70  # exit code of a rank that failed because another one was gone
 STOPPED = (130, 143)  # exit codes after SIGINT and SIGTERM
+_START = 120.0  # seconds that a process may take at least to import its libraries
 _GRACE = 1.0  # seconds in which the other ranks may end by themselves
 _FIELDS = 4  # of a rank on the board: last sign of life, last progress, iteration, phase
 OUTSIDE, BEFORE_DATA, IN_FORWARD, AFTER_FORWARD = -1.0, 0.0, 1.0, 2.0  # phases
@@ -70,7 +71,7 @@ def run_ranks(main: Callable[..., object], args: tuple, group: Group) -> None:
     """
     store, address = _open_store(group)
     context = multiprocessing.get_context("spawn")
-    board = context.Array("d", [time.monotonic(), time.monotonic(), 0.0, OUTSIDE] * group.per_machine, lock=False)
+    board = context.Array("d", [0.0, 0.0, 0.0, OUTSIDE] * group.per_machine, lock=False)
     messages = Path(tempfile.mkdtemp(prefix="deqdet-ranks-"))
     try:
         started = multiprocessing.start_processes(
@@ -170,6 +171,7 @@ class _Watch:
         self._board = board
         self._messages = messages
         self._timeout = group.rank_timeout
+        self._begin = time.monotonic()
         self._signal = 0
         self._signals = 0
 
@@ -247,7 +249,9 @@ class _Watch:
         now = time.monotonic()
         running = [rank for rank, process in enumerate(self._processes) if process.exitcode is None]
         for rank in running:
-            if now - self._field(rank, 0) > self._timeout:
+            alive = self._field(rank, 0)  # 0 while the process starts
+            limit = self._timeout if alive else max(self._timeout, _START)
+            if now - (alive or self._begin) > limit:
                 return self._describe_hung(rank)
         inside = running and all(self._field(rank, 3) != OUTSIDE for rank in running)
         if inside and all(now - self._field(rank, 1) > self._timeout for rank in running):

@@ -59,7 +59,14 @@ class MetricsWriter(JSONWriter):
 
     def __init__(self, path: Path):
         super().__init__(str(path), window_size=WINDOW)
+        self._file_handle.close()  # until there is something to write
         self._path = path
+
+    def write(self) -> None:
+        """Append the figures that are new, and put them on the disk."""
+        if self._file_handle.closed:
+            self._file_handle = self._path.open("a")
+        super().write()
 
     def state_dict(self) -> dict[str, int]:
         """The number of lines, and the last iteration that is among them."""
@@ -80,7 +87,6 @@ class MetricsWriter(JSONWriter):
             with replacing(self._path) as file:
                 file.write("".join(kept).encode())
         self._last_write = state["last_write"] if state else max(map(_iteration, kept), default=-1)
-        self._file_handle = open(self._path, "a")
 
 
 def _iteration(line: str) -> int:
