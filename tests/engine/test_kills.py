@@ -78,38 +78,40 @@ def test_a_rank_that_hangs_ends_the_others(toy_config, kill, rank):
     assert time.monotonic() - start < 60
 
 
-def test_the_lock_ends_with_its_process(toy_config, tmp_path):
+@pytest.fixture
+def asleep(toy_config, tmp_path):
+    """A training in its third iteration, where it stays, and the file with what it prints."""
+    printed = tmp_path / "printed"
+    with printed.open("w") as output:
+        process = subprocess.Popen(command(toy_config, *LONG), env=environment("SLEEP@2"), stdout=output, stderr=output)
+    deadline = time.monotonic() + 240
+    while "asleep" not in printed.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    yield process, printed
+    process.kill()
+    process.wait()
+
+
+def test_the_lock_ends_with_its_process(asleep, toy_config, tmp_path):
+    process, _ = asleep
     out = tmp_path / "out"
-    first = subprocess.Popen(
-        command(toy_config, *LONG), env=environment("SLEEP@2"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not (out / "metrics.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        second = run_toy(toy_config, "--resume", *LONG)
-        assert said(second) == [f"error: OUTPUT_DIR {out} is in use by another training (process {first.pid}): wait "
-                                "for its end, or choose another folder"]  # fmt: skip
-    finally:
-        first.kill()
-        first.wait()
+    second = run_toy(toy_config, "--resume", *LONG)
+    assert second.returncode == 1
+    assert said(second) == [f"error: OUTPUT_DIR {out} is in use by another training (process {process.pid}): wait for "
+                            "its end, or choose another folder"]  # fmt: skip
+    process.kill()
+    process.wait()
     with open(out / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held
 
 
-def test_a_second_signal_ends_the_training_at_once(toy_config, tmp_path):
-    printed = tmp_path / "printed"
-    with printed.open("w") as output:
-        first = subprocess.Popen(command(toy_config, *LONG), env=environment("SLEEP@2"), stdout=output, stderr=output)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "metrics.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1.5)
-    os.kill(first.pid, signal.SIGTERM)
-    time.sleep(0.6)
-    assert first.poll() is None
-    os.kill(first.pid, signal.SIGTERM)
-    assert first.wait(10) == 143
+def test_a_second_signal_ends_the_training_at_once(asleep):
+    process, printed = asleep
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
     assert "stopped at once by a second signal" in printed.read_text()
 
 

@@ -4,7 +4,7 @@ KILL is "<what>[:<rank>]", by default of rank 0, where <what> is
     SIGKILL@9, SIGTERM@9, SIGINT@9   the signal, at the beginning of iteration 9
     LAUNCHER-SIGTERM@9               the same, to the process that started the ranks
     STOP@9                           the rank freezes (SIGSTOP)
-    SLEEP@9                          the rank lives, but does not go on
+    SLEEP@9                          the rank lives, but does not go on; it prints "asleep"
     EVALUATION                       SIGKILL in the first evaluation
     HALF:<name>                      SIGKILL when half of the file <name> is written
     BEFORE:<name>, AFTER:<name>      SIGKILL right before or after the file <name> gets its name
@@ -33,6 +33,7 @@ def at_iteration(action: str, iteration: int, rank: int) -> None:
     def run_and_act(self) -> None:
         if self.iter == iteration and comm.get_rank() == rank:
             if action == "SLEEP":
+                print("asleep", flush=True)
                 time.sleep(600)
             target = os.getppid() if action.startswith("LAUNCHER-") else os.getpid()
             os.kill(target, getattr(signal, {"STOP": "SIGSTOP"}.get(action, action.removeprefix("LAUNCHER-"))))

@@ -28,7 +28,7 @@ def environment(kill: str = "") -> dict[str, str]:
 def run_toy(config: str, *words, kill: str = "") -> subprocess.CompletedProcess:
     """Train, with KILL as helpers/killer.py takes it; what was printed is in `stdout` and `stderr`."""
     return subprocess.run(
-        command(config, *words), env=environment(kill), capture_output=True, text=True, timeout=120
+        command(config, *words), env=environment(kill), capture_output=True, text=True, timeout=300
     )
 
 
