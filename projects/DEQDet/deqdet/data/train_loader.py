@@ -1,6 +1,7 @@
 """The loader of training batches, which can start at any iteration as if it had delivered all batches before it."""
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -111,9 +112,20 @@ def assemble_train_loader(parts: Mapping, seed: int) -> TrainLoader:
         num_workers=workers,
         prefetch_factor=2 if workers > 0 else None,
         collate_fn=_as_list,
+        worker_init_fn=_ignore_interrupts,
         # An iterator draws one number from its generator; from torch's own, it would shift what training draws.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Let a process that loads data outlive a Ctrl-C, which reaches it too, until the training's iteration has ended.
+
+    SIGTERM has its default effect, also where the training's handler was inherited: at its exit, the training's process
+    ends those that load data by it, and waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_list(samples: list[dict]) -> list[dict]:

@@ -26,9 +26,9 @@ from ..errors import UserError, one_line
 
 LOST_PEER = 70  # exit code of a rank that failed because another one was gone
 STOPPED = (130, 143)  # exit codes after SIGINT and SIGTERM
-_START = 120.0  # seconds that a process may take at least to import its libraries
+_START = 120.0  # seconds that a process may take at least to import its libraries, or to start those that load data
 _GRACE = 1.0  # seconds in which the other ranks may end by themselves
-_FIELDS = 4  # of a rank on the board: last sign of life, last progress, iteration, phase
+_FIELDS = 5  # of a rank on the board: last sign of life, last progress, iteration, phase, finished iterations
 OUTSIDE, BEFORE_DATA, IN_FORWARD, AFTER_FORWARD = -1.0, 0.0, 1.0, 2.0  # phases
 
 _board: tuple[object, int] | None = None  # in a rank: the shared board and the rank's place on it
@@ -49,7 +49,8 @@ def mark(iteration: int, phase: float) -> None:
     """Note where this rank is, for the process that watches. Without such a process, do nothing."""
     if _board is not None:
         board, place = _board
-        board[place + 1 : place + _FIELDS] = [time.monotonic(), iteration, phase]
+        board[place + 1 : place + 4] = [time.monotonic(), iteration, phase]
+        board[place + 4] += phase == OUTSIDE
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -71,7 +72,7 @@ def run_ranks(main: Callable[..., object], args: tuple, group: Group) -> None:
     """
     store, address = _open_store(group)
     context = multiprocessing.get_context("spawn")
-    board = context.Array("d", [0.0, 0.0, 0.0, OUTSIDE] * group.per_machine, lock=False)
+    board = context.Array("d", [0.0, 0.0, 0.0, OUTSIDE, 0.0] * group.per_machine, lock=False)
     messages = Path(tempfile.mkdtemp(prefix="deqdet-ranks-"))
     try:
         started = multiprocessing.start_processes(
@@ -254,7 +255,8 @@ class _Watch:
             if now - (alive or self._begin) > limit:
                 return self._describe_hung(rank)
         inside = running and all(self._field(rank, 3) != OUTSIDE for rank in running)
-        if inside and all(now - self._field(rank, 1) > self._timeout for rank in running):
+        limit = self._timeout if all(self._field(rank, 4) for rank in running) else max(self._timeout, _START)
+        if inside and all(now - self._field(rank, 1) > limit for rank in running):
             return self._describe_hung(min(running, key=self._progress))
         return ""
 
