@@ -61,6 +61,7 @@ class StopOnSignal(HookBase):
             what = f"stopped by {signal.Signals(number).name} after iteration {trainer.iter}"
             print(f"{what}: saved {path}, --resume goes on from there", file=sys.stderr, flush=True)
         comm.synchronize()
+        trainer.drop_data_loader()
         raise Stopped(128 + number)
 
     def after_train(self) -> None:

@@ -108,6 +108,10 @@ class Trainer(DefaultTrainer):
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.start_at(self.start_iter)
 
+    def drop_data_loader(self) -> None:
+        """End the processes that load data. At the exit, their end by a signal would be taken for a failure."""
+        self._trainer.reset_data_loader(lambda: None)
+
     def _take_seed(self, seed: int) -> None:
         self.cfg = _with_seed(self.cfg, seed)
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg))
