@@ -200,7 +200,8 @@ class _Watch:
         codes = [process.exitcode for process in self._processes]
         if any(codes):
             if self._signal and not self._said():
-                if not set(codes) <= {0, *STOPPED}:
+                # A rank that has saved its state says so itself; another may lose contact while that one exits.
+                if not set(codes) & set(STOPPED):
                     print(f"stopped by {signal.Signals(self._signal).name}", file=sys.stderr)
                 sys.exit(128 + self._signal)
             if set(codes) <= {0, *STOPPED}:  # signals came to the ranks themselves
