@@ -27,7 +27,7 @@ $(STAMP): setup.py pyproject.toml tools/install_detectron2.py tools/detectron2-2
 	@touch $@
 
 demo: setup  ## train DEQDet on generated shapes with two CPU processes, and report what came of it
-	$(MALLOC) OMP_NUM_THREADS=1 $(BIN)/python tools/train_net.py --config-file $(CONFIG) --num-gpus 2 OUTPUT_DIR $(OUTPUT)
+	$(MALLOC) OMP_NUM_THREADS=1 $(BIN)/python tools/train_net.py --config-file $(CONFIG) --num-gpus 2 --resume OUTPUT_DIR $(OUTPUT)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/report.py --config-file $(CONFIG) OUTPUT_DIR $(OUTPUT)
 
 test: setup  ## run the tests

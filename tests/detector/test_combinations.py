@@ -147,9 +147,9 @@ def configure(tmp_path_factory, tmp_path, monkeypatch):
     shared = tmp_path_factory.getbasetemp() / "combinations"  # the pictures are drawn once
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shared))
 
-    def build(name: str, *words) -> CfgNode:
+    def build(name: str, *words, flags: tuple[str, ...] = ()) -> CfgNode:
         config = QUICK_CONFIGS / f"{name}_shapes.yaml"
-        return setup(parse(str(config), *NARROW.split(), "OUTPUT_DIR", tmp_path, *words))
+        return setup(parse(str(config), *flags, *NARROW.split(), "OUTPUT_DIR", tmp_path, *words))
 
     return build
 
@@ -183,7 +183,7 @@ def test_training_to_a_checkpoint(configure, name, tmp_path):
     at_the_end = json.loads(written.read_text())
     assert 40 < len(at_the_end) <= 8 * 8  # images x DETECTIONS_PER_IMAGE, less boxes outside the image
     written.unlink()
-    cfg = configure(name, "MODEL.WEIGHTS", tmp_path / "model_final.pth")
+    cfg = configure(name, "MODEL.WEIGHTS", tmp_path / "model_final.pth", flags=("--eval-only",))
     fresh = Trainer.build_model(cfg)
     load_weights(fresh, cfg, resume=False)
     Trainer.test(cfg, fresh)

@@ -86,6 +86,16 @@ class EngineToy(nn.Module):
         return Instances((height, width), **found, scores=scores.sigmoid())
 
 
+@META_ARCH_REGISTRY.register()
+class WiderToy(EngineToy):
+    """An EngineToy whose layers have other sizes."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4))
+        self.decoder = nn.Linear(4, 2)
+
+
 def write_dataset(root: Path, tag: str) -> str:
     """Four images of 16 x 16 pixels with a box on one half; returns the config file."""
     images, annotations = [], []

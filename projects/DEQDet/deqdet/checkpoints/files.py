@@ -1,5 +1,6 @@
 """Checkpoint files: read without running code that a file may hold, checked, and written whole or not at all."""
 
+import hashlib
 import os
 import re
 import tarfile
@@ -21,6 +22,8 @@ from ..errors import UserError, describe_os_error, one_line
 ENTRIES = ("state_dict", "model")
 AUTHOR = "deqdet.checkpoints"
 PICKLES = (".pkl", ".pyth")  # the names of files that detectron2 reads as pickles
+UNFINISHED = ".unfinished."  # how the names of files begin that are not whole yet
+CHECKSUM = "sha256"  # the entry of a .pth file with the checksum of its other entries
 
 
 class CheckpointError(UserError):
@@ -139,6 +142,9 @@ def not_safetensors(path: Path, error: Exception) -> CheckpointError:
 def read_torch(path: Path) -> object:
     """Read what torch.save wrote, provided that it consists of tensors and plain Python values.
 
+    A file with a checksum (see `write_torch`) is compared with it, because torch.load does not notice changed bytes.
+    Files without one, older ones or others', are taken as they are.
+
     Raises:
         CheckpointError: the file is damaged, or holds other objects.
     """
@@ -147,7 +153,7 @@ def read_torch(path: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they are about is in the error
-            return torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler lets any exception through, depending on the bytes that it meets
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
@@ -157,6 +163,37 @@ def read_torch(path: Path) -> object:
         raise CheckpointError(
             f"{path} is damaged, or was not written by torch.save ({_first_sentence(error)}): download or save it again"
         ) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get(CHECKSUM), str) and loaded.pop(CHECKSUM) != checksum(loaded):
+        raise CheckpointError(f"{path} is damaged (its checksum is another one): take another checkpoint")
+    return loaded
+
+
+def checksum(content: object) -> str:
+    """SHA-256 of tensors and plain Python values, nested in any dicts, lists and tuples.
+
+    Dicts must have their entries in the order of writing, which a file keeps.
+    """
+    digest = hashlib.sha256()
+    _update(digest, content)
+    return digest.hexdigest()
+
+
+def _update(digest: "hashlib._Hash", value: object) -> None:
+    if isinstance(value, Mapping):
+        digest.update(b"{%d" % len(value))
+        for key, item in value.items():
+            digest.update(repr(key).encode())
+            _update(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(b"[%d" % len(value))
+        for item in value:
+            _update(digest, item)
+    elif isinstance(value, Tensor):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    else:
+        digest.update(repr(value).encode())
 
 
 def check_target(path: Path, source: Path) -> None:
@@ -185,8 +222,28 @@ def write_checkpoint(weights: Mapping[str, Tensor], path: Path) -> None:
     if path.suffix == ".safetensors":
         write_safetensors(weights, path, {"author": AUTHOR})
         return
+    write_torch({"model": _own_copies(weights), "__author__": AUTHOR}, path)
+
+
+def write_torch(content: dict, path: Path) -> None:
+    """Write what torch.save writes, with a checksum that `read_torch` verifies.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    content = {**content, CHECKSUM: checksum(content)}
     with replacing(path) as file:
-        torch.save({"model": _own_copies(weights), "__author__": AUTHOR}, file)
+        torch.save(content, file)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file as UTF-8, whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_safetensors(weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -210,7 +267,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -221,7 +278,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         reason = describe_os_error(error) if isinstance(error, OSError) else one_line(error)
         raise CheckpointError(f"{path} cannot be written ({reason})") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     with suppress(OSError):  # not every file system can sync a folder, and the file itself is complete
         folder = os.open(path.parent, os.O_RDONLY)
         try:

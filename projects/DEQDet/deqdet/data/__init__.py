@@ -8,9 +8,11 @@ from .evaluation import OriginalIdsEvaluator, build_coco_evaluator
 from .image_headers import PILLOW_LIMIT
 from .images import read_image
 from .mapper import ImageMapper, build_mapper, build_test_loader
+from .randomness import mix_seed, random_state_kept, seed_all, seeded
 from .registration import check_datasets, find_class_names, prepare_datasets, register_datasets, register_shapes
 from .report import Report, format_report
 from .shapes import ShapesConfig, generate_shapes
+from .train_loader import TrainLoader, build_train_loader
 
 __all__ = [
     "BOX_FORMATS",
@@ -21,20 +23,26 @@ __all__ = [
     "PILLOW_LIMIT",
     "Report",
     "ShapesConfig",
+    "TrainLoader",
     "build_augmentation",
     "build_coco_evaluator",
     "build_mapper",
     "build_test_loader",
+    "build_train_loader",
     "check_coco_file",
     "check_datasets",
     "draw_contact_sheet",
     "find_class_names",
     "format_report",
     "generate_shapes",
+    "mix_seed",
     "prepare_datasets",
+    "random_state_kept",
     "read_image",
     "register_datasets",
     "register_shapes",
+    "seed_all",
+    "seeded",
 ]
 
 register_shapes("shapes_train", ShapesConfig(num_images=6000, seed=1))

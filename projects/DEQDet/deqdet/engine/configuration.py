@@ -1,25 +1,30 @@
 """From the command line to a frozen, checked config."""
 
 import argparse
+import io
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
+from detectron2.engine import default_setup, defaults
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoints import check_pickle, check_query, is_model_file, load_model_config, read_model_file, resolve_file
+from ..checkpoints.files import write_text
+from ..checkpoints.latest import list_checkpoints
 from ..data import check_datasets, prepare_datasets
-from ..errors import UserError, one_line
+from ..errors import UserError, describe_os_error, one_line
 from ..model_zoo import find_config, get_config, put_overrides
 from ..plugins import import_plugins
 from .options import check_options
+from .run_folder import check_folder, claim_folder
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +32,67 @@ logger = logging.getLogger(__name__)
 def setup(args: argparse.Namespace) -> CfgNode:
     """Everything that comes before the model is built: config, data sets, log files, seed.
 
-    A MODEL.DEVICE of "cuda" becomes "cpu" where there is no CUDA.
+    A MODEL.DEVICE of "cuda" becomes "cpu" where there is no CUDA. A training locks OUTPUT_DIR until its process ends.
 
     Args:
         args: what `argument_parser` parses.
 
     Raises:
-        UserError: as `load_config` and `check_run`; or OUTPUT_DIR cannot be made.
+        UserError: as `load_config` and `check_run`; or OUTPUT_DIR cannot be made or written, another training uses it,
+            or it holds one that is neither resumed nor overwritten.
     """
     cfg = load_config(args)
+    check_folder(cfg, args)
     _make_folder(cfg.OUTPUT_DIR)
-    # default_setup does the same for detectron2's and fvcore's loggers.
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="deqdet")
-    adapt_device(cfg)
-    check_run(cfg, args)
-    cfg.freeze()
-    # It logs the text of the config file, which may be given by its name in the model zoo.
-    file = find_config(args.config_file) if args.config_file else ""
-    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": file}))
+    if not args.eval_only and comm.is_main_process():
+        claim_folder(Path(cfg.OUTPUT_DIR), overwrite=args.overwrite)
+    comm.synchronize()
+    with _writable(cfg.OUTPUT_DIR):
+        # default_setup does the same for detectron2's and fvcore's loggers.
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="deqdet")
+        adapt_device(cfg)
+        check_run(cfg, args)
+        cfg.freeze()
+        # It logs the text of the config file, which may be given by its name in the model zoo.
+        file = find_config(args.config_file) if args.config_file else ""
+        with _whole_config_file():
+            default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": file}))
     return cfg
+
+
+@contextmanager
+def _writable(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be written ({describe_os_error(error)})") from error
+
+
+class _WholeFiles:
+    """detectron2's PathManager, but a text file that is opened for writing appears when it is whole."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(PathManager, name)
+
+    @staticmethod
+    @contextmanager
+    def _write(path: str) -> Iterator[io.StringIO]:
+        text = io.StringIO()
+        yield text
+        write_text(text.getvalue(), Path(path))
+
+    def open(self, path: str, mode: str = "r") -> object:
+        return self._write(path) if mode == "w" else PathManager.open(path, mode)
+
+
+@contextmanager
+def _whole_config_file() -> Iterator[None]:
+    """Let default_setup write config.yaml whole or not at all; the name in its module stands for another object."""
+    original, defaults.PathManager = defaults.PathManager, _WholeFiles()
+    try:
+        yield
+    finally:
+        defaults.PathManager = original
 
 
 def adapt_device(cfg: CfgNode) -> None:
@@ -106,7 +153,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
         batch = f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}"
         raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
-    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
+    if not (args.resume and list_checkpoints(Path(cfg.OUTPUT_DIR))):
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only, trust_pickle=cfg.MODEL.TRUST_PICKLE)
 
 

@@ -5,21 +5,26 @@ import logging
 import os
 import resource
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.events import get_event_storage
 
-from ..checkpoints import write_model_file
+from ..checkpoints import Checkpointer, write_model_file
+from ..checkpoints.files import read_file, write_text
 from ..data import find_class_names
+from ..errors import UserError, one_line
+from .ranks import AFTER_FORWARD, BEFORE_DATA, IN_FORWARD, OUTSIDE, mark
 
 logger = logging.getLogger(__name__)
 
@@ -102,17 +107,29 @@ def peak_memory_mb() -> float:
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """detectron2's, but a resumed training remembers the best so far, which model_best.json keeps."""
+    """detectron2's, but a resumed training remembers the best so far.
+
+    model_best.pth holds its value and iteration itself, so that a kill between two files cannot part them;
+    model_best.json repeats both for people.
+    """
 
     def __init__(self, eval_period: int, checkpointer: "WeightsCheckpointer", val_metric: str):
         super().__init__(eval_period, checkpointer, val_metric, file_prefix="model_best")
-        self._record = os.path.join(checkpointer.save_dir, "model_best.json")
+        self._weights = Path(checkpointer.save_dir, "model_best.pth")
+        self._record = self._weights.with_suffix(".json")
 
     def before_train(self) -> None:
-        if self.trainer.start_iter > 0 and PathManager.isfile(self._record):
-            with PathManager.open(self._record) as file:
-                record = json.load(file)
-            self.best_metric, self.best_iter = record["value"], record["iteration"]
+        if self.trainer.start_iter == 0 or not (self._weights.exists() or self._record.exists()):
+            return
+        try:
+            best = read_file(self._weights)
+            record = best if "value" in best else json.loads(self._record.read_text())
+            self.best_metric, self.best_iter = float(record["value"]), int(record["iteration"])
+        except (UserError, OSError, ValueError, TypeError, KeyError) as error:
+            what = one_line(error) if isinstance(error, UserError) else f"{self._record} is missing or damaged"
+            logger.warning("%s: the next evaluation counts as the best so far", what)
+        else:
+            self._write_record()  # a kill may have come before it was written
 
     def after_step(self) -> None:
         known = self.best_metric
@@ -126,18 +143,57 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def _save_record(self, known: float | None) -> None:
         if self.best_metric != known:
-            with PathManager.open(self._record, "w") as file:
-                json.dump({"value": self.best_metric, "iteration": self.best_iter}, file)
+            self._write_record()
+
+    def _write_record(self) -> None:
+        write_text(json.dumps({"value": self.best_metric, "iteration": self.best_iter}), self._record)
 
 
-class WeightsCheckpointer(DetectionCheckpointer):
-    """Saves the model alone, and not as the checkpoint that --resume goes on from."""
+class WeightsCheckpointer(Checkpointer):
+    """Saves the model and the figure it was chosen by, and not as the checkpoint that --resume goes on from."""
 
-    def __init__(self, model: nn.Module, save_dir: str):
+    def __init__(self, model: nn.Module, save_dir: str, metric: str):
+        """
+        Args:
+            metric: the name of the figure in the event storage that is saved as "value".
+        """
         super().__init__(model, save_dir)
+        self._metric = metric
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save the weights with the latest value of the metric; call it in training."""
+        super().save(name, value=get_event_storage().latest()[self._metric][0], **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Leave the file "last_checkpoint" as it is: it names one with the optimizer's state."""
+
+
+class MarkProgress(HookBase):
+    """Tells the process that watches the ranks where in an iteration this one is. Register it first, on every rank."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def before_train(self) -> None:
+        model = self.trainer.model
+        self._handles = [
+            model.register_forward_pre_hook(lambda module, inputs: self._mark(module, IN_FORWARD)),
+            model.register_forward_hook(lambda module, inputs, outputs: self._mark(module, AFTER_FORWARD)),
+        ]
+
+    def before_step(self) -> None:
+        mark(self.trainer.iter, BEFORE_DATA)
+
+    def after_step(self) -> None:
+        mark(self.trainer.iter, OUTSIDE)
+
+    def after_train(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _mark(self, module: nn.Module, phase: float) -> None:
+        if module.training:
+            mark(self.trainer.iter, phase)
 
 
 class ModelFileWriter(HookBase):

@@ -3,12 +3,9 @@
 The norm of the gradient before clipping (the paper's Figure 4) is there too: see `optimizer.GradientClipper`.
 """
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +16,7 @@ from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 
-from ..data import build_mapper
+from ..data import build_mapper, random_state_kept
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, first_below
 from ..equilibrium.spectrum import spectral_radius
@@ -82,7 +79,8 @@ class EquilibriumInsight(HookBase):
         if done % self._period != 0 and done != self.trainer.max_iter:
             return
         model = _unwrap(self.trainer.model)
-        with _random_state_kept(model.device):
+        # detectron2's test-time resize draws a number from NumPy.
+        with random_state_kept(model.device):
             if self._probe is None:
                 self._probe = self._load_probe()
             figures = measure_equilibrium(model, self._probe, self._power_iterations)
@@ -130,13 +128,3 @@ def _median(values: Tensor) -> float:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Python's, NumPy's (detectron2's test-time resize draws a number), and torch's on the CPU and on `device`."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)

@@ -1,31 +1,42 @@
 """From the command line to one process per GPU, or to several on the CPU."""
 
 import argparse
+import logging
+import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch.multiprocessing import ProcessExitedException
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.utils.logger import setup_logger
 
 from ..errors import UserError
 from .arguments import add_model_arguments, exit_on_user_error
 from .configuration import check_run, load_config
 from .options import check_processes
+from .ranks import Group, run_ranks
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's parser with --model and --plugin; on one machine, every run takes a free port of its own.
+    """detectron2's parser with flags of ours; on one machine, every run takes a free port of its own.
 
     Parse with `parse_arguments`.
     """
     parser = default_argument_parser()
     add_model_arguments(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete the training that OUTPUT_DIR holds, and begin a new one"
+    )
+    parser.add_argument(
+        "--rank-timeout", type=_seconds, default=600.0, metavar="SECONDS",
+        help="end all processes when one shows no life, or no progress in an iteration, for so long (default: 600)",
+    )  # fmt: skip
     parser.set_defaults(dist_url="auto")
     return parser
 
@@ -39,24 +50,17 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
     Args:
         main: a function of a module, since new processes import it by its name.
     """
-    try:
-        with exit_on_user_error():
-            check_processes(args)
-            several = args.num_gpus * args.num_machines > 1
-            on_cpu = several and _check_processes(args).MODEL.DEVICE == "cpu"
-            with _hidden_gpus() if on_cpu else nullcontext():
-                launch(
-                    _work,
-                    args.num_gpus,
-                    num_machines=args.num_machines,
-                    machine_rank=args.machine_rank,
-                    dist_url=args.dist_url,
-                    args=(main, args),
-                )
-    except ProcessExitedException as error:
-        if error.exit_code not in (1, 130):
-            raise
-        sys.exit(error.exit_code)  # The process has said why.
+    logging.raiseExceptions = False  # a log line that finds no room on the disk is lost without a traceback
+    with exit_on_user_error():
+        check_processes(args)
+        if args.num_gpus * args.num_machines == 1:
+            with _sigterm_exits():
+                _work(main, args)
+            return
+        on_cpu = _check_processes(args).MODEL.DEVICE == "cpu"
+        group = Group(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args.rank_timeout)
+        with _hidden_gpus() if on_cpu else nullcontext():
+            run_ranks(_work, (main, args), group)
 
 
 def share_cores(processes: int) -> None:
@@ -75,9 +79,34 @@ def count_cores() -> int:
 
 
 def _work(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    logging.raiseExceptions = False
     share_cores(args.num_gpus)
-    with exit_on_user_error():
-        main(args)
+    main(args)
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Let SIGTERM end the process with one line and exit code 143; a training has a handler of its own meanwhile."""
+
+    def stop(number: int, frame: object) -> None:
+        print("stopped by SIGTERM", file=sys.stderr)
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
+    return value
 
 
 @contextmanager

@@ -1,29 +1,52 @@
 """detectron2's DefaultTrainer with DEQDet's data, optimizer and hooks."""
 
+import errno
 import functools
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, get_event_storage, has_event_storage
 
 from ..checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
-from ..data import build_coco_evaluator, build_mapper, build_test_loader, prepare_datasets
-from ..errors import UserError
+from ..data import TrainLoader, build_coco_evaluator, build_test_loader, build_train_loader, prepare_datasets
+from ..errors import UserError, describe_os_error
 from .configuration import explained_datasets
 from .evaluation import StepsEvaluator
-from .hooks import AverageBatchNorm, BestCheckpointer, ModelFileWriter, PeakMemory, WeightsCheckpointer
+from .health import FiniteGuard, check_finite_model
+from .hooks import AverageBatchNorm, BestCheckpointer, MarkProgress, ModelFileWriter, PeakMemory, WeightsCheckpointer
 from .insight import build_insight
 from .models import buildable
 from .optimizer import build_optimizer
+from .ranks import is_lost_peer
+from .resume import (
+    MetricsWriter,
+    SeedIteration,
+    describe_changes,
+    dump_config,
+    fitting_checkpoint,
+    is_whole,
+    restore_batch_norm,
+    restore_storage,
+    storage_state,
+)
+from .signals import StopOnSignal
+
+logger = logging.getLogger(__name__)
+
+# Of the disk and not of the data: no room, a quota, a read-only or broken disk, no permission.
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
 class Trainer(DefaultTrainer):
@@ -32,10 +55,14 @@ class Trainer(DefaultTrainer):
     New are the optimizer (see `build_optimizer`), the average of BatchNorm's statistics over the ranks,
     OUTPUT_DIR/model_best.pth with the weights of the best box AP if TEST.EVAL_PERIOD is set, and
     OUTPUT_DIR/model_final.safetensors, the trained model in one file for `Predictor.from_file`.
+
+    A resumed training ends with the weights, statistics and metrics of the uninterrupted one, see `resume`.
     """
 
     def __init__(self, cfg: CfgNode):
         """Register the data sets of DATASETS.REGISTER, and build model, optimizer, loader and hooks.
+
+        A negative SEED is replaced by a random one, the same on all ranks, which checkpoints keep.
 
         Raises:
             UserError: SOLVER.AMP.ENABLED without CUDA, or a data set or a value in the config is wrong.
@@ -47,23 +74,140 @@ class Trainer(DefaultTrainer):
             )
         with explained_datasets():
             prepare_datasets(cfg)
-        with _our_parts(on_cuda, cfg.MODEL.TRUST_PICKLE):
-            super().__init__(cfg)
+        self._seed_is_given = cfg.SEED >= 0
+        self._metrics: MetricsWriter | None = None  # on the main process
+        self._resumed: dict[str, Any] | None = None  # what the checkpoint says of the training's progress
+        self._resuming = False
+        self._ready = False  # to iterate
+        # Set by StopOnSignal, whose checkpoints come after all that belongs to an iteration.
+        self.iteration_complete = False
+        self.rank_statistics: list[list[torch.Tensor]] = []
+        with _our_parts(on_cuda, cfg.MODEL.TRUST_PICKLE), _disk_errors(cfg.OUTPUT_DIR):
+            super().__init__(cfg if self._seed_is_given else _with_seed(cfg, comm.shared_random_seed()))
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint in OUTPUT_DIR if `resume`, else load MODEL.WEIGHTS.
+        """Go on from the last checkpoint in OUTPUT_DIR that is whole if `resume`, else load MODEL.WEIGHTS.
 
         Raises:
-            UserError: the file cannot be read or downloaded.
+            UserError: the file cannot be read or downloaded, does not fit the config, or has infinite values or NaN.
         """
-        with _readable_weights():
+        self._resuming = resume
+        with _readable_weights(), fitting_checkpoint(self.cfg.OUTPUT_DIR):
             super().resume_or_load(resume)
+        source = self.checkpointer.get_checkpoint_file() or self.cfg.MODEL.WEIGHTS
+        if source:
+            check_finite_model(self.model, source)
+        if self._resumed is not None:
+            changes = describe_changes(self._resumed["config"], self.cfg)
+            if changes:
+                logger.warning("--resume from %s with other keys: %s", source, changes)
+            if not self._seed_is_given:
+                self._take_seed(self._resumed["seed"])
+            if self._resumed["batch_norm"]:
+                restore_batch_norm(self.model, self._resumed["batch_norm"])
+        if isinstance(self.data_loader, TrainLoader):
+            self.data_loader.start_at(self.start_iter)
+
+    def drop_data_loader(self) -> None:
+        """End the processes that load data. At the exit, their end by a signal would be taken for a failure."""
+        self._trainer.reset_data_loader(lambda: None)
+
+    def _take_seed(self, seed: int) -> None:
+        self.cfg = _with_seed(self.cfg, seed)
+        self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg))
+        for hook in self._hooks:
+            if isinstance(hook, SeedIteration | FiniteGuard):
+                hook.seed = seed
+
+    def train(self) -> dict | None:
+        """Train, and evaluate at the end.
+
+        Returns:
+            The results of the last evaluation if TEST.EXPECTED_RESULTS has any, as DefaultTrainer returns them.
+
+        Raises:
+            UserError: a file cannot be written, or a number became infinite or NaN (a NonFiniteError).
+            Stopped: a signal arrived.
+        """
+        train_log = logging.getLogger("detectron2.engine.train_loop")
+        train_log.addFilter(_has_unknown_cause)
+        try:
+            with _disk_errors(self.cfg.OUTPUT_DIR):
+                return super().train()
+        finally:
+            train_log.removeFilter(_has_unknown_cause)
+
+    def before_train(self) -> None:
+        """Call the hooks, put the metrics back, and do what was left to do of the iteration that a checkpoint is of."""
+        self._ready = False
+        super().before_train()
+        if self._resuming:
+            self._go_back_to_checkpoint()
+        self._ready = True
+
+    def _go_back_to_checkpoint(self) -> None:
+        if self._metrics:
+            self._metrics.go_back(self._resumed["metrics"] if self._resumed else None, self.start_iter)
+        if self._resumed:
+            restore_storage(self.storage, self._resumed["storage"])
+        if self.start_iter == 0:
+            return
+        self.iter = self.storage.iter = self.start_iter - 1
+        final = Path(self.cfg.OUTPUT_DIR, "model_final.pth")
+        if comm.is_main_process() and self.start_iter >= self.max_iter and not is_whole(final):
+            self.checkpointer.save("model_final", iteration=self.iter)
+        if self._resumed and not self._resumed["complete"]:
+            # detectron2 saves a checkpoint before it evaluates and writes metrics.
+            for hook in self._hooks:
+                if isinstance(hook, hooks.EvalHook | hooks.BestCheckpointer | hooks.PeriodicWriter):
+                    hook.after_step()
+        self.iter = self.storage.iter = self.start_iter
+
+    def run_step(self) -> None:
+        """One iteration.
+
+        Raises:
+            NonFiniteError: a loss, a prediction or a gradient is infinite or NaN.
+        """
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            guard = next(hook for hook in self._hooks if isinstance(hook, FiniteGuard))
+            raise guard.explain(error) from error
+
+    def after_train(self) -> None:
+        """Call the hooks, after an error only those that neither evaluate nor save."""
+        failed = not self._ready or self.iter < self.max_iter  # an error or a signal
+        if not failed:  # the loop has counted once too much if there was nothing left to do
+            self.iter = max(self.start_iter, self.max_iter)
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            if not (failed and isinstance(hook, hooks.EvalHook | hooks.BestCheckpointer | ModelFileWriter)):
+                hook.after_train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """DefaultTrainer's, and "progress": what `deqdet.engine.resume` remembers."""
+        progress = {
+            "seed": self.cfg.SEED,
+            "config": dump_config(self.cfg, self._resumed["config"] if self._resumed else None),
+            "complete": self.iteration_complete,
+            "storage": storage_state(get_event_storage()) if has_event_storage() else {},
+            "metrics": self._metrics.state_dict() if self._metrics else None,
+            "batch_norm": self.rank_statistics,
+        }
+        return {**super().state_dict(), "progress": progress}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` returned; checkpoints of older versions have no "progress"."""
+        super().load_state_dict(state_dict)
+        self._resumed = state_dict.get("progress")
 
     def build_hooks(self) -> list[HookBase | None]:
         """detectron2's hooks with ours in between.
 
-        The order matters: BatchNorm's statistics are averaged before a checkpoint or an evaluation uses them, the best
-        checkpoint is chosen after an evaluation, and the model file is written at the very end.
+        The order matters: seeds come first; BatchNorm's statistics are averaged, and all weights looked at, before a
+        checkpoint or an evaluation uses them; the best checkpoint is chosen after an evaluation; the model file is
+        written at the very end; a signal is obeyed when everything else is done.
         """
         cfg = self.cfg
         insight = build_insight(cfg, self.model)
@@ -71,16 +215,27 @@ class Trainer(DefaultTrainer):
         readers = (hooks.PeriodicCheckpointer, hooks.EvalHook)  # ranks other than 0 have no checkpointer
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, readers))
         average = AverageBatchNorm(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
-        ret[first:first] = [average, PeakMemory(), *insight]
+        guard = FiniteGuard(cfg.OUTPUT_DIR, cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD)
+        ret[first:first] = [average, PeakMemory(), *insight, guard]
         if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and comm.is_main_process():
             # With several sets, detectron2 puts a set's name before its metrics.
             metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
-            checkpointer = WeightsCheckpointer(self.model, cfg.OUTPUT_DIR)
+            checkpointer = WeightsCheckpointer(self.model, cfg.OUTPUT_DIR, metric)
             after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
             ret.insert(after, BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, metric))
         if comm.is_main_process():
             ret.append(ModelFileWriter(cfg))
-        return ret
+        return [MarkProgress(), SeedIteration(cfg.SEED), *ret, StopOnSignal()]
+
+    def build_writers(self) -> list[EventWriter]:
+        """detectron2's writers, with one of metrics.json that a resumed training can put back."""
+        writers = super().build_writers()
+        self._metrics = MetricsWriter(Path(self.cfg.OUTPUT_DIR, "metrics.json"))
+        for i, writer in enumerate(writers):
+            if isinstance(writer, JSONWriter):
+                writer.close()
+                writers[i] = self._metrics
+        return writers
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -99,8 +254,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
-        """detectron2's loader, with our mapper and the augmentation that INPUT.AUGMENTATION names."""
-        return build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True))
+        """The loader with detectron2's sampler, our mapper, and the augmentation that INPUT.AUGMENTATION names."""
+        return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
@@ -123,11 +278,42 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
     """Load all weights of a model for an evaluation: MODEL.WEIGHTS, or with `resume` the last checkpoint in OUTPUT_DIR.
 
     Raises:
-        UserError: the file cannot be read or downloaded, or is not a checkpoint of this model.
+        UserError: the file cannot be read or downloaded, is not a checkpoint of this model, or has values that are not
+            finite.
     """
+    checkpointer = CompleteCheckpointer(model, cfg.OUTPUT_DIR, trust_pickle=cfg.MODEL.TRUST_PICKLE)
     with _readable_weights():
-        checkpointer = CompleteCheckpointer(model, cfg.OUTPUT_DIR, trust_pickle=cfg.MODEL.TRUST_PICKLE)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    check_finite_model(model, checkpointer.get_checkpoint_file() or cfg.MODEL.WEIGHTS)
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    cfg.freeze()
+    return cfg
+
+
+@contextmanager
+def _disk_errors(folder: str) -> Iterator[None]:
+    """Turn what goes wrong within it, writing a file, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _WRITE_ERRORS:
+            raise
+        path = error.filename or folder
+        raise UserError(
+            f"{path} cannot be written ({describe_os_error(error)}): the checkpoints that are there are whole, and "
+            "--resume goes on from the last one"
+        ) from error
+
+
+def _has_unknown_cause(record: logging.LogRecord) -> bool:
+    """Whether a log record is no traceback of an error that is reported in one line anyway."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not (isinstance(error, UserError | FloatingPointError | OSError) or is_lost_peer(error))
 
 
 @contextmanager

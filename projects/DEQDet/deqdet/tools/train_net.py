@@ -1,11 +1,14 @@
 """Train or evaluate a detector.
 
-    deqdet-train --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
+    deqdet-train --config-file FILE [--num-gpus N] [--resume | --overwrite] [KEY VALUE ...]
     deqdet-train --config-file FILE --eval-only MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
     deqdet-train --model model_final.safetensors --eval-only [KEY VALUE ...]
 
 FILE is a config file, or the name of one in the model zoo, such as quick/deqdet_shapes. On a machine without CUDA,
 --num-gpus N starts N processes on the CPU. From the repository, `python tools/train_net.py` is the same command.
+
+--resume goes on with the training in OUTPUT_DIR exactly as if it had not been interrupted. SIGTERM and Ctrl-C end a
+training after the iteration, with a checkpoint; a second one ends it at once.
 """
 
 import argparse

@@ -1,0 +1,191 @@
+"""A training stops when a number becomes infinite or NaN, and says where it began."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..checkpoints.files import CheckpointError, write_torch
+from ..checkpoints.latest import TAG
+from ..data import mix_seed, seed_all
+from ..errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """A loss, a prediction, a gradient, a statistic or a weight became infinite or NaN in training."""
+
+
+class _Enough(Exception):
+    """Ends a forward pass that has shown what it was run for."""
+
+
+class FiniteGuard(HookBase):
+    """Looks at all weights and BatchNorm statistics before they are saved, and explains a failed iteration.
+
+    Losses, predictions and gradients are looked at where they are computed, in every iteration: by detectron2's
+    trainer, by the matcher and by the gradient's clipping, which raise FloatingPointError. `explain` finds out where
+    such an error began. Register the guard before the checkpointer, on every rank.
+    """
+
+    def __init__(self, folder: str, seed: int, checkpoint_period: int, period: int = 20):
+        """
+        Args:
+            folder: OUTPUT_DIR.
+            seed: of the run, which with the iteration gives the noise of the failed iteration again.
+            checkpoint_period, period: iterations between two looks; the last iteration counts too.
+        """
+        self._folder = Path(folder)
+        self.seed = seed
+        self._periods = [x for x in (checkpoint_period, period) if x > 0]
+        self._batch: list[dict] = []
+        self._handle: RemovableHandle | None = None
+
+    def before_train(self) -> None:
+        self._handle = self.trainer.model.register_forward_pre_hook(self._keep_batch)
+
+    def after_step(self) -> None:
+        """
+        Raises:
+            NonFiniteError: a weight or a statistic is not finite. The checkpoints are those of before.
+        """
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+            model = _unwrap(self.trainer.model)
+            if bad := [*nonfinite_names(model.named_parameters()), *nonfinite_names(model.named_buffers())]:
+                what = "a weight" if bad[0] in dict(model.named_parameters()) else "a statistic"
+                raise self._error(f"{what} became infinite or NaN", bad)
+
+    def after_train(self) -> None:
+        if self._handle:
+            self._handle.remove()
+
+    def explain(self, error: FloatingPointError) -> NonFiniteError:
+        """The error to raise in place of one that the iteration raised: it names the first bad tensor."""
+        return self._error(one_line(error).split(" loss_dict")[0], self._find_bad())
+
+    def _find_bad(self) -> list[str]:
+        """The names of bad tensors, the cause before its effects."""
+        model = _unwrap(self.trainer.model)
+        gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        return [
+            *nonfinite_names(model.named_parameters()),
+            *nonfinite_names((f"image {_name(x)}", x["image"]) for x in self._batch),
+            *self._find_activation(model),
+            *(f"gradient of {name}" for name in nonfinite_names(gradients)),
+            # In a forward pass, BatchNorm's running statistics take over what is wrong with the batch.
+            *nonfinite_names(model.named_buffers()),
+        ]
+
+    def _find_activation(self, model: nn.Module) -> list[str]:
+        """Run the iteration's forward pass again, and name the first module with a bad output."""
+        names = {module: name for name, module in model.named_modules()}
+        if comm.get_world_size() > 1 and "criterion" not in names.values():
+            return []  # the loss may wait for other ranks, which do not compute it again
+        found = []
+
+        def look(module: nn.Module, inputs: tuple, output: object) -> None:
+            if not all(x.isfinite().all() for x in _tensors(output)):
+                found.append(f"output of {names[module] or 'the model'}")
+                raise _Enough
+
+        def stop(module: nn.Module, inputs: tuple) -> None:
+            raise _Enough
+
+        seed_all(mix_seed(self.seed, comm.get_rank(), self.trainer.iter, 1))  # as SeedIteration does
+        with _hooked(model, look, stop), torch.no_grad(), suppress(_Enough, FloatingPointError):
+            model(self._batch)
+        return found
+
+    def _error(self, what: str, bad: list[str]) -> NonFiniteError:
+        iteration, rank = self.trainer.iter, comm.get_rank()
+        images = [_name(x) for x in self._batch]
+        path = self._folder / f"nonfinite_{iteration:07d}{f'_rank{rank}' if rank else ''}.pth"
+        figures = self.trainer.storage.latest()
+        losses = {name: value for name, (value, _) in figures.items() if "loss" in name}
+        content = {
+            "iteration": iteration, "rank": rank, "error": what, "images": images, "bad_tensors": bad,
+            "last_losses": losses, "batch": [x["image"] for x in self._batch],
+        }  # fmt: skip
+        try:
+            write_torch(content, path)
+            dump = f"see {path}"
+        except CheckpointError as error:
+            dump = str(error)
+        tag = self._folder / TAG
+        last = f"the last good checkpoint is {self._folder / tag.read_text().strip()}" if tag.is_file() else ""
+        first = f"first bad tensor: {bad[0]}" if bad else "no tensor is bad that is kept"
+        at = "" if f"iteration={iteration}" in what else f" at iteration={iteration}"
+        last = last or "no checkpoint was saved"
+        return NonFiniteError("; ".join([f"{what.rstrip('.!')}{at}", first, f"images {', '.join(images)}", dump, last]))
+
+    def _keep_batch(self, module: nn.Module, inputs: tuple) -> None:
+        if module.training:
+            self._batch = inputs[0]
+
+
+def nonfinite_names(tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
+    """The names of the tensors that hold an infinite value or NaN. One wait for the device in all, if none does."""
+    floating = [(name, x.detach()) for name, x in tensors if x.is_floating_point()]
+    if not floating:
+        return []
+    finite = torch.stack([x.isfinite().all() for _, x in floating])
+    return [name for (name, _), good in zip(floating, finite.tolist(), strict=True) if not good]
+
+
+def check_finite_model(model: nn.Module, source: str) -> None:
+    """See that a model that was loaded has finite weights and statistics.
+
+    Args:
+        source: of the weights, for the message.
+
+    Raises:
+        UserError: it has not; names the first bad tensor.
+    """
+    model = _unwrap(model)
+    bad = nonfinite_names(iter([*model.named_parameters(), *model.named_buffers()]))
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(f"{source} has infinite values or NaN in {bad[0]}{more}: take another checkpoint")
+
+
+@contextmanager
+def _hooked(model: nn.Module, look: Callable, stop: Callable) -> Iterator[None]:
+    """Call `look` after each module's forward pass, and `stop` before that of the model's part `criterion`."""
+    handles = [module.register_forward_hook(look) for module in model.modules()]
+    handles += [child.register_forward_pre_hook(stop) for name, child in model.named_children() if name == "criterion"]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The floating-point tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _name(sample: dict) -> str:
+    return str(sample.get("file_name", sample.get("image_id", "?")))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,278 @@
+"""Starts the processes of one machine, and ends all of them when one fails, dies or hangs."""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+
+from ..errors import UserError, one_line
+
+LOST_PEER = 70  # exit code of a rank that failed because another one was gone
+STOPPED = (130, 143)  # exit codes after SIGINT and SIGTERM
+_START = 120.0  # seconds that a process may take at least to import its libraries, or to start those that load data
+_GRACE = 1.0  # seconds in which the other ranks may end by themselves
+_FIELDS = 5  # of a rank on the board: last sign of life, last progress, iteration, phase, finished iterations
+OUTSIDE, BEFORE_DATA, IN_FORWARD, AFTER_FORWARD = -1.0, 0.0, 1.0, 2.0  # phases
+
+_board: tuple[object, int] | None = None  # in a rank: the shared board and the rank's place on it
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together."""
+
+    per_machine: int
+    machines: int
+    machine_rank: int
+    dist_url: str  # "auto": one machine, any free port
+    rank_timeout: float  # seconds without a sign of life, or without progress in an iteration
+
+
+def mark(iteration: int, phase: float) -> None:
+    """Note where this rank is, for the process that watches. Without such a process, do nothing."""
+    if _board is not None:
+        board, place = _board
+        board[place + 1 : place + 4] = [time.monotonic(), iteration, phase]
+        board[place + 4] += phase == OUTSIDE
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says that a collective operation failed, as it does in all ranks after one has died."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def run_ranks(main: Callable[..., object], args: tuple, group: Group) -> None:
+    """Run main(*args) in group.per_machine processes, joined by NCCL where there is CUDA, else by gloo.
+
+    SIGINT and SIGTERM are handed on to all ranks.
+
+    Raises:
+        UserError: a rank raised a UserError, died, failed, or stopped responding; the others have ended too.
+        SystemExit: the ranks were stopped by a signal.
+    """
+    store, address = _open_store(group)
+    context = multiprocessing.get_context("spawn")
+    board = context.Array("d", [0.0, 0.0, 0.0, OUTSIDE, 0.0] * group.per_machine, lock=False)
+    messages = Path(tempfile.mkdtemp(prefix="deqdet-ranks-"))
+    try:
+        started = multiprocessing.start_processes(
+            _rank, (main, args, group, address, board, str(messages)), nprocs=group.per_machine, join=False
+        )
+        _Watch(started.processes, board, messages, group).wait()
+    finally:
+        shutil.rmtree(messages, ignore_errors=True)
+        del store  # it serves the ranks while they run
+
+
+def _open_store(group: Group) -> tuple[dist.TCPStore | None, str]:
+    """Where the ranks of one machine meet: a store in this process, on a port that nobody else has.
+
+    Returns:
+        The store and its "host:port"; None and group.dist_url with several machines.
+    """
+    if group.machines > 1:
+        return None, group.dist_url
+    host, _, port = group.dist_url.removeprefix("tcp://").rpartition(":")
+    if group.dist_url != "auto":
+        try:
+            store = dist.TCPStore(host, int(port), is_master=True, wait_for_workers=False)
+            return store, f"{host}:{store.port}"
+        except (RuntimeError, ValueError) as error:
+            print(f"--dist-url {group.dist_url} cannot be used ({one_line(error)[:80]}): another port is taken instead",
+                  file=sys.stderr)  # fmt: skip
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, f"127.0.0.1:{store.port}"
+
+
+def _rank(
+    local_rank: int, main: Callable[..., object], args: tuple, group: Group, address: str, board: object, messages: str
+) -> None:
+    """What one process runs; the launcher learns of a UserError by a file in the folder `messages`."""
+    global _board
+    _board = board, local_rank * _FIELDS
+    threading.Thread(target=_show_life, args=(board, local_rank * _FIELDS, group.rank_timeout), daemon=True).start()
+    try:
+        _join(local_rank, group, address)
+        main(*args)
+    except UserError as error:
+        Path(messages, str(local_rank)).write_text(one_line(error))
+        _exit(1)
+    except KeyboardInterrupt:  # before or after the iterations
+        if local_rank == 0:
+            print("interrupted", file=sys.stderr)
+        _exit(130)
+    except Exception as error:
+        if is_lost_peer(error):
+            _exit(LOST_PEER)
+        traceback.print_exc()
+        Path(messages, str(local_rank)).write_text(
+            f"rank {local_rank} failed with {type(error).__name__}: {one_line(error)} (see the traceback)"
+        )
+        _exit(1)
+
+
+def _exit(code: int) -> None:
+    # Not sys.exit: the interpreter would wait for threads of libraries, which may wait for a rank that is gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _join(local_rank: int, group: Group, address: str) -> None:
+    """Join the process group, as detectron2's own launcher does."""
+    options = {
+        "backend": "nccl" if torch.cuda.is_available() else "gloo",
+        "world_size": group.per_machine * group.machines,
+        "rank": group.machine_rank * group.per_machine + local_rank,
+        # Evaluation on one rank may take long while the others wait; a rank that hangs in training is found earlier.
+        "timeout": max(DEFAULT_TIMEOUT, timedelta(seconds=group.rank_timeout)),
+    }
+    if group.machines > 1:
+        dist.init_process_group(init_method=address, **options)
+    else:
+        host, _, port = address.rpartition(":")
+        dist.init_process_group(store=dist.TCPStore(host, int(port), is_master=False), **options)
+    comm.create_local_process_group(group.per_machine)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    comm.synchronize()
+
+
+def _show_life(board: object, place: int, timeout: float) -> None:
+    while True:
+        board[place] = time.monotonic()
+        time.sleep(min(1.0, timeout / 10))
+
+
+class _Watch:
+    """Waits for the ranks, and ends all of them when one is lost."""
+
+    def __init__(self, processes: list[BaseProcess], board: object, messages: Path, group: Group):
+        self._processes = processes
+        self._board = board
+        self._messages = messages
+        self._timeout = group.rank_timeout
+        self._begin = time.monotonic()
+        self._signal = 0
+        self._signals = 0
+
+    def wait(self) -> None:
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.signal(number, self._hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._wait()
+        finally:
+            self._kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _wait(self) -> None:
+        poll = min(0.5, self._timeout / 10)
+        while running := [process for process in self._processes if process.exitcode is None]:
+            connection.wait([process.sentinel for process in running], timeout=poll)
+            codes = [process.exitcode for process in self._processes]
+            if any(code not in (None, 0, *STOPPED) for code in codes) and not self._signal:
+                self._wait_a_moment()
+                raise UserError(self._describe_death())
+            if lost := self._find_hung():
+                raise UserError(lost)
+        codes = [process.exitcode for process in self._processes]
+        if any(codes):
+            if self._signal and not self._said():
+                # A rank that has saved its state says so itself; another may lose contact while that one exits.
+                if not set(codes) & set(STOPPED):
+                    print(f"stopped by {signal.Signals(self._signal).name}", file=sys.stderr)
+                sys.exit(128 + self._signal)
+            if set(codes) <= {0, *STOPPED}:  # signals came to the ranks themselves
+                sys.exit(max(codes))
+            raise UserError(self._describe_death())
+
+    def _hand_on(self, number: int, frame: object) -> None:
+        self._signal = number
+        self._signals += 1
+        for process in self._processes:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
+        if self._signals > 1:  # a rank that waits for another one cannot answer
+            self._wait_a_moment()
+            self._kill()
+
+    def _wait_a_moment(self) -> None:
+        end = time.monotonic() + _GRACE
+        while time.monotonic() < end and any(process.exitcode is None for process in self._processes):
+            time.sleep(0.02)
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            if process.exitcode is None:
+                process.kill()
+        for process in self._processes:
+            process.join()
+
+    def _said(self) -> str:
+        """What the first rank says that raised an error; "" if none did."""
+        files = sorted(self._messages.iterdir(), key=lambda path: int(path.name))
+        return files[0].read_text() if files else ""
+
+    def _describe_death(self) -> str:
+        if said := self._said():
+            return said
+        for rank, process in enumerate(self._processes):
+            code = process.exitcode
+            if code not in (None, 0, LOST_PEER, *STOPPED):
+                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                return f"rank {rank} died ({how}){self._where(rank)}: the others were ended too; --resume goes on"
+        rank = min(range(len(self._processes)), key=self._progress)
+        return f"a collective operation failed, probably because of rank {rank}{self._where(rank)}; --resume goes on"
+
+    def _find_hung(self) -> str:
+        """A line that names a rank that shows no life, or is the one that the others wait for; "" if there is none."""
+        now = time.monotonic()
+        running = [rank for rank, process in enumerate(self._processes) if process.exitcode is None]
+        for rank in running:
+            alive = self._field(rank, 0)  # 0 while the process starts
+            limit = self._timeout if alive else max(self._timeout, _START)
+            if now - (alive or self._begin) > limit:
+                return self._describe_hung(rank)
+        inside = running and all(self._field(rank, 3) != OUTSIDE for rank in running)
+        limit = self._timeout if all(self._field(rank, 4) for rank in running) else max(self._timeout, _START)
+        if inside and all(now - self._field(rank, 1) > limit for rank in running):
+            return self._describe_hung(min(running, key=self._progress))
+        return ""
+
+    def _describe_hung(self, rank: int) -> str:
+        where = self._where(rank)
+        return (
+            f"rank {rank} stopped responding for {self._timeout:g} s{where} (--rank-timeout): all ranks were ended; "
+            "--resume goes on"
+        )
+
+    def _where(self, rank: int) -> str:
+        return f" in iteration {self._field(rank, 2):.0f}" if self._field(rank, 3) != OUTSIDE else ""
+
+    def _progress(self, rank: int) -> tuple[float, float]:
+        return self._field(rank, 2), self._field(rank, 3)
+
+    def _field(self, rank: int, field: int) -> float:
+        return self._board[rank * _FIELDS + field]

@@ -1,0 +1,194 @@
+"""What a checkpoint remembers beside weights, optimizer and schedule, so that a resumed training goes on exactly.
+
+Random numbers and the order of the data need nothing: they follow from the seed and the iteration, see
+`deqdet.data.randomness`. What is left is the smoothing of the metrics, the lines of metrics.json, and for a checkpoint
+between two periods the BatchNorm statistics of each rank.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import Tensor, nn
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, JSONWriter
+
+from ..checkpoints.files import CheckpointError, read_file, replacing
+from ..data import mix_seed, seed_all
+from ..errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 20  # iterations over which detectron2's writers smooth
+# Figures of the machine and not of the training, which no two runs share.
+CLOCK_FIGURES = frozenset({"time", "data_time", "rank_data_time", "eta_seconds", "peak_memory_mb"})
+# Keys whose values the optimizer's state in a checkpoint replaces.
+KEPT_KEYS = (
+    "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM",
+    "SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.DECODER_LR_MULTIPLIER", "SOLVER.DECODER_DECAY_MULTIPLIER",
+    "SOLVER.BACKBONE_NORM_LR_MULTIPLIER", "SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER", "MODEL.WEIGHTS",
+)  # fmt: skip
+# Keys of the machine, and of where a run lies.
+LOCAL_KEYS = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VIS_PERIOD")
+
+
+class SeedIteration(HookBase):
+    """Seeds all generators before each iteration, from the run's seed, the rank and the iteration.
+
+    Register it first, on every rank. Evaluations, and the number of iterations before, then change nothing.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_step(self) -> None:
+        seed_all(mix_seed(self.seed, comm.get_rank(), self.trainer.iter, 1))  # 1: not a position of a sample
+
+
+class MetricsWriter(JSONWriter):
+    """detectron2's writer of metrics.json, which can go back to what a checkpoint knows of the file."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path), window_size=WINDOW)
+        self._file_handle.close()  # until there is something to write
+        self._path = path
+
+    def write(self) -> None:
+        """Append the figures that are new, and put them on the disk."""
+        if self._file_handle.closed:
+            self._file_handle = self._path.open("a")
+        super().write()
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of lines, and the last iteration that is among them."""
+        return {"lines": self._path.read_bytes().count(b"\n"), "last_write": int(self._last_write)}
+
+    def go_back(self, state: Mapping[str, int] | None, iteration: int) -> None:
+        """Drop the lines that were written after a checkpoint, and what is no whole line.
+
+        Args:
+            state: what `state_dict` returned at the checkpoint; None for an older checkpoint.
+            iteration: the training goes on with this one, so that lines from it on are dropped.
+        """
+        self._file_handle.close()
+        lines = self._path.read_text(errors="replace").splitlines(keepends=True)
+        kept = lines[: state["lines"]] if state else lines
+        kept = [line for line in kept if 0 <= _iteration(line) < iteration]
+        if kept != lines:
+            with replacing(self._path) as file:
+                file.write("".join(kept).encode())
+        self._last_write = state["last_write"] if state else max(map(_iteration, kept), default=-1)
+
+
+def _iteration(line: str) -> int:
+    """The iteration of a line of metrics.json; -1 if the line is damaged."""
+    try:
+        return int(json.loads(line)["iteration"]) if line.endswith("\n") else -1
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def storage_state(storage: EventStorage) -> dict[str, dict]:
+    """What the smoothed metrics of the next iterations depend on, by the metrics' names."""
+    hints = storage.smoothing_hints()
+    return {
+        name: {
+            "recent": [[float(v), int(i)] for v, i in storage.history(name).values() if i > iteration - WINDOW],
+            "latest": [float(value), int(iteration)],
+            "smoothed": bool(hints[name]),
+        }
+        for name, (value, iteration) in storage.latest().items()
+        if name not in CLOCK_FIGURES
+    }
+
+
+def restore_storage(storage: EventStorage, state: Mapping[str, Mapping]) -> None:
+    """Put the metrics of `storage_state` into an event storage."""
+    for name, metric in state.items():
+        for value, iteration in metric["recent"]:
+            storage.put_scalar(name, value, smoothing_hint=metric["smoothed"], cur_iter=iteration)
+
+
+def batch_norm_statistics(model: nn.Module) -> list[Tensor]:
+    """The running statistics of a model that training changes, and their counters."""
+    return [
+        buffer
+        for module in get_bn_modules(model)
+        for buffer in (module.running_mean, module.running_var, module.num_batches_tracked)
+        if buffer is not None
+    ]
+
+
+@torch.no_grad()
+def restore_batch_norm(model: nn.Module, ranks: list[list[Tensor]]) -> None:
+    """Give this rank its own statistics again; with another number of ranks than before, all keep the average."""
+    if len(ranks) == comm.get_world_size():
+        for buffer, value in zip(batch_norm_statistics(model), ranks[comm.get_rank()], strict=True):
+            buffer.copy_(value)
+
+
+def dump_config(cfg: CfgNode, saved: str | None = None) -> str:
+    """The config as YAML, without the keys of the machine and of the run's place.
+
+    Args:
+        saved: the same of the checkpoint that the training was resumed from, whose values of KEPT_KEYS are in force.
+    """
+    plain = flatten(yaml.safe_load(cfg.dump()))
+    before = yaml.safe_load(saved) if saved else {}
+    plain |= {key: before[key] for key in KEPT_KEYS if key in before}
+    return yaml.safe_dump({key: value for key, value in plain.items() if key not in LOCAL_KEYS})
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested sections as one dict by dotted keys."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def describe_changes(saved: str, cfg: CfgNode) -> str:
+    """One line about the keys that differ between a checkpoint's config and the new one; "" if none does.
+
+    Args:
+        saved: as `dump_config` returns it.
+    """
+    old, new = yaml.safe_load(saved), yaml.safe_load(dump_config(cfg))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    kept = [f"{key} {old.get(key)} (not {new.get(key)})" for key in changed if key in KEPT_KEYS]
+    taken = [f"{key} {new.get(key)} (was {old.get(key)})" for key in changed if key not in KEPT_KEYS]
+    parts = [f"the checkpoint decides {', '.join(kept)}"] if kept else []
+    parts += [f"the new config decides {', '.join(taken)}"] if taken else []
+    return "; ".join(parts)
+
+
+@contextmanager
+def fitting_checkpoint(path: str) -> Iterator[None]:
+    """Turn what goes wrong within it, loading the state of optimizer and schedule, into a UserError."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not fit this config ({one_line(error)}): resume with the config that it was trained with, "
+            "or start anew with it as MODEL.WEIGHTS in another OUTPUT_DIR"
+        ) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and can be read."""
+    try:
+        return os.path.isfile(path) and bool(read_file(path))
+    except CheckpointError:
+        return False

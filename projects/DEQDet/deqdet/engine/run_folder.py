@@ -1,0 +1,134 @@
+"""OUTPUT_DIR: one training at a time, and none over the files of another."""
+
+import argparse
+import fcntl
+import logging
+import os
+import re
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from ..checkpoints.files import UNFINISHED
+from ..errors import UserError, describe_os_error
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+# What a training leaves behind and a later one relies on, or would mix with its own. Logs and config.yaml, which a
+# start that failed leaves too, and the folder inference/, which an evaluation fills, are not among them.
+_RESULTS = re.compile(
+    r"model_(\d{7,}|final|best)\.(pth|json|safetensors)|last_checkpoint|metrics\.json|events\.out\.tfevents\..*"
+    r"|nonfinite_\d+(_rank\d+)?\.pth"
+)
+_FOREIGN = re.compile(r".*\.(pth|pt|pkl|safetensors)")  # weights under other names
+
+_locks: dict[str, int] = {}  # folder: file descriptor; the lock ends with the process, however that ends
+
+
+def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """See that a training may write into OUTPUT_DIR.
+
+    Raises:
+        UserError: the folder holds another training's results, or weights, and neither --resume nor --overwrite is
+            given; says what was found. Or both are given, or --overwrite would delete MODEL.WEIGHTS.
+    """
+    if args.eval_only:
+        return
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with a training, --overwrite deletes it: give one of them")
+    folder = Path(cfg.OUTPUT_DIR)
+    results = find_results(folder)
+    if args.overwrite:
+        weights = Path(cfg.MODEL.WEIGHTS)
+        if cfg.MODEL.WEIGHTS and any(weights.resolve() == path.resolve() for path in results):
+            raise UserError(f"--overwrite would delete MODEL.WEIGHTS {weights}: choose another OUTPUT_DIR")
+        return
+    if args.resume:
+        return
+    names = dict.fromkeys(path.name for path in (*results, *_find_foreign(folder)) if path.stat().st_size > 0)
+    found = [name for name in names if not name.startswith("events.")]  # a start that failed may have opened one
+    if found:
+        names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise UserError(
+            f"OUTPUT_DIR {folder} holds a training already ({names}): --resume goes on with it, "
+            "--overwrite deletes it, or choose another folder"
+        )
+
+
+def claim_folder(folder: Path, *, overwrite: bool) -> None:
+    """Lock the folder for this process, and delete files of a killed training that are not whole.
+
+    The lock is the operating system's: it ends with the process, even if that is killed.
+
+    Args:
+        overwrite: delete the results of the training that is there, too.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written.
+    """
+    key = str(folder.resolve())
+    if key not in _locks:
+        _locks[key] = _lock(folder)
+    try:
+        for path in folder.glob(f"{UNFINISHED}*"):
+            path.unlink()
+        results = find_results(folder) if overwrite else []
+        for path in results:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be deleted ({describe_os_error(error)})") from error
+    if results:
+        logger.warning("--overwrite: deleted %s in %s", ", ".join(path.name for path in results), folder)
+
+
+def find_results(folder: Path) -> list[Path]:
+    """The files of a training in a folder, sorted by name: checkpoints, models, metrics."""
+    return sorted(path for path in _files(folder) if _RESULTS.fullmatch(path.name))
+
+
+def _find_foreign(folder: Path) -> list[Path]:
+    return [
+        path for path in _files(folder) if _FOREIGN.fullmatch(path.name) and not path.name.startswith(UNFINISHED)
+    ]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+
+
+def _lock(folder: Path) -> int:
+    path = folder / LOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({describe_os_error(error)}): choose another OUTPUT_DIR") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise UserError(
+            f"OUTPUT_DIR {folder} is in use by another training (process {holder}): wait for its end, or choose "
+            "another folder"
+        ) from error
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s cannot be locked (%s): see that no other training uses it", folder, error.strerror)
+        return descriptor
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"{path} cannot be written ({describe_os_error(error)}): choose another OUTPUT_DIR") from error
+    return descriptor
+
+
+def _close_in_child() -> None:
+    # The processes that load data are forked; with a copy of the descriptor, they would keep the lock alive.
+    for descriptor in _locks.values():
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

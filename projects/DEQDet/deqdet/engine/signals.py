@@ -1,0 +1,92 @@
+"""SIGTERM and Ctrl-C in a training: finish the iteration, save a checkpoint, and end."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from .hooks import average_batch_norm
+from .resume import batch_norm_statistics
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A signal to a whole process group reaches a rank twice, since the launcher hands it on too.
+_ONE_SIGNAL = 0.3  # seconds
+
+
+class Stopped(SystemExit):
+    """The training was stopped by a signal, and its state is saved; the exit code is 128 + the signal's number."""
+
+
+class StopOnSignal(HookBase):
+    """Ends the training after the iteration in which a signal arrives, on any rank, with a checkpoint.
+
+    A second signal ends the process at once. Register it last, on every rank: the checkpoint then comes after all that
+    belongs to the iteration, and resuming from it gives what the uninterrupted training gives.
+
+    Raises:
+        Stopped: in `after_step`.
+    """
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._time = 0.0
+        self._before: dict[int, object] = {}
+
+    def before_train(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def after_step(self) -> None:
+        number = _largest(self._signal)
+        if not number:
+            return
+        trainer = self.trainer
+        trainer.rank_statistics = comm.gather([x.detach().cpu().clone() for x in batch_norm_statistics(trainer.model)])
+        average_batch_norm(trainer.model)  # the weights in the file are a model to be used
+        trainer.iteration_complete = True
+        name = f"model_{trainer.iter:07d}"
+        if trainer.iter + 1 == trainer.max_iter:
+            name = "model_final"
+        trainer.checkpointer.save(name, iteration=trainer.iter)
+        if comm.is_main_process():
+            path = os.path.join(trainer.checkpointer.save_dir, f"{name}.pth")
+            what = f"stopped by {signal.Signals(number).name} after iteration {trainer.iter}"
+            print(f"{what}: saved {path}, --resume goes on from there", file=sys.stderr, flush=True)
+        comm.synchronize()
+        trainer.drop_data_loader()
+        raise Stopped(128 + number)
+
+    def after_train(self) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._signal:
+            self._signal, self._time = number, now
+        elif now - self._time > _ONE_SIGNAL:
+            if comm.is_main_process():
+                os.write(2, b"stopped at once by a second signal: the last iterations are not saved\n")
+            os._exit(128 + number)
+
+
+def _largest(value: int) -> int:
+    """The largest of the ranks' values; a collective operation."""
+    if comm.get_world_size() == 1:
+        return value
+    shared = torch.tensor([value], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared.item())

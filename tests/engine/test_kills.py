@@ -1,0 +1,127 @@
+"""Trainings in processes of their own that are killed, stopped and frozen. tests/soak/kill_resume.py has many more."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from soak.kill_resume import same
+
+from deqdet.checkpoints.files import read_torch
+from deqdet.engine.resume import CLOCK_FIGURES
+
+from helpers.toy_runs import command, environment, read_lines, run_toy, said
+
+LONG = "SOLVER.MAX_ITER", 23, "SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 8, "DATASETS.TEST", "()"
+
+
+def end_of(out: Path) -> dict:
+    """All of the last checkpoint, and the metrics that are not the clock's."""
+    metrics = [{k: v for k, v in line.items() if k not in CLOCK_FIGURES} for line in read_lines(out)]
+    final = read_torch(out / "model_final.pth")
+    del final["trainer"]["progress"]["complete"]  # a checkpoint after a signal comes later in its iteration
+    return {"checkpoint": final, "metrics": metrics}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """By the number of processes, the data set's folder and the end of an uninterrupted training."""
+    from helpers.engine_toy import write_dataset
+
+    root = tmp_path_factory.mktemp("whole")
+    config = write_dataset(root, "whole")
+    ends = {}
+    for processes in (1, 2):
+        out = root / f"out{processes}"
+        done = run_toy(config, "--num-gpus", processes, *LONG, "OUTPUT_DIR", out)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ends[processes] = end_of(out)
+    return config, ends
+
+
+@pytest.mark.parametrize("processes, kill, code", [
+    (1, "SIGKILL@9", -signal.SIGKILL),
+    (1, "HALF:model_0000007.pth", -signal.SIGKILL),
+    (1, "SIGTERM@9", 143),
+    (2, "LAUNCHER-SIGINT@9", 130),
+    (2, "SIGKILL@10:1", 1),
+])  # fmt: skip
+def test_a_resumed_training_ends_as_the_uninterrupted_one(whole, tmp_path, processes, kill, code):
+    config, ends = whole
+    words = ["--num-gpus", processes, *LONG, "OUTPUT_DIR", tmp_path / "out"]
+    killed = run_toy(config, *words, kill=kill)
+    assert killed.returncode == code
+    lines = said(killed)
+    if code == 1:
+        assert lines == ["error: rank 1 died (killed by SIGKILL) in iteration 10: the others were ended too; "
+                         "--resume goes on"]  # fmt: skip
+    elif code > 0:
+        name = "SIGTERM" if code == 143 else "SIGINT"
+        path = tmp_path / "out" / "model_0000009.pth"
+        assert lines == [f"stopped by {name} after iteration 9: saved {path}, --resume goes on from there"]
+    resumed = run_toy(config, "--resume", *words, "DATALOADER.NUM_WORKERS", 2 if processes == 1 else 0)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert same(end_of(tmp_path / "out"), ends[processes])
+    assert not list((tmp_path / "out").glob(".unfinished*"))
+
+
+@pytest.mark.parametrize("kill, rank", [("STOP@5:1", 1), ("SLEEP@5:0", 0)])
+def test_a_rank_that_hangs_ends_the_others(toy_config, kill, rank):
+    start = time.monotonic()
+    done = run_toy(toy_config, "--num-gpus", 2, "--rank-timeout", 8, *LONG, kill=kill)
+    assert done.returncode == 1
+    assert said(done) == [f"error: rank {rank} stopped responding for 8 s in iteration 5 (--rank-timeout): all ranks "
+                          "were ended; --resume goes on"]  # fmt: skip
+    assert time.monotonic() - start < 60
+
+
+@pytest.fixture
+def asleep(toy_config, tmp_path):
+    """A training in its third iteration, where it stays, and the file with what it prints."""
+    printed = tmp_path / "printed"
+    with printed.open("w") as output:
+        process = subprocess.Popen(command(toy_config, *LONG), env=environment("SLEEP@2"), stdout=output, stderr=output)
+    deadline = time.monotonic() + 240
+    while "asleep" not in printed.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    yield process, printed
+    process.kill()
+    process.wait()
+
+
+def test_the_lock_ends_with_its_process(asleep, toy_config, tmp_path):
+    process, _ = asleep
+    out = tmp_path / "out"
+    second = run_toy(toy_config, "--resume", *LONG)
+    assert second.returncode == 1
+    assert said(second) == [f"error: OUTPUT_DIR {out} is in use by another training (process {process.pid}): wait for "
+                            "its end, or choose another folder"]  # fmt: skip
+    process.kill()
+    process.wait()
+    with open(out / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held
+
+
+def test_a_second_signal_ends_the_training_at_once(asleep):
+    process, printed = asleep
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert "stopped at once by a second signal" in printed.read_text()
+
+
+def test_a_port_that_is_taken(toy_config):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        done = run_toy(toy_config, "--num-gpus", 2, "--dist-url", url)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "another port is taken instead" in done.stderr
