@@ -220,7 +220,7 @@ WEIGHTS = {  # file: what the line says
     torch_file_with_another_pickle: r"zip.pth holds \S*system, which is not loaded",
     tar_archive: "tar.pth is a tar archive",
     pickle_without_an_ending: "weights (holds|is damaged)",
-    pickle_named_safetensors: "evil.safetensors is damaged or no safetensors file",
+    pickle_named_safetensors: "evil.safetensors is damaged",
 }
 
 
@@ -241,8 +241,8 @@ def model_file_with_a_tag(good: Path) -> str:
 
 MODEL_FILES = {
     model_file_with_a_tag: "the config in tagged.safetensors is no YAML of plain values: .*python/object/apply",
-    pickle_named_safetensors: "evil.safetensors is damaged or no safetensors file",
-    torch_file_with_code: "evil.pth is damaged or no safetensors file",
+    pickle_named_safetensors: "evil.safetensors is damaged",
+    torch_file_with_code: "evil.pth is no model file",
 }
 
 # The tools: from the words that say which model, and the KEY VALUE pairs, to the command line.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import describe_os_error
-from .files import CheckpointError, read_torch
+from .files import CheckpointError, read_torch, refuse_pickle
 
 TAG = "last_checkpoint"  # the file that names the last one
 # The names under which detectron2's PeriodicCheckpointer saves. The number is that of the iteration, from 0.
@@ -26,6 +26,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that a training can go on from, by their names: model_final.pth, then from the newest on."""
     names = [(match[1], path) for path in _files(folder) if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(names, key=lambda x: (x[0] == "final", x[0].zfill(20)), reverse=True)]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is anything to resume from; `find_checkpoint` says whether it is whole."""
+    return (folder / TAG).is_file() or bool(list_checkpoints(folder))
 
 
 def find_checkpoint(folder: Path) -> Found | None:
@@ -70,7 +75,7 @@ def _read_tag(folder: Path, warnings: list[str]) -> Path | None:
         reason = describe_os_error(error) if isinstance(error, OSError) else "it is no text"
         warnings.append(f"{tag} cannot be read ({reason})")
         return None
-    if not name or "/" in name or "\0" in name or not name.endswith(".pth"):
+    if not name or "/" in name or "\0" in name:
         warnings.append(f"{tag} names no checkpoint" if name else f"{tag} is empty")
         return None
     if not (folder / name).is_file():
@@ -95,6 +100,7 @@ def _newest_first(folder: Path) -> Iterator[Path]:
 
 
 def _read_whole(path: Path) -> dict:
+    refuse_pickle(str(path))
     content = read_torch(path)
     if not isinstance(content, dict) or not {"model", "trainer", "iteration"} <= content.keys():
         raise CheckpointError(f"{path} holds no state of a training")

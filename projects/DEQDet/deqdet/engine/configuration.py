@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoints import check_pickle, check_query, is_model_file, load_model_config, read_model_file, resolve_file
 from ..checkpoints.files import write_text
-from ..checkpoints.latest import list_checkpoints
+from ..checkpoints.latest import has_checkpoint
 from ..data import check_datasets, prepare_datasets
 from ..errors import UserError, describe_os_error, one_line
 from ..model_zoo import find_config, get_config, put_overrides
@@ -153,7 +153,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
         batch = f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}"
         raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
-    if not (args.resume and list_checkpoints(Path(cfg.OUTPUT_DIR))):
+    if not (args.resume and has_checkpoint(Path(cfg.OUTPUT_DIR))):
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only, trust_pickle=cfg.MODEL.TRUST_PICKLE)
 
 

@@ -284,7 +284,10 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
     checkpointer = CompleteCheckpointer(model, cfg.OUTPUT_DIR, trust_pickle=cfg.MODEL.TRUST_PICKLE)
     with _readable_weights():
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    check_finite_model(model, checkpointer.get_checkpoint_file() or cfg.MODEL.WEIGHTS)
+    source = checkpointer.get_checkpoint_file() or cfg.MODEL.WEIGHTS
+    if not source:
+        raise UserError(f"nothing to evaluate: {cfg.OUTPUT_DIR} has no checkpoint; give one as MODEL.WEIGHTS")
+    check_finite_model(model, source)
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
