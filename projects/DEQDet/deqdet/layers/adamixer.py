@@ -9,11 +9,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
 from ..boxes import decode_boxes, refine_position
-from ..structures import Prediction, QueryState
+from ..structures import Features, Prediction, QueryState
 from .attention import PositionalAttention
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
 from .mixing import AdaptiveMixing
-from .sampling import SamplingPoints, sample_pyramid
+from .sampling import SamplingPoints, sample_pyramid, sample_table
+from .table import PyramidTable, build_table, table_dtype
 
 
 @REFINEMENT_LAYER_REGISTRY.register()
@@ -94,14 +95,23 @@ class AdaMixerLayer(RefinementLayer):
         nn.init.zeros_(self.box_branch[-1].bias)
         set_class_prior(self.class_branch[-1])
 
-    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
-        """See RefinementLayer.forward."""
+    def prepare(self, features: Features) -> PyramidTable:
+        """The table from which every step samples."""
+        return build_table(features, self.strides, table_dtype(features))
+
+    def forward(self, state: QueryState, features: Features) -> QueryState:
+        """See RefinementLayer.forward. On features that were not prepared, each level is sampled by itself."""
         position = state.position.detach()  # only the last line passes gradient to the given position
         content = self.attention_norm(self.attention(state.content, position))
-        samples = sample_pyramid(features, self.strides, self.points(content, position))
+        samples = self._sample(features, self.points(content, position))
         content = self.mixing_norm(content + self.mixing(content, samples))
         content = self.feedforward_norm(content + self.feedforward(content))
         return QueryState(refine_position(state.position, self.box_branch(content)), content)
+
+    def _sample(self, features: Features, points: Tensor) -> Tensor:
+        if isinstance(features, PyramidTable):
+            return sample_table(features, points)
+        return sample_pyramid(features, self.strides, points)
 
     def predict(self, state: QueryState) -> Prediction:
         """See RefinementLayer.predict."""

@@ -1,0 +1,126 @@
+"""A pyramid as one table of rows, from which a layer reads samples of all levels by a single gather.
+
+The table is made once for a batch of images; the steps of the iteration only compute which of its rows they read, and
+with which weights. A sample is then one bag of 16 rows (at most 4 levels with 4 cells each, or 4 points of RoIAlign with
+4 cells each), summed by torch's embedding_bag, whose gradients reach both the table and the weights.
+
+S: states of each image, B: images, L: levels, C: channels, G: groups of channels.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..structures import PreparedFeatures, to_device
+
+
+@dataclass(frozen=True, eq=False)
+class PyramidTable(PreparedFeatures):
+    """The cells of all levels, channels last, each level with a border of one cell of zeros around it.
+
+    The border makes it unnecessary to mask: a cell outside a level is moved to the border, where it reads 0. What is
+    known of each level stands in small tensors with a value for each level, so that a step handles all levels at once.
+    """
+
+    levels: list[Tensor]  # L times (B, C, H_l, W_l), as the backbone made them
+    strides: tuple[int, ...]  # s_l, pixels
+    images: Tensor | None  # (b,) int64, the image of each batch row; None: batch row i is image i
+    rows: Tensor  # (B, cells, C)
+    scale: Tensor  # (L,)  1 / s_l
+    depth: Tensor  # (L,)  log2 s_l
+    size: Tensor  # (L, 2)  W_l, H_l, in cells; int32
+    step: Tensor  # (L,)  cells from one line of a level to the next; int32
+    start: Tensor  # (L, b)  where cell (0, 0) of the level lies in the flattened table; int32
+    corner: Tensor  # (2,)  0, 1; int32
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.levels[index] if self.images is None else self.levels[index][self.images]
+
+    @property
+    def num_images(self) -> int:
+        """b, the batch rows."""
+        return self.start.shape[1]
+
+    def select(self, rows: Tensor) -> "PyramidTable":
+        """The same table for some of the batch rows alone; no feature is copied."""
+        images = rows if self.images is None else self.images[rows]
+        return replace(self, images=images, start=self.start[:, rows])
+
+    def gather(self, index: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """Weighted sums of table rows.
+
+        Args:
+            index: (bags, rows of a bag) int32, cells of the flattened table times `groups`, plus the group.
+            weight: the same shape.
+
+        Returns:
+            (bags, C / groups), in the dtype of the table.
+        """
+        table = self.rows.view(-1, self.rows.shape[2] // groups)
+        return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight.to(table.dtype))
+
+
+def build_table(features: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype) -> PyramidTable:
+    """Copy a pyramid into a table.
+
+    Args:
+        features: for each level (B, C, H_l, W_l); or a table, which is returned as it is if it fits.
+        strides: s_l, the side of a level's cell in pixels.
+        dtype: of the table's rows.
+
+    Raises:
+        ValueError: there are not as many strides as levels.
+    """
+    strides = tuple(strides)
+    if isinstance(features, PyramidTable) and features.strides == strides and features.rows.dtype == dtype:
+        return features
+    levels = list(features)
+    if len(levels) != len(strides):
+        raise ValueError(f"{len(levels)} levels of a pyramid need as many strides, got {len(strides)}")
+    device, images = levels[0].device, len(levels[0])
+    padded = [F.pad(level.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(1, 2) for level in levels]
+    rows = torch.cat([x.to(dtype) for x in padded], dim=1)
+    sizes, starts, cells = [(x.shape[3], x.shape[2]) for x in levels], [], 0
+    for width, height in sizes:
+        starts.append(cells + width + 3)  # behind the border's first line and one more cell
+        cells += (width + 2) * (height + 2)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    real = to_device([[1 / s for s in strides], [math.log2(s) for s in strides]], precise, device)
+    whole = to_device([[*size, size[0] + 2, start] for size, start in zip(sizes, starts, strict=True)],
+                      torch.int32, device)  # fmt: skip
+    first = torch.arange(0, images * cells, cells, dtype=torch.int32, device=device)
+    return PyramidTable(
+        levels=levels,
+        strides=strides,
+        images=None,
+        rows=rows,
+        scale=real[0],
+        depth=real[1],
+        size=whole[:, :2],
+        step=whole[:, 2],
+        start=whole[:, 3:] + first,
+        corner=torch.arange(2, dtype=torch.int32, device=device),
+    )
+
+
+def table_dtype(features: Sequence[Tensor]) -> torch.dtype:
+    """The dtype in which a table is read: autocast's at inference, else float32, or float64 for such features.
+
+    Training keeps float32, since the gradient of a cell is a sum over all the samples that read it.
+    """
+    if isinstance(features, PyramidTable):
+        found = features.levels[0]
+    else:
+        found = features[0]
+    if torch.is_autocast_enabled(found.device.type) and not torch.is_grad_enabled():
+        return torch.get_autocast_dtype(found.device.type)
+    return torch.promote_types(found.dtype, torch.float32)
