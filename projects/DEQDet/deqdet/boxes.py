@@ -33,17 +33,18 @@ def _halves(position: Tensor) -> Tensor:
     return torch.linspace(-0.5, 0.5, 2, dtype=position.dtype, device=position.device)
 
 
-def encode_boxes(boxes: Tensor, min_size: float = 1e-3) -> Tensor:
+def encode_boxes(boxes: Tensor, min_size: float = 1e-3, flipped: bool = False) -> Tensor:
     """Convert corners (..., 4) xyxy to positions (..., 4) cx, cy, z, r (Eq. 3).
 
     Args:
         min_size: the smallest side, in pixels. Shorter sides count as this long, so that the logarithms of an empty box
             are finite.
+        flipped: whether corners may come in either order. If not, a box with x2 < x1 counts as empty.
     """
     low, high = boxes[..., :2], boxes[..., 2:]
-    width, height = (high - low).clamp(min=min_size).log2().unbind(-1)
-    scale = torch.stack([0.5 * (width + height), height - width], dim=-1)
-    return torch.cat([0.5 * (low + high), scale], dim=-1)
+    sides = (high - low).abs() if flipped else high - low
+    width, height = sides.clamp(min=min_size).log2().split(1, dim=-1)
+    return torch.cat([torch.lerp(low, high, 0.5), torch.lerp(width, height, 0.5), height - width], dim=-1)
 
 
 def refine_position(position: Tensor, delta: Tensor) -> Tensor:

@@ -249,7 +249,8 @@ class EquilibriumDecoder(Decoder):
             return self.perturbation(QueryState.unpack(flat, num_queries)).pack()
 
         def perturb_and_refine(flat: Tensor) -> Tensor:
-            return refine(perturb(flat))
+            state = self.perturbation(QueryState.unpack(flat, num_queries))
+            return self.refinement.refine_segments(state, features).pack()
 
         # Eq. 15, multi-step: noise enters before every application of f, and travels on with the path.
         function = perturb_and_refine if kind == "multi-step" else refine

@@ -97,7 +97,7 @@ class AdaMixerLayer(RefinementLayer):
 
     def prepare(self, features: Features) -> PyramidTable:
         """The table from which every step samples."""
-        return build_table(features, self.strides, table_dtype(features))
+        return build_table(features, self.strides, table_dtype(features), self.points.num_groups)
 
     def forward(self, state: QueryState, features: Features) -> QueryState:
         """See RefinementLayer.forward. On features that were not prepared, each level is sampled by itself."""

@@ -24,7 +24,7 @@ def pool_regions(table: PyramidTable, boxes: Tensor, side: int, ratio: int) -> T
     up to one cell beyond the edge of its level reads the edge; farther out it is 0.
 
     Args:
-        table: of B images.
+        table: of B images, with one group.
         boxes: (R, N, 4) xyxy, pixels, finite; row r is of image r % B.
         side: the cells along a side of a region.
         ratio: the samples along a side of a cell, at least 1.
@@ -48,13 +48,13 @@ def pool_regions(table: PyramidTable, boxes: Tensor, side: int, ratio: int) -> T
     corner = torch.stack([lower, (lower + 1).minimum(last)], dim=5).flatten(4).int()  # (R, N, 2, side, 2 ratio)
     weight = (torch.stack([1 - fraction, fraction], dim=5) * (inside / ratio)[..., None]).flatten(4)
     (column, line), (across, down) = corner.unbind(2), weight.unbind(2)  # (R, N, side, 2 ratio) each
-    images = table.start.t().repeat(len(boxes) // table.num_images, 1)  # (R, L)
+    images = table.start[..., 0].t().repeat(len(boxes) // table.num_images, 1)  # (R, L)
     start = images.gather(1, level)[..., None, None]  # (R, N, 1, 1)
-    line = start + line * table.step[level][..., None, None]
+    line = start + line * table.line[level][..., None, None]
     index = line[:, :, :, None, :, None] + column[:, :, None, :, None, :]  # (R, N, side, side, 2 ratio, 2 ratio)
     weight = down[:, :, :, None, :, None] * across[:, :, None, :, None, :]
     bags = [x.reshape(-1, (2 * ratio) ** 2) for x in (index, weight)]
-    return table.gather(*bags, groups=1).view(*boxes.shape[:2], side * side, -1)
+    return table.gather(*bags).view(*boxes.shape[:2], side * side, -1)
 
 
 def _level(table: PyramidTable, boxes: Tensor) -> Tensor:

@@ -80,30 +80,26 @@ def sample_table(table: PyramidTable, points: Tensor) -> Tensor:
     Returns:
         (S * B, N, G, P, C / G), in the dtype of the table.
     """
-    images, groups = table.num_images, points.shape[2]
-    shape = (len(points) // images, images, *points.shape[1:4])  # S, B, N, G, P
+    shape = (len(points) // table.num_images, table.num_images, *points.shape[1:4])  # S, B, N, G, P
     x_y, depth = points.reshape(-1, 3).t().contiguous().split([2, 1])  # (2, K), (1, K), K = S B N G P
     # The square of the depth is the same for all levels, so that the softmax does not need it:
     # -(d - m)^2 / 2 = -d^2 / 2 + m d - m^2 / 2.
-    mean = table.depth[:, None]
-    levels = torch.addcmul(-0.5 * mean.square(), depth, mean).softmax(dim=0)  # (L, K)
+    levels = torch.addcmul(table.half_square[:, None], depth, table.depth[:, None]).softmax(dim=0)  # (L, K)
     # In cells, from the centre of the first one.
-    cells = x_y * table.scale[:, None, None] - 0.5  # (L, 2, K)
+    cells = torch.addcmul(table.shift, x_y, table.scale[:, None, None])[:, :, None]  # (L, 2, 1, K)
     low = cells.detach().floor()
-    fraction = cells - low
-    # The weights of the lower and of the upper cell of each axis, 1 - fraction and fraction.
-    near = torch.stack([1 - fraction, fraction], dim=2)  # (L, 2, 2, K)
+    # The weights of the lower and of the upper cell of each axis.
+    weight = torch.addcmul(table.near[0, :, None], cells - low, table.near[1, :, None])  # (L, 2, 2, K)
     # To the integers first: of NaN and infinity these are some integer, which the clamp brings into the table.
-    corner = low.to(torch.int32)[:, :, None] + table.corner[:, None]  # (L, 2, 2, K)
-    corner = corner.clamp(min=-1).minimum(table.size[:, :, None, None])
+    corner = low.to(torch.int32) + table.corner[:, None]  # (L, 2, 2, K)
+    corner = corner.clamp(table.outside, table.size[:, :, None, None])
     column, line = corner.unflatten(3, shape).unbind(1)  # (L, 2, S, B, N, G, P) each
-    group = torch.arange(groups, dtype=torch.int32, device=points.device)
-    start = torch.add(group, table.start[:, :, None], alpha=groups)  # (L, B, G)
-    index = start[:, None, None, :, None, :, None] + column * groups
-    index = index[:, None] + (line * (table.step * groups).view(-1, 1, 1, 1, 1, 1, 1))[:, :, None]
-    weight = (near[:, 0] * levels[:, None])[:, None] * near[:, 1][:, :, None]  # (L, 2, 2, K)
+    start = table.start[:, None, None, :, None, :, None]  # (L, 1, 1, B, 1, G, 1)
+    index = torch.addcmul(start, column, table.column)[:, None]
+    index = torch.addcmul(index, line[:, :, None], table.line.view(-1, *[1] * 7))  # (L, 2, 2, S, B, N, G, P)
+    weight = (weight[:, 0] * levels[:, None])[:, None] * weight[:, 1][:, :, None]  # (L, 2, 2, K)
     bags = [x.view(4 * len(levels), -1).t().contiguous() for x in (index, weight)]  # (K, 4 L) each
-    return table.gather(*bags, groups).view(*points.shape[:4], -1)
+    return table.gather(*bags).view(*points.shape[:4], -1)
 
 
 def sample_pyramid(features: list[Tensor], strides: list[int], points: Tensor) -> Tensor:
