@@ -255,7 +255,8 @@ class EquilibriumDecoder(Decoder):
         # Eq. 15, multi-step: noise enters before every application of f, and travels on with the path.
         function = perturb_and_refine if kind == "multi-step" else refine
         record = [t - 1 for t in steps] if kind == "one-step" else steps
-        path = solve(function, start.pack(), solver=FixedPointIteration(), max_steps=steps[-1], record=record)
+        plain = FixedPointIteration()
+        path = solve(function, start.pack(), solver=plain, max_steps=steps[-1], record=record, residuals=False)
         points = [path.recorded[t] for t in record]
         if kind == "one-step":  # Eq. 14: the path stays clean; noise passes f once, right before the supervised state
             points = [perturb_and_refine(x) for x in points]

@@ -111,6 +111,7 @@ def solve(
     record: Collection[int] = (),
     record_iterates: bool = False,
     best: bool = False,
+    residuals: bool = True,
     restrict: Callable[[Tensor], Map] | None = None,
 ) -> Solution:
     """Iterate towards the fixed point y* = f(y*) (Eq. 6), where f is `function`.
@@ -126,14 +127,19 @@ def solve(
         record: the steps t to record. The recorded tensor is what `value` would be with max_steps = t.
         record_iterates: record also to which iterate each of these steps applied f, and what f returned.
         best: return the output of the iterate with the lowest residual so far instead of the last one.
+        residuals: compute them. A path of a fixed number of steps that only records states can do without: then they
+            are inf.
         restrict: given the indices (b,) of some batch rows, return f for a batch of these rows alone. With it, rows
             that have stopped leave the batch and cost nothing any more.
 
     Raises:
-        ValueError: max_steps or rtol is negative or not finite, or a recorded step lies outside 0..max_steps.
+        ValueError: max_steps or rtol is negative or not finite, a recorded step lies outside 0..max_steps, or rtol or
+            best need the residuals.
     """
     _check(max_steps, rtol, record)
-    results = _Record(initial, rtol=rtol, best=best, keep_iterates=record_iterates)
+    if not residuals and (rtol > 0 or best):
+        raise ValueError("a tolerance, and the choice of the best iterate, need the residuals")
+    results = _Record(initial, rtol=rtol, best=best, keep_iterates=record_iterates, residuals=residuals)
     iterate, state = initial, solver.init(initial)
     for step in range(1, max_steps + 1):
         if rtol > 0 and step > 1:
@@ -191,10 +197,13 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
 class _Record:
     """Collects what becomes the Solution, for all B batch rows, also those that have left the batch."""
 
-    def __init__(self, initial: Tensor, *, rtol: float, best: bool, keep_iterates: bool):
+    def __init__(self, initial: Tensor, *, rtol: float, best: bool, keep_iterates: bool, residuals: bool):
         self.rows: Tensor | None = None  # (b,) int64, the batch rows that are still computed; None: all
         self.active = torch.ones_like(initial[:, 0], dtype=torch.bool)  # (b,) those of them that have not stopped
-        self._rtol, self._best = rtol, best
+        self._rtol, self._best, self._with_residuals = rtol, best, residuals
+        # Without a tolerance and a choice, what each step found is put together at the end, not in every step.
+        self._fixed = rtol == 0 and not best
+        self._found: list[tuple[Tensor, Tensor]] = []  # of each step the residual and usable, (B,) each
         self._value = initial
         self._steps = torch.zeros_like(self.active, dtype=torch.int64)
         self._converged = torch.zeros_like(self.active)
@@ -227,33 +236,53 @@ class _Record:
             proposal: (b, D) what the solver makes of them. A row whose output is not finite stays at its iterate.
         """
         active = self.active
-        residual, finite = _residual(iterate, output)
-        usable = active & finite
-        self._steps = self._put(self._steps, self._get(self._steps) + active)
-        self._residual = self._put(self._residual, torch.where(active, residual, self._get(self._residual)))
-        self._residuals.append(self._residual)
+        if self._with_residuals:
+            residual, finite = _residual(iterate, output)
+        else:
+            finite = torch.linalg.vector_norm(output, ord=torch.inf, dim=1) < torch.inf  # False for NaN too
+            residual = self._residual
+        taken = usable = active & finite
         if self._application is not None:
             self._application = tuple(
                 self._put(kept, torch.where(active[:, None], new, self._get(kept)))
                 for kept, new in zip(self._application, (iterate, output), strict=True)
             )
-        taken = usable
         if self._best:
             taken = usable & ~(residual >= self._get(self._residual_of_value))
-        self._residual_of_value = self._put(
-            self._residual_of_value, torch.where(taken, residual, self._get(self._residual_of_value))
-        )
         value = torch.where(taken[:, None], output, self._get(self._value))
         self._value = self._put(self._value, value)
         self.active = usable
-        if self._rtol > 0:
-            converged = usable & (residual < self._rtol)
-            self._converged = self._put(self._converged, self._get(self._converged) | converged)
-            self._nonfinite = self._put(self._nonfinite, self._get(self._nonfinite) | (active & ~finite))
-            self.active = usable & ~converged
-        elif proposal is output and not self._best:
-            return value  # plain iteration: every iterate is the output before it
+        if self._fixed:
+            self._found.append((residual, usable))
+            if proposal is output:
+                return value  # plain iteration: every iterate is the output before it
+        else:
+            self._add_numbers(active, usable, taken, residual)
         return torch.where(usable[:, None], proposal, iterate)
+
+    def _add_numbers(self, active: Tensor, usable: Tensor, taken: Tensor, residual: Tensor) -> None:
+        """Take in the numbers of one step, (b,) each, where some rows may stop before others."""
+        self._steps = self._put(self._steps, self._get(self._steps) + active)
+        self._residual = self._put(self._residual, torch.where(active, residual, self._get(self._residual)))
+        self._residuals.append(self._residual)
+        of_value = self._get(self._residual_of_value)
+        self._residual_of_value = self._put(self._residual_of_value, torch.where(taken, residual, of_value))
+        converged = usable & (residual < self._rtol)
+        self._converged = self._put(self._converged, self._get(self._converged) | converged)
+        self._nonfinite = self._put(self._nonfinite, self._get(self._nonfinite) | (active & ~usable))
+        self.active = usable & ~converged
+
+    def _collect(self) -> None:
+        """Put the numbers of a fixed number of steps together."""
+        residuals, usable = (torch.stack(x) for x in zip(*self._found, strict=True))  # (T, B)
+        good = usable.sum(dim=0)  # (B,) steps before the row became non-finite, if it did
+        self._steps = (good + 1).clamp(max=len(usable))
+        rows = torch.arange(len(usable), device=good.device)[:, None]
+        # A row that has stopped repeats its last residual.
+        self._residuals = list(residuals.gather(0, rows.minimum(self._steps - 1)))
+        last = residuals.gather(0, (good - 1).clamp(min=0)[None])[0]
+        self._residual_of_value = torch.where(good > 0, last, torch.inf)
+        self._nonfinite = ~self.active
 
     def _get(self, whole: Tensor) -> Tensor:
         """The rows that are computed, of a tensor of all rows."""
@@ -274,10 +303,10 @@ class _Record:
         pairs = {}
         if self._application is not None:
             pairs = {t: self._applications.get(t, self._application) for t in sorted(record) if t >= 1}
-        # Without a tolerance, a row that is not active has become non-finite.
-        nonfinite = self._nonfinite if self._rtol > 0 else ~self.active
+        if self._found:
+            self._collect()
         status = torch.full_like(self._steps, Status.MAX_STEPS)
-        status = status.masked_fill(self._converged, Status.CONVERGED).masked_fill(nonfinite, Status.NONFINITE)
+        status = status.masked_fill(self._converged, Status.CONVERGED).masked_fill(self._nonfinite, Status.NONFINITE)
         return Solution(
             value=self._value,
             residual=self._residual_of_value.nan_to_num(nan=torch.inf, posinf=torch.inf),

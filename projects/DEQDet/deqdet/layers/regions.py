@@ -46,7 +46,7 @@ def pool_regions(table: PyramidTable, boxes: Tensor, side: int, ratio: int) -> T
     lower = where.floor()
     fraction = where - lower
     corner = torch.stack([lower, (lower + 1).minimum(last)], dim=5).flatten(4).int()  # (R, N, 2, side, 2 ratio)
-    weight = (torch.stack([1 - fraction, fraction], dim=5) * (inside / ratio)[..., None]).flatten(4)
+    weight = (torch.stack([1 - fraction, fraction], dim=5) * inside[..., None] / ratio).flatten(4)
     (column, line), (across, down) = corner.unbind(2), weight.unbind(2)  # (R, N, side, 2 ratio) each
     images = table.start[..., 0].t().repeat(len(boxes) // table.num_images, 1)  # (R, L)
     start = images.gather(1, level)[..., None, None]  # (R, N, 1, 1)
