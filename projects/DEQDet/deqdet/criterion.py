@@ -145,8 +145,8 @@ class Criterion(nn.Module):
 def giou_loss(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
     """Compute 1 - GIoU (Rezatofighi et al., CVPR 2019) of pairs of boxes.
 
-    It equals torchvision's generalized_box_iou_loss, which selects the boxes that overlap, and so makes the host wait for
-    the device. Here the sides of an overlap are cut off at 0 instead.
+    It equals torchvision's generalized_box_iou_loss, which selects the boxes that overlap, and so makes the host wait
+    for the device. Here the sides of an overlap are cut off at 0 instead.
 
     Args:
         boxes, others: (P, 4) xyxy, with x1 <= x2 and y1 <= y2.

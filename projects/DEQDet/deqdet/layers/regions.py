@@ -20,8 +20,8 @@ CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 def pool_regions(table: PyramidTable, boxes: Tensor, side: int, ratio: int) -> Tensor:
     """Pool the features in each box as ROIPooler does with ROIAlignV2.
 
-    A region has side x side cells, and each cell is the mean of ratio x ratio samples, interpolated bilinearly. A sample
-    up to one cell beyond the edge of its level reads the edge; farther out it is 0.
+    A region has side x side cells, and each cell is the mean of ratio x ratio samples, interpolated bilinearly. A
+    sample up to one cell beyond the edge of its level reads the edge; farther out it is 0.
 
     Args:
         table: of B images, with one group.

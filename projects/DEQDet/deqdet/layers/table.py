@@ -1,8 +1,9 @@
 """A pyramid as one table of rows, from which a layer reads samples of all levels by a single gather.
 
 The table is made once for a batch of images; the steps of the iteration only compute which of its rows they read, and
-with which weights. A sample is then one bag of 16 rows (at most 4 levels with 4 cells each, or 4 points of RoIAlign with
-4 cells each), summed by torch's embedding_bag, whose gradients reach both the table and the weights.
+with which weights. A sample is then one bag of rows, summed by torch's embedding_bag, whose gradients reach both the
+table and the weights. With the usual settings a bag has 16 rows: 4 cells of each of 4 levels in AdaMixer, 4 cells
+around each of the 4 points in a cell of RoIAlign in Sparse R-CNN.
 
 S: states of each image, B: images, L: levels, C: channels, G: groups of channels.
 """

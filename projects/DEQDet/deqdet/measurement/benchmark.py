@@ -64,7 +64,9 @@ class Setting:
     warm_up: int = 3
 
 
-def interleave(calls: Mapping[str, Call], device: torch.device, *, repeats: int, warm_up: int) -> dict[str, list[float]]:
+def interleave(
+    calls: Mapping[str, Call], device: torch.device, *, repeats: int, warm_up: int
+) -> dict[str, list[float]]:
     """Time calls that take turns. Returns the seconds of each, without those of the first `warm_up` rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(warm_up + repeats):
@@ -77,8 +79,8 @@ def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
     """Measure one task of a model.
 
     Returns:
-        For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most bytes that tensors took beside
-        the weights, in MiB. For a step also floor_ms and simple_ms, the same step from features that were not prepared;
+        For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most that tensors took beside the
+        weights, in MiB. For a step also floor_ms and simple_ms, the same step from features that were not prepared;
         on CUDA kernels, moved_mb and bandwidth_ms as well. For training also forward_ms, backward_ms, optimizer_ms.
     """
     torch.manual_seed(0)
