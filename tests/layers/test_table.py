@@ -131,14 +131,24 @@ def test_a_table_is_shared_and_stays_a_pyramid():
         build_table(features, [4, 8], torch.float32)
 
 
-def test_a_table_is_in_float32_in_training_and_in_autocasts_precision_at_inference():
-    """Sparse R-CNN's never is in half precision."""
+def test_a_table_is_in_autocasts_precision_but_sparse_rcnns_never_in_half():
     features = [x.bfloat16() for x in ADAMIXER.features()]
-    found = []
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16):
-            found += [case.make().prepare(features).rows.dtype for case in (ADAMIXER, SPARSE_RCNN)]
-    assert found == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    found = [case.make().prepare(features).rows.dtype for case in (ADAMIXER, SPARSE_RCNN)]
+    with torch.autocast("cpu", dtype=torch.float16):
+        found += [case.make().prepare(features).rows.dtype for case in (ADAMIXER, SPARSE_RCNN)]
+    assert found == [torch.float32, torch.float32, torch.float16, torch.float32]
+
+
+def test_a_step_with_a_gradient_reads_the_levels(stir):
+    """AdaMixer's: its gradients reach the features, and its result is that of the step without a gradient."""
+    layer, features, state = ADAMIXER.make(), [x.requires_grad_() for x in ADAMIXER.features()], ADAMIXER.state()
+    stir(layer, size=0.3)
+    prepared = layer.prepare(features)
+    assert not prepared.rows.requires_grad
+    after = layer(state, prepared)
+    assert all(x.any() for x in torch.autograd.grad(after.content.sin().sum(), features))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(state, prepared).content, after.content, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

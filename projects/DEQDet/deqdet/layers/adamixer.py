@@ -3,6 +3,7 @@
 B: rows of the state, N: queries, C: channels.
 """
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
@@ -95,12 +96,13 @@ class AdaMixerLayer(RefinementLayer):
         nn.init.zeros_(self.box_branch[-1].bias)
         set_class_prior(self.class_branch[-1])
 
+    @torch.no_grad()
     def prepare(self, features: Features) -> PyramidTable:
-        """The table from which every step samples."""
+        """The table from which every step samples that records no gradient."""
         return build_table(features, self.strides, table_dtype(features), self.points.num_groups)
 
     def forward(self, state: QueryState, features: Features) -> QueryState:
-        """See RefinementLayer.forward. On features that were not prepared, each level is sampled by itself."""
+        """See RefinementLayer.forward. Steps with a gradient, and features that were not prepared, take longer."""
         position = state.position.detach()  # only the last line passes gradient to the given position
         content = self.attention_norm(self.attention(state.content, position))
         samples = self._sample(features, self.points(content, position))
@@ -109,9 +111,10 @@ class AdaMixerLayer(RefinementLayer):
         return QueryState(refine_position(state.position, self.box_branch(content)), content)
 
     def _sample(self, features: Features, points: Tensor) -> Tensor:
-        if isinstance(features, PyramidTable):
+        # The backward pass of the gather sorts the rows of all bags, which takes longer than grid_sample's.
+        if isinstance(features, PyramidTable) and not torch.is_grad_enabled():
             return sample_table(features, points)
-        return sample_pyramid(features, self.strides, points)
+        return sample_pyramid(list(features), self.strides, points)
 
     def predict(self, state: QueryState) -> Prediction:
         """See RefinementLayer.predict."""

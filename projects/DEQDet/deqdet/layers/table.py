@@ -139,14 +139,8 @@ def build_table(
 
 
 def table_dtype(features: Sequence[Tensor]) -> torch.dtype:
-    """The dtype in which a table is read: autocast's at inference, else float32, or float64 for such features.
-
-    Training keeps float32, since the gradient of a cell is a sum over all the samples that read it.
-    """
-    if isinstance(features, PyramidTable):
-        found = features.levels[0]
-    else:
-        found = features[0]
-    if torch.is_autocast_enabled(found.device.type) and not torch.is_grad_enabled():
+    """The dtype in which a table is read without a gradient: autocast's, or float32, or float64 for such features."""
+    found = features.levels[0] if isinstance(features, PyramidTable) else features[0]
+    if torch.is_autocast_enabled(found.device.type):
         return torch.get_autocast_dtype(found.device.type)
     return torch.promote_types(found.dtype, torch.float32)
