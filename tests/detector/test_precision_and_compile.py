@@ -72,7 +72,8 @@ def test_one_graph_serves_all_sizes(name, caplog):
     eager, compiled = make_layer(name)
     case, graphs = CASES[name], []
     for scale, images in ((1, 2), (2, 3), (3, 2), (4, 5)):
-        features = [torch.randn(images, x.shape[1], x.shape[2] * scale + 1, x.shape[3] * scale) for x in case.features()]
+        sizes = [(x.shape[1], x.shape[2] * scale + 1, x.shape[3] * scale) for x in case.features()]
+        features = [torch.randn(images, *size) for size in sizes]
         state = case.state(rows=images)
         found, expected = (layer(state, layer.prepare(features)) for layer in (compiled, eager))
         torch.testing.assert_close(found.content, expected.content, rtol=0, atol=1e-4)

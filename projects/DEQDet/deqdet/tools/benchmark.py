@@ -81,6 +81,7 @@ def measure(args: argparse.Namespace) -> None:
         "precision": args.precision,
         "mode": args.mode,
         "batch": args.batch,
+        "steps": args.steps,
         "image": [args.height, args.width],
         "machine": describe_machine(model.device),
         "date": date.today().isoformat(),
@@ -100,7 +101,8 @@ def format_row(found: dict) -> str:
     """A row of the tables in docs/benchmarks.md."""
     ratio = f"{found['median_ms'] / found['floor_ms']:.2f}" if "floor_ms" in found else ""
     simple = f"{found['simple_ms'] / found['floor_ms']:.2f}" if "simple_ms" in found and ratio else ""
-    cells = [found["config"], found["task"], found["queries"], found["precision"], found["mode"], found["batch"]]
+    task = found["task"] if found["steps"] is None else f"{found['task']}, {found['steps']} steps"
+    cells = [found["config"], task, found["queries"], found["precision"], found["mode"], found["batch"]]
     spread = f"{found['median_ms']:.1f} ({found['low_ms']:.1f} to {found['high_ms']:.1f})"
     cells += [spread, ratio, simple, f"{found['peak_mb']:.0f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
