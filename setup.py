@@ -8,7 +8,17 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 PACKAGE = Path("projects/DEQDet/deqdet")
-TOOLS = ("analyze_model", "check_data", "compare", "convert_checkpoint", "demo", "evaluate_steps", "publish", "report")
+TOOLS = (
+    "analyze_model",
+    "benchmark",
+    "check_data",
+    "compare",
+    "convert_checkpoint",
+    "demo",
+    "evaluate_steps",
+    "publish",
+    "report",
+)
 
 
 class BuildWithConfigs(build_py):

@@ -246,10 +246,11 @@ def test_images_that_converge_leave_the_batch(small_decoder, monkeypatch, solver
 def test_the_best_iterate_of_an_image(small_decoder):
     initial, features = make_problem()
     decoder = small_decoder("MODEL.DEQDET.SOLVER.RETURN_BEST", True)
-    start = decoder.initialize(initial, features)
+    prepared = decoder.refinement.prepare(features)
+    start = decoder.initialize(initial, prepared)
     found = decoder.walk(initial, features, steps=9).solution
     every = solve(
-        decoder.packed_refinement(features, 6), start.pack(), solver=decoder.solver, max_steps=9, record=range(10)
+        decoder.packed_refinement(prepared, 6), start.pack(), solver=decoder.solver, max_steps=9, record=range(10)
     )
     best = every.residuals.argmin(dim=0) + 1
     assert (best < 9).any()  # else the last one is best, and the test shows nothing

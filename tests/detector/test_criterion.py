@@ -4,12 +4,13 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torchvision.ops import generalized_box_iou_loss
 
 from detectron2.config import get_cfg
 from detectron2.utils.events import EventStorage
 
 from deqdet.config import add_deqdet_config
-from deqdet.criterion import Criterion
+from deqdet.criterion import Criterion, giou_loss
 from deqdet.matcher import HungarianMatcher
 from deqdet.structures import Prediction, Targets
 
@@ -248,3 +249,25 @@ def test_divisor_is_averaged_over_the_ranks(tmp_path):
         shared = values(torch.load(tmp_path / f"{rank}.pt"))
         expected = {name: value * alone / 1.5 for name, value in values(losses_of_rank(rank)).items()}
         assert shared == pytest.approx(expected, rel=1e-5)
+
+
+def test_giou_loss_is_torchvisions_with_its_gradients():
+    """Boxes that overlap, touch along a side, lie apart, lie within one another, are equal, or have no area."""
+    generator = torch.Generator().manual_seed(0)
+    low = 100 * torch.rand(2, 400, 2, generator=generator, dtype=torch.float64)
+    boxes = torch.cat([low, low + 60 * torch.rand(2, 400, 2, generator=generator, dtype=torch.float64)], dim=2)
+    pairs = [[[0, 0, 10, 10], [10, 0, 20, 10]], [[0, 0, 10, 10], [0, 10, 10, 30]], [[0, 0, 10, 10], [2, 2, 4, 5]],
+             [[5, 5, 9, 9], [5, 5, 9, 9]], [[3, 3, 3, 3], [1, 1, 8, 8]], [[0, 0, 1, 1], [50, 60, 70, 80]]]  # fmt: skip
+    boxes = torch.cat([boxes, torch.tensor(pairs, dtype=torch.float64).transpose(0, 1)], dim=1)
+    found = []
+    for loss in (giou_loss, lambda a, b: generalized_box_iou_loss(a, b, reduction="none")):
+        predicted = boxes[0].clone().requires_grad_()
+        value = loss(predicted, boxes[1])
+        found.append((value, torch.autograd.grad(value.sum(), predicted)[0]))
+    (value, grad), (expected, expected_grad) = found
+    assert (value < 1).sum() > 20 and (value > 1).sum() > 20
+    torch.testing.assert_close(value, expected, rtol=0, atol=2e-9)
+    equal = torch.ones(len(grad), dtype=torch.bool)
+    equal[-3] = False  # equal boxes: the maximum of two equal numbers has two derivatives
+    torch.testing.assert_close(grad[equal], expected_grad[equal], rtol=0, atol=2e-9)
+    assert giou_loss(boxes[0][:0], boxes[1][:0]).shape == (0,)

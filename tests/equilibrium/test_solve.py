@@ -474,3 +474,22 @@ def test_relative_residual_by_hand():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         solve(affine, torch.zeros(1, 2), solver=PLAIN, **arguments)
+
+
+def test_a_path_without_residuals():
+    """Its states are the same, also those of a row that becomes non-finite; what needs residuals is refused."""
+
+    def function(y):
+        return torch.where(y > 4, torch.inf, 2 * y)
+
+    initial = torch.tensor([[1.0, 0.5], [0.1, 0.2]])
+    options = {"solver": PLAIN, "max_steps": 5, "record": [1, 2, 4, 5]}
+    full, bare = solve(function, initial, **options), solve(function, initial, residuals=False, **options)
+    assert full.status.tolist() == bare.status.tolist() == [Status.NONFINITE, Status.MAX_STEPS]
+    assert full.steps.tolist() == bare.steps.tolist() == [4, 5]
+    assert full.recorded[5][0].tolist() == [8.0, 4.0]
+    assert all(torch.equal(full.recorded[t], bare.recorded[t]) for t in full.recorded)
+    assert bare.residual.isinf().all() and bare.residuals.isinf().all() and full.residuals[0].tolist() == [0.5, 0.5]
+    for needed in ({"rtol": 0.1}, {"best": True}):
+        with pytest.raises(ValueError, match="need the residuals"):
+            solve(function, initial, residuals=False, **options, **needed)

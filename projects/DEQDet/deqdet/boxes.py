@@ -17,29 +17,34 @@ MAX_LOG_SCALE = math.log(100000 / 16)
 
 def decode_boxes(position: Tensor) -> Tensor:
     """Convert positions (..., 4) cx, cy, z, r to corners (..., 4) xyxy, by the inverse of Eq. 3."""
-    center = position[..., :2]
-    half = 0.5 * box_sizes(position)
-    return torch.cat([center - half, center + half], dim=-1)
+    center, sizes = position[..., None, :2], box_sizes(position)[..., None, :]
+    return torch.addcmul(center, sizes, _halves(position)[:, None]).flatten(-2)  # (..., 2 corners, 2) -> (..., 4)
 
 
 def box_sizes(position: Tensor) -> Tensor:
     """Compute the sides (..., 2), width and height, of positions (..., 4) cx, cy, z, r."""
-    z, r = position[..., 2:].unbind(-1)
+    z, r = position[..., 2:].split(1, dim=-1)
     # Eq. 3 says 2^z = sqrt(w h) and 2^r = h / w, so that w = 2^(z - r / 2) and h = 2^(z + r / 2).
-    return torch.stack([z - 0.5 * r, z + 0.5 * r], dim=-1).exp2()
+    return torch.addcmul(z, r, _halves(position)).exp2()
 
 
-def encode_boxes(boxes: Tensor, min_size: float = 1e-3) -> Tensor:
+def _halves(position: Tensor) -> Tensor:
+    """(2,) -1/2 and 1/2, made on the device of the position, so that nothing is copied to it."""
+    return torch.linspace(-0.5, 0.5, 2, dtype=position.dtype, device=position.device)
+
+
+def encode_boxes(boxes: Tensor, min_size: float = 1e-3, flipped: bool = False) -> Tensor:
     """Convert corners (..., 4) xyxy to positions (..., 4) cx, cy, z, r (Eq. 3).
 
     Args:
         min_size: the smallest side, in pixels. Shorter sides count as this long, so that the logarithms of an empty box
             are finite.
+        flipped: whether corners may come in either order. If not, a box with x2 < x1 counts as empty.
     """
     low, high = boxes[..., :2], boxes[..., 2:]
-    width, height = (high - low).clamp(min=min_size).log2().unbind(-1)
-    scale = torch.stack([0.5 * (width + height), height - width], dim=-1)
-    return torch.cat([0.5 * (low + high), scale], dim=-1)
+    sides = (high - low).abs() if flipped else high - low
+    width, height = sides.clamp(min=min_size).log2().split(1, dim=-1)
+    return torch.cat([torch.lerp(low, high, 0.5), torch.lerp(width, height, 0.5), height - width], dim=-1)
 
 
 def refine_position(position: Tensor, delta: Tensor) -> Tensor:
@@ -55,7 +60,8 @@ def refine_position(position: Tensor, delta: Tensor) -> Tensor:
         (..., 4) cx, cy, z, r.
     """
     scale = position[..., 2:3].exp2()
-    return torch.cat([position[..., :2] + delta[..., :2] * scale, position[..., 2:] + delta[..., 2:]], dim=-1)
+    center = torch.addcmul(position[..., :2], delta[..., :2], scale)
+    return torch.cat([center, position[..., 2:] + delta[..., 2:]], dim=-1)
 
 
 def refine_position_by_deltas(position: Tensor, deltas: Tensor) -> Tensor:
@@ -92,14 +98,18 @@ def pairwise_iof(boxes: Tensor, min_area: float = 1e-6) -> Tensor:
     Returns:
         (B, N, N).
     """
-    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
-    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
-    overlap = (high - low).clamp(min=0).prod(dim=-1)  # (B, N, N)
-    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)  # (B, N)
-    return overlap / area.clamp(min=min_area)[:, :, None]
+    low, high = boxes.movedim(-1, 0).split(2)  # (2, B, N): the two axes first, and the loops over boxes contiguous
+    width, height = torch.minimum(high[..., :, None], high[..., None, :]).sub(
+        torch.maximum(low[..., :, None], low[..., None, :])
+    ).clamp(min=0)  # (B, N, N) each, of the overlaps
+    sides = high - low
+    area = sides[0] * sides[1]  # (B, N)
+    return width * height / area.clamp(min=min_area)[:, :, None]
 
 
-def embed_position(position: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+def embed_position(
+    position: Tensor, dim: int, temperature: float = 10000.0, waves: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Embed positions by sines and cosines of many wavelengths, as the Transformer embeds the positions of words.
 
     Each of the four coordinates v gets d = dim / 4 features. Feature i is the sine (i even) or cosine (i odd) of
@@ -110,12 +120,23 @@ def embed_position(position: Tensor, dim: int, temperature: float = 10000.0) -> 
         position: (B, N, 4) cx, cy, z, r.
         dim: the number of features, a multiple of 8.
         temperature: the ratio of the longest wavelength to the shortest, nearly.
+        waves: what `embedding_waves` returns for this dim and temperature, if the caller has kept it.
 
     Returns:
         (B, N, dim), the features of cx first, then those of cy, z and r.
     """
-    coordinates = torch.cat([position[..., :2] / 1000.0, position[..., 2:]], dim=-1)
-    features = torch.arange(dim // 4, device=position.device)
-    frequency = temperature ** (-2.0 * (features // 2).to(position.dtype) / (dim // 4))  # two features share one
-    angles = coordinates[..., None] * frequency  # (B, N, 4, dim / 4)
-    return torch.where(features % 2 == 0, angles.sin(), angles.cos()).flatten(2)
+    if waves is None:
+        waves = embedding_waves(dim, temperature, dtype=position.dtype, device=position.device)
+    frequency, phase = waves
+    return torch.addcmul(phase, position[..., None], frequency).sin().flatten(2)  # (B, N, 4, d) -> (B, N, dim)
+
+
+def embedding_waves(
+    dim: int, temperature: float = 10000.0, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """The frequencies (4, d) and phases (d,) of `embed_position`: a cosine is a sine a quarter of a period earlier."""
+    features = torch.arange(dim // 4, device=device)
+    exponents = (features // 2).to(dtype or torch.get_default_dtype()) * (-2.0 / (dim // 4))
+    frequency = temperature**exponents
+    phase = (features % 2).to(frequency.dtype) * (math.pi / 2)
+    return torch.stack([frequency / 1000.0, frequency / 1000.0, frequency, frequency]), phase

@@ -77,6 +77,12 @@ def _add_model_keys(cfg: CN) -> None:
     deqdet.LOSS.FOCAL_ALPHA = 0.25
     deqdet.LOSS.FOCAL_GAMMA = 2.0
 
+    # Compile f with torch.compile; the first image takes a minute longer.
+    deqdet.COMPILE = False
+    # float32, or bfloat16: matrix products and features at test time in bfloat16; positions, boxes, the weights of the
+    # levels and the solver's arithmetic stay in float32.
+    cfg.TEST.PRECISION = "float32"
+
 
 def _add_layer_keys(deqdet: CN) -> None:
     deqdet.ADAMIXER = CN()

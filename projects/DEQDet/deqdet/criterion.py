@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
@@ -139,7 +139,28 @@ class Criterion(nn.Module):
         goal = targets.boxes[images, matches.targets].float()
         sizes = targets.image_sizes[images].float().repeat(1, 2)
         l1 = ((matched - goal) / sizes).abs().sum(1)
-        return l1, generalized_box_iou_loss(matched, goal, reduction="none")
+        return l1, giou_loss(matched, goal)
+
+
+def giou_loss(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
+    """Compute 1 - GIoU (Rezatofighi et al., CVPR 2019) of pairs of boxes.
+
+    It equals torchvision's generalized_box_iou_loss, which selects the boxes that overlap, and so makes the host wait
+    for the device. Here the sides of an overlap are cut off at 0 instead.
+
+    Args:
+        boxes, others: (P, 4) xyxy, with x1 <= x2 and y1 <= y2.
+        eps: added to the areas by which is divided.
+
+    Returns:
+        (P,).
+    """
+    low, high = torch.maximum(boxes, others), torch.minimum(boxes, others)
+    # `low` holds the larger of each pair of coordinates: see matcher.pairwise_giou.
+    overlap = (high[:, 2:] - low[:, :2]).relu().prod(1)
+    hull = (low[:, 2:] - high[:, :2]).prod(1)
+    union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (others[:, 2:] - others[:, :2]).prod(1) - overlap
+    return 1 - overlap / (union + eps) + (hull - union) / (hull + eps)
 
 
 def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
@@ -147,7 +168,7 @@ def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
 
     A collective operation: every rank must call it in every iteration, even without any box, or the others hang.
     """
-    mean = torch.tensor(float(count), device=device)
+    mean = torch.full((), float(count), device=device)
     if comm.get_world_size() > 1:
         dist.all_reduce(mean)
         mean /= comm.get_world_size()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,13 @@ from .criterion import Criterion
 from .decoders import Decoder, Trajectory, build_decoder
 from .equilibrium import Solver
 from .inference import make_detections
+from .layers import compile_layer
 from .queries import InitialQueries
-from .structures import QueryState, Targets
+from .structures import QueryState, Targets, move, to_device
 
 logger = logging.getLogger(__name__)
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # TEST.PRECISION
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class DEQDet(nn.Module):
         pixel_std: list[float],
         input_format: str,
         fix_bn_statistics: bool = False,
+        precision: str = "float32",
+        compiled: bool = False,
     ):
         """
         Args:
@@ -67,8 +73,15 @@ class DEQDet(nn.Module):
             pixel_mean, pixel_std: per channel, 0 to 255, in the channel order of input_format.
             input_format: "RGB" or "BGR".
             fix_bn_statistics: keep the statistics of the backbone's BatchNorm layers as the checkpoint has them.
+            precision: "float32", or "bfloat16" for autocast at test time.
+            compiled: compile the refinement layer f.
+
+        Raises:
+            ValueError: an unknown precision.
         """
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"TEST.PRECISION is {precision!r}: it must be one of {', '.join(PRECISIONS)}")
         self.backbone = backbone
         self.in_features = list(in_features)
         self.queries = queries
@@ -77,6 +90,9 @@ class DEQDet(nn.Module):
         self.max_detections = max_detections
         self.input_format = input_format
         self.fix_bn_statistics = fix_bn_statistics
+        self.precision = precision
+        if compiled:
+            compile_layer(decoder.execution().refinement)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.train()  # BatchNorm's mode, see below
@@ -105,6 +121,8 @@ class DEQDet(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "fix_bn_statistics": cfg.MODEL.DEQDET.FIX_BN_STATISTICS,
+            "precision": cfg.TEST.PRECISION,
+            "compiled": cfg.MODEL.DEQDET.COMPILE,
         }
 
     @property
@@ -134,8 +152,9 @@ class DEQDet(nn.Module):
         """
         if not self.training:
             return self.infer(batched_inputs)
-        features, initial = self.encode(self.preprocess(batched_inputs))
+        # All that comes from the host is on its way before the backbone starts, so that nothing waits for it later.
         targets = Targets.from_instances([x["instances"] for x in batched_inputs], self.device)
+        features, initial = self.encode(self.preprocess(batched_inputs))
         names = [x.get("file_name", "") for x in batched_inputs]
         return self.criterion(self.decoder.supervise(initial, features), targets, names)
 
@@ -162,11 +181,12 @@ class DEQDet(nn.Module):
             UserError: an option is given, but the decoder has no equilibrium.
         """
         images = self.preprocess(batched_inputs)
-        features, initial = self.encode(images)
-        if (steps, rtol, solver) == (None, None, None):
-            decoded = self.decoder.decode(initial, features)
-        else:
-            decoded = self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
+        with self._autocast():
+            features, initial = self.encode(images)
+            if (steps, rtol, solver) == (None, None, None):
+                decoded = self.decoder.decode(initial, features)
+            else:
+                decoded = self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
         sizes = _original_sizes(batched_inputs, images.image_sizes)
         found = make_detections(decoded.prediction, images.image_sizes, sizes, self.max_detections)
         if failed := int((~decoded.finite).sum()):  # last, since it waits for the device
@@ -200,23 +220,29 @@ class DEQDet(nn.Module):
             UserError: the decoder has no equilibrium.
         """
         images = self.preprocess(batched_inputs)
-        features, initial = self.encode(images)
-        trajectory = self.decoder.walk(
-            initial, features, steps=steps, rtol=rtol, solver=solver, record=record, record_iterates=record_iterates
-        )
+        options = {"steps": steps, "rtol": rtol, "solver": solver, "record": record, "record_iterates": record_iterates}
+        with self._autocast():
+            features, initial = self.encode(images)
+            trajectory = self.decoder.walk(initial, features, **options)
         sizes = _original_sizes(batched_inputs, images.image_sizes)
         return BatchTrajectory(trajectory, images, sizes, self.max_detections)
 
+    def _autocast(self) -> AbstractContextManager:
+        """Autocast in the precision of test time; with float32 whatever the caller has chosen."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
+
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, and pad on the right and at the bottom to a common size that the backbone can divide."""
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        images = [(move(x["image"], self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
     def encode(self, images: ImageList) -> tuple[list[Tensor], QueryState]:
         """The pyramid, for each level (B, C, H_l, W_l), and the initial queries of the images."""
+        sizes = to_device([(width, height) for height, width in images.image_sizes], torch.float32, self.device)
         levels = self.backbone(images.tensor)
-        sizes = torch.tensor([(width, height) for height, width in images.image_sizes], dtype=torch.float32)
-        return [levels[name] for name in self.in_features], self.queries(sizes.to(self.device))
+        return [levels[name] for name in self.in_features], self.queries(sizes)
 
 
 def _original_sizes(batched_inputs: list[dict], image_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

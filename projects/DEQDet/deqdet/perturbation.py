@@ -56,7 +56,7 @@ def perturb_content(content: Tensor, size: float, generator: Generator | None = 
     """Return (1 - size) q + size ||q||_2 n with n ~ N(0, I), for the content q of each query (Eq. 16). (B, N, C)."""
     noise = torch.empty_like(content).normal_(generator=generator)
     norm = torch.linalg.vector_norm(content, dim=2, keepdim=True)
-    return (1 - size) * content + size * norm * noise
+    return torch.addcmul((1 - size) * content, norm, noise, value=size)
 
 
 def perturb_position(position: Tensor, size: float, generator: Generator | None = None) -> Tensor:
@@ -71,6 +71,5 @@ def perturb_position(position: Tensor, size: float, generator: Generator | None 
         (B, N, 4) cx, cy, z, r.
     """
     boxes = decode_boxes(position)
-    boxes = boxes + size * torch.empty_like(boxes).normal_(generator=generator)
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return encode_boxes(torch.cat([torch.minimum(low, high), torch.maximum(low, high)], dim=-1))
+    boxes = torch.add(boxes, torch.empty_like(boxes).normal_(generator=generator), alpha=size)
+    return encode_boxes(boxes, flipped=True)

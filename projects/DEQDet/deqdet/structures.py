@@ -1,5 +1,6 @@
 """What flows between the modules. B: images, N: queries, C: channels, K: classes, M: most boxes of an image."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,48 @@ from detectron2.structures import Instances
 # division and its undoing are exact; Python numbers, since a new tensor would have to be copied to the device.
 CENTER_UNIT = 1024.0
 SCALE_UNIT = 8.0
+
+
+class PreparedFeatures(Sequence[Tensor]):
+    """A pyramid with what a refinement layer has computed from it once, for all the steps that read it.
+
+    It is still the sequence of the levels (B, C, H_l, W_l), finest first, so that a layer that did not prepare it can
+    read it too.
+    """
+
+    @property
+    @abstractmethod
+    def num_images(self) -> int:
+        """B."""
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> "PreparedFeatures":
+        """The features of some of the images, (b,) int64, in this order."""
+
+
+Features = Sequence[Tensor]  # the levels of a pyramid, finest first: a list of tensors, or PreparedFeatures
+
+
+def count_images(features: Features) -> int:
+    """B, the images of a pyramid."""
+    return features.num_images if isinstance(features, PreparedFeatures) else len(features[0])
+
+
+def select_images(features: Features, rows: Tensor) -> Features:
+    """The features of some of the images, (b,) int64, in this order."""
+    return features.select(rows) if isinstance(features, PreparedFeatures) else [level[rows] for level in features]
+
+
+def to_device(numbers: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of Python numbers on a device, without making the host wait for the device as torch.tensor() does."""
+    return move(torch.tensor(numbers, dtype=dtype), device)
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the host to a device; the host does not wait, since the copy starts from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -96,13 +139,14 @@ class Targets:
     @classmethod
     def from_instances(cls, instances: list[Instances], device: torch.device) -> "Targets":
         """Pad detectron2's Instances, one for each image, with the fields gt_boxes and gt_classes."""
-        labels = [x.gt_classes.to(device, torch.int64) for x in instances]
-        boxes = [x.gt_boxes.tensor.to(device, torch.float32).reshape(-1, 4) for x in instances]
+        labels = [x.gt_classes.to(torch.int64) for x in instances]
+        boxes = [x.gt_boxes.tensor.to(torch.float32).reshape(-1, 4) for x in instances]
         valid = [torch.ones_like(x, dtype=torch.bool) for x in labels]
         sizes = [(x.image_size[1], x.image_size[0]) for x in instances]
+        # Padded where they are, on the host, so that one copy for each field goes to the device.
         return cls(
-            labels=pad_sequence(labels, batch_first=True),
-            boxes=pad_sequence(boxes, batch_first=True),
-            valid=pad_sequence(valid, batch_first=True),
-            image_sizes=torch.tensor(sizes, dtype=torch.float32, device=device),
+            labels=move(pad_sequence(labels, batch_first=True), device),
+            boxes=move(pad_sequence(boxes, batch_first=True), device),
+            valid=move(pad_sequence(valid, batch_first=True), device),
+            image_sizes=to_device(sizes, torch.float32, device),
         )

@@ -4,7 +4,7 @@ Each has the same methods: `supervise` for training, `decode` for inference, `ex
 equilibrium also has `walk`.
 """
 
-from .base import DECODER_REGISTRY, Decoder, Execution, build_decoder
+from .base import DECODER_REGISTRY, Decoder, Execution, build_decoder, prepare_features
 from .equilibrium import EquilibriumDecoder, Supervision
 from .recurrent import RecurrentDecoder
 from .solvers import SOLVER_REGISTRY, build_solver
@@ -24,4 +24,5 @@ __all__ = [
     "Trajectory",
     "build_decoder",
     "build_solver",
+    "prepare_features",
 ]

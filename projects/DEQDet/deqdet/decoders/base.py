@@ -14,7 +14,7 @@ from detectron2.utils.registry import Registry
 from ..equilibrium import Solver
 from ..errors import UserError
 from ..layers import RefinementLayer, look_up
-from ..structures import Decoded, Prediction, QueryState
+from ..structures import Decoded, Features, Prediction, QueryState
 from .trajectory import Trajectory
 
 DECODER_REGISTRY = Registry("DECODER")
@@ -80,15 +80,26 @@ def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> Decoder:
     return look_up(DECODER_REGISTRY, "MODEL.DEQDET.DECODER", cfg.MODEL.DEQDET.DECODER)(cfg, input_shapes)
 
 
+def prepare_features(layers: Iterable[RefinementLayer | None], features: Features) -> Features:
+    """What the layers read of a batch of images, computed once for all of their steps.
+
+    Each layer gets what the one before it has made. Layers of one kind return it as it is, and so share it.
+    """
+    for layer in layers:
+        if layer is not None:
+            features = layer.prepare(features)
+    return features
+
+
 def run_layers(
-    layers: Iterable[RefinementLayer], initial: QueryState, features: list[Tensor]
+    layers: Collection[RefinementLayer], initial: QueryState, features: Features
 ) -> Iterator[tuple[RefinementLayer, QueryState]]:
     """Run layers one after the other, and yield each with the state that it returned.
 
     Positions are detached between layers, as in the whole R-CNN family: a layer learns to refine the boxes that it is
     given, and its gradient does not reach the layers that made them.
     """
-    state = initial
+    state, features = initial, prepare_features(layers, features)
     for layer in layers:
         state = layer(state, features)
         yield layer, state

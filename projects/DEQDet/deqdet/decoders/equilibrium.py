@@ -14,8 +14,8 @@ from detectron2.layers import ShapeSpec
 from ..equilibrium import FixedPointIteration, Map, Phantom, Solver, solve
 from ..layers import RefinementLayer, build_refinement_layer
 from ..perturbation import Perturbation
-from ..structures import Decoded, Prediction, QueryState
-from .base import DECODER_REGISTRY, Decoder, Execution, run_layers
+from ..structures import Decoded, Features, Prediction, QueryState, select_images
+from .base import DECODER_REGISTRY, Decoder, Execution, prepare_features, run_layers
 from .solvers import build_solver
 from .trajectory import Trajectory
 
@@ -136,12 +136,12 @@ class EquilibriumDecoder(Decoder):
             "checkpoint_segments": equilibrium.CHECKPOINT_SEGMENTS,
         }
 
-    def initialize(self, initial: QueryState, features: list[Tensor]) -> QueryState:
+    def initialize(self, initial: QueryState, features: Features) -> QueryState:
         """y_0 = g(x, y_0-) (Eq. 7); without a g, the initial queries themselves."""
         return initial if self.initialization is None else self.initialization(initial, features)
 
-    def packed_refinement(self, features: list[Tensor], num_queries: int) -> Map:
-        """f as a map of packed states, (S * B, N * (4 + C)) for the features of B images.
+    def packed_refinement(self, features: Features, num_queries: int) -> Map:
+        """f as a map of packed states, (S * B, N * (4 + C)) for the features of B images, prepared or not.
 
         The position is detached first, as between any two layers, so that the Jacobian of this map is the content's.
         """
@@ -174,12 +174,13 @@ class EquilibriumDecoder(Decoder):
             record: the steps whose states the trajectory keeps.
             record_iterates: keep also to which iterate each recorded step applied f, and what f returned.
         """
+        features = prepare_features([self.initialization, self.refinement], features)
         start = self.initialize(initial, features)
         num_queries = start.content.shape[1]
         refine = self.packed_refinement(features, num_queries)
 
         def restrict(rows: Tensor) -> Map:
-            return self.packed_refinement([level[rows] for level in features], num_queries)
+            return self.packed_refinement(select_images(features, rows), num_queries)
 
         solution = solve(
             refine,
@@ -208,6 +209,7 @@ class EquilibriumDecoder(Decoder):
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
         """All predictions to be supervised: "init" of g, "init+i" for i = 1..h, "step<t>" for t in Omega (Eq. 12)."""
         predictions = {}
+        features = prepare_features([self.initialization, self.refinement], features)
         start = self.initialize(initial, features)
         if self.initialization is not None:
             predictions["init"] = self.initialization.predict(start)
@@ -216,7 +218,7 @@ class EquilibriumDecoder(Decoder):
         predictions |= {f"init+{i}": layer.predict(state) for i, (layer, state) in enumerate(extra, start=1)}
         return predictions | self._supervise_path(start.detach(), features)
 
-    def _supervise_path(self, start: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
+    def _supervise_path(self, start: QueryState, features: Features) -> dict[str, Prediction]:
         """Solve without gradient, then take k steps with gradient from the state at each point of Omega (Eq. 11).
 
         The last of the k states is read out and supervised. All points of Omega run as one batch of S * B rows, or one
@@ -238,7 +240,7 @@ class EquilibriumDecoder(Decoder):
             predictions = map(Prediction, batch.logits.chunk(len(points)), batch.boxes.chunk(len(points)))
         return dict(zip(names, predictions, strict=True))
 
-    def _perturbed_points(self, start: QueryState, features: list[Tensor]) -> list[Tensor]:
+    def _perturbed_points(self, start: QueryState, features: Features) -> list[Tensor]:
         """The states of the solving path at the steps in Omega, perturbed, each (B, N * (4 + C)) packed."""
         kind, steps, num_queries = self.perturbation.kind, self.supervision.steps, start.content.shape[1]
         refine = self.packed_refinement(features, num_queries)
@@ -247,12 +249,14 @@ class EquilibriumDecoder(Decoder):
             return self.perturbation(QueryState.unpack(flat, num_queries)).pack()
 
         def perturb_and_refine(flat: Tensor) -> Tensor:
-            return refine(perturb(flat))
+            state = self.perturbation(QueryState.unpack(flat, num_queries))
+            return self.refinement.refine_segments(state, features).pack()
 
         # Eq. 15, multi-step: noise enters before every application of f, and travels on with the path.
         function = perturb_and_refine if kind == "multi-step" else refine
         record = [t - 1 for t in steps] if kind == "one-step" else steps
-        path = solve(function, start.pack(), solver=FixedPointIteration(), max_steps=steps[-1], record=record)
+        plain = FixedPointIteration()
+        path = solve(function, start.pack(), solver=plain, max_steps=steps[-1], record=record, residuals=False)
         points = [path.recorded[t] for t in record]
         if kind == "one-step":  # Eq. 14: the path stays clean; noise passes f once, right before the supervised state
             points = [perturb_and_refine(x) for x in points]

@@ -75,8 +75,7 @@ class Solution:
 def relative_residual(iterate: Tensor, output: Tensor) -> Tensor:
     """Compute ||f(y) - y|| / ||f(y)|| of each batch row.
 
-    Both vectors are divided by the largest entry of f(y) before their norms are taken. The quotient stays the same, but
-    the squares inside the norms can no longer overflow: in float32 the square of 1e20 is already infinite.
+    The squares inside the norms do not overflow, although in float32 the square of 1e20 is already infinite.
 
     Args:
         iterate: (B, D) y.
@@ -86,11 +85,7 @@ def relative_residual(iterate: Tensor, output: Tensor) -> Tensor:
         (B,) float32, or float64 for a float64 state. It is 0 where y and f(y) are both 0, and very large or inf where
         only f(y) is 0.
     """
-    dtype = torch.promote_types(iterate.dtype, torch.float32)
-    largest = output.abs().amax(dim=1, keepdim=True).to(dtype).clamp(min=torch.finfo(dtype).tiny)
-    change = torch.linalg.vector_norm((output - iterate) / largest, dim=1)
-    size = torch.linalg.vector_norm(output / largest, dim=1)
-    return change / size.clamp(min=torch.finfo(dtype).tiny)
+    return _residual(iterate, output)[0]
 
 
 def first_below(residuals: Tensor, rtol: float) -> Tensor:
@@ -116,6 +111,7 @@ def solve(
     record: Collection[int] = (),
     record_iterates: bool = False,
     best: bool = False,
+    residuals: bool = True,
     restrict: Callable[[Tensor], Map] | None = None,
 ) -> Solution:
     """Iterate towards the fixed point y* = f(y*) (Eq. 6), where f is `function`.
@@ -131,33 +127,57 @@ def solve(
         record: the steps t to record. The recorded tensor is what `value` would be with max_steps = t.
         record_iterates: record also to which iterate each of these steps applied f, and what f returned.
         best: return the output of the iterate with the lowest residual so far instead of the last one.
+        residuals: compute them. A path of a fixed number of steps that only records states can do without: then they
+            are inf.
         restrict: given the indices (b,) of some batch rows, return f for a batch of these rows alone. With it, rows
             that have stopped leave the batch and cost nothing any more.
 
     Raises:
-        ValueError: max_steps or rtol is negative or not finite, or a recorded step lies outside 0..max_steps.
+        ValueError: max_steps or rtol is negative or not finite, a recorded step lies outside 0..max_steps, or rtol or
+            best need the residuals.
     """
     _check(max_steps, rtol, record)
-    results = _Record(initial, rtol=rtol, best=best, keep_iterates=record_iterates)
-    iterate, state, rows = initial, solver.init(initial), slice(None)
+    if not residuals and (rtol > 0 or best):
+        raise ValueError("a tolerance, and the choice of the best iterate, need the residuals")
+    results = _Record(initial, rtol=rtol, best=best, keep_iterates=record_iterates, residuals=residuals)
+    iterate, state = initial, solver.init(initial)
     for step in range(1, max_steps + 1):
-        active = results.status[rows] == Status.MAX_STEPS
-        if rtol > 0:
-            if not active.any():
+        if rtol > 0 and step > 1:
+            remaining = int(results.active.sum())  # the one place where the host waits for the device
+            if remaining == 0:
                 break
-            if restrict is not None and not active.all():
-                rows = (results.status == Status.MAX_STEPS).nonzero()[:, 0]
-                function = restrict(rows)
-                iterate, state, active = iterate[active], tuple(part[active] for part in state), active[active]
+            if restrict is not None and remaining < len(results.active):
+                kept = results.drop_stopped(remaining)
+                function = restrict(results.rows)
+                iterate, state = iterate[kept], tuple(part[kept] for part in state)
         output = function(iterate).to(iterate.dtype)
         with _full_precision(iterate.device):
             proposal, state = solver.step(iterate, output, state)
-        usable = active & output.isfinite().all(dim=1)
-        results.add(rows, active, usable, iterate, output)
-        iterate = torch.where(usable[:, None], proposal, iterate)
+            iterate = results.add(iterate, output, proposal)
         if step in record:
             results.keep(step)
     return results.finish(record)
+
+
+def _residual(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """The relative residual (B,), and whether all entries of f(y) are finite (B,).
+
+    The squares of float32 numbers cannot overflow in float64. Where the numbers are float64 themselves, or the device
+    has no float64, both vectors are divided by the largest entry of f(y) first, which leaves the quotient as it is.
+    """
+    dtype = torch.promote_types(iterate.dtype, torch.float32)
+    change, wide = output - iterate, torch.float64
+    if dtype == torch.float64 or iterate.device.type == "mps":
+        largest = torch.linalg.vector_norm(output, ord=torch.inf, dim=1, keepdim=True, dtype=dtype)
+        scale = largest.clamp(min=torch.finfo(dtype).tiny)
+        change, output, wide = change / scale, output / scale, dtype
+        finite = largest[:, 0] < torch.inf
+        size = torch.linalg.vector_norm(output, dim=1)
+    else:
+        size = torch.linalg.vector_norm(output, dim=1, dtype=wide)
+        finite = size < torch.inf  # False for NaN too
+    change = torch.linalg.vector_norm(change, dim=1, dtype=wide)
+    return (change / size.clamp(min=torch.finfo(wide).tiny)).to(dtype), finite
 
 
 def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
@@ -177,11 +197,17 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
 class _Record:
     """Collects what becomes the Solution, for all B batch rows, also those that have left the batch."""
 
-    def __init__(self, initial: Tensor, *, rtol: float, best: bool, keep_iterates: bool):
-        self.status = torch.full_like(initial[:, 0], Status.MAX_STEPS, dtype=torch.int64)
-        self._rtol, self._best = rtol, best
-        self._value = initial.clone()
-        self._steps = torch.zeros_like(self.status)
+    def __init__(self, initial: Tensor, *, rtol: float, best: bool, keep_iterates: bool, residuals: bool):
+        self.rows: Tensor | None = None  # (b,) int64, the batch rows that are still computed; None: all
+        self.active = torch.ones_like(initial[:, 0], dtype=torch.bool)  # (b,) those of them that have not stopped
+        self._rtol, self._best, self._with_residuals = rtol, best, residuals
+        # Without a tolerance and a choice, what each step found is put together at the end, not in every step.
+        self._fixed = rtol == 0 and not best
+        self._found: list[tuple[Tensor, Tensor]] = []  # of each step the residual and usable, (B,) each
+        self._value = initial
+        self._steps = torch.zeros_like(self.active, dtype=torch.int64)
+        self._converged = torch.zeros_like(self.active)
+        self._nonfinite = torch.zeros_like(self.active)
         precise = torch.promote_types(initial.dtype, torch.float32)  # the dtype of relative_residual
         self._residual = torch.full_like(initial[:, 0], torch.inf, dtype=precise)  # of the last step
         # Of the value. NaN as long as that is the initial one: no comparison with NaN holds, so that with best=True the
@@ -190,49 +216,101 @@ class _Record:
         self._residuals: list[Tensor] = []
         self._recorded = {0: initial}
         # The last iterate of each row and f of it, and the pairs of the recorded steps.
-        self._application = (initial.clone(), initial.clone()) if keep_iterates else None
+        self._application = (initial, initial) if keep_iterates else None
         self._applications: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, rows: Tensor | slice, active: Tensor, usable: Tensor, iterate: Tensor, output: Tensor) -> None:
-        """Take in one step.
+    def drop_stopped(self, remaining: int) -> Tensor:
+        """Go on with the `remaining` active rows alone. Returns their indices among the rows so far."""
+        # The active ones first, in their order. Since their number is known, the host need not wait for it again.
+        kept = self.active.int().argsort(descending=True, stable=True)[:remaining]
+        self.rows = kept if self.rows is None else self.rows[kept]
+        self.active = self.active[kept]
+        return kept
+
+    def add(self, iterate: Tensor, output: Tensor, proposal: Tensor) -> Tensor:
+        """Take in one step of the b rows that are computed, and return the next iterate (b, D).
 
         Args:
-            rows: which b of the B batch rows the step computed.
-            active: (b,) bool, those of them that had not stopped before it.
-            usable: (b,) bool, those of the active ones whose output is finite.
             iterate: (b, D) y.
             output: (b, D) f(y).
+            proposal: (b, D) what the solver makes of them. A row whose output is not finite stays at its iterate.
         """
-        residual = relative_residual(iterate, output)
-        self._steps[rows] += active
-        self._residual[rows] = torch.where(active, residual, self._residual[rows])
-        self._residuals.append(self._residual.clone())
+        active = self.active
+        if self._with_residuals:
+            residual, finite = _residual(iterate, output)
+        else:
+            finite = torch.linalg.vector_norm(output, ord=torch.inf, dim=1) < torch.inf  # False for NaN too
+            residual = self._residual
+        taken = usable = active & finite
         if self._application is not None:
-            for kept, new in zip(self._application, (iterate, output), strict=True):
-                kept[rows] = torch.where(active[:, None], new, kept[rows])
-        status = self.status[rows].masked_fill(active & ~usable, Status.NONFINITE)
-        self.status[rows] = status.masked_fill(usable & (residual < self._rtol), Status.CONVERGED)
-        taken = usable
+            self._application = tuple(
+                self._put(kept, torch.where(active[:, None], new, self._get(kept)))
+                for kept, new in zip(self._application, (iterate, output), strict=True)
+            )
         if self._best:
-            taken = usable & ~(residual >= self._residual_of_value[rows])
-        self._residual_of_value[rows] = torch.where(taken, residual, self._residual_of_value[rows])
-        self._value[rows] = torch.where(taken[:, None], output, self._value[rows])
+            taken = usable & ~(residual >= self._get(self._residual_of_value))
+        value = torch.where(taken[:, None], output, self._get(self._value))
+        self._value = self._put(self._value, value)
+        self.active = usable
+        if self._fixed:
+            self._found.append((residual, usable))
+            if proposal is output:
+                return value  # plain iteration: every iterate is the output before it
+        else:
+            self._add_numbers(active, usable, taken, residual)
+        return torch.where(usable[:, None], proposal, iterate)
+
+    def _add_numbers(self, active: Tensor, usable: Tensor, taken: Tensor, residual: Tensor) -> None:
+        """Take in the numbers of one step, (b,) each, where some rows may stop before others."""
+        self._steps = self._put(self._steps, self._get(self._steps) + active)
+        self._residual = self._put(self._residual, torch.where(active, residual, self._get(self._residual)))
+        self._residuals.append(self._residual)
+        of_value = self._get(self._residual_of_value)
+        self._residual_of_value = self._put(self._residual_of_value, torch.where(taken, residual, of_value))
+        converged = usable & (residual < self._rtol)
+        self._converged = self._put(self._converged, self._get(self._converged) | converged)
+        self._nonfinite = self._put(self._nonfinite, self._get(self._nonfinite) | (active & ~usable))
+        self.active = usable & ~converged
+
+    def _collect(self) -> None:
+        """Put the numbers of a fixed number of steps together."""
+        residuals, usable = (torch.stack(x) for x in zip(*self._found, strict=True))  # (T, B)
+        good = usable.sum(dim=0)  # (B,) steps before the row became non-finite, if it did
+        self._steps = (good + 1).clamp(max=len(usable))
+        rows = torch.arange(len(usable), device=good.device)[:, None]
+        # A row that has stopped repeats its last residual.
+        self._residuals = list(residuals.gather(0, rows.minimum(self._steps - 1)))
+        last = residuals.gather(0, (good - 1).clamp(min=0)[None])[0]
+        self._residual_of_value = torch.where(good > 0, last, torch.inf)
+        self._nonfinite = ~self.active
+
+    def _get(self, whole: Tensor) -> Tensor:
+        """The rows that are computed, of a tensor of all rows."""
+        return whole if self.rows is None else whole[self.rows]
+
+    def _put(self, whole: Tensor, rows: Tensor) -> Tensor:
+        """A tensor of all rows with new values in those that are computed."""
+        return rows if self.rows is None else whole.index_copy(0, self.rows, rows)
 
     def keep(self, step: int) -> None:
         """Record the values, and the iterates if they are wanted, as they are after this step."""
-        self._recorded[step] = self._value.clone()
+        self._recorded[step] = self._value
         if self._application is not None:
-            self._applications[step] = self._application[0].clone(), self._application[1].clone()
+            self._applications[step] = self._application
 
     def finish(self, record: Collection[int]) -> Solution:
         """Return the Solution. Recorded steps that were not reached have the last value and the last iterate."""
         pairs = {}
         if self._application is not None:
             pairs = {t: self._applications.get(t, self._application) for t in sorted(record) if t >= 1}
+        if self._found:
+            self._collect()
+        status = torch.full_like(self._steps, Status.MAX_STEPS)
+        status = status.masked_fill(self._converged, Status.CONVERGED).masked_fill(self._nonfinite, Status.NONFINITE)
         return Solution(
             value=self._value,
             residual=self._residual_of_value.nan_to_num(nan=torch.inf, posinf=torch.inf),
-            status=self.status,
+            status=status,
             steps=self._steps,
             residuals=torch.stack(self._residuals) if self._residuals else self._residual[None][:0],
             recorded={t: self._recorded.get(t, self._value) for t in sorted(record)},

@@ -8,6 +8,7 @@ from .base import (
     look_up,
     set_class_prior,
 )
+from .compiled import compile_layer
 from .sparse_rcnn import SparseRCNNLayer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "RefinementLayer",
     "SparseRCNNLayer",
     "build_refinement_layer",
+    "compile_layer",
     "look_up",
     "set_class_prior",
 ]

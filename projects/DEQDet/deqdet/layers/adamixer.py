@@ -3,17 +3,19 @@
 B: rows of the state, N: queries, C: channels.
 """
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
 from ..boxes import decode_boxes, refine_position
-from ..structures import Prediction, QueryState
+from ..structures import Features, Prediction, QueryState
 from .attention import PositionalAttention
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
 from .mixing import AdaptiveMixing
-from .sampling import SamplingPoints, sample_pyramid
+from .sampling import SamplingPoints, sample_pyramid, sample_table
+from .table import PyramidTable, build_table, table_dtype
 
 
 @REFINEMENT_LAYER_REGISTRY.register()
@@ -94,14 +96,25 @@ class AdaMixerLayer(RefinementLayer):
         nn.init.zeros_(self.box_branch[-1].bias)
         set_class_prior(self.class_branch[-1])
 
-    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
-        """See RefinementLayer.forward."""
+    @torch.no_grad()
+    def prepare(self, features: Features) -> PyramidTable:
+        """The table from which every step samples that records no gradient."""
+        return build_table(features, self.strides, table_dtype(features), self.points.num_groups)
+
+    def forward(self, state: QueryState, features: Features) -> QueryState:
+        """See RefinementLayer.forward. Steps with a gradient, and features that were not prepared, take longer."""
         position = state.position.detach()  # only the last line passes gradient to the given position
         content = self.attention_norm(self.attention(state.content, position))
-        samples = sample_pyramid(features, self.strides, self.points(content, position))
+        samples = self._sample(features, self.points(content, position))
         content = self.mixing_norm(content + self.mixing(content, samples))
         content = self.feedforward_norm(content + self.feedforward(content))
         return QueryState(refine_position(state.position, self.box_branch(content)), content)
+
+    def _sample(self, features: Features, points: Tensor) -> Tensor:
+        # The backward pass of the gather sorts the rows of all bags, which takes longer than grid_sample's.
+        if isinstance(features, PyramidTable) and not torch.is_grad_enabled():
+            return sample_table(features, points)
+        return sample_pyramid(list(features), self.strides, points)
 
     def predict(self, state: QueryState) -> Prediction:
         """See RefinementLayer.predict."""

@@ -4,9 +4,35 @@ B: rows of the state, N: queries, C: channels.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..boxes import decode_boxes, embed_position, pairwise_iof
+from ..boxes import decode_boxes, embed_position, embedding_waves, pairwise_iof
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention, with its parameters, for queries that attend to each other.
+
+    The general one moves the batch behind the queries and back, and checks its arguments, in every call.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__(dim, num_heads, batch_first=True)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (B, N, C).
+            bias: (B, heads, N, N), added to the logits of the attention.
+
+        Returns:
+            (B, N, C).
+        """
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.num_heads, -1))
+        query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, heads, N, C / heads) each
+        bias = None if bias is None else bias.to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class PositionalAttention(nn.Module):
@@ -26,7 +52,11 @@ class PositionalAttention(nn.Module):
         """
         super().__init__()
         self.embed = embed
-        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        if embed:  # computed once, not in every step
+            frequency, phase = embedding_waves(dim)
+            self.register_buffer("frequency", frequency, persistent=False)
+            self.register_buffer("phase", phase, persistent=False)
+        self.attention = SelfAttention(dim, num_heads)
         self.iof_scale = None
         if overlap:
             self.iof_scale = nn.Parameter(torch.empty(num_heads))  # (heads,)  tau
@@ -42,13 +72,14 @@ class PositionalAttention(nn.Module):
         Returns:
             (B, N, C): content + embedded position + the result of the attention.
         """
-        embedded = content + embed_position(position, content.shape[2]) if self.embed else content
-        bias = None if self.iof_scale is None else self._overlap_bias(position).to(embedded.dtype)
-        attended, _ = self.attention(embedded, embedded, embedded, attn_mask=bias, need_weights=False)
-        return embedded + attended
+        embedded = content
+        if self.embed:
+            embedded = content + embed_position(position, content.shape[2], waves=(self.frequency, self.phase))
+        bias = None if self.iof_scale is None else self._overlap_bias(position)
+        return embedded + self.attention(embedded, bias)
 
     def _overlap_bias(self, position: Tensor) -> Tensor:
-        """(B * heads, N, N), as nn.MultiheadAttention takes it."""
+        """(B, heads, N, N)."""
         # 1e-7 gives boxes that do not meet a finite bias: an infinite one could leave a query with no box to attend to.
         overlap = (pairwise_iof(decode_boxes(position)) + 1e-7).log()  # (B, N, N)
-        return (self.iof_scale[:, None, None] * overlap[:, None]).flatten(0, 1)
+        return self.iof_scale[:, None, None] * overlap[:, None]

@@ -4,13 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
-from ..structures import Prediction, QueryState
+from ..structures import Features, Prediction, QueryState, count_images
 
 REFINEMENT_LAYER_REGISTRY = Registry("REFINEMENT_LAYER")
 REFINEMENT_LAYER_REGISTRY.__doc__ = """
@@ -36,8 +36,16 @@ class RefinementLayer(nn.Module, ABC):
     # all images' first states, then all images' second states, and so on.
     accepts_segments = False
 
+    def prepare(self, features: Features) -> Features:
+        """Compute once what all steps on these images read of their features; by default nothing.
+
+        The decoders call it once for a batch, and hand what it returns to `forward` in every step. A layer that has
+        something to compute returns PreparedFeatures, and `forward` should take both these and a plain list of levels.
+        """
+        return features
+
     @abstractmethod
-    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
+    def forward(self, state: QueryState, features: Features) -> QueryState:
         """Refine the queries once.
 
         Read only a detached position in everything but the refinement of the box itself, so that a gradient reaches the
@@ -45,7 +53,7 @@ class RefinementLayer(nn.Module, ABC):
 
         Args:
             state: B rows of N queries.
-            features: the pyramid, for each level a tensor (B, C, H_l, W_l), finest first.
+            features: the pyramid, for each level a tensor (B, C, H_l, W_l), finest first; or what `prepare` made of it.
 
         Returns:
             The refined queries, in the shapes of `state`.
@@ -55,14 +63,14 @@ class RefinementLayer(nn.Module, ABC):
     def predict(self, state: QueryState) -> Prediction:
         """Class logits (B, N, K) and boxes (B, N, 4) of a state that this layer returned."""
 
-    def refine_segments(self, states: QueryState, features: list[Tensor]) -> QueryState:
+    def refine_segments(self, states: QueryState, features: Features) -> QueryState:
         """Refine S states of each image, each with the features of its own image.
 
         Args:
             states: S * B rows; row s * B + b is the state s of image b.
             features: as in `forward`, of B images.
         """
-        segments = len(states.content) // len(features[0])
+        segments = len(states.content) // count_images(features)
         if segments == 1 or self.accepts_segments:
             return self(states, features)
         return QueryState.cat([self(segment, features) for segment in states.chunk(segments)])

@@ -48,4 +48,4 @@ class AdaptiveMixing(nn.Module):
 
 def _norm_relu(x: Tensor) -> Tensor:
     """Apply a LayerNorm without affine part over the last two dimensions, points and channels of a group, then ReLU."""
-    return F.relu(F.layer_norm(x, x.shape[-2:]))
+    return F.layer_norm(x, x.shape[-2:]).relu_()

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..boxes import box_sizes
+from .table import PyramidTable
 
 
 class SamplingPoints(nn.Module):
@@ -64,7 +65,41 @@ class SamplingPoints(nn.Module):
         center, depth = position[:, :, None, None, :2], position[:, :, None, None, 2:3]
         size = box_sizes(position)[:, :, None, None]  # (B, N, 1, 1, 2)
         # (cx + dx w, cy + dy h, z + dz): the learned offsets are relative to the size of the box.
-        return torch.cat([center + offsets[..., :2] * size, depth + offsets[..., 2:]], dim=-1)
+        return torch.cat([torch.addcmul(center, offsets[..., :2], size), depth + offsets[..., 2:]], dim=-1)
+
+
+def sample_table(table: PyramidTable, points: Tensor) -> Tensor:
+    """The same as `sample_pyramid`, by one gather from a table of all levels.
+
+    All levels are handled at once, with the points in the last dimension, where the arithmetic is contiguous.
+
+    Args:
+        table: of B images.
+        points: (S * B, N, G, P, 3), as for `sample_pyramid`.
+
+    Returns:
+        (S * B, N, G, P, C / G), in the dtype of the table.
+    """
+    shape = (len(points) // table.num_images, table.num_images, *points.shape[1:4])  # S, B, N, G, P
+    x_y, depth = points.reshape(-1, 3).t().contiguous().split([2, 1])  # (2, K), (1, K), K = S B N G P
+    # The square of the depth is the same for all levels, so that the softmax does not need it:
+    # -(d - m)^2 / 2 = -d^2 / 2 + m d - m^2 / 2.
+    levels = torch.addcmul(table.half_square[:, None], depth, table.depth[:, None]).softmax(dim=0)  # (L, K)
+    # In cells, from the centre of the first one.
+    cells = torch.addcmul(table.shift, x_y, table.scale[:, None, None])[:, :, None]  # (L, 2, 1, K)
+    low = cells.detach().floor()
+    # The weights of the lower and of the upper cell of each axis.
+    weight = torch.addcmul(table.near[0, :, None], cells - low, table.near[1, :, None])  # (L, 2, 2, K)
+    # To the integers first: of NaN and infinity these are some integer, which the clamp brings into the table.
+    corner = low.to(torch.int32) + table.corner[:, None]  # (L, 2, 2, K)
+    corner = corner.clamp(table.outside, table.size[:, :, None, None])
+    column, line = corner.unflatten(3, shape).unbind(1)  # (L, 2, S, B, N, G, P) each
+    start = table.start[:, None, None, :, None, :, None]  # (L, 1, 1, B, 1, G, 1)
+    index = torch.addcmul(start, column, table.column)[:, None]
+    index = torch.addcmul(index, line[:, :, None], table.line.view(-1, *[1] * 7))  # (L, 2, 2, S, B, N, G, P)
+    weight = (weight[:, 0] * levels[:, None])[:, None] * weight[:, 1][:, :, None]  # (L, 2, 2, K)
+    bags = [x.view(4 * len(levels), -1).t().contiguous() for x in (index, weight)]  # (K, 4 L) each
+    return table.gather(*bags).view(*points.shape[:4], -1)
 
 
 def sample_pyramid(features: list[Tensor], strides: list[int], points: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 B: images, S: states of each image (see sampling.py), N: queries, C: channels, M: cells of a pooled region.
 """
 
+import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
@@ -11,10 +12,12 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
 from ..boxes import decode_boxes, refine_position_by_deltas
-from ..structures import Prediction, QueryState
-from .attention import PositionalAttention
+from ..structures import Features, Prediction, QueryState
+from .attention import PositionalAttention, SelfAttention
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
 from .dynamic_conv import DynamicConvolution
+from .regions import pool_regions
+from .table import PyramidTable, build_table
 
 # Boxes are clipped to this many pixels from the origin before they are pooled: RoIAlign of an infinite box would read
 # outside its input.
@@ -69,6 +72,7 @@ class SparseRCNNLayer(RefinementLayer):
             ValueError: dim is not a multiple of num_heads, or of 8 with an embedding; or an unknown attention.
         """
         super().__init__()
+        self.strides = list(strides)
         if dim % num_heads:
             raise ValueError(f"the hidden dimension {dim} is not a multiple of the {num_heads} heads")
         if attention not in ATTENTIONS:
@@ -77,6 +81,7 @@ class SparseRCNNLayer(RefinementLayer):
         embed, overlap = ATTENTIONS[attention]
         if embed and dim % 8:
             raise ValueError(f"the hidden dimension {dim} is not a multiple of the 8 sine embedding's features")
+        self.side, self.sampling_ratio = pooler_resolution, pooler_sampling_ratio
         self.pooler = ROIPooler(
             output_size=pooler_resolution,
             scales=[1 / stride for stride in strides],
@@ -87,7 +92,7 @@ class SparseRCNNLayer(RefinementLayer):
         if self.is_positional:
             self.attention = PositionalAttention(dim=dim, num_heads=num_heads, embed=embed, overlap=overlap)
         else:  # without a module around it, so that the parameters have the names of older checkpoints
-            self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+            self.attention = SelfAttention(dim, num_heads)
         self.attention_norm = nn.LayerNorm(dim)
         self.dynamic_conv = DynamicConvolution(dim=dim, dynamic_dim=dynamic_dim, num_cells=pooler_resolution**2)
         self.dynamic_conv_norm = nn.LayerNorm(dim)
@@ -118,8 +123,18 @@ class SparseRCNNLayer(RefinementLayer):
             "attention": sparse.ATTENTION,
         }
 
-    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
-        """See RefinementLayer.forward."""
+    def prepare(self, features: Features) -> Features:
+        """The table from which every step pools, in float32 or better, whatever the precision of the rest.
+
+        A sampling ratio of 0 takes the more samples the larger a box is. ROIPooler does that, and reads the levels.
+        """
+        dtype = torch.promote_types(features[0].dtype, torch.float32)
+        if self.sampling_ratio < 1:
+            return [level.to(dtype) for level in features]
+        return build_table(features, self.strides, dtype)
+
+    def forward(self, state: QueryState, features: Features) -> QueryState:
+        """See RefinementLayer.forward. From features that were not prepared, detectron2's ROIPooler pools."""
         position = state.position.detach()
         regions = self._pool(features, decode_boxes(position))
         content = self.attention_norm(self._attend(state.content, position))
@@ -131,24 +146,28 @@ class SparseRCNNLayer(RefinementLayer):
         """(B, N, C): the content with what it attends to."""
         if self.is_positional:
             return self.attention(content, position)
-        return content + self.attention(content, content, content, need_weights=False)[0]
+        return content + self.attention(content)
 
     def predict(self, state: QueryState) -> Prediction:
         """See RefinementLayer.predict."""
         return Prediction(self.class_branch(state.content), decode_boxes(state.position))
 
-    def _pool(self, features: list[Tensor], boxes: Tensor) -> Tensor:
+    def _pool(self, features: Features, boxes: Tensor) -> Tensor:
         """Pool the features in each box by RoIAlign.
 
         Args:
-            features: for each level (B, C, H_l, W_l).
+            features: for each level (B, C, H_l, W_l); or their table.
             boxes: (S * B, N, 4) xyxy, pixels; rows state by state (see sampling.py), so that row r is of image r % B.
 
         Returns:
             (S * B, N, M, C), the cells of a region row by row.
         """
+        # In half precision, coordinates would be off by a pixel beyond 1,024, and infinite beyond 65,504.
+        boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).nan_to_num().clamp(-FARTHEST, FARTHEST)
+        if isinstance(features, PyramidTable):
+            return pool_regions(features, boxes, self.side, self.sampling_ratio)
+        features = [level.to(boxes.dtype) for level in features]
         images, queries = len(features[0]), boxes.shape[1]
-        boxes = boxes.nan_to_num().clamp(-FARTHEST, FARTHEST)
         # The pooler takes a list of the boxes of each image, here those of all its states.
         by_image = boxes.unflatten(0, (-1, images)).transpose(0, 1).flatten(1, 2)  # (B, S * N, 4)
         regions = self.pooler(features, [Boxes(x) for x in by_image])  # (B * S * N, C, side, side)

@@ -186,6 +186,7 @@ def trace(module: nn.Module, *inputs: Tensor) -> dict[str, MultiplyAdds]:
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _count_attention)
     analysis.set_op_handle("torchvision::roi_align", _count_roi_align)
+    analysis.set_op_handle("aten::embedding_bag", _count_bags)
     with _unfused_attention():
         operators = analysis.by_module_and_operator()
     linear = {name: counts["conv"] + counts["linear"] for name, counts in operators.items()}
@@ -221,6 +222,12 @@ def _count_roi_align(inputs: list[Any], outputs: list[Any]) -> int:
             "set MODEL.DEQDET.SPARSE_RCNN.POOLER_SAMPLING_RATIO to at least 1"
         )
     return math.prod(get_shape(outputs[0])) * ratio**2 * 4
+
+
+def _count_bags(inputs: list[Any], outputs: list[Any]) -> int:
+    """1 for each value of a row in a bag, which is as many as grid_sample or RoIAlign count for the same samples."""
+    table, index = get_shape(inputs[0]), get_shape(inputs[1])
+    return math.prod(index) * table[1]
 
 
 def _empty_features(model: DEQDet, images: Tensor) -> list[Tensor]:

@@ -1,0 +1,270 @@
+"""How long a detector takes, by part, beside the least that its matrix products could take.
+
+The calls that are compared take turns, so that a machine that becomes slower meanwhile favours none of them. Each gets
+fresh inputs, and the device is waited for before and after. The *floor* of a step are its matrix products alone: those
+that the step runs, on operands of the same shapes, strides and precision.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import cycle
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from detectron2.structures import Boxes, Instances
+
+from ..boxes import encode_boxes
+from ..decoders import prepare_features
+from ..detector import DEQDet
+from ..equilibrium import FixedPointIteration, solve
+from ..layers import compile_layer
+from ..structures import Features, QueryState
+from .timing import peak_memory, timed
+
+TASKS = ("step", "decoder", "inference", "training")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
+STEPS = 5  # steps of one timed solve, by which its time is divided
+BOXES = 10  # of each image in training
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The milliseconds of one call over all repeats."""
+
+    median: float
+    low: float  # the first and the third quartile
+    high: float
+
+    @classmethod
+    def of(cls, times: Sequence[float], parts: int = 1) -> "Timing":
+        """Of seconds, each of `parts` equal parts."""
+        low, _, high = quantiles(times, n=4)
+        return cls(*(1e3 * x / parts for x in (median(times), low, high)))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured."""
+
+    task: str
+    height: int  # of the images, pixels; they are padded as the model pads them
+    width: int
+    batch: int
+    precision: str
+    steps: int | None = None  # of the decoder; None: its own number
+    compiled: bool = False
+    repeats: int = 20
+    warm_up: int = 3
+
+
+def interleave(
+    calls: Mapping[str, Call], device: torch.device, *, repeats: int, warm_up: int
+) -> dict[str, list[float]]:
+    """Time calls that take turns. Returns the seconds of each, without those of the first `warm_up` rounds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(warm_up + repeats):
+        for name, call in calls.items():
+            times[name].append(timed(call, device)[1])
+    return {name: found[warm_up:] for name, found in times.items()}
+
+
+def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
+    """Measure one task of a model.
+
+    Returns:
+        For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most that tensors took beside the
+        weights, in MiB. For a step also floor_ms and simple_ms, the same step from features that were not prepared;
+        on CUDA kernels, moved_mb and bandwidth_ms as well. For training also forward_ms, backward_ms, optimizer_ms.
+    """
+    torch.manual_seed(0)
+    if setting.compiled:
+        compile_layer(model.decoder.execution().refinement)
+    run = {"step": _step, "decoder": _decoder, "inference": _inference, "training": _training}[setting.task]
+    with torch.set_grad_enabled(setting.task == "training"):
+        return run(model.train(setting.task == "training"), setting)
+
+
+def _autocast(model: DEQDet, setting: Setting) -> AbstractContextManager:
+    if setting.precision == "float32":
+        return nullcontext()
+    return torch.autocast(model.device.type, dtype=PRECISIONS[setting.precision])
+
+
+def _images(model: DEQDet, setting: Setting) -> list[dict]:
+    """A batch of images of noise, with boxes in training."""
+    batch = []
+    for _ in range(setting.batch):
+        image = torch.randint(0, 256, (3, setting.height, setting.width), dtype=torch.uint8)
+        inputs: dict[str, Any] = {"image": image}
+        if setting.task == "training":
+            size = torch.tensor([setting.width, setting.height])
+            corners = torch.rand(BOXES, 2) * 0.7 * size
+            boxes = torch.cat([corners, corners + (0.05 + 0.25 * torch.rand(BOXES, 2)) * size], dim=1)
+            classes = torch.randint(0, model.criterion.num_classes, (BOXES,))
+            inputs["instances"] = Instances(image.shape[1:], gt_boxes=Boxes(boxes), gt_classes=classes)
+        batch.append(inputs)
+    return batch
+
+
+def _encoded(model: DEQDet, setting: Setting) -> tuple[QueryState, Features]:
+    """Initial queries and features of noise."""
+    with _autocast(model, setting):
+        features, initial = model.encode(model.preprocess(_images(model, setting)))
+    return initial, features
+
+
+def _random_state(initial: QueryState, setting: Setting) -> QueryState:
+    """Contents like those after a LayerNorm, and boxes of 1/20 to 3/5 of the image's sides, all over the image."""
+    batch, queries = initial.position.shape[:2]
+    device = initial.content.device
+    size = torch.tensor([setting.width, setting.height], device=device)
+    center = torch.rand(batch, queries, 2, device=device) * size
+    half = (0.025 + 0.275 * torch.rand(batch, queries, 2, device=device)) * size
+    content = torch.randn_like(initial.content)
+    return QueryState(encode_boxes(torch.cat([center - half, center + half], dim=2)), content)
+
+
+def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
+    layer, solver = model.decoder.execution().refinement, FixedPointIteration()
+    initial, plain = _encoded(model, setting)
+    queries = initial.content.shape[1]
+    states = cycle([_random_state(initial, setting).pack() for _ in range(4)])
+    with _autocast(model, setting):
+        prepared = prepare_features([layer], plain)
+
+    def refine(features: Features) -> Callable[[Tensor], Tensor]:
+        return lambda flat: layer.refine_segments(QueryState.unpack(flat, queries), features).pack()
+
+    def walk(features: Features, steps: int) -> None:
+        with _autocast(model, setting):
+            solve(refine(features), next(states), solver=solver, max_steps=steps)
+
+    seen = _Operations()
+    if not setting.compiled:  # a compiled step has no operations to see
+        with seen:
+            walk(prepared, 1)
+    calls = {"step": lambda: walk(prepared, STEPS), "simple": lambda: walk(plain, STEPS)}
+    if setting.compiled:
+        del calls["simple"]
+    calls["floor"] = lambda: [seen.products() for _ in range(STEPS)]
+    if not seen.products_seen:
+        del calls["floor"]
+    times = interleave(calls, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
+    found = _report({name: Timing.of(x, parts=STEPS) for name, x in times.items()}, "step")
+    found["peak_mb"] = peak_memory(calls["step"], model.device) / 2**20
+    if model.device.type == "cuda":
+        bandwidth = _copy_bandwidth(model.device)
+        found |= {"kernels": seen.kernels, "moved_mb": seen.moved / 2**20, "bandwidth_ms": 1e3 * seen.moved / bandwidth}
+    return found
+
+
+def _decoder(model: DEQDet, setting: Setting) -> dict[str, Any]:
+    inputs = cycle([_encoded(model, setting) for _ in range(2)])
+
+    def decode() -> None:
+        with _autocast(model, setting):
+            if setting.steps is None:
+                model.decoder.decode(*next(inputs))
+            else:
+                model.decoder.walk(*next(inputs), steps=setting.steps)
+
+    return _time_one(decode, model, setting)
+
+
+def _inference(model: DEQDet, setting: Setting) -> dict[str, Any]:
+    inputs = cycle([_images(model, setting) for _ in range(2)])
+
+    def infer() -> None:
+        with _autocast(model, setting):
+            model.infer(next(inputs), steps=setting.steps)
+
+    return _time_one(infer, model, setting)
+
+
+def _training(model: DEQDet, setting: Setting) -> dict[str, Any]:
+    """One iteration by part, with AdamW: fused where the device has it."""
+    inputs = cycle([_images(model, setting) for _ in range(2)])
+    weights = [x for x in model.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-7, fused=model.device.type == "cuda")
+    losses: list[Tensor] = []
+
+    def forward() -> None:
+        with _autocast(model, setting):
+            losses[:] = [sum(model(next(inputs)).values())]
+
+    def backward() -> None:
+        losses.pop().backward()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def iterate() -> None:
+        forward()
+        backward()
+        update()
+
+    calls = {"forward": forward, "backward": backward, "optimizer": update}
+    times = interleave(calls, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
+    times["iteration"] = [sum(parts) for parts in zip(*times.values(), strict=True)]
+    found = _report({name: Timing.of(x) for name, x in times.items()}, "iteration")
+    return found | {"peak_mb": peak_memory(iterate, model.device) / 2**20}
+
+
+def _time_one(call: Call, model: DEQDet, setting: Setting) -> dict[str, Any]:
+    times = interleave({"task": call}, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
+    found = _report({"task": Timing.of(times["task"])}, "task")
+    return found | {"peak_mb": peak_memory(call, model.device) / 2**20}
+
+
+def _report(timings: dict[str, Timing], main: str) -> dict[str, Any]:
+    whole = timings.pop(main)
+    found = {"median_ms": whole.median, "low_ms": whole.low, "high_ms": whole.high}
+    return found | {f"{name}_ms": timing.median for name, timing in timings.items()}
+
+
+class _Operations(TorchDispatchMode):
+    """The matrix products of what runs within it, its kernels, and the bytes that these read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products_seen: list[tuple[Callable, tuple, dict]] = []
+        self.kernels = 0
+        self.moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = str(func.overloadpacket)
+        if name in PRODUCTS:
+            self.products_seen.append((func, args, kwargs))
+        elif "scaled_dot_product" in name:  # its two products, without the softmax between them
+            query, key, value = (x.flatten(0, 1) for x in args[:3])
+            weights = query @ key.transpose(1, 2)
+            self.products_seen += [(torch.bmm, (query, key.transpose(1, 2)), {}), (torch.bmm, (weights, value), {})]
+        returns = func._schema.returns
+        if returns and not all(x.alias_info is not None and not x.alias_info.is_write for x in returns):
+            self.kernels += 1
+            parts = [x for x in (*args, *(result if isinstance(result, (tuple, list)) else [result]))]
+            self.moved += sum(x.nbytes for x in parts if isinstance(x, Tensor))
+        return result
+
+    def products(self) -> None:
+        """Run the matrix products alone."""
+        for func, args, kwargs in self.products_seen:
+            func(*args, **kwargs)
+
+
+def _copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
+    """Bytes that a copy on the device reads and writes in a second."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = interleave({"copy": lambda: target.copy_(source)}, device, repeats=20, warm_up=3)
+    return 2 * size / median(times["copy"])

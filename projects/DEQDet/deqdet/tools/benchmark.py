@@ -1,0 +1,112 @@
+"""Time one step, the decoder, a whole detection or a training iteration of a detector, with random weights.
+
+    deqdet-benchmark --config-file F --task step [--device cuda] [--precision bfloat16] [--batch 4] [KEY VALUE ...]
+
+Images are noise, since no time depends on what they show. The median of the repeats is printed with its quartiles, the
+peak of memory, and for a step the *floor*: its matrix products alone, timed in turn with it. The last line is a row for
+docs/benchmarks.md. OUT.json has the same numbers: median_ms, for a step floor_ms and simple_ms, and so on.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
+from ..engine.configuration import adapt_device
+from ..errors import UserError, describe_os_error
+from ..measurement.benchmark import PRECISIONS, TASKS, Setting, benchmark
+from ..measurement.timing import describe_machine
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the tool with the given command line, by default that of the process."""
+    with exit_on_user_error():
+        measure(parse_arguments(make_parser(), words))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The tool's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--task", choices=TASKS, default="step")
+    parser.add_argument("--device", help="cpu or cuda; by default MODEL.DEVICE, or cpu where there is no GPU")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="float32", help="of autocast")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="images at once")
+    parser.add_argument("--steps", type=int, metavar="T", help="steps of the decoder; by default the config's")
+    parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default torch's choice")
+    parser.add_argument("--height", type=int, default=800, help="of the images, pixels")
+    parser.add_argument("--width", type=int, default=1333)
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed calls, after three to warm up")
+    parser.add_argument("--output", type=Path, metavar="OUT.json", help="write the numbers as JSON")
+    return parser
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure what the command line asks for, print it, and write it if it says where."""
+    for name in ("batch", "height", "width", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.repeats < 2:
+        raise UserError(f"--repeats must be at least 2, got {args.repeats}: quartiles need several times")
+    cfg = load_config(args)
+    if args.device:
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {args.device}: there is no CUDA here")
+        cfg.MODEL.DEVICE = args.device
+    adapt_device(cfg)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = build_model(cfg)
+    if args.steps is not None and not model.decoder.has_equilibrium:
+        raise UserError(f"--steps: a {type(model.decoder).__name__} takes MODEL.DEQDET.NUM_LAYERS steps")
+    setting = Setting(
+        task=args.task,
+        height=args.height,
+        width=args.width,
+        batch=args.batch,
+        precision=args.precision,
+        steps=args.steps,
+        compiled=args.mode == "compiled",
+        repeats=args.repeats,
+    )
+    found = {
+        "config": args.config_file or args.model,
+        "task": args.task,
+        "queries": cfg.MODEL.DEQDET.NUM_QUERIES,
+        "precision": args.precision,
+        "mode": args.mode,
+        "batch": args.batch,
+        "steps": args.steps,
+        "image": [args.height, args.width],
+        "machine": describe_machine(model.device),
+        "date": date.today().isoformat(),
+        **benchmark(model, setting),
+    }
+    for name, value in found.items():
+        print(f"{name:13} {value:.2f}" if isinstance(value, float) else f"{name:13} {value}")
+    print(format_row(found))
+    if args.output:
+        try:
+            args.output.write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.output}: {describe_os_error(error)}") from error
+
+
+def format_row(found: dict) -> str:
+    """A row of the tables in docs/benchmarks.md."""
+    ratio = f"{found['median_ms'] / found['floor_ms']:.2f}" if "floor_ms" in found else ""
+    simple = f"{found['simple_ms'] / found['floor_ms']:.2f}" if "simple_ms" in found and ratio else ""
+    task = found["task"] if found["steps"] is None else f"{found['task']}, {found['steps']} steps"
+    cells = [found["config"], task, found["queries"], found["precision"], found["mode"], found["batch"]]
+    spread = f"{found['median_ms']:.1f} ({found['low_ms']:.1f} to {found['high_ms']:.1f})"
+    cells += [spread, ratio, simple, f"{found['peak_mb']:.0f}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+if __name__ == "__main__":
+    main()

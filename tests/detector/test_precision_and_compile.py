@@ -1,0 +1,109 @@
+"""TEST.PRECISION and MODEL.DEQDET.COMPILE."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from deqdet.layers import RefinementLayer, compile_layer
+from deqdet.structures import Prediction, QueryState
+
+from helpers.batches import strip
+from helpers.small_layers import CASES
+
+LAYERS = {"AdaMixerLayer": (), "SparseRCNNLayer": ("MODEL.BACKBONE.NAME", "build_basic_resnet_fpn_backbone")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("solver", ["FixedPointIteration", "Anderson", "Broyden"])
+def test_bfloat16_at_test_time(small_model, make_inputs, layer, solver):
+    """Matrix products are in bfloat16; states, boxes, scores and residuals in float32, and near those in float32."""
+    keys = "MODEL.DEQDET.REFINEMENT_LAYER", layer, *LAYERS[layer], "MODEL.DEQDET.SOLVER.NAME", solver
+    inputs, found, seen = strip(make_inputs(0, 0)), [], []
+    for precision in ("float32", "bfloat16"):
+        model = small_model(*keys, "TEST.PRECISION", precision).eval()
+        model.decoder.refinement.feedforward[0].register_forward_hook(lambda *x: seen.append(x[2].dtype))
+        found.append(model(inputs))
+        path = model.walk(inputs, steps=3, record=[1, 3]).trajectory
+        states = [path.start, path.state(1), path.state()]
+        assert {x.dtype for state in states for x in (state.position, state.content)} == {torch.float32}
+        assert path.solution.residual.dtype == torch.float32
+    assert set(seen[: len(seen) // 2]) == {torch.float32} and set(seen[len(seen) // 2 :]) == {torch.bfloat16}
+    for exact, rough in zip(*found, strict=True):
+        scores = [x["instances"].scores for x in (exact, rough)]
+        assert scores[1].dtype == rough["instances"].pred_boxes.tensor.dtype == torch.float32
+        assert scores[1].tolist() == pytest.approx(scores[0].tolist(), abs=0.005)
+        assert not torch.equal(*scores)
+
+
+def test_training_does_not_read_the_precision_of_test_time(small_model, make_inputs):
+    seen = []
+    model = small_model("TEST.PRECISION", "bfloat16").train()
+    model.decoder.refinement.feedforward[0].register_forward_hook(lambda *x: seen.append(x[2].dtype))
+    model(make_inputs(1))
+    assert set(seen) == {torch.float32}
+
+
+def test_an_unknown_precision_is_an_error(small_model):
+    with pytest.raises(ValueError, match="TEST.PRECISION is 'int8': it must be one of float32, bfloat16"):
+        small_model("TEST.PRECISION", "int8")
+
+
+def make_layer(name: str) -> tuple[RefinementLayer, RefinementLayer]:
+    """A layer twice: as it is, and traced into one graph, but without a code generator, which would take a minute."""
+    layers = CASES[name].make(), CASES[name].make()
+    names = set(layers[1].state_dict())
+    compile_layer(layers[1])
+    assert set(layers[1].state_dict()) == names
+    layers[1]._compiled_call_impl._compiled = torch.compile(
+        layers[1]._call_impl, backend="eager", fullgraph=True, dynamic=True
+    )
+    return layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph_serves_all_sizes(name, caplog):
+    """fullgraph=True would raise at a graph break. The first two sizes may each make a graph, the others none."""
+    torch._dynamo.reset()
+    eager, compiled = make_layer(name)
+    case, graphs = CASES[name], []
+    for scale, images in ((1, 2), (2, 3), (3, 2), (4, 5)):
+        sizes = [(x.shape[1], x.shape[2] * scale + 1, x.shape[3] * scale) for x in case.features()]
+        features = [torch.randn(images, *size) for size in sizes]
+        state = case.state(rows=images)
+        found, expected = (layer(state, layer.prepare(features)) for layer in (compiled, eager))
+        torch.testing.assert_close(found.content, expected.content, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.position, expected.position, rtol=0, atol=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"] and graphs[1] == graphs[-1] >= 1, graphs
+    assert not [x for x in caplog.records if x.levelno >= logging.WARNING]
+
+
+class HostLayer(RefinementLayer):
+    """Its forward needs a number on the host, of which no graph can be made."""
+
+    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
+        return QueryState(state.position, state.content + (1 if state.content.sum().item() > 0 else -1))
+
+    def predict(self, state: QueryState) -> Prediction:
+        return Prediction(state.content, state.position)
+
+
+def test_a_layer_that_cannot_be_compiled_runs_as_it_is(caplog):
+    layer = HostLayer()
+    compile_layer(layer)
+    state = QueryState(torch.zeros(1, 2, 4), torch.ones(1, 2, 3))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert layer(state, []).content.tolist() == [[[2.0] * 3] * 2]
+    (record,) = caplog.records  # it says so once
+    assert record.getMessage().startswith("HostLayer cannot be compiled and runs as it is: ")
+
+
+def test_the_key_compiles_f_alone(small_model):
+    decoder = small_model("MODEL.DEQDET.COMPILE", True).decoder
+    assert decoder.refinement._compiled_call_impl is not None and decoder.initialization._compiled_call_impl is None

@@ -1,0 +1,89 @@
+"""The benchmark of a small model: what it reports, and what its floor is made of."""
+
+import json
+
+import pytest
+import torch
+
+from deqdet.measurement.benchmark import Setting, Timing, _Operations, benchmark, interleave
+from deqdet.tools import benchmark as tool
+
+SMALL = {"height": 64, "width": 96, "batch": 2, "precision": "float32", "repeats": 3, "warm_up": 1}
+
+
+def test_quartiles_of_the_times_of_several_parts():
+    timing = Timing.of([0.010, 0.030, 0.020, 0.040, 0.050], parts=10)
+    assert (timing.median, timing.low, timing.high) == pytest.approx((3.0, 1.5, 4.5))  # milliseconds
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = interleave(calls, torch.device("cpu"), repeats=2, warm_up=1)
+    assert "".join(order) == "ababab" and {name: len(x) for name, x in times.items()} == {"a": 2, "b": 2}
+
+
+def test_the_floor_has_the_matrix_products_alone():
+    a, b, query = torch.randn(3, 4), torch.randn(4, 5), torch.randn(2, 2, 6, 4)
+    with _Operations() as seen:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        (a @ b).relu().sum()
+    shapes = [[tuple(x.shape) for x in args] for _, args, _ in seen.products_seen]
+    assert shapes == [[(4, 6, 4), (4, 4, 6)], [(4, 6, 6), (4, 6, 4)], [(3, 4), (4, 5)]]
+    assert seen.kernels == 4 and seen.moved >= 4 * (12 + 20 + 15)
+    seen.products()
+
+
+@pytest.mark.parametrize("layer", ["AdaMixerLayer", "SparseRCNNLayer"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step(small_model, layer, precision):
+    backbone = "build_basic_resnet_fpn_backbone"
+    keys = ("MODEL.BACKBONE.NAME", backbone) if layer == "SparseRCNNLayer" else ()
+    model = small_model("MODEL.DEQDET.REFINEMENT_LAYER", layer, *keys)
+    found = benchmark(model, Setting(task="step", **SMALL | {"precision": precision}))
+    assert 0 < found["floor_ms"] < found["median_ms"] and found["simple_ms"] > found["floor_ms"]
+    assert found["low_ms"] <= found["median_ms"] <= found["high_ms"] and found["peak_mb"] > 0
+
+
+@pytest.mark.parametrize("decoder", ["StackedDecoder", "RecurrentDecoder", "EquilibriumDecoder"])
+@pytest.mark.parametrize("task", ["decoder", "inference", "training"])
+def test_the_other_tasks(small_model, task, decoder):
+    model = small_model("MODEL.DEQDET.DECODER", decoder, "MODEL.DEQDET.NUM_LAYERS", 3)
+    found = benchmark(model, Setting(task=task, **SMALL))
+    assert 0 < found["low_ms"] <= found["median_ms"] <= found["high_ms"] and found["peak_mb"] > 0
+    if task == "training":
+        parts = [found[f"{part}_ms"] for part in ("forward", "backward", "optimizer")]
+        assert all(x > 0 for x in parts) and found["median_ms"] >= max(parts)
+
+
+def test_more_steps_take_longer(small_model):
+    few, many = (
+        benchmark(small_model(), Setting(task="decoder", steps=steps, **SMALL))["median_ms"] for steps in (1, 40)
+    )
+    assert many > 4 * few
+
+
+def test_the_tool(tmp_path, small_cfg, capsys, monkeypatch):
+    (tmp_path / "small.yaml").write_text(small_cfg().dump())
+    threads = torch.get_num_threads()
+    words = ["--config-file", str(tmp_path / "small.yaml"), "--height", "64", "--width", "96", "--repeats", "2"]
+    tool.main([*words, "--threads", "1", "--output", str(tmp_path / "out.json"), "MODEL.DEQDET.NUM_QUERIES", "5"])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["queries"] == 5 and found["task"] == "step" and found["image"] == [64, 96]
+    assert found["median_ms"] > found["floor_ms"] > 0 and "1 thread" in found["machine"]
+    row = capsys.readouterr().out.strip().splitlines()[-1]
+    assert row.count("|") == 11 and "| step | 5 | float32 | eager | 1 |" in row
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--repeats", "1"], "quartiles need several"), (["--batch", "0"], "--batch must be at least 1"),
+    (["--device", "cuda"], "there is no CUDA here"),
+    (["--steps", "3", "MODEL.DEQDET.DECODER", "StackedDecoder"], "a StackedDecoder takes MODEL.DEQDET.NUM_LAYERS"),
+])  # fmt: skip
+def test_errors_of_the_command_line(tmp_path, small_cfg, capsys, monkeypatch, words, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "small.yaml").write_text(small_cfg().dump())
+    with pytest.raises(SystemExit) as error:
+        tool.main(["--config-file", str(tmp_path / "small.yaml"), *words])
+    assert message in str(error.value)
