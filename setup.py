@@ -8,7 +8,17 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 PACKAGE = Path("projects/DEQDet/deqdet")
-TOOLS = ("analyze_model", "compare", "convert_checkpoint", "demo", "evaluate_steps", "publish", "report")
+TOOLS = (
+    "analyze_model",
+    "compare",
+    "convert_checkpoint",
+    "demo",
+    "evaluate_steps",
+    "export_model",
+    "publish",
+    "report",
+)
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]  # deqdet-export-model and its runner
 
 
 class BuildWithConfigs(build_py):
@@ -57,6 +67,8 @@ setup(
         "swin": ["timm>=0.9"],  # the drop path of detectron2's SwinTransformer
         "hub": ["huggingface_hub>=0.20"],  # hf://owner/name as a model file
         "supervision": ["supervision>=0.20"],  # Detections.to_supervision()
-        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9", "build>=1", "nbconvert>=7", "ipykernel>=6"],
+        "export": EXPORT,
+        "app": ["gradio>=5"],  # examples/gradio_app.py
+        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9", "build>=1", "nbconvert>=7", "ipykernel>=6", *EXPORT],
     },
 )
