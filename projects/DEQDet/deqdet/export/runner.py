@@ -93,7 +93,7 @@ class OnnxDetector:
             for key, given in (("steps", steps), ("rtol", rtol), ("solver", solver))
         )
         if steps < 0 or not rtol >= 0 or solver not in ("plain", "anderson"):
-            raise ValueError(f"steps and rtol must not be negative, solver plain or anderson: {steps}, {rtol}, {solver}")
+            raise ValueError(f"steps {steps}, rtol {rtol}: at least 0; solver {solver}: plain or anderson")
         iterate, boxes, scores, *levels = self.encoder.run(None, {"images": batch, "sizes": sizes})
         rows, history = np.arange(len(batch)), []
         taken, residual = np.zeros(len(batch), int), np.full(len(batch), np.inf, np.float32)
@@ -122,7 +122,8 @@ class OnnxDetector:
         """Resize and pad: (B, 3, H, W) uint8 in the model's channel order, and heights and widths (B, 2) int64."""
         if not images or any(x.ndim != 3 or x.shape[2] != 3 or x.dtype != np.uint8 or 0 in x.shape for x in images):
             raise ValueError("an image must be an array (H, W, 3) of uint8, RGB")
-        resized = [resize(x, *target_size(*x.shape[:2], self.notes["min_size"], self.notes["max_size"])) for x in images]
+        limits = self.notes["min_size"], self.notes["max_size"]
+        resized = [resize(x, *target_size(*x.shape[:2], *limits)) for x in images]
         sizes = np.array([x.shape[:2] for x in resized], np.int64)
         unit = self.notes["size_divisibility"]
         height, width = -(-sizes.max(axis=0) // unit) * unit
@@ -193,7 +194,7 @@ def target_size(height: int, width: int, shortest: int, longest: int) -> tuple[i
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H, W, 3) uint8 bilinearly, with the arithmetic of Pillow: first the lines, then the columns."""
+    """Resize (H, W, 3) uint8 bilinearly, with the arithmetic of Pillow where both sides grow or both shrink."""
     image = _resize_first_axis(image.swapaxes(0, 1), width).swapaxes(0, 1)
     return _resize_first_axis(image, height)
 

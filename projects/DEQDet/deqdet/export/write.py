@@ -53,7 +53,7 @@ def export_detector(
         predictor: the detector with its classes and its config.
         path: of one graph; two graphs become NAME.encoder.onnx and NAME.step.onnx beside it.
         target: "onnx" or "torch-export".
-        form: "one": the whole detector with a fixed number of plain steps; "two": the encoder with g, and one step of f.
+        form: "one": the whole detector with a fixed number of plain steps; "two": the encoder with g, and a step of f.
         steps: the applications of f, in the graph or as the default of the runner; by default the decoder's.
 
     Raises:
@@ -135,9 +135,7 @@ def _write_images_graph(
     """Export and write a graph that takes images, and return the example that it was traced with."""
     batch, height, width = TRACED
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(
-        0, 256, (batch, 3, height * unit, width * unit), dtype=torch.uint8, generator=generator
-    )
+    images = torch.randint(0, 256, (batch, 3, height * unit, width * unit), dtype=torch.uint8, generator=generator)
     sizes = torch.tensor([[height * unit, width * unit]] * batch)
     rows = Dim("batch", min=1)
     shapes = ({0: rows, 2: unit * Dim("height", min=1), 3: unit * Dim("width", min=1)}, {0: rows})

@@ -3,8 +3,8 @@
     deqdet-export-model --model FILE.safetensors --output detector.onnx [--to onnx] [--form two] [--steps N]
     deqdet-export-model --config-file FILE --output detector.onnx MODEL.WEIGHTS CHECKPOINT
 
---form two, for detectors that apply one layer again and again, writes detector.encoder.onnx and detector.step.onnx, which
-deqdet.export.OnnxDetector runs with any number of steps. --form one writes a whole detector of fixed steps. See
+--form two, for detectors that apply one layer again and again, writes detector.encoder.onnx and detector.step.onnx,
+which deqdet.export.OnnxDetector runs with any number of steps. --form one writes a whole detector of fixed steps. See
 docs/deployment.md.
 """
 
