@@ -132,7 +132,7 @@ def test_the_graphs_are_the_detector(name, make_predictor):
         torch.testing.assert_close(scores[i][kept], found.scores, rtol=0, atol=1e-5)
         assert classes[i][kept].tolist() == found.pred_classes.tolist()
         if "residual" in output:
-            assert residual[i] == pytest.approx(output["residual"], rel=1e-3)
+            assert float(residual[i]) == pytest.approx(float(output["residual"]), rel=1e-3)
 
 
 @torch.no_grad()
