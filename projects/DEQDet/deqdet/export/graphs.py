@@ -118,6 +118,8 @@ class Step(nn.Module):
         Returns:
             f(y) packed (B, D); ||f(y) - y|| / ||f(y)|| (B,); boxes (B, N, 4) and scores (B, N, K) of f(y).
         """
+        # One symbol for both batch sizes: two of them that are only known to be equal are a guard against a batch of 1.
+        state = state.reshape(levels[0].shape[0], state.shape[1])
         refined = self.refinement(QueryState.unpack(state, self.num_queries), list(levels))
         output = refined.pack()
         prediction = self.refinement.predict(refined)

@@ -80,7 +80,8 @@ def export_detector(
     with torch.no_grad():
         state, _, _, *features = encoder(*inputs)
     # The sizes of the levels depend on one another, which f does not use: each is free for itself.
-    shapes = ({0: Dim.DYNAMIC}, [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} for _ in features])
+    rows = Dim("batch", min=1)
+    shapes = ({0: rows}, [{0: rows, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} for _ in features])
     program = _export(step, (state, features), shapes)
     _write(program, files[1], target, notes, ["state", *levels], ["output", "residual", "boxes", "scores"])
     return Exported(target, form, tuple(zip(files, (encoder, step), strict=True)), notes)
