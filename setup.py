@@ -16,9 +16,11 @@ TOOLS = (
     "convert_checkpoint",
     "demo",
     "evaluate_steps",
+    "export_model",
     "publish",
     "report",
 )
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]  # deqdet-export-model and its runner
 
 
 class BuildWithConfigs(build_py):
@@ -67,6 +69,8 @@ setup(
         "swin": ["timm>=0.9"],  # the drop path of detectron2's SwinTransformer
         "hub": ["huggingface_hub>=0.20"],  # hf://owner/name as a model file
         "supervision": ["supervision>=0.20"],  # Detections.to_supervision()
-        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9", "build>=1", "nbconvert>=7", "ipykernel>=6"],
+        "export": EXPORT,
+        "app": ["gradio>=5"],  # examples/gradio_app.py
+        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9", "build>=1", "nbconvert>=7", "ipykernel>=6", *EXPORT],
     },
 )

@@ -23,7 +23,7 @@ LEVELS = (
     {"checkpoints", "drawing"},
     {"engine"},
     {"predictor"},
-    {"measurement", "demo"},
+    {"measurement", "demo", "export"},
     {"tools"},
     {""},  # deqdet/__init__.py
 )

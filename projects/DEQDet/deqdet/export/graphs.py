@@ -1,0 +1,220 @@
+"""The modules that are exported: a whole detector, or its encoder with g and one step of f.
+
+All of them take images as they are, 0 to 255, so that a caller only resizes and pads. None of them reads Python numbers
+from a tensor, so that one graph serves every batch size and image size.
+
+B: images, N: queries, C: channels, K: classes, D = N * (4 + C): numbers of a packed state, L: levels, M: detections.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from ..decoders import EquilibriumDecoder, RecurrentDecoder, StackedDecoder
+from ..detector import DEQDet
+from ..equilibrium import relative_residual
+from ..errors import UserError
+from ..layers import SparseRCNNLayer
+from ..structures import Prediction, QueryState
+
+# RoIAlign's samples of a box this far from the image, in pixels, are all outside it, where they count as 0.
+OUTSIDE = -1e6
+# Boxes beyond this distance from the origin, in pixels, are moved to it, as SparseRCNNLayer does.
+FARTHEST = 1e6
+
+
+class ExportedSparseRCNNLayer(SparseRCNNLayer):
+    """The same layer, with the same weights, pooled without the loops over images and levels of ROIPooler.
+
+    ROIPooler sorts the boxes by level and takes a list of boxes for each image; the numbers of both would be fixed in a
+    graph. Here each level pools all boxes, of which those of other levels are moved outside the image, where RoIAlign
+    reads 0; the sum over the levels is then the same. It costs L times ROIPooler's arithmetic.
+    """
+
+    def _pool(self, features: list[Tensor], boxes: Tensor) -> Tensor:
+        """See SparseRCNNLayer._pool; here with one state of each image, (B, N, 4) to (B, N, cells, C)."""
+        boxes = boxes.nan_to_num().clamp(-FARTHEST, FARTHEST)
+        level = self._assign_level(boxes)[..., None]  # (B, N, 1)
+        image = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)[:, None, None]
+        image = image.expand(-1, boxes.shape[1], 1)
+        regions = 0
+        for index, (feature, pooler) in enumerate(zip(features, self.pooler.level_poolers, strict=True)):
+            moved = torch.where(level == index, boxes, OUTSIDE)
+            rois = torch.cat([image, moved], dim=2).flatten(0, 1)  # (B * N, 5)
+            size, scale, ratio = pooler.output_size, pooler.spatial_scale, pooler.sampling_ratio
+            regions = regions + roi_align(feature, rois, size, scale, ratio, aligned=True)  # (B * N, C, side, side)
+        return regions.flatten(2).transpose(1, 2).unflatten(0, (-1, boxes.shape[1]))
+
+    def _assign_level(self, boxes: Tensor) -> Tensor:
+        """(B, N) the index of the level that each box is read from (FPN, CVPR 2017, Eq. 1)."""
+        pooler = self.pooler
+        area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+        octave = torch.log2(area.sqrt() / pooler.canonical_box_size + 1e-8)
+        return (pooler.canonical_level + octave).floor().clamp(pooler.min_level, pooler.max_level) - pooler.min_level
+
+
+class Encoder(nn.Module):
+    """Backbone, neck and the initialization layer g: all that runs once for an image."""
+
+    def __init__(self, model: DEQDet):
+        """
+        Args:
+            model: a detector, of which a copy on the CPU in evaluation mode is taken.
+
+        Raises:
+            UserError: the decoder's layers are not one layer that is applied again and again.
+        """
+        super().__init__()
+        model = _exportable(model)
+        if not isinstance(model.decoder, EquilibriumDecoder | RecurrentDecoder):
+            raise UserError(
+                f"MODEL.DEQDET.DECODER is {type(model.decoder).__name__}, whose layers have weights of their own: two "
+                "graphs need one layer that is applied again and again; give --form one"
+            )
+        self.backbone, self.in_features, self.queries = model.backbone, model.in_features, model.queries
+        self.initialization, self.refinement = model.decoder.initialization, None
+        if self.initialization is None:
+            self.refinement = model.decoder.refinement  # y_0 is then read out by f
+        self.register_buffer("pixel_mean", model.pixel_mean)
+        self.register_buffer("pixel_std", model.pixel_std)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """Encode images, and make the state from which f starts.
+
+        Args:
+            images: (B, 3, H, W) uint8, padded at the right and at the bottom with anything, in the model's channel
+                order; H and W are multiples of the backbone's size divisibility.
+            sizes: (B, 2) int64, height and width of each image before padding.
+
+        Returns:
+            y_0 packed (B, D), its boxes (B, N, 4) xyxy in pixels of `images`, its scores (B, N, K), and the L levels
+            (B, C, H_l, W_l), finest first.
+        """
+        features, initial = _encode(self, images, sizes)
+        state = initial if self.initialization is None else self.initialization(initial, features)
+        layer = self.refinement if self.initialization is None else self.initialization
+        prediction = layer.predict(state)
+        return state.pack(), prediction.boxes, prediction.logits.sigmoid(), *features
+
+
+class Step(nn.Module):
+    """One application of f, with its residual and its read-out: all that a solver outside of the graph needs."""
+
+    def __init__(self, model: DEQDet):
+        super().__init__()
+        model = _exportable(model)
+        self.refinement = model.decoder.refinement
+        self.num_queries = model.queries.content.num_embeddings
+
+    def forward(self, state: Tensor, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Apply f once.
+
+        Args:
+            state: (B, D) packed y.
+            levels: for each level (B, C, H_l, W_l), as the encoder made them.
+
+        Returns:
+            f(y) packed (B, D); ||f(y) - y|| / ||f(y)|| (B,); boxes (B, N, 4) and scores (B, N, K) of f(y).
+        """
+        # One symbol for both batch sizes: two of them that are only known to be equal are a guard against a batch of 1.
+        state = state.reshape(levels[0].shape[0], state.shape[1])
+        refined = self.refinement(QueryState.unpack(state, self.num_queries), list(levels))
+        output = refined.pack()
+        prediction = self.refinement.predict(refined)
+        return output, relative_residual(state, output), prediction.boxes, prediction.logits.sigmoid()
+
+
+class OneGraph(nn.Module):
+    """A whole detector with a fixed number of plain steps, and the best pairs of a query and a class."""
+
+    def __init__(self, model: DEQDet, steps: int | None = None, damping: float = 1.0):
+        """
+        Args:
+            model: see Encoder.
+            steps: the applications of f; by default those of the decoder. Only where the layers are one layer.
+            damping: of the plain iteration; 1 is the paper's.
+
+        Raises:
+            UserError: the layers have weights of their own, and a number of steps is given; or an unknown decoder.
+        """
+        super().__init__()
+        model = _exportable(model)
+        self.backbone, self.in_features, self.queries = model.backbone, model.in_features, model.queries
+        self.register_buffer("pixel_mean", model.pixel_mean)
+        self.register_buffer("pixel_std", model.pixel_std)
+        self.max_detections, self.damping = model.max_detections, damping
+        self.first, self.repeated, self.steps = _layers(model, steps)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Detect.
+
+        Args:
+            images, sizes: see Encoder.forward.
+
+        Returns:
+            Boxes (B, M, 4) xyxy in pixels of `images`, scores (B, M) falling, classes (B, M) int64, and the relative
+            change of the state in the last layer (B,), which is the residual where there is an equilibrium.
+        """
+        features, state = _encode(self, images, sizes)
+        flat, residual, layer = state.pack(), torch.zeros(images.shape[0], device=images.device), self.repeated[-1]
+        for layer in self.first:
+            flat = layer(self._unpack(flat), features).pack()
+        for step in range(self.steps):
+            layer = self.repeated[step % len(self.repeated)]
+            output = layer(self._unpack(flat), features).pack()
+            residual = relative_residual(flat, output)
+            # A state that became infinite or NaN stays as it was before, as in solve().
+            usable = output.isfinite().all(dim=1, keepdim=True)
+            # What is read out is f(y) itself, so that the last step takes no damping.
+            last = self.damping == 1 or step == self.steps - 1
+            flat = torch.where(usable, output if last else torch.lerp(flat, output, self.damping), flat)
+        return *self._best(layer.predict(self._unpack(flat))), residual
+
+    def _unpack(self, flat: Tensor) -> QueryState:
+        return QueryState.unpack(flat, self.queries.content.num_embeddings)
+
+    def _best(self, prediction: Prediction) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and classes of the best pairs, as inference.top_detections chooses them."""
+        queries, classes = prediction.logits.shape[1:]
+        scores = prediction.logits.sigmoid().flatten(1)
+        scores, indices = scores.topk(min(self.max_detections, queries * classes), dim=1)
+        boxes = prediction.boxes.gather(1, (indices // classes)[..., None].expand(-1, -1, 4))
+        return boxes, scores, indices % classes
+
+
+def _layers(model: DEQDet, steps: int | None) -> tuple[nn.ModuleList, nn.ModuleList, int]:
+    """The layers that run once, those that run in turn after them, and how many of these applications there are."""
+    decoder = model.decoder
+    if isinstance(decoder, StackedDecoder):
+        if steps is not None:
+            raise UserError("MODEL.DEQDET.DECODER is StackedDecoder, whose number of steps is fixed: give no --steps")
+        return nn.ModuleList(), decoder.layers, len(decoder.layers)
+    if not isinstance(decoder, EquilibriumDecoder | RecurrentDecoder):
+        raise UserError(f"MODEL.DEQDET.DECODER is {type(decoder).__name__}, for which there is no export")
+    first = [] if decoder.initialization is None else [decoder.initialization]
+    count = decoder.execution().steps if steps is None else steps
+    if count < (0 if first else 1):
+        raise UserError(f"steps must be at least {0 if first else 1}, got {count}")
+    return nn.ModuleList(first), nn.ModuleList([decoder.refinement]), count
+
+
+def _exportable(model: DEQDet) -> DEQDet:
+    """A copy on the CPU in evaluation mode, whose Sparse R-CNN layers pool in a form that a graph can hold."""
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for module in model.modules():
+        if type(module) is SparseRCNNLayer:
+            module.__class__ = ExportedSparseRCNNLayer  # the same parameters and a method of its own
+    return model
+
+
+def _encode(module: Encoder | OneGraph, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], QueryState]:
+    """The pyramid and the initial queries; the padding becomes 0 behind the normalisation, as in DEQDet.preprocess."""
+    rows = torch.arange(images.shape[2], device=images.device) < sizes[:, :1]  # (B, H)
+    columns = torch.arange(images.shape[3], device=images.device) < sizes[:, 1:]  # (B, W)
+    normalised = (images.to(module.pixel_mean.dtype) - module.pixel_mean) / module.pixel_std
+    inside = rows[:, None, :, None] & columns[:, None, None]
+    levels = module.backbone(torch.where(inside, normalised, 0.0))
+    initial = module.queries(sizes.flip(1).to(module.pixel_mean.dtype))  # width first
+    return [levels[name] for name in module.in_features], initial

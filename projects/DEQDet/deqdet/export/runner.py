@@ -1,0 +1,218 @@
+"""Run an exported detector with numpy and onnxruntime alone; this file can be copied out of the package.
+
+    detector = OnnxDetector("model.encoder.onnx")     # or "model.onnx", of fixed steps
+    found = detector(image, steps=8, rtol=0.01, solver="anderson", threshold=0.5)
+
+An image is an array (H, W, 3) of uint8, RGB. With two graphs, the encoder runs once for an image and the other one, f,
+as often as you say: each call chooses its own number of steps, tolerance and solver.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+@dataclass(frozen=True)
+class Found:
+    """The detections of one image, best first."""
+
+    boxes: np.ndarray  # (M, 4) float32, xyxy, pixels of the given image
+    scores: np.ndarray  # (M,)
+    classes: np.ndarray  # (M,) int64
+    labels: list[str]  # the name of each class
+    steps: int  # the applications of f
+    residual: float  # ||f(y) - y|| / ||f(y)|| of the last one; inf before the first
+
+
+class OnnxDetector:
+    """A detector from one ONNX file, NAME.onnx, or from two, NAME.encoder.onnx and NAME.step.onnx."""
+
+    def __init__(self, path, *, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)):
+        """
+        Args:
+            path: NAME.onnx or NAME.encoder.onnx.
+            threads: of onnxruntime; 0: as many as it likes.
+            providers: onnxruntime's execution providers, for example "CUDAExecutionProvider".
+        """
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+
+        def load(file: Path) -> onnxruntime.InferenceSession:
+            return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+
+        path = Path(path)
+        self.encoder = load(path)
+        # The exporter's notes: class names, sizes, pixel format, defaults of steps, rtol and solver.
+        self.notes = {k: json.loads(v) for k, v in self.encoder.get_modelmeta().custom_metadata_map.items()}
+        self.step = None
+        if self.notes["form"] == "two":
+            self.step = load(path.with_name(path.name.removesuffix(".encoder.onnx") + ".step.onnx"))
+
+    def __call__(self, images, *, steps=None, rtol=None, solver=None, threshold: float = 0.5):
+        """Detect in one image, or in a list of images as one batch.
+
+        Args:
+            images: an array (H, W, 3) uint8 RGB, or a list of such arrays; a list is padded to one common size.
+            steps: the most applications of f, rtol: the relative residual at which an image stops, solver: "plain" or
+                "anderson"; by default those of the exported config. A file of one graph takes none of them.
+            threshold: the lowest score of a detection.
+
+        Returns:
+            A Found, or a list of them.
+        """
+        *_, last = self.refine(images, steps=steps, rtol=rtol, solver=solver, threshold=threshold)
+        return last
+
+    def refine(self, images, *, steps=None, rtol=None, solver=None, threshold: float = 0.5) -> Iterator:
+        """As a call, but yield the result after each step, beginning with step 0, the initialization layer's."""
+        single = isinstance(images, np.ndarray)
+        originals = [images] if single else list(images)
+        batch, sizes = self._prepare(originals)
+        scales = [(x.shape[1] / w, x.shape[0] / h) for x, (h, w) in zip(originals, sizes, strict=True)]
+        if self.step is None:
+            if (steps, rtol, solver) != (None, None, None):
+                raise ValueError("this file is one graph of fixed steps: export with --form two to choose them")
+            boxes, scores, classes, residual = self.encoder.run(None, {"images": batch, "sizes": sizes})
+            ends = [(boxes, scores, classes, [self.notes["steps"]] * len(batch), residual)]
+        else:
+            walk = self._walk(batch, sizes, steps, rtol, solver)
+            ends = ((*self._best(boxes, scores), taken, residual) for boxes, scores, taken, residual in walk)
+        for end in ends:
+            rows = zip(*end, originals, scales, strict=True)
+            found = [self._found(*row, threshold=threshold) for row in rows]
+            yield found[0] if single else found
+
+    def _walk(self, batch, sizes, steps, rtol, solver) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yield boxes (B, N, 4), scores (B, N, K), steps (B,) and residuals (B,) after each application of f."""
+        steps, rtol, solver = (
+            self.notes[key] if given is None else given
+            for key, given in (("steps", steps), ("rtol", rtol), ("solver", solver))
+        )
+        if steps < 0 or not rtol >= 0 or solver not in ("plain", "anderson"):
+            raise ValueError(f"steps {steps}, rtol {rtol}: at least 0; solver {solver}: plain or anderson")
+        iterate, boxes, scores, *levels = self.encoder.run(None, {"images": batch, "sizes": sizes})
+        rows, history = np.arange(len(batch)), []
+        taken, residual = np.zeros(len(batch), int), np.full(len(batch), np.inf, np.float32)
+        yield boxes, scores, taken.copy(), residual.copy()
+        for _ in range(steps):
+            inputs = {"state": iterate} | {f"level{i}": level for i, level in enumerate(levels)}
+            output, change, *read_out = self.step.run(None, inputs)
+            usable = np.isfinite(output).all(axis=1)  # any other row keeps its last finite result and stops
+            taken[rows] += 1
+            boxes, scores, residual = boxes.copy(), scores.copy(), residual.copy()
+            for kept, new in zip((boxes, scores, residual), (*read_out, change), strict=True):
+                kept[rows[usable]] = new[usable]
+            yield boxes, scores, taken.copy(), residual
+            size = self.notes["history_size"] if solver == "anderson" else 1
+            iterate, history = anderson(
+                iterate, output, history, size, self.notes["damping"], self.notes["regularization"]
+            )
+            going = usable & ~(change < rtol)
+            if not going.all():  # rows that have stopped leave the batch
+                rows, iterate, levels = rows[going], iterate[going], [level[going] for level in levels]
+                history = [(y[going], g[going]) for y, g in history]
+            if len(rows) == 0:
+                return
+
+    def _prepare(self, images) -> tuple[np.ndarray, np.ndarray]:
+        """Resize and pad: (B, 3, H, W) uint8 in the model's channel order, and heights and widths (B, 2) int64."""
+        if not images or any(x.ndim != 3 or x.shape[2] != 3 or x.dtype != np.uint8 or 0 in x.shape for x in images):
+            raise ValueError("an image must be an array (H, W, 3) of uint8, RGB")
+        limits = self.notes["min_size"], self.notes["max_size"]
+        resized = [resize(x, *target_size(*x.shape[:2], *limits)) for x in images]
+        sizes = np.array([x.shape[:2] for x in resized], np.int64)
+        unit = self.notes["size_divisibility"]
+        height, width = -(-sizes.max(axis=0) // unit) * unit
+        batch = np.zeros((len(images), 3, height, width), np.uint8)
+        for row, x in zip(batch, resized, strict=True):
+            x = x if self.notes["pixel_format"] == "RGB" else x[:, :, ::-1]
+            row[:, : x.shape[0], : x.shape[1]] = x.transpose(2, 0, 1)
+        return batch, sizes
+
+    def _best(self, boxes, scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best pairs of a query and a class: boxes (B, M, 4), scores (B, M) falling, classes (B, M)."""
+        classes = scores.shape[2]
+        flat = scores.reshape(len(scores), -1)
+        best = np.argsort(-flat, axis=1, kind="stable")[:, : self.notes["max_detections"]]
+        boxes = np.take_along_axis(boxes, (best // classes)[..., None], axis=1)
+        return boxes, np.take_along_axis(flat, best, axis=1), best % classes
+
+    def _found(self, boxes, scores, classes, steps, residual, image, scale, *, threshold) -> Found:
+        """Scale the boxes of an image to its original size, clip them, and keep those that count."""
+        height, width = image.shape[:2]
+        boxes = boxes * np.array([*scale, *scale], np.float32)
+        boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
+        kept = (scores >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        names = self.notes["class_names"]
+        labels = [names[i] for i in classes[kept]]
+        return Found(boxes[kept], scores[kept], classes[kept], labels, int(steps), float(residual))
+
+
+def anderson(iterate, output, history, size, damping, regularization):
+    """Anderson acceleration (Walker and Ni, SIAM J. Numer. Anal. 2011); with size 1 it is plain iteration.
+
+    With the changes g = f(y) - y of the last iterates, the next one is y + damping g - sum_j w_j (dy_j + damping dg_j),
+    where w minimises ||g - sum_j w_j dg_j||, and dy, dg are differences of successive y and g.
+
+    Args:
+        iterate, output: (B, D) y and f(y).
+        history: a list of at most `size` pairs y, g.
+
+    Returns:
+        The next iterate (B, D) and the next history.
+    """
+    change = output - iterate
+    plain = output if damping == 1 else iterate + np.float32(damping) * change
+    history = [*history, (iterate, change)][-size:]
+    if len(history) == 1:
+        return plain, history
+    dy, dg = (np.diff(np.stack(x, axis=1), axis=1) for x in zip(*history, strict=True))  # (B, j, D)
+    norm = np.linalg.norm(dg, axis=2).clip(min=np.finfo(np.float32).tiny)
+    unit = dg / norm[:, :, None]
+    gram = unit @ unit.transpose(0, 2, 1) + np.float32(regularization) * np.eye(unit.shape[1], dtype=np.float32)
+    try:
+        weights = np.linalg.solve(gram, unit @ change[:, :, None])[:, :, 0] / norm
+    except np.linalg.LinAlgError:  # no unique solution: a plain step
+        return plain, history
+    proposal = plain - (weights[:, :, None] * (dy + np.float32(damping) * dg)).sum(axis=1)
+    return np.where(np.isfinite(proposal).all(axis=1, keepdims=True), proposal, plain), history
+
+
+def target_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    """Height and width with the short side `shortest`, or less where the long side would exceed `longest`."""
+    if shortest == 0:
+        return height, width
+    scale = shortest / min(height, width)
+    new = (shortest, scale * width) if height < width else (scale * height, shortest)
+    if max(new) > longest:
+        new = tuple(side * (longest / max(new)) for side in new)
+    return int(new[0] + 0.5), int(new[1] + 0.5)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (H, W, 3) uint8 bilinearly, with the arithmetic of Pillow where both sides grow or both shrink."""
+    image = _resize_first_axis(image.swapaxes(0, 1), width).swapaxes(0, 1)
+    return _resize_first_axis(image, height)
+
+
+def _resize_first_axis(image: np.ndarray, size: int) -> np.ndarray:
+    """A triangle filter, as wide as a new pixel where the image shrinks, in fixed-point numbers of 22 bits."""
+    if size == len(image):
+        return image
+    scale = len(image) / size
+    support = max(scale, 1.0)
+    center = (np.arange(size) + 0.5) * scale
+    first = np.maximum((center - support + 0.5).astype(int), 0)
+    end = np.minimum((center + support + 0.5).astype(int), len(image))
+    taps = first[:, None] + np.arange(int(np.ceil(support)) * 2 + 1)  # (size, taps), source pixels
+    weight = 1 - np.abs((taps - center[:, None] + 0.5) / support)
+    weight = np.where(taps < end[:, None], weight.clip(min=0), 0)
+    fixed = (weight / weight.sum(axis=1, keepdims=True) * (1 << 22) + 0.5).astype(np.int32)
+    total = np.full((size, *image.shape[1:]), 1 << 21, np.int32)
+    for tap, factor in zip(taps.T, fixed.T, strict=True):
+        total += image[np.minimum(tap, len(image) - 1)].astype(np.int32) * factor.reshape(-1, 1, 1)
+    return (total >> 22).clip(0, 255).astype(np.uint8)

@@ -1,0 +1,192 @@
+"""Write a detector as ONNX graphs or torch.export programs, with what a caller must know in the same files."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from ..checkpoints.files import replacing
+from ..decoders import StackedDecoder
+from ..equilibrium import Anderson, FixedPointIteration
+from ..errors import UserError, one_line
+from ..predictor import Predictor
+from ..version import __version__
+from .graphs import Encoder, OneGraph, Step
+
+TARGETS = {"onnx": ".onnx", "torch-export": ".pt2"}
+FORMS = ("one", "two")
+OPSET = 18
+NOTES_FILE = "deqdet.json"  # the notes within a .pt2 file
+# In units of the size divisibility: batch, height and width from which the shapes are traced. None is 0 or 1, which
+# torch.export would take for constants.
+TRACED = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The files of an export, with the modules that they were made of."""
+
+    target: str  # a key of TARGETS
+    form: str  # "one" or "two"
+    graphs: tuple[tuple[Path, nn.Module], ...]  # one graph; or the encoder and the step
+    notes: dict[str, object]  # what the files say about themselves
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, in the order of the graphs."""
+        return [path for path, _ in self.graphs]
+
+
+def export_detector(
+    predictor: Predictor, path: Path, *, target: str = "onnx", form: str = "two", steps: int | None = None
+) -> Exported:
+    """Write a detector for any batch size and image size.
+
+    Args:
+        predictor: the detector with its classes and its config.
+        path: of one graph; two graphs become NAME.encoder.onnx and NAME.step.onnx beside it.
+        target: "onnx" or "torch-export".
+        form: "one": the whole detector with a fixed number of plain steps; "two": the encoder with g, and a step of f.
+        steps: the applications of f, in the graph or as the default of the runner; by default the decoder's.
+
+    Raises:
+        UserError: the path has another ending than .onnx or .pt2, the detector has no such form, or a file cannot be
+            written.
+    """
+    path = Path(path)
+    if path.suffix != TARGETS[target]:
+        raise UserError(f"{path}: the output of --to {target} must end in {TARGETS[target]}")
+    notes = build_notes(predictor.cfg, predictor, form, steps)
+    unit = notes["size_divisibility"]
+    model = predictor.model
+    if form == "one":
+        stacked = isinstance(model.decoder, StackedDecoder)
+        module = OneGraph(model, None if stacked else notes["steps"], notes["damping"])
+        graphs = ((path, module),)
+        _write_images_graph(module, path, target, notes, unit, ["boxes", "scores", "classes", "residual"])
+        return Exported(target, form, graphs, notes)
+    encoder, step = Encoder(model), Step(model)
+    stem = path.name.removesuffix(path.suffix)
+    files = [path.with_name(f"{stem}.{part}{path.suffix}") for part in ("encoder", "step")]
+    levels = [f"level{i}" for i in range(len(notes["strides"]))]
+    inputs = _write_images_graph(encoder, files[0], target, notes, unit, ["state", "boxes", "scores", *levels])
+    with torch.no_grad():
+        state, _, _, *features = encoder(*inputs)
+    # The sizes of the levels depend on one another, which f does not use: each is free for itself.
+    rows = Dim("batch", min=1)
+    shapes = ({0: rows}, [{0: rows, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} for _ in features])
+    program = _export(step, (state, features), shapes)
+    _write(program, files[1], target, notes, ["state", *levels], ["output", "residual", "boxes", "scores"])
+    return Exported(target, form, tuple(zip(files, (encoder, step), strict=True)), notes)
+
+
+def build_notes(cfg, predictor: Predictor, form: str, steps: int | None) -> dict[str, object]:
+    """What a caller of the files must know: classes, preparation of images, defaults of the iteration.
+
+    Raises:
+        UserError: the config asks for what this form cannot do.
+    """
+    decoder = predictor.model.decoder
+    solver = decoder.solver if decoder.has_equilibrium else FixedPointIteration()
+    kinds = {FixedPointIteration: "plain", Anderson: "anderson"}
+    name = kinds.get(type(solver))
+    if name is None or (form == "one" and name != "plain"):
+        possible = "FixedPointIteration" if form == "one" else "FixedPointIteration or Anderson"
+        raise UserError(
+            f"the solver {type(solver).__name__} has no exported form with --form {form}: set "
+            f"MODEL.DEQDET.SOLVER.NAME to {possible}"
+        )
+    if decoder.has_equilibrium and decoder.return_best:
+        raise UserError("MODEL.DEQDET.SOLVER.RETURN_BEST has no exported form: set it to False")
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps must be at least 1, got {steps}")
+    if steps is not None and isinstance(decoder, StackedDecoder):
+        raise UserError("MODEL.DEQDET.DECODER is StackedDecoder, whose number of steps is fixed: give no --steps")
+    shapes = predictor.model.backbone.output_shape()
+    anderson = solver if isinstance(solver, Anderson) else Anderson()
+    return {
+        "deqdet": __version__,
+        "form": form,
+        "class_names": list(predictor.class_names),
+        "pixel_format": cfg.INPUT.FORMAT,  # the order of the channels of "images", which are 0 to 255
+        "min_size": cfg.INPUT.MIN_SIZE_TEST,  # of the short side, pixels; 0: images keep their size
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,  # the most of the long side, pixels
+        "size_divisibility": max(1, predictor.model.backbone.size_divisibility),
+        "strides": [shapes[level].stride for level in predictor.model.in_features],
+        "max_detections": predictor.model.max_detections,
+        "steps": decoder.execution().steps if steps is None else steps,
+        "rtol": decoder.rtol if decoder.has_equilibrium and form == "two" else 0.0,
+        "solver": name,
+        "damping": solver.damping,
+        "history_size": anderson.history_size,
+        "regularization": anderson.regularization,
+    }
+
+
+def _write_images_graph(
+    module: nn.Module, path: Path, target: str, notes: dict, unit: int, outputs: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Export and write a graph that takes images, and return the example that it was traced with."""
+    batch, height, width = TRACED
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, 3, height * unit, width * unit), dtype=torch.uint8, generator=generator)
+    sizes = torch.tensor([[height * unit, width * unit]] * batch)
+    rows = Dim("batch", min=1)
+    shapes = ({0: rows, 2: unit * Dim("height", min=1), 3: unit * Dim("width", min=1)}, {0: rows})
+    program = _export(module, (images, sizes), shapes)
+    _write(program, path, target, notes, ["images", "sizes"], outputs)
+    return images, sizes
+
+
+def _export(module: nn.Module, inputs: tuple, shapes: tuple) -> ExportedProgram:
+    with torch.no_grad(), _quiet():
+        # Not strict, torch.export runs Python's len() of a tensor, which fixes the batch size.
+        try:
+            return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=True)
+        except Exception as error:  # of many types, depending on the operation
+            raise UserError(f"torch.export cannot trace this detector: {one_line(error)[:400]}") from error
+
+
+def _write(program: ExportedProgram, path: Path, target: str, notes: dict, inputs: list, outputs: list) -> None:
+    texts = {key: json.dumps(value) for key, value in notes.items()}
+    if target == "torch-export":
+        with replacing(path) as file, _quiet():
+            torch.export.save(program, file, extra_files={NOTES_FILE: json.dumps(notes)})
+        return
+    with torch.no_grad(), _quiet():
+        onnx = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            external_data=False,
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+        )
+        onnx.model.metadata_props.update(texts)
+        data = onnx.model_proto.SerializeToString()
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings and remarks, which are about its own workings, from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,259 @@
+"""Exported detectors beside PyTorch: both forms, all six detectors, other sizes and batches than were traced."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from deqdet import Predictor, UserError
+from deqdet.checkpoints import write_model_file
+from deqdet.equilibrium import Anderson
+from deqdet.export import Difference, OneGraph, OnnxDetector, check_export, export_detector
+from deqdet.export.check import BATCHES, SIZES
+from deqdet.export.graphs import ExportedSparseRCNNLayer
+from deqdet.export.write import build_notes
+from deqdet.layers import SparseRCNNLayer
+from deqdet.tools.export_model import main
+
+NAMES = ("ox", "ass", "hen")
+TEST_SIZE = "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 160, "DATASETS.TEST", ()
+SPARSE = (
+    "MODEL.DEQDET.REFINEMENT_LAYER", "SparseRCNNLayer", "MODEL.BACKBONE.NAME", "build_basic_resnet_fpn_backbone",
+    "MODEL.DEQDET.QUERIES.NORM_CONTENT", False, "MODEL.DEQDET.QUERIES.LEARN_BOXES", True,
+)  # fmt: skip
+STACKED = "MODEL.DEQDET.DECODER", "StackedDecoder", "MODEL.DEQDET.NUM_LAYERS", 2
+RECURRENT = "MODEL.DEQDET.DECODER", "RecurrentDecoder", "MODEL.DEQDET.NUM_LAYERS", 2
+TWO_STEPS = ("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 2)
+DETECTORS = {
+    "DEQDet": TWO_STEPS,
+    "RNNDet": RECURRENT,
+    "AdaMixer": STACKED,
+    "DEQ Sparse R-CNN": (*SPARSE, *TWO_STEPS),
+    "RNN Sparse R-CNN": (*SPARSE, *RECURRENT),
+    "Sparse R-CNN": (*SPARSE, *STACKED),
+}
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Untrained boxes are the whole image and scores near 0.01; these differ from query to query."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "class_branch" in name and name.endswith("weight") and parameter.shape[0] == len(NAMES):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            if "class_branch" in name and name.endswith("bias") and len(parameter) == len(NAMES):
+                parameter.zero_()
+            if "box_branch" in name and name.endswith("weight") and parameter.shape[0] == 4:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def make_predictor(small_cfg, small_model):
+    def make(*overrides) -> Predictor:
+        model = spread(small_model(*TEST_SIZE, *overrides))
+        return Predictor(model, small_cfg(*TEST_SIZE, *overrides), NAMES, threshold=0.0)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def two_graphs(make_predictor, tmp_path_factory) -> SimpleNamespace:
+    """DEQDet in two graphs, with its Predictor."""
+    predictor = make_predictor()
+    exported = export_detector(predictor, tmp_path_factory.mktemp("two") / "small.onnx", form="two")
+    return SimpleNamespace(predictor=predictor, exported=exported, detector=OnnxDetector(exported.files[0], threads=1))
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """(height, width, 3) uint8, RGB: three rectangles on a plain ground."""
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), rng.integers(60, 120, 3), np.uint8)
+    for _ in range(3):
+        top, left = rng.integers(0, height - 20), rng.integers(0, width - 20)
+        image[top : top + 18, left : left + 15] = rng.integers(0, 256, 3)
+    return image
+
+
+def assert_agree(differences: list[Difference]) -> None:
+    assert len(differences) == len(SIZES) * len(BATCHES)
+    for difference in differences:
+        assert difference.boxes < 1e-2 and difference.scores < 1e-4, str(difference)
+        assert difference.detections >= difference.batch
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_one_graph_agrees_with_pytorch(name, make_predictor, tmp_path):
+    exported = export_detector(make_predictor(*DETECTORS[name]), tmp_path / "small.onnx", form="one")
+    assert [path.name for path in exported.files] == ["small.onnx"]
+    assert_agree(check_export(exported))
+    assert onnx.load(exported.files[0]).opset_import[0].version == 18
+
+
+@pytest.mark.parametrize("name", ["DEQ Sparse R-CNN", "RNN Sparse R-CNN"])
+def test_two_sparse_graphs_agree_with_pytorch(name, make_predictor, tmp_path):
+    exported = export_detector(make_predictor(*DETECTORS[name]), tmp_path / "small.onnx", form="two")
+    assert_agree(check_export(exported))
+
+
+def test_two_graphs_agree_with_pytorch(two_graphs):
+    """DEQDet's; the command's test below has RNNDet's."""
+    assert [path.name for path in two_graphs.exported.files] == ["small.encoder.onnx", "small.step.onnx"]
+    assert_agree(check_export(two_graphs.exported))
+
+
+@pytest.mark.parametrize("form", ["one", "two"])
+def test_torch_export_agrees_with_pytorch(form, make_predictor, tmp_path):
+    predictor = make_predictor(*TWO_STEPS)
+    exported = export_detector(predictor, tmp_path / "small.pt2", target="torch-export", form=form)
+    assert_agree(check_export(exported))
+    extra = {"deqdet.json": ""}
+    torch.export.load(exported.files[0], extra_files=extra)
+    assert json.loads(extra["deqdet.json"])["class_names"] == list(NAMES)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@torch.no_grad()
+def test_the_graphs_are_the_detector(name, make_predictor):
+    """The module that is exported, in PyTorch, gives what the detector itself gives for a padded batch."""
+    model = make_predictor(*DETECTORS[name]).model
+    images = [torch.from_numpy(picture(*size, seed=i)).permute(2, 0, 1) for i, size in enumerate([(60, 90), (64, 80)])]
+    want = model.infer([{"image": image} for image in images])
+    padded = torch.full((2, 3, 64, 96), 255, dtype=torch.uint8)  # the padding has no effect, whatever it holds
+    for row, image in zip(padded, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    boxes, scores, classes, residual = OneGraph(model)(padded, torch.tensor([[60, 90], [64, 80]]))
+    for i, output in enumerate(want):
+        found = output["instances"]
+        clipped = boxes[i].clamp(min=0).minimum(torch.tensor(found.image_size).flip(0).repeat(2))
+        kept = (clipped[:, 2:] > clipped[:, :2]).all(dim=1)
+        torch.testing.assert_close(clipped[kept], found.pred_boxes.tensor, rtol=0, atol=1e-3)
+        torch.testing.assert_close(scores[i][kept], found.scores, rtol=0, atol=1e-5)
+        assert classes[i][kept].tolist() == found.pred_classes.tolist()
+        if "residual" in output:
+            assert float(residual[i]) == pytest.approx(float(output["residual"]), rel=1e-3)
+
+
+@torch.no_grad()
+def test_pooling_without_lists_equals_roi_pooler(small_model):
+    """Boxes of every level, outside the image, without area, infinite."""
+    model = small_model(*SPARSE)
+    layer: SparseRCNNLayer = model.decoder.refinement
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(2, 32, 512 // s, 512 // s, generator=generator) for s in (4, 8, 16, 32)]
+    corner = 600 * torch.rand(2, 40, 2, generator=generator) - 50
+    size = 2.0 ** (10 * torch.rand(2, 40, 2, generator=generator))
+    boxes = torch.cat([corner, corner + size], dim=2)
+    boxes[0, 0] = torch.tensor([100.0, 100.0, 100.0, 100.0])
+    boxes[0, 1] = torch.tensor([-torch.inf, 0.0, torch.inf, 10.0])
+    boxes[1, 2] = torch.tensor([torch.nan, 3.0, 50.0, 60.0])
+    boxes[1, 3] = torch.tensor([2000.0, 2000.0, 2100.0, 2100.0])
+    want = layer._pool(features, boxes)
+    layer.__class__ = ExportedSparseRCNNLayer
+    levels = layer._assign_level(boxes.nan_to_num().clamp(-1e6, 1e6))
+    assert levels.unique().tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(layer._pool(features, boxes), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"steps": 1}, {"steps": 7}, {"rtol": 0.05, "steps": 9}, {"solver": "anderson", "steps": 6},
+])  # fmt: skip
+def test_the_runner_agrees_with_the_predictor(two_graphs, options):
+    """Its own resize, padding, iteration and read-out, at a size that is resized and padded."""
+    image = picture(75, 110)
+    want = two_graphs.predictor(image, **options)
+    found = two_graphs.detector(image, threshold=0.0, **options)
+    assert found.steps == want.steps
+    assert found.residual == pytest.approx(want.residual, rel=2e-2, abs=1e-6)
+    np.testing.assert_allclose(found.boxes, want.instances.pred_boxes.tensor, atol=1e-2)
+    np.testing.assert_allclose(found.scores, want.instances.scores, atol=1e-4)
+    assert found.labels == want.labels
+
+
+def test_the_runner_follows_the_refinement(two_graphs):
+    """Step 0 is the initialization layer's, and each later one what a call with that many steps gives."""
+    image = picture(64, 96)
+    results = list(two_graphs.detector.refine(image, steps=3, threshold=0.0))
+    assert [x.steps for x in results] == [0, 1, 2, 3]
+    assert results[0].residual == float("inf")
+    walk = two_graphs.predictor.walk(image, steps=3, record=[0, 2])
+    for step in (0, 2):
+        np.testing.assert_allclose(results[step].boxes, walk.detections(step)[0].pred_boxes.tensor, atol=1e-2)
+    np.testing.assert_array_equal(results[2].boxes, two_graphs.detector(image, steps=2, threshold=0.0).boxes)
+
+
+def test_images_of_a_batch_stop_on_their_own(two_graphs):
+    images = [picture(64, 96, seed) for seed in range(3)]
+    alone = [list(two_graphs.detector.refine(x, steps=1))[-1].residual for x in images]
+    rtol = sorted(alone)[1] * 0.999  # at least one image stops at step 1, and another goes on
+    together = two_graphs.detector(images, steps=5, rtol=rtol, threshold=0.0)
+    assert min(x.steps for x in together) == 1 < max(x.steps for x in together)
+    for image, found in zip(images, together, strict=True):
+        single = two_graphs.detector(image, steps=5, rtol=rtol, threshold=0.0)
+        assert found.steps == single.steps
+        np.testing.assert_allclose(found.boxes, single.boxes, atol=1e-2)
+
+
+def test_the_file_says_what_it_is(two_graphs):
+    notes = two_graphs.detector.notes
+    assert notes["class_names"] == list(NAMES)
+    assert (notes["min_size"], notes["max_size"], notes["pixel_format"]) == (64, 160, "RGB")
+    assert notes["strides"] == [4, 8, 16, 32] and notes["steps"] == 4 and notes["solver"] == "plain"
+    props = {x.key: x.value for x in onnx.load(two_graphs.exported.files[1]).metadata_props}
+    assert json.loads(props["form"]) == "two"
+
+
+def test_defaults_come_from_the_config(make_predictor, tmp_path):
+    predictor = make_predictor("MODEL.DEQDET.SOLVER.NAME", "Anderson", "MODEL.DEQDET.SOLVER.MEMORY", 3,
+                               "MODEL.DEQDET.SOLVER.RTOL", 0.25)  # fmt: skip
+    assert isinstance(predictor.model.decoder.solver, Anderson)
+    notes = build_notes(predictor.cfg, predictor, form="two", steps=6)
+    assert (notes["solver"], notes["history_size"], notes["rtol"], notes["steps"]) == ("anderson", 3, 0.25, 6)
+    with pytest.raises(UserError, match="no exported form with --form one.*FixedPointIteration"):
+        export_detector(predictor, tmp_path / "small.onnx", form="one")
+
+
+@pytest.mark.parametrize("overrides, options, message", [
+    (STACKED, {"form": "two"}, "weights of their own.*--form one"),
+    (STACKED, {"form": "one", "steps": 4}, "fixed: give no --steps"),
+    (("MODEL.DEQDET.SOLVER.NAME", "Broyden"), {"form": "two"}, "Broyden has no exported form"),
+    (("MODEL.DEQDET.SOLVER.RETURN_BEST", True), {"form": "two"}, "RETURN_BEST has no exported form"),
+    ((), {"form": "one", "steps": 0}, "--steps must be at least 1"),
+])  # fmt: skip
+def test_what_cannot_be_exported_leaves_no_file(overrides, options, message, make_predictor, tmp_path):
+    with pytest.raises(UserError, match=message):
+        export_detector(make_predictor(*overrides), tmp_path / "small.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_export_is_refused(two_graphs, make_predictor):
+    """The graphs of one detector beside the modules of another one."""
+    other = make_predictor()
+    with torch.no_grad():
+        other.model.decoder.refinement.box_branch[-1].bias += 0.05
+    exported = two_graphs.exported
+    step = type(exported.graphs[1][1])(other.model)
+    wrong = replace(exported, graphs=(exported.graphs[0], (exported.files[1], step)))
+    with pytest.raises(UserError, match="differs from PyTorch; do not use it"):
+        check_export(wrong)
+
+
+def test_the_command(make_predictor, tmp_path, capsys):
+    """With a model file of an RNNDet, whose two graphs are compared too."""
+    predictor = make_predictor(*RECURRENT)
+    file = tmp_path / "small.safetensors"
+    write_model_file(file, weights=predictor.model.state_dict(), cfg=predictor.cfg, class_names=NAMES)
+    main(["--model", str(file), "--output", str(tmp_path / "out.onnx"), "--steps", "3"])
+    printed = capsys.readouterr().out
+    assert "out.step.onnx" in printed and "after 3 steps" in printed
+    pixels = [float(line.split("up to ")[1].split(" px")[0]) for line in printed.splitlines() if "differ by" in line]
+    assert len(pixels) == 6 and max(pixels) < 1e-2
+    assert OnnxDetector(tmp_path / "out.encoder.onnx").notes["steps"] == 3
+    with pytest.raises(SystemExit, match="error: .*out.pt: the output of --to onnx must end in .onnx"):
+        main(["--model", str(file), "--output", str(Path(tmp_path, "out.pt"))])
