@@ -181,7 +181,8 @@ def test_training_to_a_checkpoint(configure, name, tmp_path):
 
     written = tmp_path / "inference" / "coco_instances_results.json"
     at_the_end = json.loads(written.read_text())
-    assert 40 < len(at_the_end) <= 8 * 8  # images x DETECTIONS_PER_IMAGE, less boxes outside the image
+    # Images x DETECTIONS_PER_IMAGE, less boxes outside the image: how many, depends on what the training draws.
+    assert 8 * 4 < len(at_the_end) <= 8 * 8
     written.unlink()
     cfg = configure(name, "MODEL.WEIGHTS", tmp_path / "model_final.pth", flags=("--eval-only",))
     fresh = Trainer.build_model(cfg)

@@ -63,8 +63,10 @@ def _tensors(*parts) -> list[Tensor]:
 
 
 def _where(operation: object) -> str:
-    """The innermost line of this repository, helpers left out."""
-    frames = [f for f in traceback.extract_stack() if str(ROOT) in f.filename and "helpers" not in f.filename]
+    """The innermost line of this repository, helpers and an environment within it left out."""
+    others = ("helpers", "site-packages")
+    stack = [f for f in traceback.extract_stack() if str(ROOT) in f.filename]
+    frames = [f for f in stack if not any(part in f.filename for part in others)]
     return f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} {operation}" if frames else str(operation)
 
 
