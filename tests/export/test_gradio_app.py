@@ -58,10 +58,3 @@ def test_it_loads_the_runner_without_the_package(app):
     runner = app.load_runner()
     assert runner.OnnxDetector.__module__ == "deqdet_runner" and "deqdet_runner" in sys.modules
     del sys.modules["deqdet_runner"]
-
-
-def test_the_page_has_the_sliders(app, detector):
-    gradio = pytest.importorskip("gradio")
-    blocks = app.make_page(detector).blocks.values()
-    labels = [x.label for x in blocks if isinstance(x, gradio.Slider)]
-    assert labels == ["Steps, at most", "Tolerance (0: take all steps)", "Lowest score"]
