@@ -335,3 +335,12 @@ def test_the_header_is_what_the_documentation_says(written):
     ours = {"format", "version", "config", "classes", "pixel_format", "sha256"}
     assert metadata.keys() == {f"deqdet.{key}" for key in ours} | {"format", "trained on"}
     assert json.loads(metadata["deqdet.classes"]) == NAMES and metadata["format"] == "pt"
+
+
+def test_keys_of_a_plugin_are_kept(tmp_path, small_model, small_cfg):
+    """Under MODEL.DEQDET.PLUGIN any key may stand; elsewhere an unknown one is refused when the file is read."""
+    cfg = small_cfg()
+    cfg.MODEL.DEQDET.PLUGIN.NUM_POINTS = 8
+    path = tmp_path / "own.safetensors"
+    write_model_file(path, weights=small_model().state_dict(), cfg=cfg, class_names=["a", "b", "c"])
+    assert load_model_config(read_model_file(path)).MODEL.DEQDET.PLUGIN.NUM_POINTS == 8

@@ -32,7 +32,9 @@ def test_a_file_of_ones_own(tmp_path):
 
 def test_overrides():
     key = "MODEL.DEQDET.SOLVER.OPTIONS.WINDOW"
-    cfg = model_zoo.get_config("deqdet_r50_100q_1x", ["MODEL.DEQDET.NUM_QUERIES", 7, "SEED", "3", key, "5"])
+    own = "MODEL.DEQDET.PLUGIN.NUM_POINTS"
+    cfg = model_zoo.get_config("deqdet_r50_100q_1x", ["MODEL.DEQDET.NUM_QUERIES", 7, "SEED", "3", key, "5", own, "8"])
+    assert cfg.MODEL.DEQDET.PLUGIN.NUM_POINTS == 8
     assert (cfg.MODEL.DEQDET.NUM_QUERIES, cfg.SEED, cfg.MODEL.DEQDET.SOLVER.OPTIONS.WINDOW) == (7, 3, 5)
 
 
@@ -64,7 +66,7 @@ def test_a_config_runs_no_code(tmp_path):
 
 @pytest.mark.parametrize("word, key", [
     ("MODEL.WEIGHTS", True), ("SEED", True), ("OUTPUT_DIR", True), ("MODLE.WEIGHTS", True),
-    ("MODEL.DEQDET.SOLVER.OPTIONS.window", True),
+    ("MODEL.DEQDET.SOLVER.OPTIONS.window", True), ("MODEL.DEQDET.PLUGIN.points", True),
     ("IMG.JPG", False), ("street.jpg", False), ("anderson4", False), ("1E-2", False), ("--steps", False), ("", False),
 ])  # fmt: skip
 def test_what_counts_as_a_key(word, key):

@@ -503,3 +503,36 @@ def test_three_ways_give_the_same_detections(small_model, make_cfg, tmp_path, or
     evaluation = Collect()
     Trainer.test(cfg, predictor.model, evaluation)
     assert_same_instances(evaluation.found[str(image)], found)
+
+
+class TestDrawing:
+    def test_it_draws_on_the_image_that_was_given(self, make_predictor, tmp_path):
+        """From a path, an array and a BGR array the same picture; a small image is enlarged."""
+        predictor, image = make_predictor(), noise()
+        found = predictor(image)
+        picture = found.draw(image)
+        assert picture.shape == (480, 640, 3) and picture.dtype == np.uint8
+        assert np.array_equal(picture, found.draw(save(tmp_path / "x.png", image)))
+        assert np.array_equal(picture, found.draw(image[:, :, ::-1], channels="BGR"))
+        assert found.draw(image, enlarge=False).shape == image.shape
+
+    def test_detections_of_any_step_carry_no_gradient(self, make_predictor):
+        path = make_predictor().walk(noise(), steps=3, record=range(4))
+        for found in (path.detections(2)[0], path.detections()[0]):
+            assert not found.scores.requires_grad and not found.pred_boxes.tensor.requires_grad
+        with pytest.raises(KeyError, match="step 9 was not recorded: walk with record="):
+            path.trajectory.state(9)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"steps": 2.5}, "steps must be at least 1 and a whole number, got 2.5"),
+    ({"steps": "5"}, "steps must be at least 1 and a whole number, got '5'"),
+    ({"rtol": "0.1"}, "rtol must be 0 or a positive number, got '0.1'"),
+    ({"threshold": "0.5"}, "the threshold must lie between 0 and 1, got 0.5"),
+    ({"solver": 5}, "solver must be a name or an object"),
+    ({"solver": Broyden}, "solver must be a name or an object"),
+    ({"solver": "anderson(history_size=2.5)"}, "history_size must be a whole number, got 2.5"),
+])  # fmt: skip
+def test_options_of_a_wrong_type(make_predictor, options, message):
+    with pytest.raises(UserError, match=message):
+        make_predictor()(noise(), **options)
