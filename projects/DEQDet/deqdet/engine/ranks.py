@@ -1,5 +1,6 @@
 """Starts the processes of one machine, and ends all of them when one fails, dies or hangs."""
 
+import logging
 import os
 import shutil
 import signal
@@ -114,6 +115,7 @@ def _rank(
     try:
         _join(local_rank, group, address)
         main(*args)
+        comm.synchronize()  # a rank that is done may not go while another one still needs it
     except UserError as error:
         Path(messages, str(local_rank)).write_text(one_line(error))
         _exit(1)
@@ -129,10 +131,15 @@ def _rank(
             f"rank {local_rank} failed with {type(error).__name__}: {one_line(error)} (see the traceback)"
         )
         _exit(1)
+    # Where the interpreter ends as usual, a thread of gloo that still runs aborts the process now and then.
+    for child in multiprocessing.active_children():  # processes that load data
+        child.terminate()
+    _exit(0)
 
 
 def _exit(code: int) -> None:
     # Not sys.exit: the interpreter would wait for threads of libraries, which may wait for a rank that is gone.
+    logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
