@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -140,14 +141,21 @@ def is_key(word: str) -> bool:
 
     A mistyped key counts too if its section looks like one, so that it is reported as an unknown key.
     """
-    cfg = get_cfg()
-    add_deqdet_config(cfg)
+    sections = _top_level_keys()
     section, dot, rest = word.partition(".")
     if not dot:
-        return word in cfg
+        return word in sections
     if not (re.fullmatch(r"[A-Z0-9_.]+", rest) or word.rpartition(".")[0] in OPEN_SECTIONS) or os.path.exists(word):
         return False
-    return section in cfg or (section.isupper() and bool(_close(section, list(cfg))))
+    return section in sections or (section.isupper() and bool(_close(section, list(sections))))
+
+
+@cache
+def _top_level_keys() -> tuple[str, ...]:
+    """The sections and keys at the top of a config, which is built once for all words of a command line."""
+    cfg = get_cfg()
+    add_deqdet_config(cfg)
+    return tuple(cfg)
 
 
 def _suggest(key: str, known: list[str]) -> str:

@@ -25,6 +25,7 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from ..checkpoints.files import CheckpointError, read_file, replacing
 from ..data import mix_seed, seed_all
 from ..errors import UserError, one_line
+from ..model_zoo import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -142,21 +143,11 @@ def dump_config(cfg: CfgNode, saved: str | None = None) -> str:
     Args:
         saved: the same of the checkpoint that the training was resumed from, whose values of KEPT_KEYS are in force.
     """
-    plain = flatten(yaml.safe_load(cfg.dump()))
+    pairs = flatten(yaml.safe_load(cfg.dump()))
+    plain = {key: value for key, value in pairs if not isinstance(value, dict)}
     before = yaml.safe_load(saved) if saved else {}
     plain |= {key: before[key] for key in KEPT_KEYS if key in before}
     return yaml.safe_dump({key: value for key, value in plain.items() if key not in LOCAL_KEYS})
-
-
-def flatten(config: Mapping, prefix: str = "") -> dict[str, object]:
-    """Nested sections as one dict by dotted keys."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def describe_changes(saved: str, cfg: CfgNode) -> str:
