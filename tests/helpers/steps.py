@@ -4,6 +4,7 @@ import torch
 
 from deqdet.measurement.accuracy import Accuracy
 from deqdet.measurement.cost import Cost, MultiplyAdds
+from deqdet.measurement.duplicates import Duplicates
 from deqdet.measurement.steps import ImagePath, Plan, summarize
 from deqdet.measurement.timing import Latency
 
@@ -12,7 +13,7 @@ NAN = float("nan")
 
 def make_path(image_id: int, residuals: list[float], detections: dict | None = None, steps: int | None = None):
     return ImagePath(image_id=image_id, steps=steps or len(residuals), finite=steps is None,
-                     residuals=torch.tensor(residuals), detections=detections or {})  # fmt: skip
+                     residuals=torch.tensor(residuals), detections=detections or {}, distances={})  # fmt: skip
 
 
 COST = Cost(image_size=(120, 160), padded_size=(128, 160), steps=25, backbone=MultiplyAdds(80 * 10**9, 1),
@@ -33,6 +34,12 @@ def accuracy_of_choice(paths, choices):
     return [Accuracy(AP=x, AP50=x + 1, AP75=x + 2, APs=x + 3, APm=None, APl=None) for x in means]
 
 
+def duplicates_of_step(paths, step):
+    """A share of 10 percent a step; from step 5 on no pair is left."""
+    return Duplicates(found=8, doubled=10.0 * step, distance=0.25 if step < 5 else None, AP_nms=50.0 + step)
+
+
 def make_results(name: str = "plain", paths=PATHS):
-    return summarize(name, f"Some({name})", paths, plan=PLAN, evaluate=accuracy_of_choice, cost=COST,
+    return summarize(name, f"Some({name})", paths, plan=PLAN, evaluate=accuracy_of_choice,
+                     count_duplicates=duplicates_of_step, cost=COST,
                      latency=Latency(fixed=0.5, per_step=0.02))  # fmt: skip

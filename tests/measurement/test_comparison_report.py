@@ -31,14 +31,26 @@ def test_table_and_json(tmp_path):
     results = [make_result("A", 1, 20.0), make_result("B", 1, 33.0, APs=None), make_result("A", 2, 31.0)]
     write_report(results, tmp_path, "the command")
     text = (tmp_path / "comparison.md").read_text()
+    doubles = "12.0 | 0.25 | 61.0"
     assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
-        "| A | ADecoder | SomeLayer | 25.5 | 20.0, 31.0 | 60.0 | 10.0 | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
-        "| B | BDecoder | SomeLayer | 33.0 | 33.0 | 60.0 | - | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
+        f"| A | ADecoder | SomeLayer | 25.5 | 20.0, 31.0 | {doubles} | 60.0 | 10.0 | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
+        f"| B | BDecoder | SomeLayer | 33.0 | 33.0 | {doubles} | 60.0 | - | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
     ]
     for part in ("30 iterations of 16 images of some_train", "160 x 192", "a machine", "`the command`", "some_val"):
         assert part in text
     whole = json.loads((tmp_path / "comparison.json").read_text())
     assert whole["command"] == "the command" and whole["configs"] == summarize(results)
+
+
+def test_a_run_whose_duplicates_were_not_counted(tmp_path):
+    """Its mean is not known, and a run with no pair has no distance."""
+    results = [make_result("A", 1, 20.0), make_result("A", 2, 20.0), make_result("B", 1, 30.0)]
+    results[1] = replace(results[1], measurement=replace(results[1].measurement, duplicates=None))
+    alone = replace(results[2].measurement.duplicates, distance=None)
+    results[2] = replace(results[2], measurement=replace(results[2].measurement, duplicates=alone))
+    write_report(results, tmp_path, "")
+    a, b = [line for line in (tmp_path / "comparison.md").read_text().splitlines() if line.startswith("|")][2:]
+    assert "| 20.0, 20.0 | - | - | - | 60.0 |" in a and "| 30.0 | 12.0 | - | 61.0 | 60.0 |" in b
 
 
 def test_what_differs_from_the_first_config(tmp_path):

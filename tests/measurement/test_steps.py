@@ -21,12 +21,13 @@ from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, first_bel
 from deqdet.errors import UserError
 from deqdet.measurement.cost import count_multiply_adds
 from deqdet.measurement.residuals import measure_residuals
-from deqdet.measurement.steps import Plan, build_solvers, walk_paths
+from deqdet.measurement.steps import Plan, build_solvers, summarize, walk_paths
+from deqdet.measurement.timing import Latency
 from deqdet.structures import QueryState
 
 from helpers.engine_toy import IN_PROCESS
 from helpers.paths import TOOLS
-from helpers.steps import NAN, make_path, make_results
+from helpers.steps import COST, NAN, accuracy_of_choice, duplicates_of_step, make_path, make_results
 
 TOOL = TOOLS / "evaluate_steps.py"
 SOLVERS = {"plain": FixedPointIteration(), "anderson": Anderson(history_size=3), "broyden": Broyden(history_size=2)}
@@ -178,6 +179,16 @@ class TestRows:
         assert (half.accuracy.AP, half.difference) == (32.5, -7.5)
         # The fourth image becomes NaN at the third step, and with an rtol takes part in no other.
         assert (never.rtol, never.mean_steps, never.converged, never.difference) == (0.01, 3.75, 0.0, 0.0)
+        # The AP of fixed steps is 10 at 1 and 30 at 3 steps, 40 at the limit of 4: on a straight line 10 a step.
+        assert [row.AP_fixed for row in (everything, half, never)] == pytest.approx([40.0, 30.0, 37.5])
+
+    def test_fewer_steps_than_any_row_have_no_fixed_ap(self):
+        """The images stop after 1 and 2 steps, and the rows begin with 3."""
+        paths = [make_path(1, [0.1] * 5), make_path(2, [1.0, 0.1, 0.1, 0.1, 0.1])]
+        plan = Plan(steps=(3, 5), rtols=(0.5,), limit=4)
+        results = summarize("plain", "", paths, plan=plan, evaluate=accuracy_of_choice, cost=COST,
+                            count_duplicates=duplicates_of_step, latency=Latency(0.1, 0.1))  # fmt: skip
+        assert [row.AP_fixed for row in results.tolerances] == [40.0, None]
 
     def test_residuals_that_are_nowhere_finite(self):
         results = make_results(paths=[make_path(1, [INF, NAN, NAN, NAN, NAN], steps=1)])

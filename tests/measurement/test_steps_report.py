@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 
 from deqdet.measurement.accuracy import Accuracy
+from deqdet.measurement.duplicates import Duplicates
 from deqdet.measurement.steps import Plan, summarize
 from deqdet.measurement.steps_report import Report, format_report, write_report
 from deqdet.measurement.timing import Latency
 
 from helpers.steps import COST, NAN, PATHS, make_path, make_results
+
+HEAD = (
+    "multiply-adds (G) | steps | AP | AP50 | AP75 | APs | APm | APl | doubled (%) | distance | AP, NMS | residual | "
+    "s / image"
+)
 
 
 @pytest.fixture
@@ -28,28 +34,28 @@ class TestReport:
         assert "\n".join([
             "## Steps of plain iteration",
             "",
-            "| multiply-adds (G) | steps | AP | AP50 | AP75 | APs | APm | APl | residual | s / image |",
-            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            "| 101.00 | 1 | 10.0 | 11.0 | 12.0 | 13.0 | - | - | 1.5 | 0.52 |",
-            "| 107.00 | 3 | 30.0 | 31.0 | 32.0 | 33.0 | - | - | 0.6 | 0.56 |",
-            "| 113.00 | 5 | 50.0 | 51.0 | 52.0 | 53.0 | - | - | 0.15 | 0.6 |",
+            f"| {HEAD} |",
+            "| ---:" + 12 * " | ---:" + " |",
+            "| 101.00 | 1 | 10.0 | 11.0 | 12.0 | 13.0 | - | - | 10.0 | 0.25 | 51.0 | 1.5 | 0.52 |",
+            "| 107.00 | 3 | 30.0 | 31.0 | 32.0 | 33.0 | - | - | 30.0 | 0.25 | 53.0 | 0.6 | 0.56 |",
+            "| 113.00 | 5 | 50.0 | 51.0 | 52.0 | 53.0 | - | - | 50.0 | - | 55.0 | 0.15 | 0.6 |",
             "",
             "## Steps of other solvers",
             "",
-            "| solver | multiply-adds (G) | steps | AP | AP50 | AP75 | APs | APm | APl | residual | s / image |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            "| anderson2 | 101.00 | 1 | 10.0 | 11.0 | 12.0 | 13.0 | - | - | 1 | 0.52 |",
+            f"| solver | {HEAD} |",
+            "| ---" + 13 * " | ---:" + " |",
+            "| anderson2 | 101.00 | 1 | 10.0 | 11.0 | 12.0 | 13.0 | - | - | 10.0 | 0.25 | 51.0 | 1 | 0.52 |",
         ]) in text  # fmt: skip
         assert "\n".join([
-            "| plain | 0 | 4.0 | 4.0 | 4.0 | 0.0 | - | 40.0 | +0.0 |",
-            "| plain | 0.5 | 3.0 | 3.0 | 3.8 | 25.0 | 50.0 | 32.5 | -7.5 |",
-            "| plain | 0.01 | 3.8 | 4.0 | 4.0 | 6.2 | 0.0 | 40.0 | +0.0 |",
-            "| anderson2 | 0 | 4.0 | 4.0 | 4.0 | 0.0 | - | 40.0 | +0.0 |",
-            "| anderson2 | 0.5 | 2.5 | 2.5 | 3.0 | 37.5 | 100.0 | 25.0 | -15.0 |",
+            "| plain | 0 | 4.0 | 4.0 | 4.0 | 0.0 | - | 40.0 | +0.0 | 40.0 |",
+            "| plain | 0.5 | 3.0 | 3.0 | 3.8 | 25.0 | 50.0 | 32.5 | -7.5 | 30.0 |",
+            "| plain | 0.01 | 3.8 | 4.0 | 4.0 | 6.2 | 0.0 | 40.0 | +0.0 | 37.5 |",
+            "| anderson2 | 0 | 4.0 | 4.0 | 4.0 | 0.0 | - | 40.0 | +0.0 | 40.0 |",
+            "| anderson2 | 0.5 | 2.5 | 2.5 | 3.0 | 37.5 | 100.0 | 25.0 | -15.0 | 25.0 |",
         ]) in text  # fmt: skip
         never = replace(report.results[0].tolerances[2], difference=-0.04)
         text += format_report(replace(report, results=[replace(report.results[0], tolerances=[never])]))
-        assert "| plain | 0.01 | 3.8 | 4.0 | 4.0 | 6.2 | 0.0 | 40.0 | +0.0 |" in text and "-0.0 |" not in text
+        assert "| plain | 0.01 | 3.8 | 4.0 | 4.0 | 6.2 | 0.0 | 40.0 | +0.0 | 37.5 |" in text and "-0.0 |" not in text
         assert "plain: Some(plain), anderson2: Some(anderson2)" in text
         assert "infinite or NaN, and that keep the last finite one: 1 with plain." in text
         assert "120 x 160 pixels, the size of the first one, padded to 128 x 160" in text
@@ -85,7 +91,8 @@ class TestReport:
         nothing = Accuracy(AP=None, AP50=None, AP75=None, APs=None, APm=None, APl=None)
         results = summarize("plain", "Plain()", [make_path(1, [NAN], steps=1)], plan=Plan((1,), (), 1), cost=COST,
                             evaluate=lambda paths, choices: [nothing] * len(choices),
+                            count_duplicates=lambda paths, step: Duplicates(0, None, None, None),
                             latency=Latency(0.1, 0.1))  # fmt: skip
         write_report(replace(report, results=[results]), tmp_path)
-        assert "| 101.00 | 1 | - | - | - | - | - | - | - | 0.2 |" in (tmp_path / "steps.md").read_text()
+        assert "| 101.00 | 1 | - | - | - | - | - | - | - | - | - | - | 0.2 |" in (tmp_path / "steps.md").read_text()
         assert cv2.imread(str(tmp_path / "steps.png")) is not None

@@ -18,7 +18,7 @@ from .equilibrium import Solver
 from .inference import make_detections
 from .layers import compile_layer
 from .queries import InitialQueries
-from .structures import QueryState, Targets, move, to_device
+from .structures import Decoded, QueryState, Targets, move, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -173,13 +173,31 @@ class DEQDet(nn.Module):
             steps, rtol, solver: see EquilibriumDecoder.walk.
 
         Returns:
-            For each image a dict with "instances": pred_boxes (xyxy, pixels of the original image), scores and
-            pred_classes, best first; "steps": () int64, the applications of f; and, with an equilibrium, "residual": ()
-            the relative residual of the last iterate.
+            For each image a dict with "instances": pred_boxes (xyxy, pixels of the original image), scores,
+            pred_classes and queries (the query's index), best first; "steps": () int64, the applications of f; and,
+            with an equilibrium, "residual": () the relative residual of the last iterate.
 
         Raises:
             UserError: an option is given, but the decoder has no equilibrium.
         """
+        decoded, found = self.decode(batched_inputs, steps=steps, rtol=rtol, solver=solver)
+        if failed := int((~decoded.finite).sum()):  # last, since it waits for the device
+            logger.warning("The states became infinite or NaN in %d of %d images.", failed, len(found))
+        outputs = [{"instances": x, "steps": taken} for x, taken in zip(found, decoded.steps, strict=True)]
+        if decoded.residual is not None:
+            for output, residual in zip(outputs, decoded.residual, strict=True):
+                output["residual"] = residual
+        return outputs
+
+    def decode(
+        self,
+        batched_inputs: list[dict],
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        solver: Solver | None = None,
+    ) -> tuple[Decoded, list[Instances]]:
+        """The decoder's last states and predictions, and the detections made from them; arguments as of `infer`."""
         images = self.preprocess(batched_inputs)
         with self._autocast():
             features, initial = self.encode(images)
@@ -188,14 +206,7 @@ class DEQDet(nn.Module):
             else:
                 decoded = self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
         sizes = _original_sizes(batched_inputs, images.image_sizes)
-        found = make_detections(decoded.prediction, images.image_sizes, sizes, self.max_detections)
-        if failed := int((~decoded.finite).sum()):  # last, since it waits for the device
-            logger.warning("The states became infinite or NaN in %d of %d images.", failed, len(found))
-        outputs = [{"instances": x, "steps": taken} for x, taken in zip(found, decoded.steps, strict=True)]
-        if decoded.residual is not None:
-            for output, residual in zip(outputs, decoded.residual, strict=True):
-                output["residual"] = residual
-        return outputs
+        return decoded, make_detections(decoded.prediction, images.image_sizes, sizes, self.max_detections)
 
     @torch.no_grad()
     def walk(

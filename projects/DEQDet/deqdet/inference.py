@@ -22,7 +22,7 @@ def top_detections(
 
     Returns:
         For each image Instances of the given size, sorted by falling score, with pred_boxes (xyxy, pixels, not yet
-        clipped), scores in [0, 1] and pred_classes.
+        clipped), scores in [0, 1], pred_classes, and queries: which of the N queries each detection comes from.
     """
     num_classes = prediction.logits.shape[2]
     scores = prediction.logits.float().sigmoid().flatten(1)  # (B, N * K)
@@ -31,8 +31,8 @@ def top_detections(
     boxes = prediction.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
     return [
         # A clone, because detectron2 scales boxes in place.
-        Instances(size, pred_boxes=Boxes(b.clone()), scores=s, pred_classes=c)
-        for size, b, s, c in zip(image_sizes, boxes, scores, classes, strict=True)
+        Instances(size, pred_boxes=Boxes(b.clone()), scores=s, pred_classes=c, queries=q)
+        for size, b, s, c, q in zip(image_sizes, boxes, scores, classes, queries, strict=True)
     ]
 
 

@@ -125,6 +125,7 @@ class Decoded:
     steps: Tensor  # (B,)  int64, the applications of f after g; for a stack of layers, the layers after the first
     finite: Tensor  # (B,)  bool, False where a state became infinite or NaN
     residual: Tensor | None = None  # (B,)  relative residual of the last iterate; None without an equilibrium
+    state: QueryState | None = None  # from which the prediction was read; None where a decoder does not tell it
 
 
 @dataclass(frozen=True)

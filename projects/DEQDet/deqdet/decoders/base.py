@@ -113,4 +113,5 @@ def decode_last(states: Iterable[tuple[RefinementLayer, QueryState]]) -> Decoded
         prediction=layer.predict(state),
         steps=torch.full_like(state.content[:, 0, 0], len(earlier), dtype=torch.int64),
         finite=state.pack().isfinite().all(dim=1),
+        state=state,
     )

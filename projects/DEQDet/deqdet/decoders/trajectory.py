@@ -62,7 +62,7 @@ class Trajectory:
         solution = self.solution
         # int(): torch.compile would take a comparison of a tensor with an enumeration's member for False.
         finite = solution.status != int(Status.NONFINITE)
-        return Decoded(self.predict(), solution.steps, finite, solution.residual)
+        return Decoded(self.predict(), solution.steps, finite, solution.residual, self.state())
 
     def initialization_residual(self) -> Tensor:
         """(B,) the relative change from the initial queries to y_0."""

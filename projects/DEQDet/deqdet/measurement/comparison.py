@@ -204,7 +204,7 @@ def complete(run: Run, train: Sequence[str], measure: Callable[[Run], Measuremen
     """
     if run.result_file.is_file():
         known = json.loads(run.result_file.read_text())
-        parts = {"metrics": Metrics(**known["metrics"]), "measurement": Measurement(**known["measurement"])}
+        parts = {"metrics": Metrics(**known["metrics"]), "measurement": Measurement.from_dict(known["measurement"])}
         return Result(**{**known, **parts, "name": run.name})  # config and folder may have been renamed
     run.folder.mkdir(parents=True, exist_ok=True)
     _write(run.folder / "run.json", run.settings)

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .comparison import Result
+from .duplicates import DUPLICATE_COLUMNS, DUPLICATES_NOTE
 from .tables import format_table, format_value
 
 # Heading, key of `summarize`, unit, format.
@@ -50,7 +51,7 @@ def summarize(results: Sequence[Result]) -> list[dict]:
     for name in dict.fromkeys(result.name for result in results):
         mine = [result for result in results if result.name == name]
         seeds = [{"seed": result.seed, **asdict(result.metrics), **asdict(result.measurement)} for result in mine]
-        same = ("seed", "curve", "image_size")
+        same = ("seed", "curve", "image_size", "duplicates")
         configs.append({
             "name": name,
             "decoder": mine[0].settings["MODEL.DEQDET.DECODER"],
@@ -62,6 +63,9 @@ def summarize(results: Sequence[Result]) -> list[dict]:
             },
             "image_size": seeds[0]["image_size"],
             **{key: _mean([seed[key] for seed in seeds]) for key in seeds[0] if key not in same},
+            "duplicates": {
+                key: _mean([(seed["duplicates"] or {}).get(key) for seed in seeds]) for _, key, _ in DUPLICATE_COLUMNS
+            },
             "curve": _mean_curve([seed["curve"] for seed in seeds]),
             "seeds": seeds,
         })  # fmt: skip
@@ -72,11 +76,13 @@ def format_report(configs: Sequence[dict], results: Sequence[Result], command: s
     """Markdown: a row for each config, and below the table what its columns mean and how to repeat it."""
     budget, seeds = results[0].settings, dict.fromkeys(result.seed for result in results)
     sizes = dict.fromkeys("{} x {}".format(*config["image_size"]) for config in configs)
-    rows = [["config", "decoder", "layer", "AP", "AP of each seed", *(column[0] for column in COLUMNS)]]
+    doubles = [heading for heading, *_ in DUPLICATE_COLUMNS]
+    rows = [["config", "decoder", "layer", "AP", "AP of each seed", *doubles, *(column[0] for column in COLUMNS)]]
     for config in configs:
         each = ", ".join(format_value(seed["AP"], ".1f") for seed in config["seeds"])
         names = [config["name"], config["decoder"], config["layer"]]
-        cells = [format_value(config[key], form, unit) for _, key, unit, form in COLUMNS]
+        cells = [format_value(config["duplicates"][key], form) for _, key, form in DUPLICATE_COLUMNS]
+        cells += [format_value(config[key], form, unit) for _, key, unit, form in COLUMNS]
         rows.append([*names, format_value(config["AP"], ".1f"), each, *cells])
     text = format_table(rows, names=3)
     changes = "".join(f"  - {config['name']}: {_format_changes(config['changes'])}\n" for config in configs[1:])
@@ -87,6 +93,7 @@ def format_report(configs: Sequence[dict], results: Sequence[Result], command: s
 {changes}- {budget["SOLVER.MAX_ITER"]} iterations of {budget["SOLVER.IMS_PER_BATCH"]} images of \
 {", ".join(budget["DATASETS.TRAIN"])}; seed {", ".join(map(str, seeds))}; every figure is the mean of the seeds.
 - AP on {budget["DATASETS.TEST"][0]} after the last iteration.
+- {DUPLICATES_NOTE}
 - Multiply-adds of convolutions and linear layers on an image of {", ".join(sizes)} pixels.
 - s / iteration: median, with {budget["num_gpus"]} process(es). ms / image: median, one image at a time, \
 without loading it.

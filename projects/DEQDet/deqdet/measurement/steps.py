@@ -21,6 +21,7 @@ from ..equilibrium import Solver, Status, first_below
 from ..errors import UserError
 from .accuracy import Accuracy
 from .cost import Cost
+from .duplicates import Duplicates, content_distances
 from .timing import Latency
 
 
@@ -75,6 +76,7 @@ class ImagePath:
     finite: bool
     residuals: Tensor  # (T,)  relative residual of each step's iterate
     detections: dict[int, Instances]  # step -> detections in the pixels of the original image, on the CPU
+    distances: dict[int, Tensor]  # step -> (D, D) of the confident detections, see duplicates.content_distances
 
 
 @torch.no_grad()
@@ -97,6 +99,7 @@ def walk_paths(model: DEQDet, batches: Iterable[list[dict]], *, solver: Solver, 
         solution = walk.trajectory.solution
         stops = [first_below(solution.residuals[: plan.limit], rtol).tolist() for rtol in plan.rtols]
         detections = {step: walk.detections(step) for step in sorted(fixed.union(*stops))}
+        contents = {step: walk.trajectory.state(step).content for step in plan.steps}
         taken, residuals = solution.steps.tolist(), solution.residuals.cpu()
         for index, inputs in enumerate(batch):
             kept = fixed.union(stop[index] for stop in stops)
@@ -106,6 +109,10 @@ def walk_paths(model: DEQDet, batches: Iterable[list[dict]], *, solver: Solver, 
                 finite=bool(solution.status[index] != Status.NONFINITE),
                 residuals=residuals[:, index].clone(),
                 detections={step: detections[step][index].to("cpu") for step in sorted(kept)},
+                distances={
+                    step: content_distances(detections[step][index], content[index]).cpu()
+                    for step, content in contents.items()
+                },
             )
 
 
@@ -118,6 +125,7 @@ class StepsRow:
     seconds: float  # for an image
     residual: float | None  # of the last step's iterate, median over the images; None if it is infinite
     accuracy: Accuracy
+    duplicates: Duplicates
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,7 @@ class ToleranceRow:
     converged: float | None  # percent of the images; None with rtol = 0
     accuracy: Accuracy
     difference: float | None  # AP minus that of rtol = 0
+    AP_fixed: float | None  # of all images after mean_steps steps, interpolated; None outside of the steps rows
 
 
 @dataclass(frozen=True)
@@ -154,6 +163,7 @@ def summarize(
     *,
     plan: Plan,
     evaluate: Callable[[Sequence[ImagePath], Sequence[tuple[int, ...]]], list[Accuracy]],
+    count_duplicates: Callable[[Sequence[ImagePath], int], Duplicates],
     cost: Cost,
     latency: Latency,
 ) -> Results:
@@ -162,6 +172,7 @@ def summarize(
     Args:
         paths: walked with the same plan.
         evaluate: see accuracy.Evaluation.
+        count_duplicates: see duplicates.DuplicateCounter.
         cost: the cost of an image, with any number of steps.
     """
     residuals = torch.stack([path.residuals for path in paths], dim=1)  # (T, images)
@@ -173,10 +184,18 @@ def summarize(
     same = [(step,) * len(paths) for step in plan.steps]
     accuracies = evaluate(paths, same + [tuple(stop.tolist()) for stop in stops])
     rows = [
-        StepsRow(step, replace(cost, steps=step).total.linear, latency.of(step), medians[step - 1], accuracy)
+        StepsRow(
+            steps=step,
+            multiply_adds=replace(cost, steps=step).total.linear,
+            seconds=latency.of(step),
+            residual=medians[step - 1],
+            accuracy=accuracy,
+            duplicates=count_duplicates(paths, step),
+        )
         for step, accuracy in zip(plan.steps, accuracies, strict=False)
     ]
     tolerances, accuracies = [], accuracies[len(plan.steps) :]
+    fixed = {row.steps: row.accuracy.AP for row in rows} | {plan.limit: accuracies[0].AP}
     for rtol, stop, accuracy in zip(rtols, stops, accuracies, strict=True):
         # With an rtol, an image that became infinite leaves the batch; with rtol = 0, f is still applied to it.
         taken = np.minimum([path.steps for path in paths] if rtol else plan.limit, stop.numpy())
@@ -192,7 +211,16 @@ def summarize(
                 converged=100 * float(converged.double().mean()) if rtol else None,
                 accuracy=accuracy,
                 difference=accuracy.AP - accuracies[0].AP if known else None,
+                AP_fixed=_interpolate(fixed, float(np.mean(taken))),
             )
         )
     nonfinite = sum(not path.finite for path in paths)
     return Results(name, solver, latency, nonfinite, medians, rows, tolerances)
+
+
+def _interpolate(fixed: dict[int, float | None], steps: float) -> float | None:
+    """The AP between the two nearest fixed numbers of steps, on a straight line; None outside of them."""
+    known = {step: value for step, value in sorted(fixed.items()) if value is not None}
+    if not known or not min(known) <= steps <= max(known):
+        return None
+    return float(np.interp(steps, list(known), list(known.values())))

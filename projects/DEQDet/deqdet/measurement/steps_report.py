@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from .accuracy import Accuracy
 from .cost import Cost
+from .duplicates import DUPLICATE_COLUMNS, DUPLICATES_NOTE
 from .steps import Results
 from .tables import format_table, format_value
 
@@ -65,12 +66,14 @@ def format_report(report: Report) -> str:
 
 def _steps_table(several: Sequence[Results], *, named: bool) -> str:
     """The columns of Tables 7 and 8, then residual and latency; in front the solver, as in Table 9, if `named`."""
-    rows = [["solver"] * named + ["multiply-adds (G)", "steps", *METRICS, "residual", "s / image"]]
+    doubles = [heading for heading, *_ in DUPLICATE_COLUMNS]
+    rows = [["solver"] * named + ["multiply-adds (G)", "steps", *METRICS, *doubles, "residual", "s / image"]]
     for results in several:
         for row in results.steps:
             # Two decimals as the paper has them, four for a small model.
             billions = f"{row.multiply_adds / 1e9:.{2 if row.multiply_adds >= 1e10 else 4}f}"
             metrics = [format_value(getattr(row.accuracy, name), ".1f") for name in METRICS]
+            metrics += [format_value(getattr(row.duplicates, key), form) for _, key, form in DUPLICATE_COLUMNS]
             cells = [billions, str(row.steps), *metrics, format_value(row.residual, ".3g"), f"{row.seconds:.3g}"]
             rows.append([results.name] * named + cells)
     return format_table(rows, names=int(named))
@@ -78,14 +81,14 @@ def _steps_table(several: Sequence[Results], *, named: bool) -> str:
 
 def _tolerance_table(several: Sequence[Results]) -> str:
     head = ["solver", "rtol", "mean steps", "median", "95th percentile", "saved (%)", "converged (%)", "AP", "change"]
-    rows = [head]
+    rows = [[*head, "AP, fixed steps"]]
     for results in several:
         for row in results.tolerances:
             steps = (row.mean_steps, row.median_steps, row.percentile_95_steps)
             shares = (row.saved, row.converged, row.accuracy.AP)
             cells = [f"{row.rtol:g}", *(format_value(value, ".1f") for value in steps + shares)]
             change = None if row.difference is None else round(row.difference, 1) + 0.0  # no -0.0
-            rows.append([results.name, *cells, format_value(change, "+.1f")])
+            rows.append([results.name, *cells, format_value(change, "+.1f"), format_value(row.AP_fixed, ".1f")])
     return format_table(rows, names=1)
 
 
@@ -100,13 +103,16 @@ def _notes(report: Report) -> list[str]:
         f"Multiply-adds of convolutions and linear layers, as the paper counts them, on an image of {height} x {width} "
         f"pixels, the size of the first one, padded to {padded_height} x {padded_width}; without the solver's "
         "arithmetic.",
+        DUPLICATES_NOTE,
         "residual: median over the images of ||f(y) - y|| / ||f(y)||, where y is the iterate of the last step: the "
         "number that is compared with rtol after that step.",
         f"s / image: one image at a time, without loading it, on {report.device}: the time before and after the steps, "
         "plus the number of steps times that of one step; medians.",
         f"rtol: an image stops after the first step whose residual is below it, at the latest after {report.limit} "
         f"(TEST_STEPS). saved: share of the {report.limit} evaluations of f for each image. converged: images below "
-        f"rtol. change: of AP, from rtol 0, which is {report.limit} steps.",
+        f"rtol. change: of AP, from rtol 0, which is {report.limit} steps. AP, fixed steps: the AP of all images after "
+        "the same number of steps, the row's mean steps, at the same cost; on a straight line between the two nearest "
+        "rows of the steps table. A tolerance saves time only where its AP is above that.",
         f"{date.today().isoformat()}. Command: `{report.command}`",
     ]
 

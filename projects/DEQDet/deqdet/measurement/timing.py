@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, cycle, islice
 from pathlib import Path
@@ -19,6 +19,8 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 from tqdm import tqdm
 
+from detectron2.config import CfgNode
+
 from ..data import build_test_loader
 from ..detector import DEQDet
 from ..engine import argument_parser, check_run, load_config, parse_arguments
@@ -26,7 +28,9 @@ from ..engine.launcher import count_cores
 from ..equilibrium import Solver
 from ..errors import UserError
 from ..predictor import Predictor
+from .accuracy import Evaluation
 from .cost import count_multiply_adds, count_parameters
+from .duplicates import DuplicateCounter, Duplicates, see_images
 
 WARM_UP = 2  # images before the clock counts; Measurement takes the memory from them
 IMAGES = 20  # images that a Measurement times
@@ -111,10 +115,17 @@ class Measurement:
     image_size: list[int]  # height and width of the first image as the model gets it, pixels
     ms_per_image: float  # median, one image at a time, without loading it
     inference_memory_mb: float  # the most that tensors took for one image, weights included; MiB
+    duplicates: Duplicates | None = None  # on the whole test set; None if they were not counted
+
+    @classmethod
+    def from_dict(cls, known: dict) -> "Measurement":
+        """The inverse of dataclasses.asdict."""
+        duplicates = known.get("duplicates")
+        return cls(**{**known, "duplicates": None if duplicates is None else Duplicates(**duplicates)})
 
 
 def measure_apart(arguments: Sequence[str], weights: Path, log: Path) -> Measurement:
-    """Run `measure` in a fresh process, where nothing of a training or of another model is left.
+    """Run `measure` in a fresh process, where nothing of a training or of another model is left; count duplicates too.
 
     Args:
         arguments: those of tools/train_net.py.
@@ -135,16 +146,19 @@ def _measure_checkpoint(arguments: Sequence[str], weights: Path, log: Path) -> M
     with open(log, "a") as output:
         for descriptor in (1, 2):  # the profiler's library writes to them directly
             os.dup2(output.fileno(), descriptor)
-    return measure(*build_trained(arguments, weights))
+    model, cfg = build_trained(arguments, weights)
+    dataset = cfg.DATASETS.TEST[0]
+    measurement = measure(model, build_test_loader(cfg, dataset, WARM_UP + IMAGES))
+    count = DuplicateCounter(dataset, Evaluation(dataset))
+    return replace(measurement, duplicates=count(list(see_images(model, build_test_loader(cfg, dataset))), 0))
 
 
-def build_trained(arguments: Sequence[str], weights: Path) -> tuple[DEQDet, Iterable[list[dict]]]:
-    """The model of a training in evaluation mode, and the first images of its test set, one at a time."""
+def build_trained(arguments: Sequence[str], weights: Path) -> tuple[DEQDet, CfgNode]:
+    """The model of a training in evaluation mode, and its config."""
     args = parse_arguments(argument_parser(), arguments)
     cfg = load_config(args)
     check_run(cfg, args)
-    model = Predictor.from_config(cfg, weights).model
-    return model, build_test_loader(cfg, cfg.DATASETS.TEST[0], WARM_UP + IMAGES)
+    return Predictor.from_config(cfg, weights).model, cfg
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from ..engine import add_config_arguments, exit_on_user_error, parse_arguments
 from ..errors import UserError
 from ..measurement.accuracy import Evaluation
 from ..measurement.cost import count_multiply_adds
+from ..measurement.duplicates import DuplicateCounter
 from ..measurement.steps import Plan, Results, build_solvers, summarize, walk_paths
 from ..measurement.steps_report import Report, format_report, write_report
 from ..measurement.timing import describe_machine, measure_latencies
@@ -66,6 +67,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     dataset, solvers = cfg.DATASETS.TEST[0], build_solvers(cfg, args.solvers)
     plan = make_plan(args, model.decoder.execution().steps)
     loader, evaluation = build_test_loader(cfg, dataset, args.limit), Evaluation(dataset)
+    counter = DuplicateCounter(dataset, evaluation)
     latencies = measure_latencies(model, loader, solvers)
     height, width = next(iter(loader))[0]["image"].shape[-2:]
     cost = count_multiply_adds(model, height=height, width=width)
@@ -74,7 +76,16 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
         walked = walk_paths(model, loader, solver=solver, plan=plan)
         paths = list(tqdm(walked, desc=name, total=len(loader), unit="image", disable=None))
         done.append(
-            summarize(name, str(solver), paths, plan=plan, evaluate=evaluation, cost=cost, latency=latencies[name])
+            summarize(
+                name,
+                str(solver),
+                paths,
+                plan=plan,
+                evaluate=evaluation,
+                count_duplicates=counter,
+                cost=cost,
+                latency=latencies[name],
+            )
         )
         report = Report(
             command=command,

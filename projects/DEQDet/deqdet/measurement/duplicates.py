@@ -1,0 +1,177 @@
+"""Whether several queries of a detector find the same object, and how alike the contents of such queries are.
+
+A detector without NMS must tell its queries apart: one of those that look at an object is to score high, and the others
+low. Where two queries reach the same state, nothing can rank them, and the object is found twice.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from detectron2.data import DatasetCatalog
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+
+from ..detector import DEQDet
+from .accuracy import Detected, Evaluation
+
+CONFIDENT = 0.3  # the lowest score of a detection that counts
+SAME_OBJECT = 0.5  # the lowest IoU of a detection with the object that it finds
+NMS = 0.6  # IoU above which NMS drops the lower of two detections of one class
+
+
+# Heading, field of Duplicates, format.
+DUPLICATE_COLUMNS = (("doubled (%)", "doubled", ".1f"), ("distance", "distance", ".2g"), ("AP, NMS", "AP_nms", ".1f"))
+DUPLICATES_NOTE = (
+    f"doubled: of the objects that a detection of their class finds with a score of at least {CONFIDENT:g} and an IoU "
+    f"of at least {SAME_OBJECT:g}, the share that two or more queries find. distance: 2 ||a - b|| / (||a|| + ||b||) of "
+    "the contents a, b of two such queries, median over the pairs; near 0, nothing can rank them. AP, NMS: AP after "
+    f"NMS with IoU {NMS:g} within each class."
+)
+
+
+class DetectedWithDistances(Detected, Protocol):
+    """An image with what was found in it, and how far apart the contents of its confident queries are."""
+
+    distances: Mapping[int, Tensor]  # step -> (D, D), see `content_distances`; empty if the states are not known
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image with its detections at the end of the decoder, as step 0."""
+
+    image_id: int
+    detections: dict[int, Instances]
+    distances: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """How often a detector finds an object more than once. A figure is None where there is nothing to count."""
+
+    found: int  # objects that at least one confident detection of their class finds
+    doubled: float | None  # percent of these that two or more find
+    distance: float | None  # of the contents of two queries that find one object, median over all such pairs
+    AP_nms: float | None  # COCO's box AP, 0 to 100, after NMS
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """The objects of an image, crowds left out."""
+
+    boxes: Tensor  # (M, 4)  xyxy, pixels
+    classes: Tensor  # (M,)
+
+
+class DuplicateCounter:
+    """Counts the duplicates among the detections in a data set."""
+
+    def __init__(self, dataset: str, evaluation: Evaluation):
+        """
+        Args:
+            dataset: the name of a registered data set.
+            evaluation: of that set.
+        """
+        self._objects = {record["image_id"]: _read_objects(record) for record in DatasetCatalog.get(dataset)}
+        self._evaluation = evaluation
+
+    def __call__(self, images: Sequence[DetectedWithDistances], step: int) -> Duplicates:
+        """Count the duplicates after one number of steps.
+
+        Args:
+            images: with the detections and distances of that step.
+
+        Raises:
+            UserError: the data set has no annotations.
+        """
+        found, doubled, distances = 0, 0, []
+        for image in images:
+            for finders in find_objects(image.detections[step], self._objects[image.image_id]):
+                found += bool(finders)
+                doubled += len(finders) > 1
+                if image.distances:
+                    distances += [float(image.distances[step][i, j]) for i, j in combinations(finders, 2)]
+        suppressed = [Seen(image.image_id, {step: suppress(image.detections[step])}, {}) for image in images]
+        (accuracy,) = self._evaluation(suppressed, [(step,) * len(images)])
+        return Duplicates(
+            found=found,
+            doubled=100 * doubled / found if found else None,
+            distance=median(distances) if distances else None,
+            AP_nms=accuracy.AP,
+        )
+
+
+@torch.no_grad()
+def see_images(model: DEQDet, batches: Iterable[list[dict]]) -> Iterator[Seen]:
+    """Detect in each image, and keep how far apart the contents are.
+
+    Args:
+        model: in evaluation mode. A decoder of one's own that does not tell its last state leaves no distances.
+        batches: detectron2's inputs, as a test loader gives them.
+    """
+    for batch in batches:
+        decoded, found = model.decode(batch)
+        for row, (inputs, instances) in enumerate(zip(batch, found, strict=True)):
+            distances = {}
+            if decoded.state is not None:
+                distances[0] = content_distances(instances, decoded.state.content[row]).cpu()
+            yield Seen(inputs["image_id"], {0: instances.to("cpu")}, distances)
+
+
+def content_distances(found: Instances, content: Tensor) -> Tensor:
+    """How far apart the contents of the queries of the confident detections are.
+
+    Args:
+        found: the detections of an image with their scores and queries, best first.
+        content: (N, C), of all queries of that image.
+
+    Returns:
+        (D, D), 2 ||a - b|| / (||a|| + ||b||) for each pair of the D confident detections; two zeros are 0 apart.
+    """
+    mine = content.double()[found.queries[: count_confident(found)]]
+    norms = torch.linalg.vector_norm(mine, dim=1)
+    total = norms[:, None] + norms
+    differences = torch.linalg.vector_norm(mine[:, None] - mine, dim=2)
+    return torch.where(total > 0, 2 * differences / total, 0.0)
+
+
+def count_confident(found: Instances) -> int:
+    """The number of detections with a score of at least CONFIDENT, which come first."""
+    return int((found.scores >= CONFIDENT).sum())
+
+
+def find_objects(found: Instances, objects: _Objects) -> list[list[int]]:
+    """Which confident detections find each of the M objects: a list of their indices for each.
+
+    A detection finds the object of its own class with which its IoU is largest, if that is SAME_OBJECT or more. So it
+    finds one object at most, and two detections of one object come from two queries.
+    """
+    finders: list[list[int]] = [[] for _ in range(len(objects.classes))]
+    if not finders:
+        return finders
+    sure = found[: count_confident(found)]
+    overlaps = pairwise_iou(sure.pred_boxes, Boxes(objects.boxes))
+    overlaps = overlaps.where(sure.pred_classes[:, None] == objects.classes, 0.0)
+    for index, (overlap, best) in enumerate(zip(*(x.tolist() for x in overlaps.max(dim=1)), strict=True)):
+        if overlap >= SAME_OBJECT:
+            finders[best].append(index)
+    return finders
+
+
+def suppress(found: Instances) -> Instances:
+    """The detections that NMS leaves within each class, best first."""
+    return found[batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, NMS)]
+
+
+def _read_objects(record: dict) -> _Objects:
+    annotations = [x for x in record.get("annotations", ()) if not x.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
+    return _Objects(
+        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        classes=torch.tensor([x["category_id"] for x in annotations], dtype=torch.int64),
+    )
