@@ -176,7 +176,8 @@ class Checkpointer(DetectionCheckpointer):
             return
         part = os.path.commonprefix(loaded).rpartition(".")[0]
         where = f", all in {part}" if part else ""
-        logger.info("Loaded %d of the model's %d tensors%s; the others keep their start", len(loaded), len(names), where)
+        counts = len(loaded), len(names)
+        logger.info("Loaded %d of the model's %d tensors%s; the others keep their start", *counts, where)
 
 
 def check_pickle(path: str, *, trusted: bool) -> None:

@@ -1,11 +1,12 @@
 """Pretrain the backbone of a small config by classification of generated shapes, for MODEL.WEIGHTS.
 
-    deqdet-pretrain-backbone --output weights/shapes_backbone.pth [--config-file CONFIG] [--iterations N] [KEY VALUE ...]
+    deqdet-pretrain-backbone --output weights/shapes_backbone.pth [--config-file CONFIG] [--iterations N]
 
-From random weights, a detector spends much of a short training on its backbone, and the detectors of this project differ
-in how soon a gradient reaches it. A common start takes that out of a comparison. The paper's detectors start from
-ImageNet; this command makes such a start for the quick configs in about two minutes on one CPU core. The images have one
-shape each and are drawn from other seeds, and at another size, than those of shapes_train and shapes_val.
+From random weights, a detector spends much of a short training on its backbone, and the detectors of this project
+differ in how soon that learns anything. A common start takes this out of a comparison. The paper's detectors start from
+ImageNet; this command makes such a start for the quick configs in about two minutes on one CPU core. Each image has one
+shape; they are drawn from other seeds, and at another size, than those of shapes_train and shapes_val. Shapes are large
+at first and become smaller, because with small ones alone the classifier stays at chance for a thousand iterations.
 
 The file has the weights and the BatchNorm statistics of the part under the neck alone, under the names
 backbone.bottom_up.*, so that every detector on this backbone loads it for training. MODEL.WEIGHTS of the config is not
@@ -34,7 +35,8 @@ from ..errors import describe_os_error
 
 DEFAULT_CONFIG = "quick/deqdet_shapes"
 PREFIX = "backbone.bottom_up."  # of a detector's parameters, whether a channel mapper or an FPN is on top
-IMAGE_SIZE, MIN_SIZE, MAX_SIZE = 96, 10.0, 80.0  # pixels: of an image's sides; of the longer side of a shape
+IMAGE_SIZE, MIN_SIZE, MAX_SIZE = 64, 10.0, 60.0  # pixels: of an image's sides; of the longer side of a shape
+SHRINKING = 0.6  # of the iterations, in which the smallest shape goes from MAX_SIZE to MIN_SIZE
 # Of draw_scene, with the pretraining's seed added. The data sets of this project have seeds of one or two digits.
 TRAINING_SEED, HELD_OUT_SEED = 10**9, 2 * 10**9
 HELD_OUT = 1000  # images
@@ -99,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="to write, .pth or .safetensors")
-    parser.add_argument("--iterations", type=int, default=1000, metavar="N", help="default 1000")
+    parser.add_argument("--iterations", type=int, default=1500, metavar="N", help="default 1500")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images of an iteration, default 32")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the images, default 0")
     add_config_arguments(parser)
@@ -145,7 +147,8 @@ def pretrain(cfg: CfgNode, *, iterations: int, batch: int, seed: int) -> Pretrai
         optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=iterations)
         for iteration in range(iterations):
-            images, labels = draw_images(TRAINING_SEED + seed, iteration * batch, batch)
+            smallest = smallest_size(iteration / iterations)
+            images, labels = draw_images(TRAINING_SEED + seed, iteration * batch, batch, smallest)
             loss = nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -178,11 +181,21 @@ def build_bottom_up(cfg: CfgNode) -> nn.Module:
     return bottom_up
 
 
-def draw_images(seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+def smallest_size(progress: float) -> float:
+    """The size in pixels of the smallest shapes, whose logarithm falls linearly and then stays.
+
+    Args:
+        progress: the part of the iterations that is done, from 0 to 1.
+    """
+    return MAX_SIZE * (MIN_SIZE / MAX_SIZE) ** min(progress / SHRINKING, 1.0)
+
+
+def draw_images(seed: int, first: int, count: int, smallest: float) -> tuple[Tensor, Tensor]:
     """Draw images with one shape each, on a textured and noisy background, and the classes of the shapes.
 
     Args:
         first: the index of the first image among those that `seed` gives.
+        smallest: of the longer side of a shape, in pixels; the largest is MAX_SIZE.
 
     Returns:
         (count, 3, IMAGE_SIZE, IMAGE_SIZE) float32, RGB, 0 to 255; and (count,) int64, indices in CLASSES.
@@ -191,7 +204,7 @@ def draw_images(seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         num_images=first + count,
         seed=seed,
         image_size=IMAGE_SIZE,
-        min_size=MIN_SIZE,
+        min_size=smallest,
         max_size=MAX_SIZE,
         max_objects=1,
         empty_fraction=0.0,
@@ -207,7 +220,7 @@ def measure_accuracy(model: ShapeClassifier, seed: int) -> float:
     model.eval()
     correct = 0
     for first in range(0, HELD_OUT, 100):
-        images, labels = draw_images(seed, first, 100)
+        images, labels = draw_images(seed, first, 100, MIN_SIZE)
         correct += (model(images.to(model.mean.device)).argmax(1).cpu() == labels).sum().item()
     return correct / HELD_OUT
 
