@@ -14,7 +14,15 @@ from deqdet.checkpoints import Checkpointer
 from deqdet.checkpoints.files import read_checkpoint, read_torch
 from deqdet.data.shapes import CLASSES
 from deqdet.tools import pretrain_backbone
-from deqdet.tools.pretrain_backbone import HELD_OUT_SEED, PREFIX, TRAINING_SEED, draw_images, main, pretrain, smallest_size
+from deqdet.tools.pretrain_backbone import (
+    HELD_OUT_SEED,
+    PREFIX,
+    TRAINING_SEED,
+    draw_images,
+    main,
+    pretrain,
+    smallest_size,
+)
 
 DETECTORS = [name for name in model_zoo.list_configs() if name.endswith("_pretrained")]
 NARROW = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "8"]
@@ -102,7 +110,7 @@ def test_the_images():
     images, labels = draw_images(TRAINING_SEED, 5, 40, 10.0)
     assert images.shape == (40, 3, 64, 64) and images.min() >= 0 and 128 < images.max() <= 255
     assert labels.shape == (40,) and set(labels.tolist()) == set(range(len(CLASSES)))
-    assert torch.equal(draw_images(TRAINING_SEED, 7, 1, 10.0)[0][0], images[2])  # an image has its index, not its batch's
+    assert torch.equal(draw_images(TRAINING_SEED, 7, 1, 10.0)[0][0], images[2])  # by index
     assert not torch.equal(draw_images(HELD_OUT_SEED, 5, 40, 10.0)[0], images)
 
 

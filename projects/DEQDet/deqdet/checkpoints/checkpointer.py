@@ -166,7 +166,6 @@ class Checkpointer(DetectionCheckpointer):
                 "Give the config that it was trained with"
             )
 
-
     def _log_part(self, incompatible: Any) -> None:
         """Say which part of the model the file has, if it is only a part, such as a pretrained backbone."""
         without = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
