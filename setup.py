@@ -17,6 +17,7 @@ TOOLS = (
     "demo",
     "evaluate_steps",
     "export_model",
+    "pretrain_backbone",
     "publish",
     "report",
 )

@@ -219,6 +219,21 @@ def test_dimensions_must_divide():
         make_sparse_rcnn(attention="sine")
 
 
+@torch.no_grad()
+def test_zero_deltas_leave_the_boxes(float64):
+    """Without the option, the random start moves every box. No other weight is changed by it."""
+    features, state = SPARSE_RCNN.features(), SPARSE_RCNN.state(rows=2)
+    free, zero = make_sparse_rcnn(), make_sparse_rcnn(zero_init_deltas=True)
+    moved = (free(state, features).position - state.position).abs().amax(2)
+    assert moved.min() > 1e-3
+    refined = zero(state, features)
+    torch.testing.assert_close(refined.position, state.position, rtol=0, atol=1e-12)
+    assert (refined.content - state.content).abs().amax(2).min() > 1e-3
+    last = ("box_branch.9.weight", "box_branch.9.bias")
+    for (name, one), other in zip(free.named_parameters(), zero.parameters(), strict=True):
+        assert (not other.any() and one.any()) if name in last else torch.equal(one, other), name
+
+
 def test_parameters_of_each_attention():
     """The overlap bias has a number for each head, the embedding none; the plain one keeps the names of old weights."""
     names = {kind: set(dict(make_sparse_rcnn(attention=kind).named_parameters())) for kind in ATTENTIONS}
@@ -240,6 +255,7 @@ def test_the_config_reaches_the_layer(small_cfg):
         f"{key}.NUM_HEADS": 16,
         f"{key}.FEEDFORWARD_DIM": 48,
         f"{key}.ATTENTION": "overlap",
+        f"{key}.ZERO_INIT_DELTAS": True,
     }
     shapes = [ShapeSpec(channels=32, stride=8), ShapeSpec(channels=32, stride=16)]
     for initialization in (True, False):
@@ -251,6 +267,7 @@ def test_the_config_reaches_the_layer(small_cfg):
         assert layer.dynamic_conv.out.weight.shape == (32, 25 * 32)
         assert layer.attention.attention.num_heads == 16 and len(layer.attention.iof_scale) == 16
         assert not layer.attention.embed
+        assert not layer.box_branch[-1].weight.any() and layer.box_branch[-4].weight.any()
         assert layer.feedforward[0].weight.shape == (48, 32)
         assert len(layer.class_branch) == 2 * 3 + 1 and layer.class_branch[-1].weight.shape == (3, 32)
         assert len(layer.box_branch) == 4 * 3 + 1 and layer.box_branch[-1].weight.shape == (4, 32)

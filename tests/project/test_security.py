@@ -267,13 +267,17 @@ TOOLS: dict[str, Callable[[Path, list[str], list[str]], list[str]]] = {
     "check_data": lambda good, model, pairs: [*model, *pairs],
     "benchmark": lambda good, model, pairs: [*model, "--task", "step", *pairs],
     "export_model": lambda good, model, pairs: [*model, "--output", "out.onnx", *pairs],
+    "pretrain_backbone": lambda good, model, pairs: [*model, "--output", "backbone.pth", *pairs],
     "convert_checkpoint": lambda good, model, pairs: [],  # it takes a checkpoint alone, see below
 }  # fmt: skip
 HERE = [name for name in TOOLS if name.partition(" ")[0] in COMMANDS]
 TAKE_CONFIG = [name for name in HERE if name != "convert_checkpoint"]
 TAKE_MODEL_FILE = [name for name in TAKE_CONFIG if not name.startswith("compare")]
-LOAD_WEIGHTS = [name for name in TAKE_MODEL_FILE if name not in ("analyze_model", "publish", "check_data", "benchmark")]
-WITHOUT_DATA = ("demo", "analyze_model", "publish", "compare --scale", "benchmark", "export_model")
+WITHOUT_WEIGHTS = ("analyze_model", "publish", "check_data", "benchmark", "pretrain_backbone")
+LOAD_WEIGHTS = [name for name in TAKE_MODEL_FILE if name not in WITHOUT_WEIGHTS]
+WITHOUT_DATA = (
+    "demo", "analyze_model", "publish", "compare --scale", "benchmark", "export_model", "pretrain_backbone"
+)  # fmt: skip
 READ_DATA = [name for name in TAKE_CONFIG if name not in WITHOUT_DATA]
 
 

@@ -104,6 +104,8 @@ def _add_layer_keys(deqdet: CN) -> None:
     # Attention among queries: "plain" (Sparse R-CNN's, the paper's Appendix F), "positional" (AdaMixer's, with the two
     # parts "embedding" of positions and "overlap" of boxes, which can be chosen alone).
     deqdet.SPARSE_RCNN.ATTENTION = "plain"
+    # True: the last layer of the box tower starts at 0, so that an untrained layer moves no box, as AdaMixer's does.
+    deqdet.SPARSE_RCNN.ZERO_INIT_DELTAS = False
 
 
 def _add_equilibrium_keys(deqdet: CN) -> None:

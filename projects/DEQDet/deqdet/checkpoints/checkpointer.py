@@ -1,6 +1,7 @@
 """detectron2's checkpointer, which writes files whole and checks them, also loads model files, and runs no code."""
 
 import logging
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,6 +155,7 @@ class Checkpointer(DetectionCheckpointer):
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         super()._log_incompatible_keys(incompatible)
         if not self.complete:
+            self._log_part(incompatible)
             return
         shapes = {name: f"{name} is {found}, not {wanted}" for name, found, wanted in incompatible.incorrect_shapes}
         missing = [name for name in incompatible.missing_keys if name not in shapes]
@@ -163,6 +165,18 @@ class Checkpointer(DetectionCheckpointer):
                 f"the checkpoint does not fit the model: {'; '.join(wrong[:3])}{more}. "
                 "Give the config that it was trained with"
             )
+
+    def _log_part(self, incompatible: Any) -> None:
+        """Say which part of the model the file has, if it is only a part, such as a pretrained backbone."""
+        without = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+        names = [name for name in self.model.state_dict() if not name.endswith(".num_batches_tracked")]
+        loaded = [name for name in names if name not in without]
+        if len(loaded) == len(names):
+            return
+        part = os.path.commonprefix(loaded).rpartition(".")[0]
+        where = f", all in {part}" if part else ""
+        counts = len(loaded), len(names)
+        logger.info("Loaded %d of the model's %d tensors%s; the others keep their start", *counts, where)
 
 
 def check_pickle(path: str, *, trusted: bool) -> None:

@@ -52,6 +52,7 @@ class SparseRCNNLayer(RefinementLayer):
         num_heads: int,
         feedforward_dim: int,
         attention: str = "plain",
+        zero_init_deltas: bool = False,
     ):
         """
         Args:
@@ -67,6 +68,8 @@ class SparseRCNNLayer(RefinementLayer):
             feedforward_dim: the hidden channels of the feed-forward network.
             attention: "plain" is Sparse R-CNN's own, in which queries do not know where the others look. "positional"
                 is AdaMixer's; "embedding" and "overlap" have one of its two parts.
+            zero_init_deltas: the box branch's last layer starts at 0, as AdaMixer's does, so that an untrained layer
+                leaves every box where it is. False is Sparse R-CNN's own random start.
 
         Raises:
             ValueError: dim is not a multiple of num_heads, or of 8 with an embedding; or an unknown attention.
@@ -104,6 +107,9 @@ class SparseRCNNLayer(RefinementLayer):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         set_class_prior(self.class_branch[-1])
+        if zero_init_deltas:
+            nn.init.zeros_(self.box_branch[-1].weight)
+            nn.init.zeros_(self.box_branch[-1].bias)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec], initialization: bool) -> dict:
@@ -121,6 +127,7 @@ class SparseRCNNLayer(RefinementLayer):
             "num_heads": sparse.NUM_HEADS,
             "feedforward_dim": sparse.FEEDFORWARD_DIM,
             "attention": sparse.ATTENTION,
+            "zero_init_deltas": sparse.ZERO_INIT_DELTAS,
         }
 
     def prepare(self, features: Features) -> Features:
