@@ -344,6 +344,8 @@ def _our_parts(on_cuda: bool, trust_pickle: bool) -> Iterator[None]:
     defaults.DetectionCheckpointer = functools.partial(Checkpointer, trust_pickle=trust_pickle)
     if not on_cuda:
         defaults.create_ddp_model = functools.partial(originals[0], device_ids=None)
+    elif comm.get_world_size() > 1:  # Slurm can give each process a GPU of its own, which is number 0 for all of them
+        defaults.create_ddp_model = functools.partial(originals[0], device_ids=[torch.cuda.current_device()])
     try:
         yield
     finally:
