@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -66,6 +67,7 @@ def run_joined(
         comm.synchronize()  # a rank that is done may not go while another one still needs it
     except UserError as error:
         voice.say(f"error: {one_line(error)}")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(_GRACE if place.rank == 0 else 0)
         end_process(1)
     except KeyboardInterrupt:  # before or after the iterations
@@ -94,19 +96,27 @@ class _Voice:
         self.store: dist.Store | None = None  # once the ranks have met
 
     def say(self, line: str) -> None:
-        """Print a line on stderr unless another rank has printed one; without the store, this rank cannot know."""
-        try:
-            first = self.store is None or self.store.add("said", 1) == 1
-        except RuntimeError:  # the store ends with the process that serves it
-            first = True
-        if first:
+        """Print a line on stderr unless another rank has printed one.
+
+        A store that has ended with its rank, or whose rank is frozen, cannot tell; then the line is printed.
+        """
+        counts = []
+
+        def count() -> None:
+            with suppress(RuntimeError):
+                counts.append(self.store.add("said", 1))
+
+        if self.store is not None:
+            thread = threading.Thread(target=count, daemon=True)
+            thread.start()
+            thread.join(_GRACE)
+        if counts in ([], [1]):
             print(line, file=sys.stderr, flush=True)
 
     def stop(self, number: int, frame: object) -> None:
         """Handle SIGTERM where no training does."""
-        if self.rank == 0:
-            print("stopped by SIGTERM", file=sys.stderr)
-        sys.exit(128 + number)
+        self.say("stopped by SIGTERM")
+        end_process(128 + number)
 
 
 def _meet(place: Place, seconds: float) -> dist.Store:
@@ -136,6 +146,7 @@ def _check_in_turn(check: Callable[[], bool], store: dist.Store, place: Place) -
             raise UserError(f"rank {place.rank} has waited {DEFAULT_TIMEOUT} for rank 0 to check the run")
         time.sleep(0.05)
     if store.get("checked") == b"wrong":
+        time.sleep(2 * _GRACE)  # rank 0, which knows why, shall be the first that the launcher sees fail
         end_process(1)
     return check()
 

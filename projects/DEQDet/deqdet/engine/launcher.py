@@ -20,6 +20,7 @@ from ..errors import UserError
 from .arguments import add_model_arguments, exit_on_user_error
 from .cluster import Place, find_place
 from .configuration import check_run, load_config
+from .determinism import explained_determinism
 from .joined import run_joined
 from .options import check_processes
 from .ranks import Group, run_ranks
@@ -140,7 +141,8 @@ def count_cores() -> int:
 def _work(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     logging.raiseExceptions = False
     share_cores(args.num_gpus)
-    main(args)
+    with explained_determinism():
+        main(args)
 
 
 @contextmanager
