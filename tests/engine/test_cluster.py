@@ -7,6 +7,7 @@ import pytest
 from deqdet.engine import UserError, parse_arguments, run
 from deqdet.engine.arguments import add_config_arguments
 from deqdet.engine.cluster import Place, check_alone, find_place, first_host
+from deqdet.tools import compare, convert_checkpoint, evaluate_steps
 
 from helpers.engine_toy import parse
 from helpers.joined import slurm_step
@@ -178,3 +179,16 @@ def test_other_tools_refuse_several_processes(monkeypatch):
         parse_arguments(parser, [])
     assert stop.value.code == 1
     assert parse_arguments(parser, [], joins=True).opts == []
+
+
+@pytest.mark.parametrize("tool", [compare, convert_checkpoint, evaluate_steps])
+def test_a_tool_says_it_in_one_line(monkeypatch, tool):
+    for key, value in slurm_step(0).items():
+        monkeypatch.setenv(key, value)
+    words = {compare: ["a", "--output", "b"], convert_checkpoint: ["a", "b"], evaluate_steps: ["--output", "b"]}
+    with pytest.raises(SystemExit) as stop:
+        tool.main(words[tool])
+    assert stop.value.code == (
+        "error: this command works in one process, but srun has started 2: start it without srun, or unset "
+        "SLURM_STEP_NUM_TASKS for processes that have nothing to do with each other"
+    )

@@ -1,21 +1,23 @@
 """Runs that torchrun, srun or two launchers start: the same training and the same gradients, one set of outputs."""
 
-import sys
-from pathlib import Path
+import socket
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from engine.test_kills import LONG, end_of
 from soak.kill_resume import same
 
-from deqdet.engine import joined
+from deqdet.engine import UserError, joined
 from deqdet.engine.cluster import Place
+from deqdet.engine.ranks import meet
 
 from helpers.engine_toy import write_dataset
 from helpers.gradients import CASES, batch, build, gradients
 from helpers.joined import free_port, run_together, slurm_step, torchrun
-from helpers.paths import TOOLS
-from helpers.toy_runs import HELPERS, command, read_lines, run_toy, said
+from helpers.toy_runs import HELPERS, command, read_lines, said
 
 STEPS = 23  # of LONG
 
@@ -113,15 +115,6 @@ def test_sigterm_to_torchrun_ends_with_a_checkpoint(toy_config, tmp_path):
     assert path.exists()
 
 
-def test_a_mistake_is_said_once(toy_config):
-    words = command(toy_config, "SOLVER.IMS_PER_BATCH", 3)
-    port = {"MASTER_PORT": str(free_port())}
-    done = run_together([words] * 2, [slurm_step(rank) | port for rank in (0, 1)])
-    assert [process.returncode for process in done] == [1, 1]
-    assert said(done[0]) == ["error: SOLVER.IMS_PER_BATCH is 3: it must be a multiple of 2, the number of processes"]
-    assert said(done[1]) == []
-
-
 class Ended(BaseException):
     pass
 
@@ -143,7 +136,7 @@ def test_a_rank_without_progress_ends(monkeypatch, capsys, phase, words):
 
 
 def test_one_rank_speaks_for_all(capsys):
-    store = torch.distributed.HashStore()
+    store = dist.HashStore()
     voices = [joined._Voice(PLACE), joined._Voice(PLACE)]
     for i, voice in enumerate(voices):
         voice.store = store
@@ -151,21 +144,64 @@ def test_one_rank_speaks_for_all(capsys):
     assert capsys.readouterr().err == "line 0\n"
 
 
-def test_ranks_that_never_come(toy_config):
+def test_rank_0_checks_first_and_a_mistake_is_said_once(monkeypatch):
+    """The other ranks go on after it, or end without a word."""
+    monkeypatch.setattr(joined, "end_process", end_with)
+    monkeypatch.setattr(joined, "_GRACE", 0.1)
+    order = []
+
+    def check_well() -> bool:
+        order.append("checked")
+        return True
+
+    def check_wrong() -> bool:
+        raise UserError("a mistake")
+
+    zero = replace(PLACE, rank=0, local_rank=0)
+    store = dist.HashStore()
+    waiting = threading.Timer(0.3, joined._check_in_turn, (check_well, store, zero))
+    waiting.start()
+    order.append("waiting")
+    assert joined._check_in_turn(check_well, store, PLACE)
+    assert order == ["waiting", "checked", "checked"]
+
+    store = dist.HashStore()
+    with pytest.raises(UserError, match="a mistake"):
+        joined._check_in_turn(check_wrong, store, zero)
+    with pytest.raises(Ended, match="1"):
+        joined._check_in_turn(check_well, store, PLACE)
+    assert len(order) == 3
+
+
+def test_ranks_that_never_come():
     """One of two machines is never started."""
-    start = ["--num-machines", 2, "--machine-rank", 0, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-    done = run_toy(toy_config, *start, "--rank-timeout", 2)
-    assert done.returncode == 1
-    (line,) = said(done)
-    assert line.startswith("error: rank 0 has waited 2 s (--rank-timeout) at 127.0.0.1:")
+    with pytest.raises(UserError) as waited:
+        meet("127.0.0.1", free_port(), rank=0, world_size=2, seconds=1)
+    line = str(waited.value)
+    assert line.startswith("rank 0 has waited 1 s (--rank-timeout) at 127.0.0.1:")
     assert line.endswith("see that each machine has started its own, with the same address, and can reach it")
 
 
-def test_other_tools_work_in_one_process():
-    words = [sys.executable, str(TOOLS / "convert_checkpoint.py"), "in", "out"]
-    done = run_together([words] * 2, [slurm_step(rank) for rank in (0, 1)])
-    assert [process.returncode for process in done] == [1, 1]
-    assert said(done[0]) == ["error: this command works in one process, but srun has started 2: start it without srun, "
-                             "or unset SLURM_STEP_NUM_TASKS for processes that have nothing to do with each "
-                             "other"]  # fmt: skip
-    assert said(done[1]) == [] and not Path("out").exists()
+def test_a_port_of_another_program():
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"rank 0 cannot open 127.0.0.1:{port}, .* the port is in use"):
+            meet("127.0.0.1", port, rank=0, world_size=2, seconds=1)
+
+
+@pytest.mark.parametrize("launcher, gpus, rank, gpu", [
+    ("torchrun", 2, 1, 1),
+    ("srun", 2, 1, 1),
+    ("srun", 1, 1, 0),  # Slurm gives each task one GPU and hides the others
+])  # fmt: skip
+def test_the_gpu_of_a_rank(monkeypatch, launcher, gpus, rank, gpu):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert joined._choose_gpu(replace(PLACE, launcher=launcher, rank=rank, local_rank=rank)) == gpu
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="torchrun has started 2 processes on a machine with 1 GPUs: start one"):
+        joined._choose_gpu(PLACE)
