@@ -96,5 +96,5 @@ def prepare(kill: str) -> None:
         at_iteration(action, int(iteration), int(rest[0]) if rest else 0)
 
 
-if os.environ.get("KILL"):
+if os.environ.get("KILL") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not after a restart
     prepare(os.environ["KILL"])

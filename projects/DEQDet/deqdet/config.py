@@ -14,6 +14,7 @@ def add_deqdet_config(cfg: CN) -> None:
     _add_layer_keys(cfg.MODEL.DEQDET)
     _add_equilibrium_keys(cfg.MODEL.DEQDET)
     _add_training_keys(cfg)
+    _add_determinism_key(cfg)
 
 
 def merge_overrides(cfg: CN, pairs: Sequence[str]) -> None:
@@ -176,3 +177,9 @@ def _add_training_keys(cfg: CN) -> None:
     cfg.MODEL.DEQDET.INSIGHT.PERIOD = 0
     cfg.MODEL.DEQDET.INSIGHT.NUM_IMAGES = 4
     cfg.MODEL.DEQDET.INSIGHT.POWER_ITERATIONS = 20  # of the Jacobian's spectral radius
+
+
+def _add_determinism_key(cfg: CN) -> None:
+    # Operations of a GPU whose order of additions is left to chance: "" runs them, "strict" refuses those that have no
+    # deterministic form, "warn" names them in a warning and runs them. On a CPU a seed decides everything anyway.
+    cfg.DETERMINISTIC = ""

@@ -2,6 +2,7 @@
 
 from ..errors import UserError
 from .arguments import add_config_arguments, exit_on_user_error, parse_arguments
+from .cluster import check_alone
 from .configuration import adapt_device, check_run, load_config, setup
 from .launcher import argument_parser, run
 from .models import build_model
@@ -15,6 +16,7 @@ __all__ = [
     "add_config_arguments",
     "argument_parser",
     "build_model",
+    "check_alone",
     "check_options",
     "check_processes",
     "check_run",

@@ -1,25 +1,35 @@
 """What all command-line tools share: their flags, the KEY VALUE pairs at the end, and one line for each user error."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..errors import UserError, one_line
 from ..model_zoo import is_key
+from .cluster import check_alone
 
 
-def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None, *, joins: bool = False
+) -> argparse.Namespace:
     """Parse a command line that ends in KEY VALUE pairs; these become the list `opts`.
 
     The pairs begin at the first config key, also behind a flag that takes several values.
 
     Args:
         words: the command line; by default that of the process.
+        joins: the command takes part in a run of several processes (see `launcher.run`).
+
+    Raises:
+        UserError: torchrun or srun has started several processes of a command that works in one.
     """
     words = list(sys.argv[1:] if words is None else words)
     first = next((i for i, word in enumerate(words) if word == "--opts" or is_key(word)), len(words))
     args = parser.parse_args(words[:first])
+    if not joins:
+        check_alone(os.environ)
     args.opts = [*(getattr(args, "opts", None) or []), *words[first:]]
     if args.opts[:1] == ["--opts"]:  # older commands have this flag before the pairs
         del args.opts[0]

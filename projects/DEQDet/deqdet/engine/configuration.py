@@ -23,6 +23,7 @@ from ..data import check_datasets, prepare_datasets
 from ..errors import UserError, describe_os_error, one_line
 from ..model_zoo import find_config, get_config, put_overrides
 from ..plugins import import_plugins
+from .determinism import set_determinism
 from .options import check_options
 from .run_folder import check_folder, claim_folder
 
@@ -57,6 +58,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         file = find_config(args.config_file) if args.config_file else ""
         with _whole_config_file():
             default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": file}))
+        set_determinism(cfg.DETERMINISTIC)
     return cfg
 
 

@@ -18,7 +18,10 @@ from detectron2.utils.logger import setup_logger
 
 from ..errors import UserError
 from .arguments import add_model_arguments, exit_on_user_error
+from .cluster import Place, find_place
 from .configuration import check_run, load_config
+from .determinism import explained_determinism
+from .joined import run_joined
 from .options import check_processes
 from .ranks import Group, run_ranks
 
@@ -42,10 +45,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Call main(args) in args.num_gpus processes.
+    """Call main(args) in args.num_gpus processes, or in those that torchrun or srun has started.
 
     There is one process for each GPU, joined by NCCL; where CUDA is missing or MODEL.DEVICE is "cpu", the processes run
     on the CPU and gloo joins them. A UserError, in any of them, ends the program with its one line and exit code 1.
+    Under torchrun and srun, this process becomes a rank of theirs, and ends at the end of main.
 
     Args:
         main: a function of a module, since new processes import it by its name.
@@ -53,6 +57,11 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
     logging.raiseExceptions = False  # a log line that finds no room on the disk is lost without a traceback
     with exit_on_user_error():
         check_processes(args)
+        place = find_place(os.environ)
+        if place is not None:
+            _check_launch(place, args)
+            if place.world_size > 1:
+                _run_joined(main, args, place)
         if args.num_gpus * args.num_machines == 1:
             with _sigterm_exits():
                 _work(main, args)
@@ -61,6 +70,57 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
         group = Group(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args.rank_timeout)
         with _hidden_gpus() if on_cpu else nullcontext():
             run_ranks(_work, (main, args), group)
+
+
+def _run_joined(main: Callable[[argparse.Namespace], object], args: argparse.Namespace, place: Place) -> None:
+    machines, machine_rank = place.world_size // place.local_size, place.rank // place.local_size
+    sizes = {"num_gpus": place.local_size, "num_machines": machines, "machine_rank": machine_rank}
+    args = argparse.Namespace(**{**vars(args), **sizes})
+
+    def check() -> bool:
+        cfg = load_config(args)
+        if place.rank == 0:
+            with _logging():
+                check_run(cfg, args)
+        return cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available()
+
+    cores = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if place.launcher == "srun" and cores.isdigit() and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = cores
+        torch.set_num_threads(max(1, int(cores)))
+    run_joined(check, lambda: _work(main, args), place=place, rank_timeout=args.rank_timeout)
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """Show what deqdet logs, before `setup` gives it a log file and detectron2's form."""
+    log = logging.getLogger("deqdet")
+    before, propagate = list(log.handlers), log.propagate
+    setup_logger(name="deqdet")
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate = before, propagate
+
+
+def _check_launch(place: Place, args: argparse.Namespace) -> None:
+    """See that the command line does not ask for processes of ours where torchrun or srun has started them."""
+    given = {
+        f"--num-gpus {args.num_gpus}": args.num_gpus > 1,
+        f"--num-machines {args.num_machines}": args.num_machines > 1,
+        f"--dist-url {args.dist_url}": args.dist_url != "auto",
+    }
+    for flag, is_given in given.items():
+        if is_given:
+            raise UserError(
+                f"{flag} asks for processes beside the {place.world_size} that {place.launcher} has started: leave it "
+                f"out, and let {place.launcher} start as many as are needed"
+            )
+    if place.restarts and not (args.resume or args.eval_only):
+        raise UserError(
+            f"torchrun --max-restarts {place.restarts} starts the same command again after a failure, which then has a "
+            "training to go on with: add --resume, which also begins a new one where there is none"
+        )
 
 
 def share_cores(processes: int) -> None:
@@ -81,7 +141,8 @@ def count_cores() -> int:
 def _work(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     logging.raiseExceptions = False
     share_cores(args.num_gpus)
-    main(args)
+    with explained_determinism():
+        main(args)
 
 
 @contextmanager

@@ -198,6 +198,7 @@ RANGES: dict[str, Range] = {
     "SEED": integer(-(2**31), 2**31 - 1),
     "VIS_PERIOD": integer(0),
     "CUDNN_BENCHMARK": SWITCH,
+    "DETERMINISTIC": one_of("", "warn", "strict"),
     "FLOAT32_PRECISION": one_of("", "medium", "high", "highest"),
 }  # fmt: skip
 

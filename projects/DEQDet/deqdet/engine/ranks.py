@@ -27,7 +27,7 @@ from ..errors import UserError, one_line
 
 LOST_PEER = 70  # exit code of a rank that failed because another one was gone
 STOPPED = (130, 143)  # exit codes after SIGINT and SIGTERM
-_START = 120.0  # seconds that a process may take at least to import its libraries, or to start those that load data
+START = 120.0  # seconds that a process may take at least to import its libraries, or to start those that load data
 _GRACE = 1.0  # seconds in which the other ranks may end by themselves
 _FIELDS = 5  # of a rank on the board: last sign of life, last progress, iteration, phase, finished iterations
 OUTSIDE, BEFORE_DATA, IN_FORWARD, AFTER_FORWARD = -1.0, 0.0, 1.0, 2.0  # phases
@@ -44,6 +44,17 @@ class Group:
     machine_rank: int
     dist_url: str  # "auto": one machine, any free port
     rank_timeout: float  # seconds without a sign of life, or without progress in an iteration
+
+    @property
+    def first_rank(self) -> int:
+        """The rank of this machine's first process among all."""
+        return self.machine_rank * self.per_machine
+
+
+def take_board(board: object, place: int) -> None:
+    """Let `mark` write to the fields of a shared board from `place` on, for whoever watches this rank."""
+    global _board
+    _board = board, place
 
 
 def mark(iteration: int, phase: float) -> None:
@@ -109,8 +120,7 @@ def _rank(
     local_rank: int, main: Callable[..., object], args: tuple, group: Group, address: str, board: object, messages: str
 ) -> None:
     """What one process runs; the launcher learns of a UserError by a file in the folder `messages`."""
-    global _board
-    _board = board, local_rank * _FIELDS
+    take_board(board, local_rank * _FIELDS)
     threading.Thread(target=_show_life, args=(board, local_rank * _FIELDS, group.rank_timeout), daemon=True).start()
     try:
         _join(local_rank, group, address)
@@ -118,27 +128,31 @@ def _rank(
         comm.synchronize()  # a rank that is done may not go while another one still needs it
     except UserError as error:
         Path(messages, str(local_rank)).write_text(one_line(error))
-        _exit(1)
+        end_process(1)
     except KeyboardInterrupt:  # before or after the iterations
         if local_rank == 0:
             print("interrupted", file=sys.stderr)
-        _exit(130)
+        end_process(130)
     except Exception as error:
         if is_lost_peer(error):
-            _exit(LOST_PEER)
+            end_process(LOST_PEER)
         traceback.print_exc()
         Path(messages, str(local_rank)).write_text(
-            f"rank {local_rank} failed with {type(error).__name__}: {one_line(error)} (see the traceback)"
+            f"rank {group.first_rank + local_rank} failed with {type(error).__name__}: {one_line(error)} "
+            "(see the traceback)"
         )
-        _exit(1)
-    # Where the interpreter ends as usual, a thread of gloo that still runs aborts the process now and then.
+        end_process(1)
+    end_process(0)
+
+
+def end_process(code: int) -> None:
+    """End this process, and those that load its data, without the interpreter's teardown.
+
+    At the teardown, the interpreter would wait for threads of libraries, which may wait for a rank that is gone; and a
+    thread of gloo that still runs aborts the process now and then.
+    """
     for child in multiprocessing.active_children():  # processes that load data
         child.terminate()
-    _exit(0)
-
-
-def _exit(code: int) -> None:
-    # Not sys.exit: the interpreter would wait for threads of libraries, which may wait for a rank that is gone.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -146,22 +160,57 @@ def _exit(code: int) -> None:
 
 
 def _join(local_rank: int, group: Group, address: str) -> None:
-    """Join the process group, as detectron2's own launcher does."""
-    options = {
-        "backend": "nccl" if torch.cuda.is_available() else "gloo",
-        "world_size": group.per_machine * group.machines,
-        "rank": group.machine_rank * group.per_machine + local_rank,
-        # Evaluation on one rank may take long while the others wait; a rank that hangs in training is found earlier.
-        "timeout": max(DEFAULT_TIMEOUT, timedelta(seconds=group.rank_timeout)),
-    }
-    if group.machines > 1:
-        dist.init_process_group(init_method=address, **options)
-    else:
-        host, _, port = address.rpartition(":")
-        dist.init_process_group(store=dist.TCPStore(host, int(port), is_master=False), **options)
-    comm.create_local_process_group(group.per_machine)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+    """Join the ranks that this launcher, and those of other machines, have started."""
+    rank, world_size = group.first_rank + local_rank, group.per_machine * group.machines
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if group.machines == 1:
+        store = dist.TCPStore(host, int(port), is_master=False)
+    elif address.startswith("tcp://"):
+        store = meet(host, port, rank=rank, world_size=world_size, seconds=group.rank_timeout)
+    else:  # file://, as detectron2 takes it
+        store, _, _ = next(dist.rendezvous(address, rank, world_size))
+    join(store, rank=rank, world_size=world_size, per_machine=group.per_machine, rank_timeout=group.rank_timeout,
+         gpu=local_rank if torch.cuda.is_available() else None)  # fmt: skip
+
+
+def meet(host: str, port: str | int, *, rank: int, world_size: int, seconds: float) -> dist.Store:
+    """Wait until all ranks have come to a store that rank 0 opens at host:port.
+
+    Raises:
+        UserError: the port is taken, the host is unknown, or a rank has not come after so many seconds.
+    """
+    where = f"{host}:{port}"
+    try:
+        return dist.TCPStore(host, int(port), world_size, is_master=rank == 0, timeout=timedelta(seconds=seconds))
+    except (RuntimeError, ValueError, TypeError) as error:  # an error of a store is a RuntimeError
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"rank 0 cannot open {where}, where the ranks are to meet, because the port is in use: choose another "
+                "by --dist-url, or by MASTER_PORT under srun"
+            ) from error
+        raise UserError(
+            f"rank {rank} has waited {seconds:g} s (--rank-timeout) at {where} for all {world_size} ranks "
+            f"({one_line(error)[:120]}): see that each machine has started its own, with the same address, and can "
+            "reach it"
+        ) from error
+
+
+def join(
+    store: dist.Store, *, rank: int, world_size: int, per_machine: int, rank_timeout: float, gpu: int | None
+) -> None:
+    """Join the process group as detectron2's own launcher does. Every rank must call it.
+
+    Args:
+        per_machine: ranks of each machine; those of one follow each other.
+        gpu: of this rank, for NCCL; None for gloo.
+    """
+    # Evaluation on one rank may take long while the others wait; a rank that hangs in training is found earlier.
+    timeout = max(DEFAULT_TIMEOUT, timedelta(seconds=rank_timeout))
+    backend = "gloo" if gpu is None else "nccl"
+    dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=timeout)
+    comm.create_local_process_group(per_machine)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     comm.synchronize()
 
 
@@ -179,6 +228,7 @@ class _Watch:
         self._board = board
         self._messages = messages
         self._timeout = group.rank_timeout
+        self._first = group.first_rank
         self._begin = time.monotonic()
         self._signal = 0
         self._signals = 0
@@ -249,9 +299,11 @@ class _Watch:
             code = process.exitcode
             if code not in (None, 0, LOST_PEER, *STOPPED):
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                return f"rank {rank} died ({how}){self._where(rank)}: the others were ended too; --resume goes on"
+                name = self._name(rank)
+                return f"{name} died ({how}){self._where(rank)}: the others were ended too; --resume goes on"
         rank = min(range(len(self._processes)), key=self._progress)
-        return f"a collective operation failed, probably because of rank {rank}{self._where(rank)}; --resume goes on"
+        name = f"{self._name(rank)}{self._where(rank)}"
+        return f"a collective operation failed, probably because of {name}; --resume goes on"
 
     def _find_hung(self) -> str:
         """A line that names a rank that shows no life, or is the one that the others wait for; "" if there is none."""
@@ -259,11 +311,11 @@ class _Watch:
         running = [rank for rank, process in enumerate(self._processes) if process.exitcode is None]
         for rank in running:
             alive = self._field(rank, 0)  # 0 while the process starts
-            limit = self._timeout if alive else max(self._timeout, _START)
+            limit = self._timeout if alive else max(self._timeout, START)
             if now - (alive or self._begin) > limit:
                 return self._describe_hung(rank)
         inside = running and all(self._field(rank, 3) != OUTSIDE for rank in running)
-        limit = self._timeout if all(self._field(rank, 4) for rank in running) else max(self._timeout, _START)
+        limit = self._timeout if all(self._field(rank, 4) for rank in running) else max(self._timeout, START)
         if inside and all(now - self._field(rank, 1) > limit for rank in running):
             return self._describe_hung(min(running, key=self._progress))
         return ""
@@ -271,9 +323,12 @@ class _Watch:
     def _describe_hung(self, rank: int) -> str:
         where = self._where(rank)
         return (
-            f"rank {rank} stopped responding for {self._timeout:g} s{where} (--rank-timeout): all ranks were ended; "
-            "--resume goes on"
+            f"{self._name(rank)} stopped responding for {self._timeout:g} s{where} (--rank-timeout): all ranks were "
+            "ended; --resume goes on"
         )
+
+    def _name(self, rank: int) -> str:
+        return f"rank {self._first + rank}"
 
     def _where(self, rank: int) -> str:
         return f" in iteration {self._field(rank, 2):.0f}" if self._field(rank, 3) != OUTSIDE else ""

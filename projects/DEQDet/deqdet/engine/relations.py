@@ -157,9 +157,17 @@ def _only_for_deqdet(relation: Callable[[CfgNode], Iterator[str]]) -> Callable[[
     return check_deqdet
 
 
+def _check_determinism(cfg: CfgNode) -> Iterator[str]:
+    if cfg.DETERMINISTIC and cfg.CUDNN_BENCHMARK:
+        yield f"CUDNN_BENCHMARK is True: it must be False with DETERMINISTIC {cfg.DETERMINISTIC}, or DETERMINISTIC \"\""
+    if cfg.DETERMINISTIC and cfg.SEED < 0:
+        yield f"SEED is {cfg.SEED}: with DETERMINISTIC {cfg.DETERMINISTIC} it must be a number of at least 0"
+
+
 # Each yields a sentence for every pair of keys whose values do not fit together.
 RELATIONS: Sequence[Callable[[CfgNode], Iterator[str]]] = (
     _check_schedule,
     _check_sizes,
+    _check_determinism,
     *map(_only_for_deqdet, (_check_backbone, _check_hidden_dim, _check_levels, _check_decoder, _check_solver)),
 )

@@ -23,6 +23,7 @@ from ..checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
 from ..data import TrainLoader, build_coco_evaluator, build_test_loader, build_train_loader, prepare_datasets
 from ..errors import UserError, describe_os_error
 from .configuration import explained_datasets
+from .determinism import is_indeterminate
 from .evaluation import StepsEvaluator
 from .health import FiniteGuard, check_finite_model
 from .hooks import AverageBatchNorm, BestCheckpointer, MarkProgress, ModelFileWriter, PeakMemory, WeightsCheckpointer
@@ -316,7 +317,9 @@ def _disk_errors(folder: str) -> Iterator[None]:
 def _has_unknown_cause(record: logging.LogRecord) -> bool:
     """Whether a log record is no traceback of an error that is reported in one line anyway."""
     error = record.exc_info[1] if record.exc_info else None
-    return error is None or not (isinstance(error, UserError | FloatingPointError | OSError) or is_lost_peer(error))
+    if isinstance(error, UserError | FloatingPointError | OSError):
+        return False
+    return error is None or not (is_lost_peer(error) or is_indeterminate(error))
 
 
 @contextmanager
@@ -344,6 +347,8 @@ def _our_parts(on_cuda: bool, trust_pickle: bool) -> Iterator[None]:
     defaults.DetectionCheckpointer = functools.partial(Checkpointer, trust_pickle=trust_pickle)
     if not on_cuda:
         defaults.create_ddp_model = functools.partial(originals[0], device_ids=None)
+    elif comm.get_world_size() > 1:  # Slurm can give each process a GPU of its own, which is number 0 for all of them
+        defaults.create_ddp_model = functools.partial(originals[0], device_ids=[torch.cuda.current_device()])
     try:
         yield
     finally:

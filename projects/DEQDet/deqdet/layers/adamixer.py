@@ -114,6 +114,11 @@ class AdaMixerLayer(RefinementLayer):
         # The backward pass of the gather sorts the rows of all bags, which takes longer than grid_sample's.
         if isinstance(features, PyramidTable) and not torch.is_grad_enabled():
             return sample_table(features, points)
+        # But on a GPU only the gather's is deterministic. A prepared table carries no gradient, so one is made here.
+        if torch.are_deterministic_algorithms_enabled():
+            levels = list(features)
+            dtype = torch.promote_types(levels[0].dtype, torch.float32)
+            return sample_table(build_table(levels, self.strides, dtype, self.points.num_groups), points)
         return sample_pyramid(list(features), self.strides, points)
 
     def predict(self, state: QueryState) -> Prediction:

@@ -37,8 +37,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # an exit by exception ends the training too
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     words = sys.argv[1:] if words is None else words
-    args = parse_arguments(make_parser(), words)
     with exit_on_user_error(interrupted="interrupted: run the same command again to continue"):
+        args = parse_arguments(make_parser(), words)
         compare(args, command=shlex.join(["deqdet-compare", *words]))
 
 

@@ -8,11 +8,12 @@ VALUE pairs, every config key that the checkpoint decides: put them behind --con
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoints import KINDS, convert_file
-from ..engine import exit_on_user_error
+from ..engine import check_alone, exit_on_user_error
 from ..plugins import import_plugins
 
 
@@ -24,6 +25,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     with exit_on_user_error():
         args = parse_args(words)
+        check_alone(os.environ)
         done = convert_file(args.source, args.target, kind=args.kind, num_classes=args.num_classes)
         print(f"kind: {done.kind}{' (guessed from the keys)' if done.guessed else ''}")
         for note in done.notes:

@@ -38,8 +38,8 @@ RTOLS = (0.2, 0.1, 0.05, 0.02, 0.01)
 def main(words: Sequence[str] | None = None) -> None:
     """Run the tool with the given command line, by default that of the process."""
     words = sys.argv[1:] if words is None else words
-    args = parse_arguments(make_parser(), words)
     with exit_on_user_error():
+        args = parse_arguments(make_parser(), words)
         evaluate(args, command=shlex.join(["deqdet-evaluate-steps", *words]))
 
 

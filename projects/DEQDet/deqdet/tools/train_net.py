@@ -29,7 +29,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argument_parser()
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     with exit_on_user_error():
-        args = parse_arguments(parser, words)
+        args = parse_arguments(parser, words, joins=True)
     run(work, args)
 
 

@@ -1,0 +1,59 @@
+"""DETERMINISTIC: the same seed gives the same numbers, bit for bit, on a GPU too. On a CPU it does without."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import UserError
+
+_UNKNOWN = re.compile(r"(\S+) does not have a deterministic implementation|Deterministic behavior was enabled")
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def set_determinism(mode: str) -> None:
+    """Let torch, cuDNN and cuBLAS compute in the same order each time. Call it before the first work on a GPU.
+
+    Args:
+        mode: of the key DETERMINISTIC. "": change nothing. "strict": an operation that has no deterministic form is an
+            error. "warn": torch warns of it and runs it as it is.
+    """
+    if not mode:
+        return
+    # Workspaces of a fixed size: otherwise cuBLAS may split a product in another way each time.
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=mode == "warn")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False  # the fastest algorithm of a run need not be that of the next
+
+
+def is_indeterminate(error: BaseException) -> bool:
+    """Whether torch refused an operation because it has no deterministic form."""
+    return isinstance(error, RuntimeError) and _UNKNOWN.search(str(error)) is not None
+
+
+@contextmanager
+def explained_determinism() -> Iterator[None]:
+    """Turn torch's error about an operation without a deterministic form into a UserError.
+
+    Raises:
+        UserError: names the operation and says what to do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_indeterminate(error):
+            raise
+        name = _UNKNOWN.search(str(error))[1]
+        if name is None:
+            given = os.environ.get(_WORKSPACE)
+            raise UserError(
+                f"DETERMINISTIC is strict, but {_WORKSPACE} is {given!r} in the environment: unset it, or set it to "
+                ":4096:8 or :16:8"
+            ) from error
+        raise UserError(
+            f"DETERMINISTIC is strict, but {name} has no deterministic form on this device: set DETERMINISTIC warn to "
+            "run it as it is, or train on a CPU"
+        ) from error
