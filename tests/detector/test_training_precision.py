@@ -83,23 +83,24 @@ def test_what_stays_in_float32(small_model, make_inputs, layer, decoder, precisi
         assert logs == points == {torch.float32}
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-def test_gradients_agree_by_part(small_model, make_inputs, precision):
+def test_gradients_agree_by_part(small_model, make_inputs):
     """After a short training, so that the layers do something: each part's gradient is that of float32, nearly."""
     torch.manual_seed(0)
     model, inputs = small_model().train(), make_inputs(2, 1, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(40):
+    for _ in range(20):
         optimizer.zero_grad()
         total(model(inputs)).backward()
         optimizer.step()
-    found = compare_gradients(model, [inputs[:2], inputs[1:]], [precision])[precision]
-    assert list(found) == ["backbone", "neck", "queries", "g", "f"]
-    for part, agreement in found.items():
-        assert len(agreement.norms) == 2 and min(agreement.norms) > 0
-        assert all(abs(ratio - 1) <= 0.1 for ratio in agreement.ratios), part
-        assert min(agreement.cosines) >= 0.95, part
-        assert max(agreement.cosines) < 1  # it is another precision
+    found = compare_gradients(model, [inputs[:2], inputs[1:]])
+    assert list(found) == ["bfloat16", "float16"]
+    for parts in found.values():
+        assert list(parts) == ["backbone", "neck", "queries", "g", "f"]
+        for part, agreement in parts.items():
+            assert len(agreement.norms) == 2 and min(agreement.norms) > 0
+            assert all(abs(ratio - 1) <= 0.1 for ratio in agreement.ratios), part
+            assert min(agreement.cosines) >= 0.95, part
+            assert max(agreement.cosines) < 1 - 1e-9  # it is another precision
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -4,6 +4,7 @@ import errno
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,7 +142,9 @@ class Trainer(DefaultTrainer):
         train_log = logging.getLogger("detectron2.engine.train_loop")
         train_log.addFilter(_has_unknown_cause)
         try:
-            with _disk_errors(self.cfg.OUTPUT_DIR):
+            with _disk_errors(self.cfg.OUTPUT_DIR), warnings.catch_warnings():
+                # It comes where the first step in float16 overflowed and was skipped, as it should be.
+                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
                 return super().train()
         finally:
             train_log.removeFilter(_has_unknown_cause)
