@@ -185,3 +185,14 @@ def test_a_training_may_take_up_and_leave_its_extras(toy_config, tmp_path):
 def test_a_model_that_is_no_deqdet_is_trained_as_a_whole():
     with pytest.raises(UserError, match="is 3: it must be 1 for MODEL.META_ARCHITECTURE Linear"):
         StepTrainer(nn.Linear(1, 1), [], torch.optim.SGD([torch.zeros(1)], lr=0.1), device_type="cpu", parts=3)
+
+
+def test_the_learning_rate_is_not_scaled_twice(toy_config, tmp_path, caplog):
+    """The checkpoint has the scaled rate, and a resumed training takes it, also with another batch."""
+    rule = "SOLVER.LR_RULE", "linear", "SOLVER.REFERENCE_BATCH", 1, "SOLVER.WARMUP_ITERS", 0
+    make_trainer(parse(toy_config, *rule, "SOLVER.MAX_ITER", 2)).train()
+    for images, last in ((2, 4), (1, 6)):
+        words = "SOLVER.IMS_PER_BATCH", images, "SOLVER.MAX_ITER", last
+        trainer = make_trainer(parse(toy_config, "--resume", *rule, *words))
+        trainer.train()
+        assert trainer.storage.latest()["lr"][0] == pytest.approx(0.2)  # 0.1 for one image, and two of them
