@@ -88,7 +88,14 @@ def test_without_cuda_the_device_becomes_the_cpu(toy_config, capsys):
     assert capsys.readouterr().out.count("CUDA is not available: MODEL.DEVICE is cpu instead of cuda") == 1
 
 
-def test_mixed_precision_needs_cuda(toy_config):
-    cfg = setup(parse(toy_config, "SOLVER.AMP.ENABLED", True))
-    with pytest.raises(UserError, match=r"SOLVER.AMP.ENABLED needs CUDA, but MODEL.DEVICE is cpu"):
+def test_parts_of_a_batch_need_a_detector_of_ours(toy_config):
+    cfg = setup(parse(toy_config, "SOLVER.ACCUMULATION_STEPS", 2))
+    message = r"^SOLVER.ACCUMULATION_STEPS is 2: it must be 1 for MODEL.META_ARCHITECTURE EngineToy"
+    with pytest.raises(UserError, match=message):
         Trainer(cfg)
+
+
+def test_parts_of_a_batch_must_divide_the_images_of_a_process(toy_config):
+    args = parse(toy_config, "--num-gpus", 2, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATION_STEPS", 4)
+    with pytest.raises(UserError, match=r"^SOLVER.ACCUMULATION_STEPS is 4: times 2, the number of processes, .* \(4\)"):
+        setup(args)

@@ -1,20 +1,43 @@
 """Two gloo processes on the CPU against one process with the same global batch."""
 
-
 import pytest
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.engine import launch
+from detectron2.utils.events import EventStorage
+
+from deqdet.engine.step import StepTrainer
 
 from helpers.gradients import CASES, batch, build, gradients
 
+FOUR = ["both", "none", "first", "both"]
+
+
+def accumulate(inputs: list[dict], parts: int) -> tuple[dict[str, torch.Tensor], int]:
+    """The gradients of a step of this rank's images in parts, and how often the ranks exchanged a bucket of them."""
+    model, exchanged = DistributedDataParallel(build()), []
+
+    def count(state, bucket):
+        exchanged.append(bucket.index())
+        return default_hooks.allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, count)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = StepTrainer(model, [inputs], optimizer, device_type="cpu", parts=parts)
+    step.iter = 0
+    with EventStorage():
+        step.run_step()
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}, len(exchanged)
+
 
 def work(output: str) -> None:
-    """One image for each rank; find_unused_parameters is off, as it is by default."""
+    """One image for each rank; find_unused_parameters is off, as it is by default. Then two for each, in two parts."""
     torch.set_num_threads(1)
     rank = torch.distributed.get_rank()
     found = [gradients(DistributedDataParallel(build()), batch(case)[rank : rank + 1]) for case in CASES]
+    found.append([accumulate(batch(FOUR)[2 * rank :][:2], parts) for parts in (1, 2)])
     if rank == 0:
         torch.save(found, output)
 
@@ -40,3 +63,12 @@ def test_two_processes_have_the_gradients_of_one(two_processes, index):
         gap = (found[name] - share * gradient).norm() / gradient.norm().clamp(min=1e-6)
         assert gap < 1e-5, f"{name}: relative gap {gap:.1e}"
     assert expected["decoder.refinement.class_branch.3.weight"].abs().max() > 1e-3
+
+
+def test_accumulated_gradients_of_two_processes_are_those_of_one(two_processes):
+    """Four images as one batch, as two ranks' and as two parts of each; the parts cost no more communication."""
+    (whole, exchanges), (parts, exchanges_of_parts) = two_processes[-1]
+    assert exchanges_of_parts == exchanges > 0
+    for name, gradient in gradients(build(), batch(FOUR)).items():
+        for found in (whole, parts):
+            assert (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-6) < 1e-5, name

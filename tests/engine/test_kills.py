@@ -15,7 +15,10 @@ from deqdet.engine.resume import CLOCK_FIGURES
 
 from helpers.toy_runs import command, environment, read_lines, run_toy, said
 
-LONG = "SOLVER.MAX_ITER", 23, "SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 8, "DATASETS.TEST", "()"
+LONG = (
+    "SOLVER.MAX_ITER", 23, "SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 8, "DATASETS.TEST", "()",
+    "SOLVER.EMA.ENABLED", True,
+)  # fmt: skip
 
 
 def end_of(out: Path) -> dict:

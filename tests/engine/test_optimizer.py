@@ -203,3 +203,19 @@ def test_an_unknown_clip_type_names_the_known_ones():
     cfg = make_cfg(CLIP_GRADIENTS__CLIP_TYPE="full")
     with pytest.raises(ValueError, match="CLIP_TYPE is 'full': it must be one of full_model, value, norm"):
         build_optimizer(cfg, make_model())
+
+
+@pytest.mark.parametrize("rule, images, expected", [("linear", 8, 0.05), ("sqrt", 4, 0.05), ("linear", 32, 0.2)])
+def test_the_learning_rate_follows_the_batch(rule, images, expected, caplog):
+    """BASE_LR 0.1 is for 16 images: half of them give half the rate, or a quarter of them by the square root."""
+    cfg = make_cfg(BASE_LR=0.1, LR_RULE=rule, REFERENCE_BATCH=16, IMS_PER_BATCH=images)
+    with caplog.at_level("INFO"):
+        optimizer = build_optimizer(cfg, make_model())
+    assert min(group["lr"] for group in optimizer.param_groups) == pytest.approx(expected)
+    assert f"learning rate {expected:g}: SOLVER.BASE_LR 0.1 is for 16 images" in caplog.text
+    assert cfg.SOLVER.BASE_LR == 0.1
+
+
+def test_without_a_rule_the_batch_does_not_matter(caplog):
+    cfg = make_cfg(BASE_LR=0.1, REFERENCE_BATCH=16, IMS_PER_BATCH=64)
+    assert min(group["lr"] for group in build_optimizer(cfg, make_model()).param_groups) == 0.1

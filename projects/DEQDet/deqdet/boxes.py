@@ -54,12 +54,12 @@ def refine_position(position: Tensor, delta: Tensor) -> Tensor:
 
     Args:
         position: (..., 4) cx, cy, z, r.
-        delta: (..., 4) d_x, d_y, d_z, d_r.
+        delta: (..., 4) d_x, d_y, d_z, d_r, perhaps in a lower precision.
 
     Returns:
         (..., 4) cx, cy, z, r.
     """
-    scale = position[..., 2:3].exp2()
+    delta, scale = delta.to(position.dtype), position[..., 2:3].exp2()
     center = torch.addcmul(position[..., :2], delta[..., :2], scale)
     return torch.cat([center, position[..., 2:] + delta[..., 2:]], dim=-1)
 
@@ -73,12 +73,12 @@ def refine_position_by_deltas(position: Tensor, deltas: Tensor) -> Tensor:
 
     Args:
         position: (..., 4) cx, cy, z, r.
-        deltas: (..., 4) dx, dy, dw, dh.
+        deltas: (..., 4) dx, dy, dw, dh, perhaps in a lower precision.
 
     Returns:
         (..., 4) cx, cy, z, r.
     """
-    shift, log_scale = deltas.split(2, dim=-1)
+    shift, log_scale = deltas.to(position.dtype).split(2, dim=-1)
     width, height = log_scale.clamp(max=MAX_LOG_SCALE).unbind(-1)
     center = position[..., :2] + 0.5 * shift * box_sizes(position)
     change = torch.stack([0.5 * (width + height), height - width], dim=-1) / math.log(2)

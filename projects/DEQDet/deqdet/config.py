@@ -15,6 +15,8 @@ def add_deqdet_config(cfg: CN) -> None:
     _add_equilibrium_keys(cfg.MODEL.DEQDET)
     _add_training_keys(cfg)
     _add_determinism_key(cfg)
+    _add_precision_keys(cfg.SOLVER)
+    _add_averaging_keys(cfg.SOLVER)
 
 
 def merge_overrides(cfg: CN, pairs: Sequence[str]) -> None:
@@ -183,3 +185,24 @@ def _add_determinism_key(cfg: CN) -> None:
     # Operations of a GPU whose order of additions is left to chance: "" runs them, "strict" refuses those that have no
     # deterministic form, "warn" names them in a warning and runs them. On a CPU a seed decides everything anyway.
     cfg.DETERMINISTIC = ""
+
+
+def _add_precision_keys(solver: CN) -> None:
+    # Of convolutions and matrix products in training, with detectron2's SOLVER.AMP.ENABLED: bfloat16 (GPUs since
+    # Ampere, CPUs) or float16 with a scaled loss (older GPUs). Evaluation follows TEST.PRECISION alone.
+    solver.AMP.PRECISION = "bfloat16"
+
+
+def _add_averaging_keys(solver: CN) -> None:
+    # An exponential moving average of the weights: evaluated and saved beside them; model files are made of it.
+    solver.EMA = CN()
+    solver.EMA.ENABLED = False
+    # What a step leaves of the average; after n steps at most (1 + n) / (10 + n). 0.9998 averages about 5,000 steps.
+    solver.EMA.DECAY = 0.9998
+    # n: a batch of IMS_PER_BATCH images goes through the model in n parts, whose gradients add up. It changes memory
+    # and time, not the optimizer's batch.
+    solver.ACCUMULATION_STEPS = 1
+    # How BASE_LR, which is for REFERENCE_BATCH images, is scaled to IMS_PER_BATCH: none, linear (times the ratio) or
+    # sqrt (times its square root).
+    solver.LR_RULE = "none"
+    solver.REFERENCE_BATCH = 0  # images; 0: not known, so that LR_RULE must be none

@@ -73,7 +73,11 @@ class Criterion(nn.Module):
         return {"matcher": HungarianMatcher(**numbers), "num_classes": deqdet.NUM_CLASSES, **numbers}
 
     def forward(
-        self, predictions: dict[str, Prediction], targets: Targets, image_names: Sequence[str] = ()
+        self,
+        predictions: dict[str, Prediction],
+        targets: Targets,
+        image_names: Sequence[str] = (),
+        normalizer: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the losses of all S predictions at once, in float32.
 
@@ -81,6 +85,8 @@ class Criterion(nn.Module):
             predictions: S predictions by name; logits (B, N, K), boxes (B, N, 4) xyxy, pixels.
             targets: the boxes of B images. An image, or all of them, may have none.
             image_names: the file names of the B images, for error messages.
+            normalizer: () what the sums are divided by, if the images are part of a larger batch: its
+                `mean_matches`.
 
         Returns:
             loss_cls_<name>, loss_l1_<name> and loss_giou_<name> for each prediction: weighted scalars, to be summed.
@@ -109,7 +115,7 @@ class Criterion(nn.Module):
             ]
         )
         _log_accuracy(logits, labels, matches, matched)
-        losses = sums / _mean_over_ranks(matched, logits.device).clamp(min=1)
+        losses = sums / (mean_matches(matched, logits.device) if normalizer is None else normalizer)
         return {
             f"loss_{kind}_{name}": losses[i, s]
             for s, name in enumerate(names)
@@ -163,8 +169,8 @@ def giou_loss(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
     return 1 - overlap / (union + eps) + (hull - union) / (hull + eps)
 
 
-def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
-    """Average a count over the ranks; a scalar.
+def mean_matches(count: int, device: torch.device) -> Tensor:
+    """The number of matched boxes of a batch, averaged over the ranks and at least 1; a scalar.
 
     A collective operation: every rank must call it in every iteration, even without any box, or the others hang.
     """
@@ -172,7 +178,7 @@ def _mean_over_ranks(count: int, device: torch.device) -> Tensor:
     if comm.get_world_size() > 1:
         dist.all_reduce(mean)
         mean /= comm.get_world_size()
-    return mean
+    return mean.clamp(min=1)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
 
-from .criterion import Criterion
+from .criterion import Criterion, mean_matches
 from .decoders import Decoder, Trajectory, build_decoder
 from .equilibrium import Solver
 from .inference import make_detections
@@ -139,13 +139,16 @@ class DEQDet(nn.Module):
                     module.eval()
         return self
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(
+        self, batched_inputs: list[dict], normalizer: Tensor | None = None
+    ) -> dict[str, Tensor] | list[dict]:
         """Losses in training, detections at test time, by detectron2's protocol.
 
         Args:
             batched_inputs: for each image a dict with "image" (3, H, W), uint8 or float, 0 to 255, in the channel order
                 of INPUT.FORMAT; in training also "instances" with gt_boxes and gt_classes; at test time "height" and
                 "width" of the original image in pixels, to which detections are scaled (by default H and W).
+            normalizer: in training on part of a batch, the `loss_normalizer` of the whole batch.
 
         Returns:
             In training the weighted losses, to be summed. At test time, see `infer`.
@@ -156,7 +159,16 @@ class DEQDet(nn.Module):
         targets = Targets.from_instances([x["instances"] for x in batched_inputs], self.device)
         features, initial = self.encode(self.preprocess(batched_inputs))
         names = [x.get("file_name", "") for x in batched_inputs]
-        return self.criterion(self.decoder.supervise(initial, features), targets, names)
+        return self.criterion(self.decoder.supervise(initial, features), targets, names, normalizer)
+
+    def loss_normalizer(self, batched_inputs: list[dict]) -> Tensor:
+        """What the losses of a batch are divided by: () its matched boxes, averaged over the ranks, but at least 1.
+
+        The losses of the parts of a batch, each from a `forward` with this normalizer, add up to those of the batch. A
+        collective operation, as `mean_matches` is.
+        """
+        queries = self.queries.content.num_embeddings
+        return mean_matches(sum(min(len(x["instances"]), queries) for x in batched_inputs), self.device)
 
     def infer(
         self,

@@ -155,6 +155,12 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
         batch = f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}"
         raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
+    parts = cfg.SOLVER.ACCUMULATION_STEPS
+    if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % (max(world_size, 1) * parts):
+        raise UserError(
+            f"SOLVER.ACCUMULATION_STEPS is {parts}: times {world_size}, the number of processes, it must divide "
+            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH})"
+        )
     if not (args.resume and has_checkpoint(Path(cfg.OUTPUT_DIR))):
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only, trust_pickle=cfg.MODEL.TRUST_PICKLE)
 

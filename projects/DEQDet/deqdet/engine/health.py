@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -37,13 +37,22 @@ class FiniteGuard(HookBase):
     such an error began. Register the guard before the checkpointer, on every rank.
     """
 
-    def __init__(self, folder: str, seed: int, checkpoint_period: int, period: int = 20):
+    def __init__(
+        self,
+        folder: str,
+        seed: int,
+        checkpoint_period: int,
+        period: int = 20,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
         """
         Args:
             folder: OUTPUT_DIR.
             seed: of the run, which with the iteration gives the noise of the failed iteration again.
             checkpoint_period, period: iterations between two looks; the last iteration counts too.
+            autocast: the context of the training's forward pass.
         """
+        self._autocast = autocast
         self._folder = Path(folder)
         self.seed = seed
         self._periods = [x for x in (checkpoint_period, period) if x > 0]
@@ -87,7 +96,10 @@ class FiniteGuard(HookBase):
         ]
 
     def _find_activation(self, model: nn.Module) -> list[str]:
-        """Run the iteration's forward pass again, and name the first module with a bad output."""
+        """Run the iteration's forward pass again, and name the first module with a bad output.
+
+        Of a batch that was split into parts, it is the pass of the last part that ran, with the noise of the first.
+        """
         names = {module: name for name, module in model.named_modules()}
         if comm.get_world_size() > 1 and "criterion" not in names.values():
             return []  # the loss may wait for other ranks, which do not compute it again
@@ -102,7 +114,7 @@ class FiniteGuard(HookBase):
             raise _Enough
 
         seed_all(mix_seed(self.seed, comm.get_rank(), self.trainer.iter, 1))  # as SeedIteration does
-        with _hooked(model, look, stop), torch.no_grad(), suppress(_Enough, FloatingPointError):
+        with _hooked(model, look, stop), torch.no_grad(), self._autocast(), suppress(_Enough, FloatingPointError):
             model(self._batch)
         return found
 

@@ -22,6 +22,7 @@ from detectron2.utils.events import get_event_storage
 
 from ..checkpoints import Checkpointer, write_model_file
 from ..checkpoints.files import read_file, write_text
+from ..checkpoints.publish import AVERAGE
 from ..data import find_class_names
 from ..errors import UserError, one_line
 from .ranks import AFTER_FORWARD, BEFORE_DATA, IN_FORWARD, OUTSIDE, mark
@@ -202,18 +203,26 @@ class ModelFileWriter(HookBase):
     Register it on the main process, after the hooks that change the weights.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, average: nn.Module | None = None):
         """
         Args:
             cfg: of the training; the file holds it, and the class names of its data sets.
+            average: the model with averaged weights; None writes the training's own.
         """
         self._cfg = cfg
+        self._average = average
 
     def after_train(self) -> None:
         if self.trainer.iter + 1 < self.trainer.max_iter:
             return  # stopped by an error
-        model = self.trainer.model
+        model = self.trainer.model if self._average is None else self._average
         model = model.module if isinstance(model, DistributedDataParallel) else model
         path = os.path.join(self._cfg.OUTPUT_DIR, "model_final.safetensors")
-        write_model_file(path, weights=model.state_dict(), cfg=self._cfg, class_names=find_class_names(self._cfg))
+        write_model_file(
+            path,
+            weights=model.state_dict(),
+            cfg=self._cfg,
+            class_names=find_class_names(self._cfg),
+            notes={"weights": "raw" if self._average is None else AVERAGE},
+        )
         logger.info("The trained model in one file: %s", path)

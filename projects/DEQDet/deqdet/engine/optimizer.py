@@ -1,7 +1,8 @@
 """AdamW with a learning rate and a decay of their own for the decoder, and clipping of the whole gradient."""
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -10,6 +11,14 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, reduce_param_groups
 from detectron2.utils.events import get_event_storage, has_event_storage
 
+logger = logging.getLogger(__name__)
+
+# SOLVER.LR_RULE: the factor of the learning rate for a batch that is `ratio` times SOLVER.REFERENCE_BATCH.
+LR_RULES: dict[str, Callable[[float], float]] = {
+    "none": lambda ratio: 1.0,
+    "linear": lambda ratio: ratio,  # Goyal et al., 2017: the same progress an epoch, for SGD
+    "sqrt": math.sqrt,  # Malladi et al., NeurIPS 2022: the same noise relative to the step, for Adam
+}
 CLIP_TYPES = ("full_model", "value", "norm")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -26,6 +35,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     if clip.CLIP_TYPE not in CLIP_TYPES:
         known = ", ".join(CLIP_TYPES)
         raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}: it must be one of {known}")
+    if cfg.SOLVER.LR_RULE != "none":
+        logger.info(
+            "learning rate %g: SOLVER.BASE_LR %g is for %d images, and the rule %s scales it to %d",
+            scaled_base_lr(cfg), cfg.SOLVER.BASE_LR, cfg.SOLVER.REFERENCE_BATCH, cfg.SOLVER.LR_RULE,
+            cfg.SOLVER.IMS_PER_BATCH,
+        )  # fmt: skip
     optimizer = AdamW(parameter_groups(cfg, model))
     whole = clip.ENABLED and clip.CLIP_TYPE == "full_model"
     optimizer.register_step_pre_hook(GradientClipper(model, clip.CLIP_VALUE if whole else math.inf, clip.NORM_TYPE))
@@ -35,17 +50,29 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     return optimizer
 
 
+def scaled_base_lr(cfg: CfgNode) -> float:
+    """SOLVER.BASE_LR, scaled by SOLVER.LR_RULE from SOLVER.REFERENCE_BATCH to SOLVER.IMS_PER_BATCH images.
+
+    The config keeps the rate for the reference batch. A resumed training takes the rates from its checkpoint, so that
+    none is scaled twice.
+    """
+    solver = cfg.SOLVER
+    if solver.LR_RULE == "none":
+        return solver.BASE_LR
+    return solver.BASE_LR * LR_RULES[solver.LR_RULE](solver.IMS_PER_BATCH / solver.REFERENCE_BATCH)
+
+
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     """One group for each pair of learning rate and decay; parameters that need no gradient are left out.
 
-    Both are detectron2's (SOLVER.BASE_LR, BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS)
-    times our SOLVER.DECODER_* and SOLVER.BACKBONE_NORM_* multipliers.
+    Both are detectron2's (`scaled_base_lr`, and SOLVER.BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM and
+    WEIGHT_DECAY_BIAS) times our SOLVER.DECODER_* and SOLVER.BACKBONE_NORM_* multipliers.
     """
     multipliers = dict(_multipliers(cfg, model))
     groups = []
     for group in get_default_optimizer_params(
         model,
-        base_lr=cfg.SOLVER.BASE_LR,
+        base_lr=scaled_base_lr(cfg),
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,

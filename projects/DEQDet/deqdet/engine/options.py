@@ -16,8 +16,10 @@ from ..errors import UserError, one_line
 from ..layers import REFINEMENT_LAYER_REGISTRY
 from ..layers.sparse_rcnn import ATTENTIONS
 from ..perturbation import KINDS
+from .optimizer import LR_RULES
 from .ranges import Range, either, integer, is_device, is_finite, named, number, one_of, refused, several
 from .relations import LEVELS, RELATIONS
+from .step import PRECISIONS as AMP_PRECISIONS
 
 MOST_STEPS = 10_000  # applications of f; a larger number is a slip of the keyboard
 PROPOSALS = "files of proposals are pickles, which can run code"
@@ -188,6 +190,12 @@ RANGES: dict[str, Range] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": either(POSITIVE, Range("inf", lambda value: value == math.inf)),
     "SOLVER.AMP.ENABLED": SWITCH,
+    "SOLVER.AMP.PRECISION": one_of(*AMP_PRECISIONS),
+    "SOLVER.EMA.ENABLED": SWITCH,
+    "SOLVER.EMA.DECAY": number(0, 1, below=True),
+    "SOLVER.ACCUMULATION_STEPS": integer(1, 1_000_000),
+    "SOLVER.LR_RULE": one_of(*LR_RULES),
+    "SOLVER.REFERENCE_BATCH": integer(0, 1_000_000),
     "TEST.EVAL_PERIOD": integer(0),
     "TEST.PRECISION": one_of("float32", "bfloat16"),
     "TEST.DETECTIONS_PER_IMAGE": integer(1, 10_000_000),

@@ -27,6 +27,25 @@ def _check_schedule(cfg: CfgNode) -> Iterator[str]:
         yield f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}: it must be at most SOLVER.BASE_LR ({solver.BASE_LR})"
 
 
+def _check_batch(cfg: CfgNode) -> Iterator[str]:
+    solver = cfg.SOLVER
+    if solver.IMS_PER_BATCH % solver.ACCUMULATION_STEPS:
+        yield (
+            f"SOLVER.ACCUMULATION_STEPS is {solver.ACCUMULATION_STEPS}: it must divide SOLVER.IMS_PER_BATCH "
+            f"({solver.IMS_PER_BATCH}), the images of a step of the optimizer"
+        )
+    if solver.LR_RULE != "none" and solver.REFERENCE_BATCH == 0:
+        yield (
+            f"SOLVER.LR_RULE is {solver.LR_RULE}: give SOLVER.REFERENCE_BATCH, the number of images that "
+            "SOLVER.BASE_LR is for"
+        )
+    if solver.LR_RULE != "none" and solver.REFERENCE_WORLD_SIZE > 0:
+        yield (
+            f"SOLVER.LR_RULE is {solver.LR_RULE}: it must be none with SOLVER.REFERENCE_WORLD_SIZE "
+            f"({solver.REFERENCE_WORLD_SIZE}), which scales the learning rate too"
+        )
+
+
 def _check_sizes(cfg: CfgNode) -> Iterator[str]:
     sizes = cfg.INPUT
     if sizes.DETR_CROP.SIZE[0] > sizes.DETR_CROP.SIZE[1]:
@@ -167,6 +186,7 @@ def _check_determinism(cfg: CfgNode) -> Iterator[str]:
 # Each yields a sentence for every pair of keys whose values do not fit together.
 RELATIONS: Sequence[Callable[[CfgNode], Iterator[str]]] = (
     _check_schedule,
+    _check_batch,
     _check_sizes,
     _check_determinism,
     *map(_only_for_deqdet, (_check_backbone, _check_hidden_dim, _check_levels, _check_decoder, _check_solver)),

@@ -49,8 +49,10 @@ class StopOnSignal(HookBase):
         if not number:
             return
         trainer = self.trainer
-        trainer.rank_statistics = comm.gather([x.detach().cpu().clone() for x in batch_norm_statistics(trainer.model)])
-        average_batch_norm(trainer.model)  # the weights in the file are a model to be used
+        for name, model in trainer.models().items():
+            mine = [x.detach().cpu().clone() for x in batch_norm_statistics(model)]
+            trainer.rank_statistics[name] = comm.gather(mine)
+            average_batch_norm(model)  # the weights in the file are a model to be used
         trainer.iteration_complete = True
         name = f"model_{trainer.iter:07d}"
         if trainer.iter + 1 == trainer.max_iter:

@@ -4,6 +4,7 @@ import errno
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, get_event_storage, has_event_storage
 
 from ..checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
+from ..checkpoints.publish import AVERAGE
 from ..data import TrainLoader, build_coco_evaluator, build_test_loader, build_train_loader, prepare_datasets
 from ..errors import UserError, describe_os_error
+from .averaging import AverageWeights
 from .configuration import explained_datasets
 from .determinism import is_indeterminate
 from .evaluation import StepsEvaluator
@@ -43,6 +46,7 @@ from .resume import (
     storage_state,
 )
 from .signals import StopOnSignal
+from .step import PRECISIONS, StepTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +57,14 @@ _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCE
 class Trainer(DefaultTrainer):
     """Trains, evaluates and checkpoints as detectron2 users know it, on GPUs or on the CPU.
 
-    New are the optimizer (see `build_optimizer`), the average of BatchNorm's statistics over the ranks,
-    OUTPUT_DIR/model_best.pth with the weights of the best box AP if TEST.EVAL_PERIOD is set, and
-    OUTPUT_DIR/model_final.safetensors, the trained model in one file for `Predictor.from_file`.
+    New are mixed precision on every device and the accumulation of gradients (see `StepTrainer`), the optimizer (see
+    `build_optimizer`), the average of the weights if SOLVER.EMA.ENABLED is set (see `AverageWeights`), the average of
+    BatchNorm's statistics over the ranks, OUTPUT_DIR/model_best.pth with the weights of the best box AP if
+    TEST.EVAL_PERIOD is set, and OUTPUT_DIR/model_final.safetensors, the trained model in one file for
+    `Predictor.from_file`.
+
+    With averaged weights, both are evaluated, the best AP and model_best.pth are those of the average, and the model
+    file holds the average.
 
     A resumed training ends with the weights, statistics and metrics of the uninterrupted one, see `resume`.
     """
@@ -66,13 +75,8 @@ class Trainer(DefaultTrainer):
         A negative SEED is replaced by a random one, the same on all ranks, which checkpoints keep.
 
         Raises:
-            UserError: SOLVER.AMP.ENABLED without CUDA, or a data set or a value in the config is wrong.
+            UserError: a data set or a value in the config is wrong.
         """
-        on_cuda = cfg.MODEL.DEVICE.startswith("cuda")
-        if cfg.SOLVER.AMP.ENABLED and not (on_cuda and torch.cuda.is_available()):
-            raise UserError(
-                f"SOLVER.AMP.ENABLED needs CUDA, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set it to False"
-            )
         with explained_datasets():
             prepare_datasets(cfg)
         self._seed_is_given = cfg.SEED >= 0
@@ -82,8 +86,9 @@ class Trainer(DefaultTrainer):
         self._ready = False  # to iterate
         # Set by StopOnSignal, whose checkpoints come after all that belongs to an iteration.
         self.iteration_complete = False
-        self.rank_statistics: list[list[torch.Tensor]] = []
-        with _our_parts(on_cuda, cfg.MODEL.TRUST_PICKLE), _disk_errors(cfg.OUTPUT_DIR):
+        self.rank_statistics: dict[str, list[list[torch.Tensor]]] = {}  # by the names of `models`
+        self.averaging: AverageWeights | None = None
+        with _our_parts(cfg), _disk_errors(cfg.OUTPUT_DIR):
             super().__init__(cfg if self._seed_is_given else _with_seed(cfg, comm.shared_random_seed()))
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -104,10 +109,15 @@ class Trainer(DefaultTrainer):
                 logger.warning("--resume from %s with other keys: %s", source, changes)
             if not self._seed_is_given:
                 self._take_seed(self._resumed["seed"])
-            if self._resumed["batch_norm"]:
-                restore_batch_norm(self.model, self._resumed["batch_norm"])
+            for name, model in self.models().items():
+                if statistics := self._resumed.get(name):
+                    restore_batch_norm(model, statistics)
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.start_at(self.start_iter)
+
+    def models(self) -> dict[str, nn.Module]:
+        """The model, and the one with the averaged weights if there is one, by the names of their statistics."""
+        return {"batch_norm": self.model} | ({"ema_batch_norm": self.averaging.model} if self.averaging else {})
 
     def drop_data_loader(self) -> None:
         """End the processes that load data. At the exit, their end by a signal would be taken for a failure."""
@@ -133,7 +143,9 @@ class Trainer(DefaultTrainer):
         train_log = logging.getLogger("detectron2.engine.train_loop")
         train_log.addFilter(_has_unknown_cause)
         try:
-            with _disk_errors(self.cfg.OUTPUT_DIR):
+            with _disk_errors(self.cfg.OUTPUT_DIR), warnings.catch_warnings():
+                # It comes where the first step in float16 overflowed and was skipped, as it should be.
+                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
                 return super().train()
         finally:
             train_log.removeFilter(_has_unknown_cause)
@@ -194,7 +206,7 @@ class Trainer(DefaultTrainer):
             "complete": self.iteration_complete,
             "storage": storage_state(get_event_storage()) if has_event_storage() else {},
             "metrics": self._metrics.state_dict() if self._metrics else None,
-            "batch_norm": self.rank_statistics,
+            **self.rank_statistics,
         }
         return {**super().state_dict(), "progress": progress}
 
@@ -216,17 +228,40 @@ class Trainer(DefaultTrainer):
         readers = (hooks.PeriodicCheckpointer, hooks.EvalHook)  # ranks other than 0 have no checkpointer
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, readers))
         average = AverageBatchNorm(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
-        guard = FiniteGuard(cfg.OUTPUT_DIR, cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD)
-        ret[first:first] = [average, PeakMemory(), *insight, guard]
+        guard = FiniteGuard(cfg.OUTPUT_DIR, cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD, autocast=self._trainer.autocast)
+        ret[first:first] = [average, *self._build_averaging(), PeakMemory(), *insight, guard]
+        after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
+        # With several sets, detectron2 puts a set's name before its metrics.
+        metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{(*cfg.DATASETS.TEST, '')[0]}/bbox/AP"
+        best = self.model
+        if self.averaging:  # what is published is what the best checkpoint is chosen by
+            ret.insert(after, hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_average))
+            after, metric, best = after + 1, f"ema/{metric}", self.averaging.model
         if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and comm.is_main_process():
-            # With several sets, detectron2 puts a set's name before its metrics.
-            metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
-            checkpointer = WeightsCheckpointer(self.model, cfg.OUTPUT_DIR, metric)
-            after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
+            checkpointer = WeightsCheckpointer(best, cfg.OUTPUT_DIR, metric)
             ret.insert(after, BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, metric))
         if comm.is_main_process():
-            ret.append(ModelFileWriter(cfg))
+            ret.append(ModelFileWriter(cfg, self.averaging.model if self.averaging else None))
         return [MarkProgress(), SeedIteration(cfg.SEED), *ret, StopOnSignal()]
+
+    def _build_averaging(self) -> list[HookBase]:
+        """The hook of SOLVER.EMA, whose weights become the entry "ema" of the checkpoints."""
+        cfg = self.cfg
+        if not cfg.SOLVER.EMA.ENABLED:
+            return []
+        periods = [cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD]
+        self.averaging = AverageWeights(self.model, cfg.SOLVER.EMA.DECAY, periods)
+        self.checkpointer.add_checkpointable(AVERAGE, self.averaging.model)
+        return [self.averaging]
+
+    def _test_average(self) -> dict[str, dict]:
+        """The results of the averaged weights, as "ema/bbox/AP" and so on; their files are in OUTPUT_DIR/ema."""
+        logger.info("Evaluation of the averaged weights:")
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, AVERAGE)
+        results = self.test(cfg, self.averaging.model)
+        return {AVERAGE: results} if results else {}
 
     def build_writers(self) -> list[EventWriter]:
         """detectron2's writers, with one of metrics.json that a resumed training can put back."""
@@ -336,20 +371,31 @@ def _readable_weights() -> Iterator[None]:
 
 
 @contextmanager
-def _our_parts(on_cuda: bool, trust_pickle: bool) -> Iterator[None]:
-    """Make DefaultTrainer use our checkpointer, and let DDP take a model that is not on CUDA.
+def _our_parts(cfg: CfgNode) -> Iterator[None]:
+    """Make DefaultTrainer use our checkpointer and step, and let DDP take a model that is not on CUDA.
 
-    DefaultTrainer.__init__ calls DetectionCheckpointer and create_ddp_model of its own module. The latter passes the
-    local rank as device_ids, which DDP refuses for a model on the CPU. There is no argument for either, so the names in
-    that module stand for other objects meanwhile; a copy of __init__ would be longer.
+    DefaultTrainer.__init__ calls DetectionCheckpointer, SimpleTrainer or AMPTrainer, and create_ddp_model of its own
+    module. The last passes the local rank as device_ids, which DDP refuses for a model on the CPU. There is no argument
+    for any of them, so the names in that module stand for other objects meanwhile; a copy of __init__ would be longer.
     """
-    originals = defaults.create_ddp_model, defaults.DetectionCheckpointer
-    defaults.DetectionCheckpointer = functools.partial(Checkpointer, trust_pickle=trust_pickle)
-    if not on_cuda:
-        defaults.create_ddp_model = functools.partial(originals[0], device_ids=None)
+    solver, device_type = cfg.SOLVER, cfg.MODEL.DEVICE.partition(":")[0]
+    precision = PRECISIONS[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
+    step = functools.partial(
+        StepTrainer, device_type=device_type, precision=precision, parts=solver.ACCUMULATION_STEPS
+    )
+    ours = {
+        "DetectionCheckpointer": functools.partial(Checkpointer, trust_pickle=cfg.MODEL.TRUST_PICKLE),
+        "SimpleTrainer": step,
+        "AMPTrainer": step,
+    }
+    if device_type != "cuda":
+        ours["create_ddp_model"] = functools.partial(defaults.create_ddp_model, device_ids=None)
     elif comm.get_world_size() > 1:  # Slurm can give each process a GPU of its own, which is number 0 for all of them
-        defaults.create_ddp_model = functools.partial(originals[0], device_ids=[torch.cuda.current_device()])
+        device_ids = [torch.cuda.current_device()]
+        ours["create_ddp_model"] = functools.partial(defaults.create_ddp_model, device_ids=device_ids)
+    originals = {name: getattr(defaults, name) for name in ours}
+    vars(defaults).update(ours)
     try:
         yield
     finally:
-        defaults.create_ddp_model, defaults.DetectionCheckpointer = originals
+        vars(defaults).update(originals)

@@ -1,27 +1,36 @@
 """Parameters and multiply-adds of a detector on an 800 x 1333 image. No data set, no weights, no GPU.
 
     deqdet-analyze-model --config-file F [--tasks parameter flop] [--steps N] [--output OUT.json] [KEY VALUE ...]
+    deqdet-analyze-model --config-file F --tasks gradient [--batches N] MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
 
 Multiply-adds are counted in two ways. "linear", the paper's: over convolutions and linear layers, without the
 projections within nn.MultiheadAttention, which its counter misses. "all": over all operators that fvcore counts.
 The image is padded to 800 x 1344, as at test time. A step is one refinement layer after the initialization layer
 (or after the first of a stack), with its read-out: T layers are T - 1 steps.
 
+The task gradient needs a trained model and its DATASETS.TRAIN: it compares the gradients of training in bfloat16 and in
+float16 with that in float32, on N training batches (see deqdet.measurement.gradients).
+
 OUT.json has plain numbers: parameters.total and parameters.modules.NAME; flops.steps and, for WAY linear or all,
-flops.WAY.backbone, .neck, .initialization, .per_step, .read_out (the part of per_step that is one) and .total.
+flops.WAY.backbone, .neck, .initialization, .per_step, .read_out (the part of per_step that is one) and .total; and
+gradients.PRECISION.PART.norms, .ratios and .cosines, with a number for each batch.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data import build_train_loader
 from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
 from ..errors import UserError, describe_os_error
 from ..measurement.cost import count_multiply_adds, count_parameters, format_cost, format_parameters
+from ..measurement.gradients import compare_gradients, format_gradients
+from .trained import load_trained
 
-TASKS = ("parameter", "flop")
+TASKS = ("parameter", "flop", "gradient")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -35,8 +44,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help="parameter, flop or both, the default"
-    )
+        "--tasks", nargs="+", choices=TASKS, default=TASKS[:2], metavar="TASK",
+        help="parameter, flop, gradient; by default the first two",
+    )  # fmt: skip
+    parser.add_argument("--batches", type=int, default=4, metavar="N", help="training batches of the task gradient")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of an equilibrium decoder; default TEST_STEPS")
     parser.add_argument("--output", type=Path, metavar="OUT.json", help="write the same numbers as JSON")
     return parser
@@ -46,9 +57,11 @@ def analyze(args: argparse.Namespace) -> None:
     """Print the tables that the command line asks for, and write them as JSON."""
     if args.steps is not None and "flop" not in args.tasks:
         raise UserError("--steps is for the task flop: add it to --tasks, or leave --steps out")
-    cfg = load_config(args)
+    if args.batches < 1:
+        raise UserError(f"--batches must be at least 1, got {args.batches}")
+    cfg, found, tables = load_config(args), {}, []
     cfg.MODEL.DEVICE = "cpu"
-    model, found, tables = build_model(cfg), {}, []
+    model = build_model(cfg) if {"parameter", "flop"} & set(args.tasks) else None
     if "parameter" in args.tasks:
         parameters = count_parameters(model)
         found["parameters"] = asdict(parameters)
@@ -57,6 +70,14 @@ def analyze(args: argparse.Namespace) -> None:
         cost = count_multiply_adds(model, steps=args.steps)
         found["flops"] = cost.to_dict()
         tables.append(format_cost(cost))
+    if "gradient" in args.tasks:
+        trained, cfg = load_trained(args)
+        batches = itertools.islice(iter(build_train_loader(cfg)), args.batches)
+        gradients = compare_gradients(trained, list(batches))
+        found["gradients"] = {
+            name: {part: asdict(x) for part, x in parts.items()} for name, parts in gradients.items()
+        }
+        tables.append(format_gradients(gradients))
     print("\n\n".join(tables))
     if args.output:
         try:
