@@ -26,8 +26,8 @@ LOG_PERIOD = 20
 class Criterion(nn.Module):
     """The sigmoid focal loss of all queries, and the L1 and GIoU losses of the matched ones.
 
-    Each is summed over the batch, and divided by the number of matched boxes, which is averaged over the ranks and at
-    least 1.
+    Each is summed over the batch, and divided by the number of matched boxes, which is averaged over the ranks (in
+    evaluation mode it is this rank's own) and at least 1.
     """
 
     @configurable
@@ -109,7 +109,9 @@ class Criterion(nn.Module):
             ]
         )
         _log_accuracy(logits, labels, matches, matched)
-        losses = sums / _mean_over_ranks(matched, logits.device).clamp(min=1)
+        # In evaluation mode the ranks have different numbers of batches, so that none may wait for another.
+        count = _mean_over_ranks(matched, logits.device) if self.training else sums.new_tensor(float(matched))
+        losses = sums / count.clamp(min=1)
         return {
             f"loss_{kind}_{name}": losses[i, s]
             for s, name in enumerate(names)

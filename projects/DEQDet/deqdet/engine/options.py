@@ -10,14 +10,16 @@ import math
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
-from ..data import BOX_FORMATS, PILLOW_LIMIT
+from ..data import BOX_FORMATS, EVALUATORS, PILLOW_LIMIT
 from ..decoders import DECODER_REGISTRY, SOLVER_REGISTRY
 from ..errors import UserError, one_line
 from ..layers import REFINEMENT_LAYER_REGISTRY
 from ..layers.sparse_rcnn import ATTENTIONS
 from ..perturbation import KINDS
+from .early_stop import METRICS
 from .ranges import Range, either, integer, is_device, is_finite, named, number, one_of, refused, several
 from .relations import LEVELS, RELATIONS
+from .writers import WRITERS
 
 MOST_STEPS = 10_000  # applications of f; a larger number is a slip of the keyboard
 PROPOSALS = "files of proposals are pickles, which can run code"
@@ -187,7 +189,13 @@ RANGES: dict[str, Range] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": either(POSITIVE, Range("inf", lambda value: value == math.inf)),
     "SOLVER.AMP.ENABLED": SWITCH,
+    "SOLVER.EARLY_STOP.PATIENCE": integer(0),
+    "SOLVER.EARLY_STOP.METRIC": one_of(*METRICS),
+    "SOLVER.EARLY_STOP.MIN_DELTA": WEIGHT,
+    "SOLVER.KEEP_CHECKPOINTS": integer(0),
     "TEST.EVAL_PERIOD": integer(0),
+    "TEST.VALIDATION_LOSS": SWITCH,
+    "TEST.EVALUATOR": one_of(*EVALUATORS),
     "TEST.PRECISION": one_of("float32", "bfloat16"),
     "TEST.DETECTIONS_PER_IMAGE": integer(1, 10_000_000),
     "TEST.EXPECTED_RESULTS": EXPECTED,
@@ -196,6 +204,7 @@ RANGES: dict[str, Range] = {
     "OUTPUT_DIR": TEXT,
     "SEED": integer(-(2**31), 2**31 - 1),
     "VIS_PERIOD": integer(0),
+    "WRITERS": several(one_of(*WRITERS), 0, distinct=True),
     "CUDNN_BENCHMARK": SWITCH,
     "FLOAT32_PRECISION": one_of("", "medium", "high", "highest"),
 }  # fmt: skip
