@@ -16,7 +16,7 @@ import yaml
 
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
-from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter, get_event_storage
 
 from ..checkpoints.files import write_text
 from ..errors import UserError, one_line
@@ -47,12 +47,17 @@ class EvaluationsWriter(hooks.PeriodicWriter):
         self._eval_period = eval_period
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if self._eval_period > 0 and done % self._eval_period == 0:
+        super().after_step()
+        if self._eval_period > 0 and (self.trainer.iter + 1) % self._eval_period == 0:
             for writer in self._writers:
-                writer.write()
-        else:
-            super().after_step()
+                if not isinstance(writer, CommonMetricPrinter):  # which prints no evaluation
+                    writer.write()
+
+    def after_train(self) -> None:
+        for writer in self._writers:
+            if isinstance(writer, CommonMetricPrinter):
+                writer._max_iter = self.trainer.max_iter  # where it is silent; an EarlyStop has lowered it
+        super().after_train()
 
     def start(self, last_write: int, *, resumed: bool) -> None:
         """Tell the writers that a training begins, or goes on.
@@ -182,13 +187,15 @@ class WandbWriter(RunWriter):
 
 
 class MLflowWriter(RunWriter):
-    """Into MLflow: the server of MLFLOW_TRACKING_URI, else a database in OUTPUT_DIR."""
+    """Into MLflow: the server of MLFLOW_TRACKING_URI, else files in OUTPUT_DIR/mlruns."""
 
     name = "mlflow"
     _advice = "see that the server of MLFLOW_TRACKING_URI runs, or unset that variable to write into OUTPUT_DIR"
 
     def _start(self, run: str | None) -> str:
         folder = self._folder.resolve()
+        # Releases from 3 on want a database, for which the small package mlflow-skinny lacks the means.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").as_uri()
         self._client = self._package.MlflowClient(tracking_uri=uri)
         if run is None:
