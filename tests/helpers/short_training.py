@@ -13,7 +13,7 @@ from helpers.engine_toy import parse
 
 
 def train(config: str, *words, ap=None, fail_at: int | None = None) -> Trainer:
-    """Train; `ap` gives the AP of each iteration in place of an evaluation, `fail_at` interrupts before an iteration."""
+    """Train; `ap` gives the AP of an iteration in place of each evaluation; an interruption comes before `fail_at`."""
 
     class ShortTrainer(Trainer):
         @classmethod
