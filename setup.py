@@ -72,6 +72,12 @@ setup(
         "supervision": ["supervision>=0.20"],  # Detections.to_supervision()
         "export": EXPORT,
         "app": ["gradio>=5"],  # examples/gradio_app.py
-        "dev": ["pytest>=8", "ruff>=0.6", "timm>=0.9", "build>=1", "nbconvert>=7", "ipykernel>=6", *EXPORT],
+        "fast-eval": ["faster-coco-eval>=1.6"],  # TEST.EVALUATOR faster-coco-eval
+        "wandb": ["wandb>=0.16"],  # WRITERS
+        "mlflow": ["mlflow-skinny>=2.9"],
+        "dev": [
+            "pytest>=8", "ruff>=0.6", "timm>=0.9", "build>=1", "nbconvert>=7", "ipykernel>=6",
+            "faster-coco-eval>=1.6", *EXPORT,
+        ],
     },
 )

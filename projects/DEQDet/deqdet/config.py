@@ -17,6 +17,7 @@ def add_deqdet_config(cfg: CN) -> None:
     _add_determinism_key(cfg)
     _add_precision_keys(cfg.SOLVER)
     _add_averaging_keys(cfg.SOLVER)
+    _add_evaluation_keys(cfg)
 
 
 def merge_overrides(cfg: CN, pairs: Sequence[str]) -> None:
@@ -206,3 +207,22 @@ def _add_averaging_keys(solver: CN) -> None:
     # sqrt (times its square root).
     solver.LR_RULE = "none"
     solver.REFERENCE_BATCH = 0  # images; 0: not known, so that LR_RULE must be none
+
+
+def _add_evaluation_keys(cfg: CN) -> None:
+    # The training ends after this many evaluations in a row without an improvement of METRIC; 0: it never ends early.
+    cfg.SOLVER.EARLY_STOP = CN()
+    cfg.SOLVER.EARLY_STOP.PATIENCE = 0
+    # The box AP of the first of DATASETS.TEST (AP, AP50, AP75, APs, APm, APl), or validation_loss, which must fall.
+    cfg.SOLVER.EARLY_STOP.METRIC = "AP"
+    cfg.SOLVER.EARLY_STOP.MIN_DELTA = 0.0  # a smaller change is no improvement; AP points (0 to 100), or of the loss
+    # Of the checkpoints of SOLVER.CHECKPOINT_PERIOD, this many of the newest are kept; 0: all.
+    cfg.SOLVER.KEEP_CHECKPOINTS = 0
+
+    # True: each evaluation in training computes the training losses on DATASETS.TEST too, see deqdet.engine.validation.
+    cfg.TEST.VALIDATION_LOSS = False
+    # What computes AP: pycocotools, or faster-coco-eval, which gives the same figures sooner (extra "fast-eval").
+    cfg.TEST.EVALUATOR = "pycocotools"
+
+    # Where the metrics go beside metrics.json and TensorBoard: any of wandb and mlflow (extras of these names).
+    cfg.WRITERS = []

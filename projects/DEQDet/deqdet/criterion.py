@@ -26,8 +26,8 @@ LOG_PERIOD = 20
 class Criterion(nn.Module):
     """The sigmoid focal loss of all queries, and the L1 and GIoU losses of the matched ones.
 
-    Each is summed over the batch, and divided by the number of matched boxes, which is averaged over the ranks and at
-    least 1.
+    Each is summed over the batch, and divided by the number of matched boxes, which is averaged over the ranks (in
+    evaluation mode it is this rank's own) and at least 1.
     """
 
     @configurable
@@ -115,7 +115,10 @@ class Criterion(nn.Module):
             ]
         )
         _log_accuracy(logits, labels, matches, matched)
-        losses = sums / (mean_matches(matched, logits.device) if normalizer is None else normalizer)
+        if normalizer is None:
+            # In evaluation mode the ranks have different numbers of batches, so that none may wait for another.
+            normalizer = mean_matches(matched, logits.device) if self.training else max(matched, 1)
+        losses = sums / normalizer
         return {
             f"loss_{kind}_{name}": losses[i, s]
             for s, name in enumerate(names)

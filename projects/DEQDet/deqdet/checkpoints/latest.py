@@ -62,6 +62,27 @@ def find_checkpoint(folder: Path) -> Found | None:
     )
 
 
+def delete_older(folder: Path, count: int, iteration: int) -> None:
+    """Delete checkpoints of a training, except the newest ones.
+
+    Those stay that the file last_checkpoint names, that have no number (model_final.pth, model_best.pth), or that
+    another training wrote beyond this iteration.
+
+    Args:
+        count: of the numbered checkpoints that stay, at least 1.
+        iteration: where the training is.
+
+    Raises:
+        OSError: a file cannot be deleted.
+    """
+    tagged = _read_tag(folder, [])
+    numbered = [path for path in list_checkpoints(folder) if path.name != "model_final.pth"]
+    reached = [path for path in numbered if int(_NAME.fullmatch(path.name)[1]) <= iteration]
+    for path in reached[count:]:
+        if path != tagged:
+            path.unlink()
+
+
 def _read_tag(folder: Path, warnings: list[str]) -> Path | None:
     """The file that last_checkpoint names; what is wrong with it is added to `warnings`."""
     tag = folder / TAG

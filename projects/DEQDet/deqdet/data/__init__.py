@@ -4,10 +4,10 @@ from .annotations import BOX_FORMATS
 from .augmentation import build_augmentation
 from .checking import CheckedSet, CheckOptions, check_coco_file
 from .contact_sheet import draw_contact_sheet
-from .evaluation import OriginalIdsEvaluator, build_coco_evaluator
+from .evaluation import EVALUATORS, OriginalIdsEvaluator, build_coco_evaluator, import_faster_coco_eval
 from .image_headers import PILLOW_LIMIT
 from .images import read_image
-from .mapper import ImageMapper, build_mapper, build_test_loader
+from .mapper import ImageMapper, build_mapper, build_test_loader, build_validation_loader
 from .randomness import mix_seed, random_state_kept, seed_all, seeded
 from .registration import check_datasets, find_class_names, prepare_datasets, register_datasets, register_shapes
 from .report import Report, format_report
@@ -18,6 +18,7 @@ __all__ = [
     "BOX_FORMATS",
     "CheckOptions",
     "CheckedSet",
+    "EVALUATORS",
     "ImageMapper",
     "OriginalIdsEvaluator",
     "PILLOW_LIMIT",
@@ -29,12 +30,14 @@ __all__ = [
     "build_mapper",
     "build_test_loader",
     "build_train_loader",
+    "build_validation_loader",
     "check_coco_file",
     "check_datasets",
     "draw_contact_sheet",
     "find_class_names",
     "format_report",
     "generate_shapes",
+    "import_faster_coco_eval",
     "mix_seed",
     "prepare_datasets",
     "random_state_kept",

@@ -1,14 +1,25 @@
 """COCO's evaluation of a checked data set, with results under the ids of the user's own file."""
 
+import importlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from detectron2.evaluation import COCOEvaluator
+import numpy as np
 
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
+
+from ..errors import UserError
 from .cache import write_json
 
 RESULTS_NAME = "coco_instances_results.json"
+EVALUATORS = ("pycocotools", "faster-coco-eval")  # TEST.EVALUATOR
+COCO_LIMIT = 100  # detections of an image in COCO's own AP, the largest of its maxDets
+# The metrics that detectron2 takes from COCO's summary, each as (IoU threshold, index of the range of areas).
+_METRICS = {"AP": (None, 0), "AP50": (0.5, 0), "AP75": (0.75, 0), "APs": (None, 1), "APm": (None, 2), "APl": (None, 3)}
 
 
 class OriginalIdsEvaluator(COCOEvaluator):
@@ -17,10 +28,49 @@ class OriginalIdsEvaluator(COCOEvaluator):
     A checked set may number images and categories anew, where their own ids are not usable; see `checking`.
     """
 
+    def __init__(self, dataset_name: str, *, output_dir: str, max_detections: int = COCO_LIMIT, library: str):
+        """
+        Args:
+            max_detections: the most detections of an image that count. Above 100, every AP is computed with as many,
+                and "AP@100" beside them is COCO's, of the best 100 detections of each image.
+            library: one of EVALUATORS.
+
+        Raises:
+            UserError: the library is missing.
+        """
+        # detectron2's own fast implementation is there only if its C++ code was compiled, and would be used unasked.
+        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
+        if max_detections > COCO_LIMIT:
+            self._max_dets_per_image = [1, 10, COCO_LIMIT, max_detections]
+        self._evaluation = None
+        if library == "faster-coco-eval":
+            coco, self._evaluation = import_faster_coco_eval()
+            self._coco_api = coco(self._coco_api.dataset)
+
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
-        super()._eval_predictions(predictions, img_ids)
+        with _evaluating_with(self._evaluation):
+            super()._eval_predictions(predictions, img_ids)
         if self._output_dir:
             self._restore_ids(Path(self._output_dir, RESULTS_NAME))
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
+        if coco_eval is None:
+            results = super()._derive_coco_results(None, iou_type, class_names)
+            return results | ({f"AP@{COCO_LIMIT}": float("nan")} if len(self._max_dets_per_image) > 3 else {})
+        if len(self._max_dets_per_image) == 3:
+            return super()._derive_coco_results(coco_eval, iou_type, class_names)
+        # The libraries differ in which of the limits maxDets their summary is of, so that it is computed anew here. The
+        # AP of each class, which detectron2 computes, is of the last limit already.
+        precision, thresholds = coco_eval.eval["precision"], coco_eval.params.iouThrs
+        at_100 = _mean_precision(precision[..., self._max_dets_per_image.index(COCO_LIMIT)], thresholds, None, 0)
+        at_100 = 100 * at_100 if at_100 >= 0 else float("nan")
+        coco_eval.stats[:6] = [_mean_precision(precision[..., -1], thresholds, *metric) for metric in _METRICS.values()]
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        self._logger.info(
+            "AP counts %d detections of an image; with COCO's %d it is %.3f",
+            self._max_dets_per_image[-1], COCO_LIMIT, at_100,
+        )  # fmt: skip
+        return {**results, f"AP@{COCO_LIMIT}": at_100}
 
     def _restore_ids(self, path: Path) -> None:
         dataset = self._coco_api.dataset
@@ -37,13 +87,64 @@ class OriginalIdsEvaluator(COCOEvaluator):
         write_json(path, results)
 
 
-def build_coco_evaluator(dataset_name: str, output_dir: str, *, apart: bool) -> COCOEvaluator:
-    """The evaluator of box AP with at most 100 detections for each image.
+def _mean_precision(precision: np.ndarray, thresholds: np.ndarray, iou: float | None, area: int) -> float:
+    """COCO's average precision, 0 to 1, or -1 where nothing counts: the mean of what is not -1.
+
+    Args:
+        precision: (T, R, K, A) for T IoU thresholds, R recalls, K classes and A ranges of areas.
+        thresholds: (T,).
+        iou: the one threshold that counts; None for all of them.
+    """
+    chosen = precision[:, :, :, area] if iou is None else precision[np.isclose(thresholds, iou), :, :, area]
+    chosen = chosen[chosen > -1]
+    return float(chosen.mean()) if chosen.size else -1.0
+
+
+def import_faster_coco_eval() -> tuple[Callable, Callable]:
+    """The classes COCO and COCOeval_faster of the package faster-coco-eval.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        coco = importlib.import_module("faster_coco_eval.core.coco").COCO
+        return coco, importlib.import_module("faster_coco_eval.core.faster_eval_api").COCOeval_faster
+    except ImportError as error:
+        raise UserError(
+            "TEST.EVALUATOR is faster-coco-eval, which is not installed: pip install 'deqdet[fast-eval]', or choose "
+            "pycocotools"
+        ) from error
+
+
+@contextmanager
+def _evaluating_with(evaluation: Callable | None) -> Iterator[None]:
+    """Let detectron2's COCOEvaluator use another class than COCOeval, for which it has no argument."""
+    original = coco_evaluation.COCOeval
+    coco_evaluation.COCOeval = evaluation or original
+    try:
+        yield
+    finally:
+        coco_evaluation.COCOeval = original
+
+
+def build_coco_evaluator(
+    dataset_name: str,
+    output_dir: str,
+    *,
+    apart: bool,
+    max_detections: int = COCO_LIMIT,
+    library: str = EVALUATORS[0],
+) -> COCOEvaluator:
+    """The evaluator of box AP.
 
     Args:
         output_dir: the folder of the detections.
         apart: write them into a folder of the set's name within it, so that several sets do not overwrite each other.
+        max_detections, library: see OriginalIdsEvaluator.
+
+    Raises:
+        UserError: the library is missing.
     """
     if apart:
         output_dir = os.path.join(output_dir, dataset_name.replace(os.sep, "_"))
-    return OriginalIdsEvaluator(dataset_name, output_dir=output_dir)
+    return OriginalIdsEvaluator(dataset_name, output_dir=output_dir, max_detections=max_detections, library=library)

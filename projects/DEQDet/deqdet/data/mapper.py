@@ -15,6 +15,7 @@ from detectron2.data import (
 )
 from detectron2.data import transforms as T
 
+from ..errors import UserError
 from .augmentation import build_augmentation
 from .images import read_image
 
@@ -76,4 +77,18 @@ def build_test_loader(cfg: CfgNode, dataset: str, limit: int | None = None) -> D
     """
     records = get_detection_dataset_dicts(dataset, filter_empty=False)[:limit]
     mapper = build_mapper(cfg, is_train=False)
+    return build_detection_test_loader(records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+
+
+def build_validation_loader(cfg: CfgNode, dataset: str) -> DataLoader:
+    """As `build_test_loader`, but the images bring their boxes along, as "instances", for the training losses.
+
+    Raises:
+        UserError: the data set has no annotations.
+    """
+    records = get_detection_dataset_dicts(dataset, filter_empty=False)
+    if not all("annotations" in record for record in records):
+        raise UserError(f"TEST.VALIDATION_LOSS is True, but {dataset} has no annotations: set it to False")
+    resize = detection_utils.build_augmentation(cfg, is_train=False)
+    mapper = ImageMapper(cfg, is_train=True, augmentations=resize)
     return build_detection_test_loader(records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)

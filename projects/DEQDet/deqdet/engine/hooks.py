@@ -22,6 +22,7 @@ from detectron2.utils.events import get_event_storage
 
 from ..checkpoints import Checkpointer, write_model_file
 from ..checkpoints.files import read_file, write_text
+from ..checkpoints.latest import delete_older
 from ..checkpoints.publish import AVERAGE
 from ..data import find_class_names
 from ..errors import UserError, one_line
@@ -167,6 +168,28 @@ class WeightsCheckpointer(Checkpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Leave the file "last_checkpoint" as it is: it names one with the optimizer's state."""
+
+
+class KeepNewest(HookBase):
+    """Deletes older checkpoints once a newer one is whole (SOLVER.KEEP_CHECKPOINTS).
+
+    It goes by the files that are there, not by what it has seen, so that a resumed training deletes those of before.
+    Register it on the main process, right after the checkpointer.
+    """
+
+    def __init__(self, count: int, period: int, folder: str):
+        """
+        Args:
+            count: of the checkpoints that stay; 0: all.
+            period: of the checkpoints, in iterations.
+        """
+        self._count = count
+        self._period = period
+        self._folder = Path(folder)
+
+    def after_step(self) -> None:
+        if self._count > 0 and (self.trainer.iter + 1) % self._period == 0:
+            delete_older(self._folder, self._count, self.trainer.iter)
 
 
 class MarkProgress(HookBase):

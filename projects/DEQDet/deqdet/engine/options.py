@@ -10,16 +10,18 @@ import math
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
-from ..data import BOX_FORMATS, PILLOW_LIMIT
+from ..data import BOX_FORMATS, EVALUATORS, PILLOW_LIMIT
 from ..decoders import DECODER_REGISTRY, SOLVER_REGISTRY
 from ..errors import UserError, one_line
 from ..layers import REFINEMENT_LAYER_REGISTRY
 from ..layers.sparse_rcnn import ATTENTIONS
 from ..perturbation import KINDS
+from .early_stop import METRICS
 from .optimizer import LR_RULES
 from .ranges import Range, either, integer, is_device, is_finite, named, number, one_of, refused, several
 from .relations import LEVELS, RELATIONS
 from .step import PRECISIONS as AMP_PRECISIONS
+from .writers import WRITERS
 
 MOST_STEPS = 10_000  # applications of f; a larger number is a slip of the keyboard
 PROPOSALS = "files of proposals are pickles, which can run code"
@@ -196,7 +198,13 @@ RANGES: dict[str, Range] = {
     "SOLVER.ACCUMULATION_STEPS": integer(1, 1_000_000),
     "SOLVER.LR_RULE": one_of(*LR_RULES),
     "SOLVER.REFERENCE_BATCH": integer(0, 1_000_000),
+    "SOLVER.EARLY_STOP.PATIENCE": integer(0),
+    "SOLVER.EARLY_STOP.METRIC": one_of(*METRICS),
+    "SOLVER.EARLY_STOP.MIN_DELTA": WEIGHT,
+    "SOLVER.KEEP_CHECKPOINTS": integer(0),
     "TEST.EVAL_PERIOD": integer(0),
+    "TEST.VALIDATION_LOSS": SWITCH,
+    "TEST.EVALUATOR": one_of(*EVALUATORS),
     "TEST.PRECISION": one_of("float32", "bfloat16"),
     "TEST.DETECTIONS_PER_IMAGE": integer(1, 10_000_000),
     "TEST.EXPECTED_RESULTS": EXPECTED,
@@ -205,6 +213,7 @@ RANGES: dict[str, Range] = {
     "OUTPUT_DIR": TEXT,
     "SEED": integer(-(2**31), 2**31 - 1),
     "VIS_PERIOD": integer(0),
+    "WRITERS": several(one_of(*WRITERS), 0, distinct=True),
     "CUDNN_BENCHMARK": SWITCH,
     "DETERMINISTIC": one_of("", "warn", "strict"),
     "FLOAT32_PRECISION": one_of("", "medium", "high", "highest"),

@@ -169,6 +169,17 @@ def _check_solver(cfg: CfgNode) -> Iterator[str]:
         yield one_line(f"MODEL.DEQDET.SOLVER.OPTIONS is {dict(options.OPTIONS)}: {error}")
 
 
+def _check_early_stop(cfg: CfgNode) -> Iterator[str]:
+    options, test = cfg.SOLVER.EARLY_STOP, cfg.TEST
+    if options.PATIENCE == 0:
+        return
+    if test.EVAL_PERIOD == 0 or not cfg.DATASETS.TEST:
+        missing = "DATASETS.TEST" if test.EVAL_PERIOD else "TEST.EVAL_PERIOD"
+        yield f"SOLVER.EARLY_STOP.PATIENCE is {options.PATIENCE}, but nothing is evaluated in training: set {missing}"
+    if options.METRIC == "validation_loss" and not test.VALIDATION_LOSS:
+        yield "SOLVER.EARLY_STOP.METRIC is validation_loss, but TEST.VALIDATION_LOSS is False: set it to True"
+
+
 def _only_for_deqdet(relation: Callable[[CfgNode], Iterator[str]]) -> Callable[[CfgNode], Iterator[str]]:
     def check_deqdet(cfg: CfgNode) -> Iterator[str]:
         return relation(cfg) if cfg.MODEL.META_ARCHITECTURE == "DEQDet" else iter(())
@@ -189,5 +200,6 @@ RELATIONS: Sequence[Callable[[CfgNode], Iterator[str]]] = (
     _check_batch,
     _check_sizes,
     _check_determinism,
+    _check_early_stop,
     *map(_only_for_deqdet, (_check_backbone, _check_hidden_dim, _check_levels, _check_decoder, _check_solver)),
 )

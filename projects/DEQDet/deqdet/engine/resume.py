@@ -40,7 +40,7 @@ KEPT_KEYS = (
     "MODEL.WEIGHTS",
 )  # fmt: skip
 # Keys of the machine, and of where a run lies.
-LOCAL_KEYS = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VIS_PERIOD")
+LOCAL_KEYS = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VIS_PERIOD", "WRITERS")
 
 
 class SeedIteration(HookBase):
@@ -70,9 +70,14 @@ class MetricsWriter(JSONWriter):
             self._file_handle = self._path.open("a")
         super().write()
 
+    @property
+    def last_write(self) -> int:
+        """The last iteration that is in the file; -1 if there is none."""
+        return int(self._last_write)
+
     def state_dict(self) -> dict[str, int]:
         """The number of lines, and the last iteration that is among them."""
-        return {"lines": self._path.read_bytes().count(b"\n"), "last_write": int(self._last_write)}
+        return {"lines": self._path.read_bytes().count(b"\n"), "last_write": self.last_write}
 
     def go_back(self, state: Mapping[str, int] | None, iteration: int) -> None:
         """Drop the lines that were written after a checkpoint, and what is no whole line.

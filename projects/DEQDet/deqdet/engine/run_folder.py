@@ -18,7 +18,7 @@ LOCK = ".lock"
 # What a training leaves behind and a later one relies on, or would mix with its own. Logs and config.yaml, which a
 # start that failed leaves too, and the folder inference/, which an evaluation fills, are not among them.
 _RESULTS = re.compile(
-    r"model_(\d{7,}|final|best)\.(pth|json|safetensors)|last_checkpoint|metrics\.json|events\.out\.tfevents\..*"
+    r"model_(\d{7,}|final|best)\.(pth|json|safetensors)|last_checkpoint|metrics\.json|runs\.json|events\.out\.tfevents\..*"
     r"|nonfinite_\d+(_rank\d+)?\.pth"
 )
 _FOREIGN = re.compile(r".*\.(pth|pt|pkl|safetensors)")  # weights under other names

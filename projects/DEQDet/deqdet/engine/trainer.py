@@ -18,21 +18,38 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, get_event_storage, has_event_storage
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage, has_event_storage
 
 from ..checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
 from ..checkpoints.publish import AVERAGE
-from ..data import TrainLoader, build_coco_evaluator, build_test_loader, build_train_loader, prepare_datasets
+from ..data import (
+    TrainLoader,
+    build_coco_evaluator,
+    build_test_loader,
+    build_train_loader,
+    import_faster_coco_eval,
+    prepare_datasets,
+)
 from ..errors import UserError, describe_os_error
 from .averaging import AverageWeights
 from .configuration import explained_datasets
 from .determinism import is_indeterminate
+from .early_stop import EarlyStop, EndableTrainer, build_early_stop
 from .evaluation import StepsEvaluator
 from .health import FiniteGuard, check_finite_model
-from .hooks import AverageBatchNorm, BestCheckpointer, MarkProgress, ModelFileWriter, PeakMemory, WeightsCheckpointer
+from .hooks import (
+    AverageBatchNorm,
+    BestCheckpointer,
+    KeepNewest,
+    MarkProgress,
+    ModelFileWriter,
+    PeakMemory,
+    WeightsCheckpointer,
+)
 from .insight import build_insight
 from .models import buildable
 from .optimizer import build_optimizer
+from .pictures import build_pictures
 from .ranks import is_lost_peer
 from .resume import (
     MetricsWriter,
@@ -47,6 +64,8 @@ from .resume import (
 )
 from .signals import StopOnSignal
 from .step import PRECISIONS, StepTrainer
+from .validation import build_validation_loss
+from .writers import EvaluationsWriter, ResumableTensorboardWriter, build_run_writers
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +73,7 @@ logger = logging.getLogger(__name__)
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
-class Trainer(DefaultTrainer):
+class Trainer(DefaultTrainer, EndableTrainer):
     """Trains, evaluates and checkpoints as detectron2 users know it, on GPUs or on the CPU.
 
     New are mixed precision on every device and the accumulation of gradients (see `StepTrainer`), the optimizer (see
@@ -81,6 +100,7 @@ class Trainer(DefaultTrainer):
             prepare_datasets(cfg)
         self._seed_is_given = cfg.SEED >= 0
         self._metrics: MetricsWriter | None = None  # on the main process
+        self._events: EvaluationsWriter | None = None  # the same
         self._resumed: dict[str, Any] | None = None  # what the checkpoint says of the training's progress
         self._resuming = False
         self._ready = False  # to iterate
@@ -156,11 +176,14 @@ class Trainer(DefaultTrainer):
         super().before_train()
         if self._resuming:
             self._go_back_to_checkpoint()
+        elif self._events:
+            self._events.start(-1, resumed=False)
         self._ready = True
 
     def _go_back_to_checkpoint(self) -> None:
         if self._metrics:
             self._metrics.go_back(self._resumed["metrics"] if self._resumed else None, self.start_iter)
+            self._events.start(self._metrics.last_write, resumed=True)
         if self._resumed:
             restore_storage(self.storage, self._resumed["storage"])
         if self.start_iter == 0:
@@ -172,7 +195,7 @@ class Trainer(DefaultTrainer):
         if self._resumed and not self._resumed["complete"]:
             # detectron2 saves a checkpoint before it evaluates and writes metrics.
             for hook in self._hooks:
-                if isinstance(hook, hooks.EvalHook | hooks.BestCheckpointer | hooks.PeriodicWriter):
+                if isinstance(hook, hooks.EvalHook | hooks.BestCheckpointer | hooks.PeriodicWriter | EarlyStop):
                     hook.after_step()
         self.iter = self.storage.iter = self.start_iter
 
@@ -223,6 +246,8 @@ class Trainer(DefaultTrainer):
         written at the very end; a signal is obeyed when everything else is done.
         """
         cfg = self.cfg
+        if cfg.TEST.EVALUATOR == "faster-coco-eval":
+            import_faster_coco_eval()  # an error comes now and not at the first evaluation
         insight = build_insight(cfg, self.model)
         ret = super().build_hooks()
         readers = (hooks.PeriodicCheckpointer, hooks.EvalHook)  # ranks other than 0 have no checkpointer
@@ -240,9 +265,16 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and comm.is_main_process():
             checkpointer = WeightsCheckpointer(best, cfg.OUTPUT_DIR, metric)
             ret.insert(after, BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, metric))
+        evaluated = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
+        ret[evaluated:evaluated] = build_validation_loss(cfg, self.model)
         if comm.is_main_process():
-            ret.append(ModelFileWriter(cfg, self.averaging.model if self.averaging else None))
-        return [MarkProgress(), SeedIteration(cfg.SEED), *ret, StopOnSignal()]
+            writer = ModelFileWriter(cfg, self.averaging.model if self.averaging else None)
+            saved = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicCheckpointer)) + 1
+            ret[saved:saved] = [KeepNewest(cfg.SOLVER.KEEP_CHECKPOINTS, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.OUTPUT_DIR)]
+            at = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicWriter))
+            self._events = EvaluationsWriter(ret[at]._writers, cfg.TEST.EVAL_PERIOD)
+            ret[at:] = [*build_pictures(cfg, self.model), self._events, *ret[at + 1 :], writer]
+        return [MarkProgress(), SeedIteration(cfg.SEED), *ret, *build_early_stop(cfg), StopOnSignal()]
 
     def _build_averaging(self) -> list[HookBase]:
         """The hook of SOLVER.EMA, whose weights become the entry "ema" of the checkpoints."""
@@ -264,14 +296,16 @@ class Trainer(DefaultTrainer):
         return {AVERAGE: results} if results else {}
 
     def build_writers(self) -> list[EventWriter]:
-        """detectron2's writers, with one of metrics.json that a resumed training can put back."""
+        """detectron2's writers, of which those to files can go back to a checkpoint, and those of WRITERS."""
         writers = super().build_writers()
         self._metrics = MetricsWriter(Path(self.cfg.OUTPUT_DIR, "metrics.json"))
         for i, writer in enumerate(writers):
             if isinstance(writer, JSONWriter):
                 writer.close()
                 writers[i] = self._metrics
-        return writers
+            elif isinstance(writer, TensorboardXWriter):
+                writers[i] = ResumableTensorboardWriter(self.cfg.OUTPUT_DIR)
+        return [*writers, *build_run_writers(self.cfg)]
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -300,13 +334,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO's box AP with at most 100 detections for each image, which are also written to OUTPUT_DIR/inference.
+        """COCO's box AP of up to TEST.DETECTIONS_PER_IMAGE detections, which are also written to OUTPUT_DIR/inference.
 
+        Beyond 100 detections of an image, "AP@100" is that of the best 100, as COCO has it.
         With several test sets, each has a folder of its name in there.
         With a tolerance (MODEL.DEQDET.SOLVER.RTOL), the number of steps that the images took is reported too.
         """
         folder, several = os.path.join(cfg.OUTPUT_DIR, "inference"), len(cfg.DATASETS.TEST) > 1
-        coco = build_coco_evaluator(dataset_name, folder, apart=several)
+        limits = {"max_detections": cfg.TEST.DETECTIONS_PER_IMAGE, "library": cfg.TEST.EVALUATOR}
+        coco = build_coco_evaluator(dataset_name, folder, apart=several, **limits)
         return DatasetEvaluators([coco, StepsEvaluator()]) if cfg.MODEL.DEQDET.SOLVER.RTOL > 0 else coco
 
 

@@ -1,0 +1,130 @@
+"""The end of a training that no longer improves."""
+
+import logging
+import math
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+
+from ..checkpoints.publish import AVERAGE
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "validation_loss")  # SOLVER.EARLY_STOP.METRIC
+
+
+class _End(BaseException):
+    """Ends the loop of detectron2's trainer, which has no other way out."""
+
+
+class EndableTrainer(TrainerBase):
+    """detectron2's training loop, which ends as at max_iter once an EarlyStop hook has decided so.
+
+    It belongs right before TrainerBase in the order of base classes: class Trainer(DefaultTrainer, EndableTrainer).
+    """
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        try:
+            super().train(start_iter, max_iter)
+        except _End:
+            pass
+
+    def before_step(self) -> None:
+        # Here, between two iterations, everything of the last one is done, in a resumed training too.
+        if any(isinstance(hook, EarlyStop) and hook.patience_is_over for hook in self._hooks):
+            self.max_iter = self.iter
+            raise _End
+        super().before_step()
+
+
+class EarlyStop(HookBase):
+    """Ends the training after `patience` evaluations in a row without an improvement.
+
+    The training then ends as if SOLVER.MAX_ITER were the iteration after that evaluation: with a last evaluation,
+    model_final.pth, which has the last weights, and the model file. model_best.pth has the best weights.
+
+    Register it on every rank, after the evaluations and before StopOnSignal, in the Trainer, an EndableTrainer. Its
+    state is in every checkpoint, so that a resumed training ends at the same iteration, and one that has ended this way
+    does not go on, unless it is resumed with more patience.
+    """
+
+    def __init__(self, patience: int, metric: str, min_delta: float, eval_period: int):
+        """
+        Args:
+            patience: at least 1.
+            metric: its name in the event storage of the main process. A loss, by its name, must fall; others must rise.
+            min_delta: a smaller change of the metric is no improvement.
+            eval_period: of the evaluations, in iterations.
+        """
+        self._patience = patience
+        self._metric = metric
+        self._sign = -1 if "loss" in metric else 1
+        self._min_delta = min_delta
+        self._period = eval_period
+        self._best: float | None = None
+        self._waited = 0  # evaluations since the best
+
+    @property
+    def patience_is_over(self) -> bool:
+        """Whether the training is to end before the next iteration."""
+        return self._waited >= self._patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best, self._waited = state_dict["best"], state_dict["waited"]
+
+    def before_train(self) -> None:
+        if self.patience_is_over:
+            logger.info("This training has ended early (%s): there is nothing to go on with", self._describe())
+
+    def after_step(self) -> None:
+        """Look at the metric if this iteration had an evaluation.
+
+        Raises:
+            UserError: the evaluation did not compute the metric.
+        """
+        done = self.trainer.iter + 1
+        if done % self._period != 0 or done == self.trainer.max_iter:
+            return
+        found = self.trainer.storage.latest().get(self._metric) if comm.is_main_process() else None
+        value = comm.all_gather(found[0] if found and found[1] == self.trainer.iter else None)[0]
+        if value is None:
+            raise UserError(
+                f"the evaluation computed no {self._metric}, by which SOLVER.EARLY_STOP decides: give a first data set "
+                "of DATASETS.TEST with boxes, or set SOLVER.EARLY_STOP.PATIENCE to 0"
+            )
+        self._take(value)
+        if self.patience_is_over:
+            logger.info("The training ends early, after iteration %d: %s", self.trainer.iter, self._describe())
+            self.trainer.iteration_complete = True
+            self.trainer.checkpointer.save("model_final", iteration=self.trainer.iter)
+
+    def _take(self, value: float) -> None:
+        first = self._best is None and not math.isnan(value)
+        if first or (self._best is not None and self._sign * (value - self._best) > self._min_delta):
+            self._best, self._waited = value, 0
+        else:  # NaN too, which is the AP without any detection
+            self._waited += 1
+
+    def _describe(self) -> str:
+        best = "was never a number" if self._best is None else f"was best at {self._best:.3f}"
+        return f"{self._metric} {best}, {self._waited} evaluations ago (SOLVER.EARLY_STOP.PATIENCE {self._patience})"
+
+
+def build_early_stop(cfg: CfgNode) -> list[EarlyStop]:
+    """The hook that SOLVER.EARLY_STOP asks for; else an empty list."""
+    options = cfg.SOLVER.EARLY_STOP
+    if options.PATIENCE == 0:
+        return []
+    metric = "validation/total_loss" if options.METRIC == "validation_loss" else f"bbox/{options.METRIC}"
+    if len(cfg.DATASETS.TEST) > 1:  # detectron2 puts a set's name before its metrics
+        metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
+    if cfg.SOLVER.EMA.ENABLED and options.METRIC != "validation_loss":  # as the best checkpoint is chosen
+        metric = f"{AVERAGE}/{metric}"
+    return [EarlyStop(options.PATIENCE, metric, options.MIN_DELTA, cfg.TEST.EVAL_PERIOD)]

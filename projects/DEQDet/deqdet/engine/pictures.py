@@ -1,0 +1,103 @@
+"""Pictures for TensorBoard: what the model finds while it is trained (VIS_PERIOD)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.evaluation import inference_context
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils import comm
+
+from ..data import build_mapper, random_state_kept, read_image
+from ..drawing import draw_detections, enlarge
+
+COUNT = 4  # images
+SCORE = 0.3  # detections below it are not drawn
+MOST = 50  # detections of an image that are drawn
+LONGEST = 640  # pixels: larger images are shrunk before they are drawn
+
+
+def build_pictures(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
+    """The hook that VIS_PERIOD asks for, on the main process; else an empty list.
+
+    The images are the first ones of the first of DATASETS.TEST, or of DATASETS.TRAIN where there is none.
+    """
+    if cfg.VIS_PERIOD == 0 or not comm.is_main_process():
+        return []
+    name = (cfg.DATASETS.TEST or cfg.DATASETS.TRAIN)[0]
+    classes = MetadataCatalog.get(name).thing_classes
+
+    def load() -> list[dict]:
+        mapper = build_mapper(cfg, is_train=False)
+        records = DatasetCatalog.get(name)[:COUNT]
+        return [{**mapper(record), "annotations": record.get("annotations", [])} for record in records]
+
+    return [DetectionPictures(cfg.VIS_PERIOD, model, load, classes)]
+
+
+class DetectionPictures(HookBase):
+    """Puts a picture of each image into the event storage: its boxes on the left, the detections on the right.
+
+    The training goes on as it would without: no random state, statistics or gradient changes, and no other process is
+    waited for. Register it on the main process alone, before the writers.
+    """
+
+    def __init__(self, period: int, model: nn.Module, load: Callable[[], list[dict]], class_names: Sequence[str]):
+        """
+        Args:
+            period: in iterations; the last iteration counts too.
+            load: returns the images, as a test loader gives them, with "annotations"; called once, when first needed.
+        """
+        self._period = period
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._load = load
+        self._class_names = class_names
+        self._inputs: list[dict] | None = None
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period != 0 and done != self.trainer.max_iter:
+            return
+        # detectron2's test-time resize draws a number from NumPy.
+        with random_state_kept(next(self._model.parameters()).device):
+            if self._inputs is None:
+                self._inputs = self._load()
+            with inference_context(self._model), torch.no_grad():
+                outputs = [self._model([inputs])[0]["instances"].to("cpu") for inputs in self._inputs]
+            for inputs, found in zip(self._inputs, outputs, strict=True):
+                picture = self._draw(inputs, found[found.scores >= SCORE][:MOST])
+                name = f"detections/{Path(inputs['file_name']).name}"
+                self.trainer.storage.put_image(name, np.ascontiguousarray(picture.transpose(2, 0, 1)))
+
+    def _draw(self, inputs: dict, found: Instances) -> np.ndarray:
+        """(H, W, 3) uint8 RGB."""
+        image = read_image(inputs["file_name"])
+        height, width = image.shape[:2]
+        shrink = min(1.0, LONGEST / max(height, width))
+        if shrink < 1:
+            size = max(1, round(shrink * width)), max(1, round(shrink * height))
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        image = enlarge(image)
+        sides = [
+            draw_detections(image, instances, self._class_names)
+            for instances in (_ground_truth(inputs["annotations"], (height, width)), found)
+        ]
+        return np.concatenate(sides, axis=1)
+
+
+def _ground_truth(annotations: list[dict], image_size: tuple[int, int]) -> Instances:
+    """The boxes of a record in the form of detections, without scores."""
+    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
+    return Instances(
+        image_size,
+        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
+        pred_classes=torch.tensor([x["category_id"] for x in annotations], dtype=torch.int64),
+    )

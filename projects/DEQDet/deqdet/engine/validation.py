@@ -1,0 +1,95 @@
+"""The training losses on the test sets, computed at each evaluation (TEST.VALIDATION_LOSS)."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detectron2.config import CfgNode
+from detectron2.engine import hooks
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from ..data import build_validation_loader, mix_seed, random_state_kept, seed_all
+
+
+def build_validation_loss(cfg: CfgNode, model: nn.Module) -> list[hooks.EvalHook]:
+    """The hook that TEST.VALIDATION_LOSS asks for, for every rank; else an empty list.
+
+    It puts "validation/<loss>" into the event storage, with several test sets "<set>/validation/<loss>".
+
+    Raises:
+        UserError: a test set has no annotations.
+    """
+    names = cfg.DATASETS.TEST
+    if not cfg.TEST.VALIDATION_LOSS or not names:
+        return []
+    for name in names:
+        build_validation_loader(cfg, name)  # an error comes now and not at the first evaluation
+
+    def evaluate() -> dict:
+        losses = {name: compute_losses(model, build_validation_loader(cfg, name)) for name in names}
+        if not comm.is_main_process():
+            return {}
+        results = {name: {"validation": found} for name, found in losses.items()}
+        return results if len(names) > 1 else results[names[0]]
+
+    return [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
+
+
+@torch.no_grad()
+def compute_losses(model: nn.Module, loader: Iterable[list[dict]]) -> dict[str, float]:
+    """The training losses of a model on a whole data set, and their sum as "total_loss".
+
+    They are normalised as in training, as if the set were one batch: each loss is summed over all images and divided by
+    the number of boxes (an image without boxes counts as one). All modules but the model itself are in evaluation mode,
+    so that BatchNorm uses its running statistics and does not change them, and nothing is dropped out. The noise that
+    training adds to the solving path is there, since without it the losses could not be compared with those of
+    training; it is drawn from a seed of the image, so that it is the same at every evaluation. Nothing that is random
+    in the training changes.
+
+    A collective operation: each rank brings its own images.
+
+    Args:
+        model: returns a dict of losses in training mode; may be wrapped by DDP.
+        loader: batches of one image, with "image_id" and "instances".
+
+    Returns:
+        The losses over the images of all ranks, on every rank.
+    """
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    sums, count = defaultdict(float), 0
+    # The model may write figures of its batch into the event storage, which would be taken for those of training.
+    with _losses_without_training(model) as losses_of, random_state_kept(_device(model)), EventStorage():
+        for batch in loader:
+            (record,) = batch
+            seed_all(mix_seed(int(record["image_id"]) % 2**32))
+            boxes = max(len(record["instances"]), 1)
+            count += boxes
+            for name, loss in losses_of(batch).items():
+                sums[name] += boxes * loss.item()
+    parts = comm.all_gather((dict(sums), count))
+    names = dict.fromkeys(name for part, _ in parts for name in part)
+    whole = max(sum(boxes for _, boxes in parts), 1)
+    losses = {name: sum(part.get(name, 0.0) for part, _ in parts) / whole for name in names}
+    return {**losses, "total_loss": sum(losses.values())}
+
+
+@contextmanager
+def _losses_without_training(model: nn.Module) -> Iterator[Callable[[list[dict]], dict[str, torch.Tensor]]]:
+    """A function that returns a model's losses; within it, the model's parts are in evaluation mode."""
+    training = model.training
+    model.eval()
+    model.training = True  # only the model itself, which decides by it what it returns
+    try:
+        # Hooks of the model, which watch the iterations of training, are not to see this call.
+        yield model.forward
+    finally:
+        model.train(training)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
