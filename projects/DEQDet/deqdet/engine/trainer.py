@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, get_event_storage, has_event_storage
 
 from ..checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
+from ..checkpoints.latest import has_checkpoint
 from ..data import TrainLoader, build_coco_evaluator, build_test_loader, build_train_loader, prepare_datasets
 from ..errors import UserError, describe_os_error
 from .configuration import explained_datasets
@@ -29,6 +30,7 @@ from .hooks import AverageBatchNorm, BestCheckpointer, MarkProgress, ModelFileWr
 from .insight import build_insight
 from .models import buildable
 from .optimizer import build_optimizer
+from .pretrained import load_backbone_weights
 from .ranks import is_lost_peer
 from .resume import (
     MetricsWriter,
@@ -88,10 +90,14 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in OUTPUT_DIR that is whole if `resume`, else load MODEL.WEIGHTS.
 
+        Without either, a backbone of timm starts from the weights that MODEL.TIMM names.
+
         Raises:
             UserError: the file cannot be read or downloaded, does not fit the config, or has infinite values or NaN.
         """
         self._resuming = resume
+        if not (resume and has_checkpoint(Path(self.cfg.OUTPUT_DIR))):
+            load_backbone_weights(self.model, self.cfg)
         with _readable_weights(), fitting_checkpoint(self.cfg.OUTPUT_DIR):
             super().resume_or_load(resume)
         source = self.checkpointer.get_checkpoint_file() or self.cfg.MODEL.WEIGHTS
