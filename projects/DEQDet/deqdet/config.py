@@ -87,7 +87,7 @@ def _add_model_keys(cfg: CN) -> None:
 
 def _add_timm_keys(cfg: CN) -> None:
     # Of build_timm_channel_mapper_backbone and build_timm_fpn_backbone. MODEL.BACKBONE.FREEZE_AT holds: 1 freezes the
-    # stem, k + 1 also the first k stages.
+    # stem, k + 1 all on which the first k levels depend.
     cfg.MODEL.TIMM = CN()
     cfg.MODEL.TIMM.NAME = ""  # a model of timm, e.g. "resnet50", or with the tag of its weights "resnet50.a1_in1k"
     # timm's numbers of the levels; []: the last level of each of the strides 4, 8, 16 and 32.

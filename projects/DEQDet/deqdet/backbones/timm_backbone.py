@@ -4,7 +4,7 @@ timm is an extra, imported where it is needed only.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import ModuleType
 
 import torch
@@ -29,7 +29,7 @@ PROBE = (64, 96)  # height and width, in pixels, of the image with which a model
 class TimmBackbone(Backbone):
     """A timm feature extractor as a backbone of detectron2. The level of stride 2^n has the name "res<n>"."""
 
-    def __init__(self, *, net: nn.Module, levels: Mapping[str, ShapeSpec], channels_last: bool, frozen: Sequence[str]):
+    def __init__(self, *, net: nn.Module, levels: Mapping[str, ShapeSpec], channels_last: bool, frozen: Set[str]):
         """
         Args:
             net: what timm.create_model(..., features_only=True) returns: from images to a list of levels.
@@ -75,9 +75,8 @@ def _is_frozen(module: nn.Module) -> bool:
 def build_timm(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Build the model that MODEL.TIMM describes, with random weights.
 
-    With MODEL.BACKBONE.FREEZE_AT = 0 nothing is frozen, with 1 the stem, with k + 1 the first k stages as well. The
-    stage k ends with the level of the k-th stride of 4, 8, 16 and 32. The stem is what comes before the first stage:
-    all up to the level of stride 2 where timm has one.
+    With MODEL.BACKBONE.FREEZE_AT = 0 nothing is frozen, with 1 the stem, with k + 1 everything on which the first k
+    levels depend. The stem is what comes before the first stage: all up to the level of stride 2 where timm has one.
 
     Raises:
         UserError: timm is missing or knows no such model; the model has no such levels, or takes images of one size
@@ -91,12 +90,13 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         name = f"res{stride.bit_length() - 1}"
         if stride.bit_count() != 1 or name in levels:
             raise UserError(
-                f"MODEL.TIMM.OUT_INDICES is {list(info.out_indices)}: the strides of these levels of {options.NAME} are "
-                f"{info.reduction()}, but each must be another power of 2"
+                f"MODEL.TIMM.OUT_INDICES is {list(info.out_indices)}: the strides of these levels of {options.NAME} "
+                f"are {info.reduction()}, but each must be another power of 2"
             )
         levels[name] = ShapeSpec(channels=channels, stride=stride)
-    frozen = _frozen_parameters(net, options.NAME, freeze_at) if freeze_at else ()
-    channels_last = _is_channels_last(net, options.NAME, list(levels.values()), input_shape.channels)
+    found = _probe(net, options.NAME, input_shape.channels)
+    channels_last = _is_channels_last(found, list(levels.values()), options.NAME)
+    frozen = _frozen_parameters(net, found, options.NAME, freeze_at)
     return TimmBackbone(net=net, levels=levels, channels_last=channels_last, frozen=frozen)
 
 
@@ -195,12 +195,15 @@ def _create(name: str, **arguments: object) -> nn.Module:
             if not any(argument in str(error) for argument in any_size):
                 raise UserError(f"MODEL.TIMM.NAME {name} cannot be created: {one_line(error)}") from error
         except Exception as error:  # timm raises any, RuntimeError and AssertionError above all
-            raise UserError(f"MODEL.TIMM.NAME {name} cannot be created: {_first_sentence(error)}") from error
+            with_weights = " with its weights" if arguments.get("pretrained") else ""
+            raise UserError(f"MODEL.TIMM.NAME {name} cannot be created{with_weights}: {_shorten(error)}") from error
     raise AssertionError("the last of ANY_SIZE adds no argument")
 
 
-def _first_sentence(error: Exception) -> str:
-    return one_line(error)[:300] or type(error).__name__
+def _shorten(error: Exception) -> str:
+    """The beginning of an error's message, since a list of missing weights goes on for pages."""
+    message = one_line(error)
+    return f"{message[:300]} ..." if len(message) > 300 else message or type(error).__name__
 
 
 def _pyramid_indices(net: nn.Module, name: str) -> tuple[int, ...]:
@@ -214,33 +217,47 @@ def _pyramid_indices(net: nn.Module, name: str) -> tuple[int, ...]:
     return tuple(last[stride] for stride in STRIDES)
 
 
-def _frozen_parameters(net: nn.Module, name: str, freeze_at: int) -> list[str]:
-    """The names of the parameters in the stem and in the first freeze_at - 1 stages.
+def _frozen_parameters(net: nn.Module, levels: Sequence[Tensor], name: str, freeze_at: int) -> set[str]:
+    """The names of the parameters in the stem and in the first freeze_at - 1 stages, and of those that nothing reads.
 
-    timm registers the modules of an extractor in the order in which they are applied. So the parameters up to a level
-    are those that are registered up to the end of the module whose output the level is.
+    Some extractors keep modules behind their last level. DistributedDataParallel would wait for gradients of these.
+
+    Args:
+        levels: what the extractor has made of some image.
     """
-    info = net.feature_info.info
-    stages = [max(i for i, x in enumerate(info) if x["reduction"] == s) for s in STRIDES if _has_stride(info, s)]
-    stages = [index for index in stages if index <= max(net.feature_info.out_indices)]
-    if freeze_at > len(stages) + 1:
+    if freeze_at > len(levels) + 1:
         raise UserError(
-            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: it must be an integer from 0 to {len(stages) + 1} for {name}"
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: it must be an integer from 0 to {len(levels) + 1} for {name}"
         )
-    order = [module for module, _ in net.named_modules()]
-    stem = [index for index, level in enumerate(info) if level["reduction"] < STRIDES[0]]
+    frozen = {key for key, _ in net.named_parameters()} - _dependencies(net, levels)
     if freeze_at > 1:
-        end = _last_module(order, info[stages[freeze_at - 2]]["module"], name)
-    elif stem:
-        end = _last_module(order, info[stem[-1]]["module"], name)
+        frozen |= _dependencies(net, levels[: freeze_at - 1])
+    elif freeze_at == 1:
+        frozen |= _stem(net, name) & _dependencies(net, levels[:1])
+    return frozen
+
+
+def _dependencies(net: nn.Module, levels: Sequence[Tensor]) -> set[str]:
+    """The names of the parameters on which the values of some levels depend."""
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    total = sum(level.sum() for level in levels)
+    gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+    return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+
+
+def _stem(net: nn.Module, name: str) -> set[str]:
+    """The names of the parameters before the first level of stride 4 or more.
+
+    timm registers the modules of an extractor in the order in which they are applied.
+    """
+    info, order = net.feature_info.info, [module for module, _ in net.named_modules()]
+    if finer := [level["module"] for level in info if level["reduction"] < STRIDES[0]]:
+        first = _find_module(order, finer[-1], name)
+        inside = f"{order[first]}."
+        end = max(i for i, module in enumerate(order) if i == first or module.startswith(inside)) + 1
     else:
-        end = _find_module(order, info[0]["module"], name) - 1
-    before = set(order[: end + 1])
-    return [parameter for parameter, _ in net.named_parameters() if parameter.rpartition(".")[0] in before]
-
-
-def _has_stride(info: Sequence[Mapping], stride: int) -> bool:
-    return any(level["reduction"] == stride for level in info)
+        end = _find_module(order, info[0]["module"], name)
+    return {key for key, _ in net.named_parameters() if key.rpartition(".")[0] in order[:end]}
 
 
 def _find_module(order: Sequence[str], module: str, name: str) -> int:
@@ -261,30 +278,39 @@ def _last_module(order: Sequence[str], module: str, name: str) -> int:
     return max(i for i, other in enumerate(order) if i == first or other.startswith(inside))
 
 
-@torch.no_grad()
-def _is_channels_last(net: nn.Module, name: str, levels: Sequence[ShapeSpec], channels: int) -> bool:
-    """Whether the levels are (B, H, W, C) and not (B, C, H, W), found with a small image.
-
-    timm has no attribute that says it for every model.
+def _probe(net: nn.Module, name: str, channels: int) -> list[Tensor]:
+    """What the extractor makes of a small black image in evaluation mode, with its graph.
 
     Raises:
-        UserError: the model does not take the image, or its levels have other sizes than their strides say.
+        UserError: it does not take the image.
     """
     image = torch.zeros(1, channels, *PROBE, device=next(net.parameters()).device)
     training = net.training
     try:
-        found = [tuple(level.shape[1:]) for level in net.eval()(image)]
+        with torch.enable_grad():
+            return net.eval()(image)
     except Exception as error:  # whatever a model does with a size that it was not made for
         raise UserError(
-            f"MODEL.TIMM.NAME {name} does not take images of every size ({_first_sentence(error)}): choose another model"
+            f"MODEL.TIMM.NAME {name} does not take images of every size ({_shorten(error)}): choose another "
+            "model"
         ) from error
     finally:
         net.train(training)
-    sizes = [(level.channels, *(side // level.stride for side in PROBE)) for level in levels]
+
+
+def _is_channels_last(levels: Sequence[Tensor], shapes: Sequence[ShapeSpec], name: str) -> bool:
+    """Whether the levels are (B, H, W, C) and not (B, C, H, W). No attribute says it for every model of timm.
+
+    Raises:
+        UserError: the levels have other sizes than their strides say.
+    """
+    found = [tuple(level.shape[1:]) for level in levels]
+    sizes = [(shape.channels, *(side // shape.stride for side in PROBE)) for shape in shapes]
     if found == sizes:
         return False
     if found == [(height, width, depth) for depth, height, width in sizes]:
         return True
     raise UserError(
-        f"MODEL.TIMM.NAME {name} cannot be used: its levels have the shapes {found} for an image of {PROBE}, not {sizes}"
+        f"MODEL.TIMM.NAME {name} cannot be used: its levels have the shapes {found} for an image of {PROBE}, not "
+        f"{sizes}"
     )

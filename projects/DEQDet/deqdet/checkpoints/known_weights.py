@@ -30,7 +30,7 @@ class KnownWeights:
     sha256: str  # of that file
     licence: str
     timm_name: str  # the model of timm that has these weights
-    images: str  # what the network was trained on, for the user
+    images: str  # the format and the range of the images that they expect
 
 
 # Both files list their layers in the order in which timm's model does, under other names.
@@ -95,7 +95,8 @@ def rename_in_order(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, 
     for (name, value), (our_name, our_value) in zip(theirs.items(), ours.items(), strict=True):
         if value.shape != our_value.shape:
             raise CheckpointError(
-                f"{name} {tuple(value.shape)} of the file does not fit {our_name} {tuple(our_value.shape)} of {timm_name}"
+                f"{name} {tuple(value.shape)} of the file does not fit {our_name} {tuple(our_value.shape)} of "
+                f"{timm_name}"
             )
     return dict(zip(ours, theirs.values(), strict=True))
 

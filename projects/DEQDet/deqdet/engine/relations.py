@@ -126,6 +126,10 @@ def _check_timm(cfg: CfgNode) -> Iterator[str]:
         yield f'MODEL.TIMM.NAME is "": it must name a model of timm for MODEL.BACKBONE.NAME {backbone}'
     if backbone not in TIMM_BACKBONES and timm.NAME:
         yield f"MODEL.TIMM.NAME is {timm.NAME}: MODEL.BACKBONE.NAME must be {' or '.join(TIMM_BACKBONES)} then"
+    if not timm.NAME and timm.PRETRAINED:
+        yield "MODEL.TIMM.PRETRAINED is True: MODEL.TIMM.NAME must name the model then"
+    if not timm.NAME and timm.WEIGHTS:
+        yield f"MODEL.TIMM.WEIGHTS is {timm.WEIGHTS}: MODEL.TIMM.NAME must name the model then"
     if timm.PRETRAINED and timm.WEIGHTS:
         yield f"MODEL.TIMM.PRETRAINED is True: it must be False if MODEL.TIMM.WEIGHTS names a file ({timm.WEIGHTS})"
     if list(timm.OUT_INDICES) != sorted(timm.OUT_INDICES):
@@ -175,5 +179,6 @@ def _only_for_deqdet(relation: Callable[[CfgNode], Iterator[str]]) -> Callable[[
 RELATIONS: Sequence[Callable[[CfgNode], Iterator[str]]] = (
     _check_schedule,
     _check_sizes,
-    *map(_only_for_deqdet, (_check_backbone, _check_timm, _check_hidden_dim, _check_levels, _check_decoder, _check_solver)),
+    _check_timm,
+    *map(_only_for_deqdet, (_check_backbone, _check_hidden_dim, _check_levels, _check_decoder, _check_solver)),
 )

