@@ -105,7 +105,8 @@ def test_a_download_that_fails_is_one_line(make, monkeypatch):
 
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", fail)
     cfg, model = make("MODEL.TIMM.PRETRAINED", True)
-    with pytest.raises(UserError, match=f"^MODEL.TIMM.NAME {SMALL} cannot be created with its weights: no route to host or none$"):
+    message = f"MODEL.TIMM.NAME {SMALL} cannot be created with its weights: no route to host or none"
+    with pytest.raises(UserError, match=f"^{message}$"):
         load_backbone_weights(model, cfg)
 
 
@@ -142,7 +143,7 @@ def test_no_code_in_a_file_runs(make, tmp_path):
 def test_weights_of_another_model_are_refused(make, file):
     """Also where timm takes what fits and says nothing of the rest."""
     cfg, model = make("MODEL.TIMM.WEIGHTS", file("test_convnext"))
-    with pytest.raises(UserError, match=f"test_convnext.safetensors .* not hold the weights of {SMALL}: .* lacks .* of them"):
+    with pytest.raises(UserError, match=f"test_convnext.safetensors does not hold the weights of {SMALL}: it lacks "):
         load_backbone_weights(model, cfg)
     cfg, model = make("MODEL.TIMM.NAME", "test_resnet", "MODEL.TIMM.WEIGHTS", file(SMALL))
     with pytest.raises(UserError, match="MODEL.TIMM.NAME test_resnet cannot be created with its weights: ") as error:

@@ -88,8 +88,8 @@ def _check_taken(net: nn.Module, weights: Mapping[str, Tensor], path: str, name:
     lacking = [key for key, value in ours.items() if _digest(value) not in given]
     if lacking:
         raise UserError(
-            f"MODEL.TIMM.WEIGHTS {path} does not hold the weights of {name}: it lacks {len(lacking)} of them, {lacking[0]} "
-            "first; give a file with timm's names of the parameters (deqdet-fetch-weights makes some)"
+            f"MODEL.TIMM.WEIGHTS {path} does not hold the weights of {name}: it lacks {len(lacking)} of them, "
+            f"{lacking[0]} first; give a file with timm's names of the parameters (deqdet-fetch-weights makes some)"
         )
 
 
