@@ -17,6 +17,7 @@ TOOLS = (
     "demo",
     "evaluate_steps",
     "export_model",
+    "fetch_weights",
     "pretrain_backbone",
     "publish",
     "report",
@@ -67,6 +68,7 @@ setup(
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which later releases lack
     ],
     extras_require={
+        "timm": ["timm>=1.0.9"],  # MODEL.TIMM: its models as backbones
         "swin": ["timm>=0.9"],  # the drop path of detectron2's SwinTransformer
         "hub": ["huggingface_hub>=0.20"],  # hf://owner/name as a model file
         "supervision": ["supervision>=0.20"],  # Detections.to_supervision()
@@ -76,7 +78,7 @@ setup(
         "wandb": ["wandb>=0.16"],  # WRITERS
         "mlflow": ["mlflow-skinny>=2.9"],
         "dev": [
-            "pytest>=8", "ruff>=0.6", "timm>=0.9", "build>=1", "nbconvert>=7", "ipykernel>=6",
+            "pytest>=8", "ruff>=0.6", "timm>=1.0.9", "build>=1", "nbconvert>=7", "ipykernel>=6",
             "faster-coco-eval>=1.6", *EXPORT,
         ],
     },

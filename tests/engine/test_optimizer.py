@@ -89,6 +89,17 @@ def test_groups_with_detectron2s_keys_and_backbone_norms():
     assert groups["decoder.1.weight"] == (1, 20)
 
 
+def test_groups_with_a_backbone_of_its_own_rate():
+    """Of the backbone without its neck; that of its norms multiplies it; no decay changes."""
+    cfg = make_cfg(BACKBONE_LR_MULTIPLIER=0.25, BACKBONE_NORM_LR_MULTIPLIER=0.5)
+    model = make_model()
+    groups = by_name(build_optimizer(cfg, model), model)
+    assert groups["backbone.bottom_up.0.weight"] == groups["backbone.bottom_up.0.bias"] == (0.25, 10)
+    assert groups["backbone.bottom_up.1.weight"] == groups["backbone.bottom_up.1.bias"] == (0.125, 10)
+    assert groups["backbone.norm.weight"] == groups["queries.weight"] == (1, 10)
+    assert groups["decoder.0.weight"] == (4, 100)
+
+
 def test_groups_of_swin(small_cfg):
     """The recipe's tenth of the rate and no decay for the norms of Swin; not for its tables, nor for the neck."""
     keys = "MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [1,1,1,1] MODEL.SWIN.NUM_HEADS [1,1,1,1] MODEL.SWIN.WINDOW_SIZE 2"

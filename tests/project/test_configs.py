@@ -10,6 +10,7 @@ import yaml
 from detectron2.config import get_cfg
 
 from deqdet import add_deqdet_config
+from deqdet.checkpoints.known_weights import KNOWN_WEIGHTS
 
 from helpers.config_files import COMPLETE, CONFIGS, build, load, value_of
 from helpers.paths import ROOT
@@ -175,6 +176,29 @@ def test_a_converted_backbone_says_how_it_is_made(path):
     source, result = command.split()[-2:]
     assert result == weights
     assert any(line.endswith("/" + source) and "https://" in line for line in header(path))
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "TIMM" in (ROOT / path).read_text()])
+def test_weights_of_timm_say_how_they_are_fetched(path):
+    """In the file that names them, for the model that the config names."""
+    weights = yaml.safe_load((ROOT / path).read_text())["MODEL"]["TIMM"].get("WEIGHTS", "")
+    commands = [line for line in header(path) if "tools/fetch_weights.py" in line]
+    if not weights:
+        assert not commands
+        return
+    (command,) = commands
+    name, flag, output = command.split()[-3:]
+    assert (flag, output) == ("--output", weights)
+    assert KNOWN_WEIGHTS[name].timm_name == load(path).MODEL.TIMM.NAME
+
+
+def test_a_backbone_from_scratch_is_the_same_network():
+    """The pair of configs that shows what ImageNet weights are worth differs in how the training starts alone."""
+    pretrained, scratch = (load(f"configs/quick/deqdet_photos_mobilenet{x}.yaml") for x in ("", "_scratch"))
+    different = {key for key, value in leaves(pretrained) if value_of(scratch, key) != value}
+    assert different == {
+        "MODEL.TIMM.WEIGHTS", "MODEL.DEQDET.FIX_BN_STATISTICS", "SOLVER.BACKBONE_LR_MULTIPLIER", "OUTPUT_DIR",
+    }  # fmt: skip
 
 
 def test_an_unknown_key_is_an_error(tmp_path):

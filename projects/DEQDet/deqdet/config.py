@@ -11,6 +11,7 @@ OPEN_SECTIONS = ("MODEL.DEQDET.SOLVER.OPTIONS", "MODEL.DEQDET.PLUGIN")
 def add_deqdet_config(cfg: CN) -> None:
     """Add DEQDet's keys, with the values of the paper's Table 5, to a detectron2 config in place."""
     _add_model_keys(cfg)
+    _add_timm_keys(cfg)
     _add_layer_keys(cfg.MODEL.DEQDET)
     _add_equilibrium_keys(cfg.MODEL.DEQDET)
     _add_training_keys(cfg)
@@ -86,6 +87,20 @@ def _add_model_keys(cfg: CN) -> None:
     # float32, or bfloat16: matrix products and features at test time in bfloat16; positions, boxes, the weights of the
     # levels and the solver's arithmetic stay in float32.
     cfg.TEST.PRECISION = "float32"
+
+
+def _add_timm_keys(cfg: CN) -> None:
+    # Of build_timm_channel_mapper_backbone and build_timm_fpn_backbone. MODEL.BACKBONE.FREEZE_AT holds: 1 freezes the
+    # stem, k + 1 all on which the first k levels depend.
+    cfg.MODEL.TIMM = CN()
+    cfg.MODEL.TIMM.NAME = ""  # a model of timm, e.g. "resnet50", or with the tag of its weights "resnet50.a1_in1k"
+    # timm's numbers of the levels; []: the last level of each of the strides 4, 8, 16 and 32.
+    cfg.MODEL.TIMM.OUT_INDICES = []
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0  # of stochastic depth; 0: the model's default, which is 0 with most
+    # What a training starts from if it has no MODEL.WEIGHTS: timm's own weights, which are downloaded, or those of a
+    # file with timm's names of the parameters (see deqdet-fetch-weights). Without either, random weights.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.MODEL.TIMM.WEIGHTS = ""
 
 
 def _add_layer_keys(deqdet: CN) -> None:
@@ -168,7 +183,8 @@ def _add_training_keys(cfg: CN) -> None:
 
     cfg.SOLVER.DECODER_LR_MULTIPLIER = 4.0  # of the layers g and f, relative to BASE_LR
     cfg.SOLVER.DECODER_DECAY_MULTIPLIER = 10.0  # relative to WEIGHT_DECAY
-    cfg.SOLVER.BACKBONE_NORM_LR_MULTIPLIER = 1.0  # of normalization layers in the backbone, the neck left out
+    cfg.SOLVER.BACKBONE_LR_MULTIPLIER = 1.0  # of the backbone, the neck left out, relative to BASE_LR
+    cfg.SOLVER.BACKBONE_NORM_LR_MULTIPLIER = 1.0  # of normalization layers in the backbone, relative to its other ones
     cfg.SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER = 1.0  # the same for the decay; 0 for Swin
     # The paper decays normalization layers as all others (None); detectron2's default is 0.
     cfg.SOLVER.WEIGHT_DECAY_NORM = None

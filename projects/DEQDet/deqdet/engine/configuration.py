@@ -25,6 +25,7 @@ from ..model_zoo import find_config, get_config, put_overrides
 from ..plugins import import_plugins
 from .determinism import set_determinism
 from .options import check_options
+from .pretrained import check_backbone_weights
 from .run_folder import check_folder, claim_folder
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     if not (args.resume and has_checkpoint(Path(cfg.OUTPUT_DIR))):
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only, trust_pickle=cfg.MODEL.TRUST_PICKLE)
+        if not args.eval_only:
+            check_backbone_weights(cfg)
 
 
 def _known_classes(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     """One group for each pair of learning rate and decay; parameters that need no gradient are left out.
 
     Both are detectron2's (`scaled_base_lr`, and SOLVER.BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM and
-    WEIGHT_DECAY_BIAS) times our SOLVER.DECODER_* and SOLVER.BACKBONE_NORM_* multipliers.
+    WEIGHT_DECAY_BIAS) times our SOLVER.DECODER_* and SOLVER.BACKBONE_* multipliers.
     """
     multipliers = dict(_multipliers(cfg, model))
     groups = []
@@ -88,13 +88,14 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
 def _multipliers(cfg: CfgNode, model: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[float, float]]]:
     """Parameters whose learning rate and decay, in this order, have multipliers."""
     decoder = cfg.SOLVER.DECODER_LR_MULTIPLIER, cfg.SOLVER.DECODER_DECAY_MULTIPLIER
-    norm = cfg.SOLVER.BACKBONE_NORM_LR_MULTIPLIER, cfg.SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER
+    backbone = cfg.SOLVER.BACKBONE_LR_MULTIPLIER
+    norm = backbone * cfg.SOLVER.BACKBONE_NORM_LR_MULTIPLIER, cfg.SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
             if name.startswith("decoder."):
                 yield parameter, decoder
-            elif name.startswith("backbone.bottom_up.") and isinstance(module, _NORMS):
-                yield parameter, norm
+            elif name.startswith("backbone.bottom_up."):
+                yield parameter, norm if isinstance(module, _NORMS) else (backbone, 1.0)
 
 
 class GradientClipper:

@@ -12,9 +12,11 @@ MAPPER_BACKBONES = (
     "build_basic_resnet_channel_mapper_backbone",
     "build_resnet_channel_mapper_backbone",
     "build_swin_channel_mapper_backbone",
+    "build_timm_channel_mapper_backbone",
 )
 RESNET_FPN_BACKBONES = ("build_basic_resnet_fpn_backbone", "build_resnet_fpn_backbone")
-FPN_BACKBONES = (*RESNET_FPN_BACKBONES, "build_swin_fpn_backbone")
+FPN_BACKBONES = (*RESNET_FPN_BACKBONES, "build_swin_fpn_backbone", "build_timm_fpn_backbone")
+TIMM_BACKBONES = ("build_timm_channel_mapper_backbone", "build_timm_fpn_backbone")
 
 
 def _check_schedule(cfg: CfgNode) -> Iterator[str]:
@@ -137,6 +139,22 @@ def _check_backbone(cfg: CfgNode) -> Iterator[str]:
         yield f"MODEL.DEQDET.FIX_BN_STATISTICS is True: MODEL.RESNETS.NORM must be BN then, not {resnets.NORM!r}"
 
 
+def _check_timm(cfg: CfgNode) -> Iterator[str]:
+    timm, backbone = cfg.MODEL.TIMM, cfg.MODEL.BACKBONE.NAME
+    if backbone in TIMM_BACKBONES and not timm.NAME:
+        yield f'MODEL.TIMM.NAME is "": it must name a model of timm for MODEL.BACKBONE.NAME {backbone}'
+    if backbone not in TIMM_BACKBONES and timm.NAME:
+        yield f"MODEL.TIMM.NAME is {timm.NAME}: MODEL.BACKBONE.NAME must be {' or '.join(TIMM_BACKBONES)} then"
+    if not timm.NAME and timm.PRETRAINED:
+        yield "MODEL.TIMM.PRETRAINED is True: MODEL.TIMM.NAME must name the model then"
+    if not timm.NAME and timm.WEIGHTS:
+        yield f"MODEL.TIMM.WEIGHTS is {timm.WEIGHTS}: MODEL.TIMM.NAME must name the model then"
+    if timm.PRETRAINED and timm.WEIGHTS:
+        yield f"MODEL.TIMM.PRETRAINED is True: it must be False if MODEL.TIMM.WEIGHTS names a file ({timm.WEIGHTS})"
+    if list(timm.OUT_INDICES) != sorted(timm.OUT_INDICES):
+        yield f"MODEL.TIMM.OUT_INDICES is {timm.OUT_INDICES}: the finest level must come first"
+
+
 def _check_decoder(cfg: CfgNode) -> Iterator[str]:
     deqdet, steps = cfg.MODEL.DEQDET, cfg.MODEL.DEQDET.EQUILIBRIUM
     if deqdet.DECODER == "RecurrentDecoder" and deqdet.NUM_LAYERS < 2:
@@ -201,5 +219,6 @@ RELATIONS: Sequence[Callable[[CfgNode], Iterator[str]]] = (
     _check_sizes,
     _check_determinism,
     _check_early_stop,
+    _check_timm,
     *map(_only_for_deqdet, (_check_backbone, _check_hidden_dim, _check_levels, _check_decoder, _check_solver)),
 )

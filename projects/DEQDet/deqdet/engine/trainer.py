@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage, has_event_storage
 
 from ..checkpoints import Checkpointer, CheckpointError, CompleteCheckpointer
+from ..checkpoints.latest import has_checkpoint
 from ..checkpoints.publish import AVERAGE
 from ..data import (
     TrainLoader,
@@ -50,6 +51,7 @@ from .insight import build_insight
 from .models import buildable
 from .optimizer import build_optimizer
 from .pictures import build_pictures
+from .pretrained import load_backbone_weights
 from .ranks import is_lost_peer
 from .resume import (
     MetricsWriter,
@@ -114,10 +116,14 @@ class Trainer(DefaultTrainer, EndableTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last checkpoint in OUTPUT_DIR that is whole if `resume`, else load MODEL.WEIGHTS.
 
+        Without either, a backbone of timm starts from the weights that MODEL.TIMM names.
+
         Raises:
             UserError: the file cannot be read or downloaded, does not fit the config, or has infinite values or NaN.
         """
         self._resuming = resume
+        if not (resume and has_checkpoint(Path(self.cfg.OUTPUT_DIR))):
+            load_backbone_weights(self.model, self.cfg)
         with _readable_weights(), fitting_checkpoint(self.cfg.OUTPUT_DIR):
             super().resume_or_load(resume)
         source = self.checkpointer.get_checkpoint_file() or self.cfg.MODEL.WEIGHTS

