@@ -128,7 +128,7 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace, file: Path) -> None:
         len(checked[names["train"]].class_names),
         evaluable=all(checked[each].labelled for each in cfg.DATASETS.TEST if each in checked),
     )
-    rules = SIZES[args.size or "quick"]
+    rules, counted = SIZES[args.size or "quick"], args.num_gpus is not None
     on_cuda = torch.cuda.is_available() and str(given.get("MODEL.DEVICE", "cuda")).startswith("cuda")
     _choose_processes(args, given.get("SOLVER.IMS_PER_BATCH", rules.batch), "cuda" if on_cuda else "cpu")
     settings = derive_settings(
@@ -148,11 +148,12 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace, file: Path) -> None:
             node = node[section]
         node[last] = setting.value
     check_options(cfg)
-    table = format_settings(settings)
-    count = f"{args.num_gpus} process{'es' if args.num_gpus > 1 else ''}"
-    _say(
-        args, f"== settings: {rules.config}, {count}, and", table, "any KEY VALUE on the command line overrides its key"
-    )
+    flags = [
+        Setting("--size", args.size or "quick", "" if args.size else f"the default, which begins with {rules.config}"),
+        Setting("--num-gpus", args.num_gpus, "" if counted else "processes on the CPU, or GPUs"),
+    ]
+    table = format_settings([*flags, *settings])
+    _say(args, "== settings; a flag, or KEY VALUE at the end of the command line, overrides each", table)
     cfg = cfg.clone()
     cfg.MODEL.TRUST_PICKLE = False  # which counts on the command line only
     write_text("".join(f"# {line}\n" for line in table.splitlines()) + cfg.dump(), file)

@@ -7,6 +7,7 @@ and its corners are taken as they are.
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from xml.etree import ElementTree
 from ...errors import UserError, describe_os_error, one_line
 from .found import (
     IMAGE_FOLDERS,
-    TRAIN,
     FolderData,
     FoundSet,
     is_image,
@@ -57,7 +57,7 @@ def read_voc_folder(folder: Path) -> FolderData:
     else:
         places = {split: place for split, place in split_folders(folder).items() if _find_xml_folder(place)}
         groups = {split: _read_place(place) for split, place in places.items()}
-    return _convert(folder, base, {split: files for split, files in groups.items() if files})
+    return _convert(folder, {split: files for split, files in groups.items() if files})
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _Labels:
     difficult: int
 
 
-def _convert(folder: Path, base: Path, groups: dict[str, list[_Labels]]) -> FolderData:
+def _convert(folder: Path, groups: dict[str, list[_Labels]]) -> FolderData:
     every = [labels for files in groups.values() for labels in files]
     classes = sorted({name for labels in every for name, _ in labels.objects})
     if not classes:
@@ -86,7 +86,7 @@ def _convert(folder: Path, base: Path, groups: dict[str, list[_Labels]]) -> Fold
         remarks.append(f"{difficult} objects are marked as difficult, and are used as any other")
     found = []
     for split, files in groups.items():
-        root = base if split in ("", TRAIN) or all(labels.image.is_relative_to(base) for labels in files) else folder
+        root = Path(os.path.commonpath([labels.image.parent for labels in files]))
         records, annotations = [], []
         for number, labels in enumerate(files, 1):
             size = dict(zip(("width", "height"), labels.size, strict=True)) if labels.size else {}
@@ -94,7 +94,7 @@ def _convert(folder: Path, base: Path, groups: dict[str, list[_Labels]]) -> Fold
             for name, box in labels.objects:
                 fields = _to_coco(box, 0 if from_border else 1)
                 annotations.append({"image_id": number, "category_id": classes.index(name) + 1, **fields})
-        source = _find_xml_folder(base) or files[0].path.parent
+        source = files[0].path.parent
         found.append(FoundSet(split, source, root, make_content(source, classes, records, annotations)))
     refuse_same_split(folder, found)
     return FolderData("voc", tuple(found), tuple(remarks))

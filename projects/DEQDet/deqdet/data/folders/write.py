@@ -10,6 +10,7 @@ import yaml
 
 from ...errors import UserError, describe_os_error
 from .found import FolderData, FoundSet
+from .yolo import label_path
 
 
 def write_coco_folder(data: FolderData, folder: Path) -> None:
@@ -29,7 +30,7 @@ def write_coco_folder(data: FolderData, folder: Path) -> None:
 
 
 def write_yolo_folder(data: FolderData, folder: Path) -> None:
-    """Write data.yaml, the images under images/SPLIT, and a label file for each under labels/SPLIT.
+    """Write data.yaml, the images under images/SPLIT, and a label file for each under labels/SPLIT, also an empty one.
 
     YOLO has no crowds, which are left out. A set whose split nothing tells becomes the train set.
 
@@ -47,7 +48,7 @@ def write_yolo_folder(data: FolderData, folder: Path) -> None:
         setup[split] = f"images/{split}"
         _copy_images(found, folder / "images" / split)
         for name, lines in _label_lines(found, {record["id"]: i for i, record in enumerate(categories)}):
-            _write((folder / "labels" / split / name).with_suffix(".txt"), "".join(lines))
+            _write(label_path(folder / "images" / split / name), "".join(lines))
     _write(folder / "data.yaml", yaml.safe_dump(setup, sort_keys=False))
 
 

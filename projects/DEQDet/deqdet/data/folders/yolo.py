@@ -20,6 +20,7 @@ from .found import (
     VAL,
     FolderData,
     FoundSet,
+    is_image,
     list_folder,
     list_images,
     make_content,
@@ -32,7 +33,7 @@ _LISTS_OF_CLASSES = ("classes.txt", "obj.names", "labels.txt")
 
 def find_yolo_files(folder: Path) -> list[Path]:
     """The YAML files with class names at the top of a folder, or else lists of classes beside a folder "labels"."""
-    found = [path for path in list_folder(folder) if path.suffix in (".yaml", ".yml") and "names" in _peek(path)]
+    found = [path for path in list_folder(folder) if _is_setup(path)]
     if not found and (folder / "labels").is_dir() and (folder / "images").is_dir():
         places = [base / name for base in (folder, folder / "labels") for name in _LISTS_OF_CLASSES]
         if any(path.suffix == ".txt" for path in _walk_files(folder / "labels")):
@@ -85,22 +86,31 @@ class _Setup:
     base: str  # its "path"
 
 
-def _peek(path: Path) -> Mapping:
+def _is_setup(path: Path) -> bool:
+    """Whether a file is named data.yaml, or any other YAML file with class names."""
+    if path.suffix not in (".yaml", ".yml"):
+        return False
+    try:
+        return path.stem == "data" or "names" in _load(path)
+    except UserError:
+        return False
+
+
+def _load(path: Path) -> Mapping:
     try:
         loaded = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError, UserError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no YAML of plain values ({one_line(error)})") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is no YAML mapping, as YOLO's data.yaml is")
+    return loaded
 
 
 def _read_setup(path: Path) -> _Setup:
     if path.suffix not in (".yaml", ".yml"):
         return _Setup(path, [line.strip() for line in read_text(path).splitlines() if line.strip()], {}, "")
-    try:
-        loaded = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no YAML ({one_line(error)})") from error
-    classes = _read_names(path, loaded["names"])
+    loaded = _load(path)
+    classes = _read_names(path, loaded.get("names"))
     count = loaded.get("nc", len(classes))
     if count != len(classes):
         raise UserError(f"{path}: nc is {count!r}, but names has {len(classes)} classes: correct one of them")
@@ -168,14 +178,20 @@ def _read_list(setup: _Setup, path: Path) -> list[Path]:
     return found
 
 
-def _label_file(image: Path) -> Path:
-    """The last folder "images" on the path becomes "labels"; where there is none, the labels are beside the image."""
+def label_path(image: Path) -> Path:
+    """Where YOLO has the labels of an image: the last folder "images" on the path becomes "labels"."""
     parts = list(image.parent.parts)
     for i in reversed(range(len(parts))):
         if parts[i] == "images":
-            other = Path(*parts[:i], "labels", *parts[i + 1 :])
-            return other / f"{image.stem}.txt" if other.is_dir() else image.with_suffix(".txt")
-    return image.with_suffix(".txt")
+            parts[i] = "labels"
+            break
+    return Path(*parts, f"{image.stem}.txt")
+
+
+def _label_file(image: Path) -> Path:
+    """The usual place, or beside the image where that has no folder."""
+    usual = label_path(image)
+    return usual if usual.parent.is_dir() else image.with_suffix(".txt")
 
 
 def _read_set(file: Path, split: str, images: Sequence[Path], classes: list[str], remarks: list[str]) -> FoundSet:
@@ -219,9 +235,12 @@ def _find_lost_images(labels: Sequence[Path]) -> list[Path]:
     lost = []
     for place in sorted({path.parent for path in labels}):
         image_folder = _images_of(place)
+        if image_folder == place:  # any text file may lie there
+            continue
+        stems = {path.stem for path in list_folder(image_folder) if is_image(path.name)}
         for path in list_folder(place):
-            if path.suffix == ".txt" and path not in known and path.name not in _LISTS_OF_CLASSES:
-                lost.append(image_folder / f"{path.stem}.jpg")
+            if path.suffix == ".txt" and path not in known | {place / name for name in _LISTS_OF_CLASSES}:
+                lost += [image_folder / f"{path.stem}.jpg"] * (path.stem not in stems)
     return lost
 
 
