@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 CLASSES, QUERIES = "class_branch.", "queries."  # in the names of tensors whose rows are classes, or queries
 _SERVER = "https://dl.fbaipublicfiles.com/detectron2/"  # which detectron2:// stands for
 _VOTERS = 200  # tensors of a file by which a missing prefix of its names is found
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -183,12 +182,12 @@ def _describe_classes(
 def _by_part(names: Sequence[str]) -> str:
     """The parts of the model to which tensors belong, with their numbers."""
     parts = Counter(".".join(name.split(".")[:2]) for name in names)
-    return _shorten([f"{part} ({count})" for part, count in parts.items()], ", ")
+    return _shorten([f"{part} ({count})" for part, count in parts.items()], ", ", most=6)
 
 
-def _shorten(texts: Sequence[str], between: str) -> str:
-    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return between.join(texts[:_SHOWN]) + more
+def _shorten(texts: Sequence[str], between: str, most: int = 3) -> str:
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return between.join(texts[:most]) + more
 
 
 def _locate_name(source: str) -> str:

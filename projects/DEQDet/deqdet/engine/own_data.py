@@ -6,6 +6,8 @@ that nothing is split or derived a second time.
 """
 
 import argparse
+import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,6 @@ from detectron2.data import DatasetCatalog
 
 from ..checkpoints.files import write_text
 from ..data import CheckedSet, format_report, prepare_datasets
-from ..data.cache import write_json
 from ..data.folders import FORMATS, FolderData, FoundSet, complete_splits, read_folder
 from ..errors import UserError, describe_os_error
 from ..model_zoo import get_config
@@ -119,6 +120,11 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace, file: Path) -> None:
         cfg.DATASETS.TEST = (names["val"],)
     if "DATASETS.BOX_FORMAT" not in given and data.format != "coco":
         cfg.DATASETS.BOX_FORMAT = "xywh"  # as the readers write it
+    if "test" in names and names["test"] not in cfg.DATASETS.TEST:
+        evaluate = (
+            f"--eval-only DATASETS.TEST \"('{names['test']}',)\" MODEL.WEIGHTS {file.parent.parent}/model_best.pth"
+        )
+        _say(args, f"  the test set is left for the end: deqdet-train --data {args.data} {evaluate}")
     checked = _check(cfg, data, names)
     for each in cfg.DATASETS.TRAIN + tuple(cfg.DATASETS.TEST):
         if each in checked:
@@ -185,7 +191,7 @@ def _write_sets(data: FolderData, name: str, folder: Path) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {folder.parent} cannot be made ({describe_os_error(error)})") from error
     for found in data.sets:
-        write_json(Path(_paths(found, folder)[0]), found.content)
+        write_text(json.dumps(found.content), Path(_paths(found, folder)[0]))
     # detectron2's own sets have no dash in their names.
     return {found.split: f"{name}-{found.split}" for found in data.sets}
 
@@ -198,12 +204,16 @@ def _check(cfg: CfgNode, data: FolderData, names: dict[str, str]) -> dict[str, C
     """Check the sets, with a hint at the labels' own files where one cannot be used."""
     cfg = cfg.clone()
     cfg.MODEL.DEQDET.NUM_QUERIES = 0  # derived from what is found
+    log, silence = logging.getLogger("deqdet"), logging.NullHandler()
+    log.addHandler(silence)  # the report has all findings
     try:
         with explained_datasets():
             return prepare_datasets(cfg)
     except UserError as error:
         sources = ", ".join(dict.fromkeys(str(found.source) for found in data.sets))
         raise UserError(f"{error} [the labels were read from {sources}]") from error
+    finally:
+        log.removeHandler(silence)
 
 
 def _choose_processes(args: argparse.Namespace, batch: int, device: str) -> None:
