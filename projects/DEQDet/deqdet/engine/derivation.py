@@ -70,7 +70,7 @@ SIZES = {
         least_views=16_000, most_views=36_000, warmup=50,
     ),
     "small": SizeRules(
-        config="quick/deqdet_photos_small", pixels=360 * 480, train_sides=_FOUR_FIFTHS_UP,
+        config="own/deqdet_small", pixels=360 * 480, train_sides=_FOUR_FIFTHS_UP,
         crop_resize=(5 / 6, 1, 7 / 6), crop_size=(2 / 3, 1), least_queries=32, batch=8, batch_per_process=False,
         lr=5e-4, lr_batch=8, epochs=100, least_views=24_000, most_views=160_000, warmup=100,
     ),

@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog
 
 from ..checkpoints.files import write_text
 from ..data import CheckedSet, format_report, prepare_datasets
-from ..data.folders import FORMATS, FolderData, FoundSet, complete_splits, read_folder
+from ..data.folders import FolderData, FoundSet, complete_splits, read_folder
 from ..errors import UserError, describe_os_error
 from ..model_zoo import get_config
 from ..plugins import import_plugins
@@ -32,23 +32,6 @@ from .run_folder import check_folder, refuse_folder_in_use
 FOLDER, CONFIG = "data", "config.yaml"  # within OUTPUT_DIR
 _OURS = ("DATASETS.REGISTER", "DATASETS.TRAIN")  # keys that --data sets
 _SEED = 1
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --data and the flags that say how it is read; `use_own_data` acts on them."""
-    parser.add_argument(
-        "--data", default="", metavar="FOLDER", type=os.path.expanduser,
-        help="train on the labelled pictures in FOLDER (COCO, YOLO or Pascal VOC), with settings derived from them",
-    )  # fmt: skip
-    parser.add_argument("--data-format", default="", choices=list(FORMATS), help="where FOLDER holds several formats")
-    parser.add_argument(
-        "--size", choices=list(SIZES),
-        help="with --data, the detector: quick (the default) for CPUs, small, or r50, a ResNet-50 for GPUs",
-    )  # fmt: skip
-    parser.add_argument(
-        "--val-fraction", type=_fraction, metavar="X",
-        help="with --data, the images that are evaluated on where FOLDER has no val set (default: 0.2 of all)",
-    )  # fmt: skip
 
 
 def use_own_data(args: argparse.Namespace) -> None:
@@ -229,10 +212,3 @@ def _choose_processes(args: argparse.Namespace, batch: int, device: str) -> None
 def _say(args: argparse.Namespace, *lines: str) -> None:
     if args.machine_rank == 0 and int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
         print(*lines, sep="\n", flush=True)
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value

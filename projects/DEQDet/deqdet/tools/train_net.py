@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from ..data import find_class_names
 from ..engine import Trainer, argument_parser, exit_on_user_error, load_weights, parse_arguments, run, setup
 from ..engine.initialization import initialize, prepare_initialization
-from ..engine.own_data import add_data_arguments, use_own_data
+from ..engine.own_data import use_own_data
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -33,13 +33,6 @@ def main(words: Sequence[str] | None = None) -> None:
         words: the command line; by default that of the process.
     """
     parser = argument_parser()
-    add_data_arguments(parser)
-    parser.add_argument(
-        "--init",
-        default="",
-        metavar="FILE",
-        help="begin with the weights of this checkpoint or URL, as far as they fit",
-    )
     parser.set_defaults(num_gpus=None)  # so that a number that is given is told from none
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     with exit_on_user_error():
