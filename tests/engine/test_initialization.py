@@ -47,6 +47,7 @@ def test_other_classes_begin_anew_and_all_else_is_taken(small_model, small_cfg, 
     for name, value in model.state_dict().items():
         expected = before if name in CLASS_LAYERS else source.state_dict()
         assert torch.equal(value, expected[name]), name
+    assert f"{len(before) - 4} of the model's {len(before)} tensors are taken" in caplog.text
     assert "it has 5 classes, the data 3: all begin anew" in caplog.text
     assert "decoder.initialization.class_branch.3, decoder.refinement.class_branch.3" in caplog.text
 
@@ -75,7 +76,7 @@ def test_queries_of_another_number(small_model):
     content = found.weights["queries.content.weight"]
     assert torch.equal(content[:4], source.state_dict()["queries.content.weight"] + 1)
     assert torch.equal(content[4:], state["queries.content.weight"][4:])
-    assert "4 initial queries are taken: it has 4, the model 6" in found.lines
+    assert "the first 4 of its 4 initial queries are taken; the model has 6" in found.lines
 
 
 def test_a_backbone_alone(small_model):

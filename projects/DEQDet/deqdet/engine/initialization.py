@@ -117,7 +117,8 @@ def adapt(
                 taken[name] = value
                 continue
             class_layers.add((name.rpartition(".")[0], value.shape[0]))
-            taken[name] = _put_rows(wanted, value, kept if len(others) == value.shape[0] else [])
+            if kept and len(others) == value.shape[0]:
+                taken[name] = _put_rows(wanted, value, kept)
         elif value.shape == wanted.shape:
             taken[name] = value
         elif rows_only and name.startswith(QUERIES):
@@ -129,7 +130,7 @@ def adapt(
     lines = [f"{len(taken)} of the model's {len(state)} tensors are taken"]
     lines += [_describe_classes(class_layers, own, others, kept)] if class_layers else []
     for count, there, here in sorted(queries):
-        lines.append(f"{count} initial queries are taken: it has {there}, the model {here}")
+        lines.append(f"the first {count} of its {there} initial queries are taken; the model has {here}")
     if misfits:
         lines.append(f"do not fit and begin anew: {_shorten(misfits, '; ')}")
     counters = ".num_batches_tracked"  # which nothing reads
