@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from ..data.folders import FORMATS
 from ..errors import UserError, one_line
 from ..model_zoo import is_key
 from .cluster import check_alone
+from .derivation import SIZES
 
 
 def parse_arguments(
@@ -56,6 +58,29 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --data and its flags, on which `own_data` acts, and --init, on which `initialization` does."""
+    parser.add_argument(
+        "--data", default="", metavar="FOLDER", type=os.path.expanduser,
+        help="train on the labelled pictures in FOLDER (COCO, YOLO or Pascal VOC), with settings derived from them",
+    )  # fmt: skip
+    parser.add_argument("--data-format", default="", choices=list(FORMATS), help="where FOLDER holds several formats")
+    parser.add_argument(
+        "--size", choices=list(SIZES),
+        help="with --data, the detector: quick (the default) for CPUs, small, or r50, a ResNet-50 for GPUs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--val-fraction", type=_fraction, metavar="X",
+        help="with --data, the images that are evaluated on where FOLDER has no val set (default: 0.2 of all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--init",
+        default="",
+        metavar="FILE",
+        help="begin with the weights of this checkpoint or URL, as far as they fit",
+    )
+
+
 @contextmanager
 def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
     """End the process with one line on stderr and exit code 1 for a UserError within it, 130 for Ctrl-C.
@@ -70,3 +95,10 @@ def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(130)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value

@@ -17,7 +17,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils.logger import setup_logger
 
 from ..errors import UserError
-from .arguments import add_model_arguments, exit_on_user_error
+from .arguments import add_data_arguments, add_model_arguments, exit_on_user_error
 from .cluster import Place, find_place
 from .configuration import check_run, load_config
 from .determinism import explained_determinism
@@ -33,6 +33,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """
     parser = default_argument_parser()
     add_model_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the training that OUTPUT_DIR holds, and begin a new one"
     )

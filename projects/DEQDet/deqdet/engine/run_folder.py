@@ -56,6 +56,24 @@ def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
+def refuse_folder_in_use(folder: Path) -> None:
+    """See that no training of another process has the folder; nothing is kept locked.
+
+    Raises:
+        UserError: one has it.
+    """
+    path = folder / LOCK
+    if not path.is_file() or str(folder.resolve()) in _locks:
+        return
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # processes of one run may look at the same time
+    except BlockingIOError as error:
+        raise _in_use(folder, path.read_text(errors="replace")) from error
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s cannot be locked (%s): see that no other training uses it", folder, error.strerror)
+
+
 def claim_folder(folder: Path, *, overwrite: bool) -> None:
     """Lock the folder for this process, and delete files of a killed training that are not whole.
 
@@ -106,12 +124,9 @@ def _lock(folder: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
+        holder = os.read(descriptor, 64).decode(errors="replace")
         os.close(descriptor)
-        raise UserError(
-            f"OUTPUT_DIR {folder} is in use by another training (process {holder}): wait for its end, or choose "
-            "another folder"
-        ) from error
+        raise _in_use(folder, holder) from error
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s cannot be locked (%s): see that no other training uses it", folder, error.strerror)
         return descriptor
@@ -122,6 +137,13 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
         raise UserError(f"{path} cannot be written ({describe_os_error(error)}): choose another OUTPUT_DIR") from error
     return descriptor
+
+
+def _in_use(folder: Path, holder: str) -> UserError:
+    return UserError(
+        f"OUTPUT_DIR {folder} is in use by another training (process {holder.strip() or 'unknown'}): wait for its end, "
+        "or choose another folder"
+    )
 
 
 def _close_in_child() -> None:

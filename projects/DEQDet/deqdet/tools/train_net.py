@@ -1,10 +1,13 @@
 """Train or evaluate a detector.
 
+    deqdet-train --data FOLDER [--size quick|small|r50] [--init FILE] [--resume | --overwrite] [KEY VALUE ...]
     deqdet-train --config-file FILE [--num-gpus N] [--resume | --overwrite] [KEY VALUE ...]
     deqdet-train --config-file FILE --eval-only MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
     deqdet-train --model model_final.safetensors --eval-only [KEY VALUE ...]
 
-FILE is a config file, or the name of one in the model zoo, such as quick/deqdet_shapes. On a machine without CUDA,
+FOLDER holds pictures with labels in COCO's, YOLO's or Pascal VOC's form; the settings are derived from them and
+printed, and what is trained goes into output/ and the folder's name, unless OUTPUT_DIR says otherwise. FILE is a config
+file, or the name of one in the model zoo, such as quick/deqdet_shapes. On a machine without CUDA,
 --num-gpus N starts N processes on the CPU. From the repository, `python tools/train_net.py` is the same command.
 
 --resume goes on with the training in OUTPUT_DIR exactly as if it had not been interrupted. SIGTERM and Ctrl-C end a
@@ -17,7 +20,10 @@ from collections.abc import Sequence
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from ..data import find_class_names
 from ..engine import Trainer, argument_parser, exit_on_user_error, load_weights, parse_arguments, run, setup
+from ..engine.initialization import initialize, prepare_initialization
+from ..engine.own_data import use_own_data
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -27,9 +33,12 @@ def main(words: Sequence[str] | None = None) -> None:
         words: the command line; by default that of the process.
     """
     parser = argument_parser()
+    parser.set_defaults(num_gpus=None)  # so that a number that is given is told from none
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     with exit_on_user_error():
         args = parse_arguments(parser, words, joins=True)
+        prepare_initialization(args)
+        use_own_data(args)
     run(work, args)
 
 
@@ -43,7 +52,11 @@ def work(args: argparse.Namespace) -> dict | None:
     if not args.eval_only:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
+        if args.init and not trainer.checkpointer.has_checkpoint():
+            initialize(trainer.model, args.init, find_class_names(cfg), trust_pickle=cfg.MODEL.TRUST_PICKLE)
+        results = trainer.train()
+        # The report of the training, deqdet.measurement.training_report, is written here, on the main process.
+        return results
     model = Trainer.build_model(cfg)
     load_weights(model, cfg, resume=args.resume)
     results = Trainer.test(cfg, model)

@@ -1,0 +1,98 @@
+"""Writes folders in COCO's and in YOLO's form, from what `read_folder` returns."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from ...errors import UserError, describe_os_error
+from .found import FolderData, FoundSet
+from .yolo import label_path
+
+
+def write_coco_folder(data: FolderData, folder: Path) -> None:
+    """Write annotations/instances_SPLIT.json and the images under images/SPLIT.
+
+    Args:
+        folder: is made; it must not exist.
+
+    Raises:
+        UserError: the folder exists, an image is missing, or a file cannot be written.
+    """
+    _make(folder)
+    for found in data.sets:
+        split = found.split or "all"
+        _copy_images(found, folder / "images" / split)
+        _write(folder / "annotations" / f"instances_{split}.json", json.dumps(found.content))
+
+
+def write_yolo_folder(data: FolderData, folder: Path) -> None:
+    """Write data.yaml, the images under images/SPLIT, and a label file for each under labels/SPLIT, also an empty one.
+
+    YOLO has no crowds, which are left out. A set whose split nothing tells becomes the train set.
+
+    Args:
+        folder: is made; it must not exist.
+
+    Raises:
+        UserError: the folder exists, an image or its size is missing, or a file cannot be written.
+    """
+    _make(folder)
+    categories = sorted(data.sets[0].content["categories"], key=lambda record: record["id"])
+    setup = {"path": ".", "names": {i: record["name"] for i, record in enumerate(categories)}}
+    for found in data.sets:
+        split = found.split or "train"
+        setup[split] = f"images/{split}"
+        _copy_images(found, folder / "images" / split)
+        for name, lines in _label_lines(found, {record["id"]: i for i, record in enumerate(categories)}):
+            _write(label_path(folder / "images" / split / name), "".join(lines))
+    _write(folder / "data.yaml", yaml.safe_dump(setup, sort_keys=False))
+
+
+def _label_lines(found: FoundSet, numbers: dict[int, int]) -> Iterator[tuple[str, list[str]]]:
+    """The name of each image and its lines; 12 digits keep a box within 1e-8 of a pixel."""
+    by_image: dict[int, list[dict]] = {}
+    for annotation in found.content.get("annotations", ()):
+        if not annotation.get("iscrowd"):
+            by_image.setdefault(annotation["image_id"], []).append(annotation)
+    for image in found.content["images"]:
+        width, height = image.get("width"), image.get("height")
+        if not width or not height:
+            raise UserError(f"{found.source}: image {image['file_name']} has no width and height")
+        lines = []
+        for annotation in by_image.get(image["id"], ()):
+            x, y, w, h = annotation["bbox"]
+            values = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+            label = numbers[annotation["category_id"]]
+            lines.append(f"{label} {' '.join(f'{value:.12g}' for value in values)}\n")
+        yield image["file_name"], lines
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({describe_os_error(error)}): give a new folder") from error
+
+
+def _copy_images(found: FoundSet, folder: Path) -> None:
+    for image in found.content["images"]:
+        target = folder / image["file_name"]
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found.image_root / image["file_name"], target)
+        except OSError as error:
+            raise UserError(f"{error.filename or target} cannot be copied ({describe_os_error(error)})") from error
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".unfinished.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({describe_os_error(error)})") from error

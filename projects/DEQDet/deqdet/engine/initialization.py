@@ -1,0 +1,235 @@
+"""`--init`: start a training from the weights of any checkpoint, and say what of it fits.
+
+What has the name and shape of a model's tensor is taken. Two kinds of tensors are adapted where only their number of
+rows differs: the last layers of the class branches, whose rows are classes, and the initial queries, whose rows are
+queries. Everything else that does not fit stays as the model initialised it.
+"""
+
+import argparse
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from detectron2 import model_zoo
+from detectron2.utils.file_io import PathManager
+
+from ..checkpoints import Checkpointer, CheckpointError, check_pickle, is_model_file, read_model_file, resolve_file
+from ..checkpoints.checkpointer import MODEL_ZOO
+from ..checkpoints.files import read_checkpoint
+from ..errors import UserError, one_line
+from .health import check_finite_model
+
+logger = logging.getLogger(__name__)
+
+CLASSES, QUERIES = "class_branch.", "queries."  # in the names of tensors whose rows are classes, or queries
+_SERVER = "https://dl.fbaipublicfiles.com/detectron2/"  # which detectron2:// stands for
+_VOTERS = 200  # tensors of a file by which a missing prefix of its names is found
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What of a checkpoint goes into a model."""
+
+    weights: dict[str, Tensor]  # by the model's names, all of the model's shapes
+    lines: list[str]  # what was adapted and what does not fit
+
+
+def prepare_initialization(args: argparse.Namespace) -> None:
+    """See that --init stands alone, and empty MODEL.WEIGHTS on the command line, in whose place it is.
+
+    Raises:
+        UserError: another flag or key says what the weights are, or the file does not exist.
+    """
+    if not args.init:
+        return
+    for given, what in (
+        (args.eval_only, "--eval-only"),
+        (args.model, "--model"),
+        ("MODEL.WEIGHTS" in args.opts[::2], "MODEL.WEIGHTS"),
+    ):
+        if given:
+            raise UserError(f"--init says with which weights a training begins, and so does {what}: give one of them")
+    _locate_name(args.init)
+    args.opts = [*args.opts, "MODEL.WEIGHTS", ""]
+
+
+def initialize(model: nn.Module, source: str, class_names: Sequence[str], *, trust_pickle: bool = False) -> None:
+    """Load what fits of a checkpoint into a model, in place, and log in a few lines what does not.
+
+    Args:
+        model: a detector, which DDP may wrap.
+        source: a file, a URL, an hf:// or detectron2:// name, or a name of detectron2's model zoo.
+        class_names: of the model.
+        trust_pickle: load a .pkl file from elsewhere than detectron2's model zoo, which can run code.
+
+    Raises:
+        UserError: the source cannot be read or downloaded, nothing in it fits, or it has values that are not finite.
+    """
+    name = _locate_name(source)
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    with _readable(source):
+        if name.startswith(MODEL_ZOO) or name.split("?")[0].endswith(".pkl"):
+            check_pickle(name, trusted=trust_pickle)
+            Checkpointer(model, trust_pickle=trust_pickle).load(name)  # detectron2's names, which it matches itself
+        else:
+            weights, names = _read(name)
+            adaptation = adapt(model.state_dict(), weights, class_names, names)
+            if not adaptation.weights:
+                first = next(iter(weights))
+                raise UserError(
+                    f"--init {source}: none of its {len(weights)} tensors fits the model (the first is {first}): "
+                    "deqdet-convert-checkpoint converts those of other implementations"
+                )
+            model.load_state_dict(adaptation.weights, strict=False)
+            for line in adaptation.lines:
+                logger.info("--init %s: %s", source, line)
+    check_finite_model(model, source)
+
+
+def adapt(
+    state: Mapping[str, Tensor], weights: Mapping[str, Tensor], own: Sequence[str], others: Sequence[str]
+) -> Adaptation:
+    """Choose and adapt what of a checkpoint fits a model.
+
+    Args:
+        state: the model's state dict, freshly initialised; it is left as it is.
+        weights: the checkpoint's.
+        own: the model's class names.
+        others: the checkpoint's class names in the order of its outputs; empty if they are not known.
+    """
+    weights = _with_prefix(state, {name.removeprefix("module."): x for name, x in weights.items()})
+    taken, misfits, queries, class_layers = {}, [], set(), set()
+    kept = _shared_rows(own, others)
+    for name, value in weights.items():
+        wanted = state.get(name)
+        if wanted is None:
+            continue
+        rows_only = value.dim() == wanted.dim() > 0 and value.shape[1:] == wanted.shape[1:]
+        is_class = CLASSES in name and rows_only and wanted.shape[0] == len(own)
+        if is_class and (value.shape != wanted.shape or (others and len(others) == value.shape[0])):
+            if list(own) == list(others):
+                taken[name] = value
+                continue
+            class_layers.add((name.rpartition(".")[0], value.shape[0]))
+            if kept and len(others) == value.shape[0]:
+                taken[name] = _put_rows(wanted, value, kept)
+        elif value.shape == wanted.shape:
+            taken[name] = value
+        elif rows_only and name.startswith(QUERIES):
+            count = min(len(value), len(wanted))
+            queries.add((count, len(value), len(wanted)))
+            taken[name] = _put_rows(wanted, value, [(i, i) for i in range(count)])
+        else:
+            misfits.append(f"{name} is {tuple(value.shape)}, not {tuple(wanted.shape)}")
+    lines = [f"{len(taken)} of the model's {len(state)} tensors are taken"]
+    lines += [_describe_classes(class_layers, own, others, kept)] if class_layers else []
+    for count, there, here in sorted(queries):
+        lines.append(f"the first {count} of its {there} initial queries are taken; the model has {here}")
+    if misfits:
+        lines.append(f"do not fit and begin anew: {_shorten(misfits, '; ')}")
+    counters = ".num_batches_tracked"  # which nothing reads
+    missing = [x for x in state if x not in weights and not x.endswith(counters)]
+    if missing:
+        lines.append(f"lacks {len(missing)} tensors, which begin anew: {_by_part(missing)}")
+    unused = [x for x in weights if x not in state and not x.endswith(counters)]
+    if unused:
+        lines.append(f"has {len(unused)} tensors that the model has not: {_by_part(unused)}")
+    return Adaptation(taken, lines)
+
+
+def _shared_rows(own: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
+    """The row in the model and the row in the checkpoint of each class that both know by name."""
+    rows = {name.strip().casefold(): i for i, name in enumerate(others)}
+    return [(i, rows[key]) for i, name in enumerate(own) if (key := name.strip().casefold()) in rows]
+
+
+def _put_rows(wanted: Tensor, value: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    result = wanted.detach().clone()
+    for here, there in rows:
+        result[here] = value[there].to(result)
+    return result
+
+
+def _with_prefix(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the model's names, where the file is that of a part alone, such as the backbone."""
+    if any(name in state for name in weights):
+        return dict(weights)
+    votes: Counter[str] = Counter()
+    for name in list(weights)[:_VOTERS]:
+        votes.update(key.removesuffix(name) for key in state if key.endswith(f".{name}"))
+    prefix = votes.most_common(1)[0][0] if votes else ""
+    return {f"{prefix}{name}": x for name, x in weights.items()}
+
+
+def _describe_classes(
+    layers: set[tuple[str, int]], own: Sequence[str], others: Sequence[str], kept: Sequence[tuple[int, int]]
+) -> str:
+    count = max(rows for _, rows in layers)
+    begins = (
+        f"class layers ({', '.join(sorted(name for name, _ in layers))}): it has {count} classes, the data {len(own)}"
+    )
+    if not kept or len(others) != count:
+        return f"{begins}: all begin anew"
+    names = _shorten([own[i] for i, _ in kept], ", ")
+    return f"{begins}: {names} keep their weights, {len(own) - len(kept)} begin anew"
+
+
+def _by_part(names: Sequence[str]) -> str:
+    """The parts of the model to which tensors belong, with their numbers."""
+    parts = Counter(".".join(name.split(".")[:2]) for name in names)
+    return _shorten([f"{part} ({count})" for part, count in parts.items()], ", ", most=6)
+
+
+def _shorten(texts: Sequence[str], between: str, most: int = 3) -> str:
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return between.join(texts[:most]) + more
+
+
+def _locate_name(source: str) -> str:
+    """What `initialize` can open: names of detectron2's model zoo become detectron2:// names.
+
+    Raises:
+        UserError: a local file does not exist, and no model zoo has the name.
+    """
+    if "://" in source or Path(source.split("?")[0]).is_file():
+        return source
+    try:
+        url = model_zoo.get_checkpoint_url(source if source.endswith((".yaml", ".py")) else f"{source}.yaml")
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--init {source} is no file, no URL and no name of detectron2's model zoo (such as "
+            "COCO-Detection/retinanet_R_50_FPN_1x.yaml)"
+        ) from error
+    return url.replace(_SERVER, "detectron2://") if url.startswith(_SERVER) else url
+
+
+def _read(name: str) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    """The weights of a file, and its class names if it knows them."""
+    check_pickle(name, trusted=False)
+    path = resolve_file(name) if name.startswith("hf://") else Path(PathManager.get_local_path(name))
+    if is_model_file(path):
+        file = read_model_file(path)
+        numbered = file.class_names == tuple(f"class {i}" for i in range(len(file.class_names)))
+        return file.weights, () if numbered else file.class_names
+    weights = read_checkpoint(path).weights
+    return {key: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for key, x in weights.items()}, ()
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Turn what goes wrong within it, opening the source, into a UserError."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise UserError(f"--init {source}: {error}") from error
+    except (OSError, ValueError) as error:  # URLError is an OSError
+        raise UserError(
+            f"--init {source} cannot be read ({one_line(error)}): with no network, download it elsewhere and give "
+            "the file"
+        ) from error

@@ -1,0 +1,182 @@
+"""deqdet-train --data: from a folder to a model file, with nothing else, and the same run again by --resume."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from deqdet import Predictor
+from deqdet.engine import own_data
+from deqdet.engine.own_data import use_own_data
+from deqdet.errors import UserError
+from deqdet.model_zoo import get_config
+from deqdet.tools import train_net
+
+from helpers.engine_toy import IN_PROCESS
+from helpers.folders import PICTURES, draw, voc_xml, write, write_coco, write_voc
+
+pytestmark = IN_PROCESS
+
+# A model of width 8, so that an iteration takes no time.
+TINY = """
+MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 8 MODEL.DEQDET.HIDDEN_DIM 32
+MODEL.DEQDET.ADAMIXER.NUM_GROUPS 2 MODEL.DEQDET.ADAMIXER.FEEDFORWARD_DIM 32 MODEL.DEQDET.ADAMIXER.NUM_OUT_POINTS 4
+MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS 2 SOLVER.IMS_PER_BATCH 2
+""".split()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """The working directory, where output/ goes; the names of the sets are free again afterwards."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in [name for name in DatasetCatalog if name.startswith("animals-")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def animals(tmp_path) -> Path:
+    return write_voc(tmp_path / "animals")
+
+
+def arguments(folder, *opts, **others) -> argparse.Namespace:
+    usual = {
+        "data": str(folder), "data_format": "", "size": None, "val_fraction": None, "config_file": "", "model": "",
+        "plugin": [], "eval_only": False, "resume": False, "overwrite": False, "num_gpus": None, "num_machines": 1,
+        "machine_rank": 0, "opts": [str(word) for word in opts],
+    }  # fmt: skip
+    return argparse.Namespace(**{**usual, **others})
+
+
+def weights(folder: str = "output/animals") -> dict:
+    return torch.load(f"{folder}/model_final.pth", weights_only=True)["model"]
+
+
+def test_a_folder_becomes_a_model_file(animals, capsys):
+    train_net.main(["--data", "animals", "--num-gpus", "1", *TINY, "SOLVER.MAX_ITER", "2"])
+    printed = capsys.readouterr().out
+    assert "animals: VOC's form" in printed
+    assert "4 to train on and 1 to evaluate on" in printed
+    assert "== animals-train\nimages: 4, 1 of them without boxes" in printed
+    assert "derived: the classes of the data" in printed
+    line = next(line for line in printed.splitlines() if "SOLVER.MAX_ITER" in line)
+    assert line.split() == ["SOLVER.MAX_ITER", "2", "given"]
+    cfg = get_config("output/animals/data/config.yaml")
+    assert cfg.MODEL.DEQDET.NUM_CLASSES == 3
+    assert cfg.DATASETS.TRAIN == ("animals-train",) and cfg.DATASETS.TEST == ("animals-val",)
+    parts = [json.loads(Path(f"output/animals/data/{split}.json").read_text()) for split in ("train", "val")]
+    assert sorted(Path(x["file_name"]).stem for part in parts for x in part["images"]) == list(PICTURES)
+    found = Predictor.from_file("output/animals/model_final.safetensors", threshold=0.0)(str(animals / "images/a.png"))
+    assert set(found.labels) <= {"cat", "dog", "emu"}
+
+
+def test_resume_finds_the_same_split_and_settings(animals, capsys):
+    """Although a picture has come that would change both, and a training that went through is compared."""
+    words = ["--data", "animals", "--num-gpus", "1", "--size", "quick", *TINY]
+    train_net.main([*words, "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", "whole"])
+    for name in ("animals-train", "animals-val"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    schedule = ["SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    train_net.main([*words, *schedule])
+    for path in (*Path("output/animals").glob("model_*"), Path("output/animals/last_checkpoint")):
+        if path.name != "model_0000001.pth":
+            path.unlink()
+    before = Path("output/animals/data/config.yaml").read_text()
+    draw(animals / "images" / "f.png")
+    write(animals / "annotations" / "f.xml", voc_xml("f", [("yak", (0, 0, 10, 10))] * 30))
+    capsys.readouterr()
+    train_net.main(["--data", "animals", "--num-gpus", "1", "--resume"])
+    assert "are those of output/animals/data/config.yaml" in capsys.readouterr().out
+    assert Path("output/animals/data/config.yaml").read_text() == before
+    expected, found = weights("whole"), weights()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_detector_of_other_classes_is_the_beginning(animals, capsys):
+    train_net.main(["--data", "animals", "--num-gpus", "1", *TINY, "SOLVER.MAX_ITER", "1"])
+    first = weights()
+    rest = {name: objects for name, objects in PICTURES.items() if name in "bcd"}
+    write_coco(Path("other/animals"), "train.json", "images", {**rest})
+    content = json.loads(Path("other/animals/train.json").read_text())
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(("gnu", "dog", "emu", "yak"), 1)]
+    Path("other/animals/train.json").write_text(json.dumps(content))
+    words = ["--data", "other/animals", "--num-gpus", "1", "--init", "output/animals/model_final.safetensors"]
+    for name in ("animals-train", "animals-val"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    lr = ["SOLVER.BASE_LR", "1e-30"]  # the weights stay
+    train_net.main([*words, *TINY, *lr, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "second"])
+    log = Path("second/log.txt").read_text()
+    assert "it has 3 classes, the data 4: dog, emu keep their weights, 2 begin anew" in log
+    second = weights("second")
+    name = "decoder.refinement.class_branch.3.weight"
+    assert torch.allclose(second[name][1:3], first[name][1:3])
+    assert torch.allclose(second["queries.content.weight"], first["queries.content.weight"])
+
+
+def test_processes_and_device(animals, monkeypatch):
+    monkeypatch.setattr(own_data, "count_cores", lambda: 2)
+    args = arguments(animals)
+    use_own_data(args)
+    assert (args.num_gpus, args.config_file) == (2, "output/animals/data/config.yaml")
+    cfg = get_config(args.config_file)
+    assert (cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER) == ("cpu", 8, 2000)
+    for others, count in (({"num_gpus": 1}, 1), ({"opts": ["SOLVER.IMS_PER_BATCH", "3"]}, 1), ({"eval_only": True}, 1)):
+        args = arguments(animals, **others)
+        use_own_data(args)
+        assert args.num_gpus == count
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun
+    args = arguments(animals)
+    use_own_data(args)
+    assert args.num_gpus == 1
+
+
+@pytest.mark.parametrize("size", ["quick", "small", "r50"])
+def test_every_size_gives_a_config_that_can_be_used(size, animals):
+    args = arguments(animals, size=size)
+    use_own_data(args)
+    assert get_config(args.config_file).MODEL.DEQDET.NUM_CLASSES == 3
+
+
+def test_given_values_win(animals):
+    args = arguments(animals, "MODEL.DEQDET.NUM_QUERIES", 21, "INPUT.MIN_SIZE_TEST", 80, "SEED", 5)
+    use_own_data(args)
+    cfg = get_config(args.config_file)
+    assert (cfg.MODEL.DEQDET.NUM_QUERIES, cfg.INPUT.MIN_SIZE_TEST, cfg.SEED) == (21, 80, 5)
+    assert cfg.MODEL.DEQDET.PERTURBATION.POSITION_SIZE == 2.5
+
+
+def test_a_fault_in_the_labels_names_their_folder(animals):
+    write(animals / "annotations" / "b.xml", voc_xml("b", [("emu", (200, 4, 290, 24))]))
+    with pytest.raises(UserError, match=r"b.png .*lies outside.*\[the labels were read from .*animals/annotations\]"):
+        use_own_data(arguments(animals))
+    use_own_data(arguments(animals, "DATASETS.SKIP_BROKEN", True))
+
+
+@pytest.mark.parametrize("others, words", [
+    ({"config_file": "deqdet_shapes"}, "--data chooses a config by --size: leave --config-file deqdet_shapes out"),
+    ({"model": "a.safetensors"}, "leave --model a.safetensors out; --init FILE starts from its weights"),
+    ({"opts": ["DATASETS.TRAIN", "('a',)"]}, "DATASETS.TRAIN is what --data sets"),
+    ({"data": "nowhere"}, "nowhere is no folder"),
+    ({"data": "", "size": "r50"}, "--size belongs to --data FOLDER, which is missing"),
+    ({"opts": ["SOLVER.IMS_PER_BATCH", "0"]}, "SOLVER.IMS_PER_BATCH is 0: it must be"),
+    ({"opts": ["SOLVER.IMS_PER_BACH", "4"]}, "unknown config key SOLVER.IMS_PER_BACH"),
+    ({"opts": ["MODEL.DEQDET.NUM_QUERIES", "0"]}, "NUM_QUERIES is 0"),
+])  # fmt: skip
+def test_command_lines_that_cannot_be(others, words, animals):
+    with pytest.raises(UserError, match=words):
+        use_own_data(argparse.Namespace(**{**vars(arguments(animals)), **others}))
+    assert not Path("output").exists()
+
+
+def test_another_training_is_not_touched(animals):
+    write(Path("output/animals/model_final.pth"), "weights")
+    with pytest.raises(UserError, match="holds a training already"):
+        use_own_data(arguments(animals))
+    assert not Path("output/animals/data").exists()
