@@ -120,7 +120,7 @@ def test_a_detector_of_other_classes_is_the_beginning(animals, capsys):
     assert torch.allclose(second["queries.content.weight"], first["queries.content.weight"])
 
 
-def test_processes_and_device(animals, monkeypatch):
+def test_processes_and_device(animals, monkeypatch, capsys):
     monkeypatch.setattr(own_data, "count_cores", lambda: 2)
     args = arguments(animals)
     use_own_data(args)
@@ -131,10 +131,13 @@ def test_processes_and_device(animals, monkeypatch):
         args = arguments(animals, **others)
         use_own_data(args)
         assert args.num_gpus == count
-    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun
+    torchrun = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29500}
+    for name, value in (torchrun | {"MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, str(value))
+    capsys.readouterr()
     args = arguments(animals)
     use_own_data(args)
-    assert args.num_gpus == 1
+    assert args.num_gpus == 1 and capsys.readouterr().out == ""  # rank 0 prints
 
 
 @pytest.mark.parametrize("size", ["quick", "small", "r50"])
