@@ -11,6 +11,7 @@ from .mapper import ImageMapper, build_mapper, build_test_loader
 from .randomness import mix_seed, random_state_kept, seed_all, seeded
 from .registration import check_datasets, find_class_names, prepare_datasets, register_datasets, register_shapes
 from .report import Report, format_report
+from .results import find_results, read_results, read_truth
 from .shapes import ShapesConfig, generate_shapes
 from .train_loader import TrainLoader, build_train_loader
 
@@ -33,12 +34,15 @@ __all__ = [
     "check_datasets",
     "draw_contact_sheet",
     "find_class_names",
+    "find_results",
     "format_report",
     "generate_shapes",
     "mix_seed",
     "prepare_datasets",
     "random_state_kept",
     "read_image",
+    "read_results",
+    "read_truth",
     "register_datasets",
     "register_shapes",
     "seed_all",
