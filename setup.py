@@ -17,6 +17,7 @@ TOOLS = (
     "demo",
     "evaluate_steps",
     "export_model",
+    "predict",
     "publish",
     "report",
 )

@@ -256,6 +256,7 @@ TOOLS: dict[str, Callable[[Path, list[str], list[str]], list[str]]] = {
     "train_net": lambda good, model, pairs: [*model, *pairs],
     "train_net --eval-only": lambda good, model, pairs: [*model, "--eval-only", *pairs],
     "demo": lambda good, model, pairs: [*model, "--input", image(good), "--output", "drawn", *pairs],
+    "predict": lambda good, model, pairs: [*model, "--input", image(good), "--output", "predicted", *pairs],
     "publish": lambda good, model, pairs: [f"{good}/good.pth", *model, "--output", "out.safetensors", *pairs],
     "evaluate_steps": lambda good, model, pairs: [*model, "--output", "steps", *pairs],
     "analyze_model": lambda good, model, pairs: [*model, *pairs],
@@ -273,7 +274,7 @@ HERE = [name for name in TOOLS if name.partition(" ")[0] in COMMANDS]
 TAKE_CONFIG = [name for name in HERE if name != "convert_checkpoint"]
 TAKE_MODEL_FILE = [name for name in TAKE_CONFIG if not name.startswith("compare")]
 LOAD_WEIGHTS = [name for name in TAKE_MODEL_FILE if name not in ("analyze_model", "publish", "check_data", "benchmark")]
-WITHOUT_DATA = ("demo", "analyze_model", "publish", "compare --scale", "benchmark", "export_model")
+WITHOUT_DATA = ("demo", "predict", "analyze_model", "publish", "compare --scale", "benchmark", "export_model")
 READ_DATA = [name for name in TAKE_CONFIG if name not in WITHOUT_DATA]
 
 

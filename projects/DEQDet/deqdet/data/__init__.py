@@ -3,7 +3,7 @@
 from .annotations import BOX_FORMATS
 from .augmentation import build_augmentation
 from .checking import CheckedSet, CheckOptions, check_coco_file
-from .contact_sheet import draw_contact_sheet
+from .contact_sheet import draw_contact_sheet, draw_inputs, find_first_inputs
 from .evaluation import OriginalIdsEvaluator, build_coco_evaluator
 from .image_headers import PILLOW_LIMIT
 from .images import read_image
@@ -33,7 +33,9 @@ __all__ = [
     "check_coco_file",
     "check_datasets",
     "draw_contact_sheet",
+    "draw_inputs",
     "find_class_names",
+    "find_first_inputs",
     "find_results",
     "format_report",
     "generate_shapes",

@@ -2,28 +2,27 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..checkpoints.files import replacing
 from ..data import read_image
-from ..drawing import BoxVisualizer, separate_labels
+from ..drawing import BoxVisualizer, separate_labels, text_font
 from ..errors import UserError
 from .mistakes import Judgement, Outcome
 
 TILE = 480  # pixels: the longer side of each half of a pair
 GAP, LINE, HEAD = 8, 24, 60  # pixels: between halves, a caption, the legend
+FONT_SIZE = 15
 FEW = 8  # boxes: with no more of them in an image, those that are right are labelled too
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 COLOURS = {  # RGB
     Outcome.RIGHT: (40, 170, 70),
     Outcome.CONFUSED: (240, 150, 0),
-    Outcome.ALONE: (225, 30, 40),
+    Outcome.ALONE: (235, 60, 60),
     Outcome.IGNORED: (130, 130, 130),
 }
 _LEFT = {Outcome.RIGHT: "found", Outcome.ALONE: "missed", Outcome.CONFUSED: "found as another class"}
@@ -94,7 +93,7 @@ def _draw_pair(record: dict, judgement: Judgement, class_names: Sequence[str]) -
         pair.paste(Image.fromarray(half), (place * (TILE + GAP) + (TILE - size[0]) // 2, LINE))
     name = Path(record["file_name"]).name.encode(errors="replace").decode()
     caption = f"{name if len(name) < 60 else name[:57] + '...'}: {describe(judgement)}"
-    ImageDraw.Draw(pair).text((GAP, LINE // 2), caption, INK, _font(), anchor="lm")
+    ImageDraw.Draw(pair).text((GAP, LINE // 2), caption, INK, text_font(FONT_SIZE), anchor="lm")
     return pair
 
 
@@ -122,15 +121,9 @@ def _draw_legend(sheet: Image.Image, threshold: float) -> None:
     halves = ("left: ground truth", _LEFT), (f"right: detections, score ≥ {threshold:.2f}", _RIGHT)
     for line, (title, names) in enumerate(halves):
         x, y = GAP, 16 + line * LINE
-        draw.text((x, y), title, INK, _font(), anchor="lm")
+        draw.text((x, y), title, INK, text_font(FONT_SIZE), anchor="lm")
         x += 240
         for outcome, name in names.items():
             draw.rectangle((x, y - 7, x + 14, y + 7), outline=COLOURS[outcome], width=3)
-            draw.text((x + 20, y), name, INK, _font(), anchor="lm")
-            x += 40 + math.ceil(_font().getlength(name))
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings; Pillow's own has only one size in its older releases."""
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 15)
+            draw.text((x + 20, y), name, INK, text_font(FONT_SIZE), anchor="lm")
+            x += 40 + math.ceil(text_font(FONT_SIZE).getlength(name))

@@ -103,16 +103,17 @@ def plot_curves(lines: Sequence[Mapping], path: str | Path) -> None:
     """Draw the total loss and the AP of every evaluation against the iteration, side by side.
 
     Args:
-        lines: as read_metrics returns them. Losses are drawn as they were written, and a line shows their running mean.
+        lines: as read_metrics returns them. detectron2 writes the median loss of the last 20 iterations.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")  # pyplot would choose a backend
     losses, accuracy = figure.subplots(1, 2)
+    highest = 0.0
     for key, colour in zip(_keys(lines, LOSS_KEYS), ("C0", "C1", "C2"), strict=False):
         iterations, values = _series(lines, key)
-        smooth = _running_mean(values, max(1, len(values) // 20))
-        losses.plot(iterations, values, color=colour, alpha=0.3, linewidth=1)
-        losses.plot(iterations, smooth, color=colour, label=key.replace("_", " "), linewidth=1.6)
-    losses.set(xlabel="iteration", ylabel="loss", title="loss", ylim=(0, None))
+        losses.plot(iterations, values, color=colour, label=key.replace("_", " "), linewidth=1.4)
+        highest = max(highest, min(1.05 * max(values), 3 * float(np.median(values))))
+    # The first losses may be so large that nothing could be seen of the others, and are cut off.
+    losses.set(xlabel="iteration", ylabel="loss", title="loss", ylim=(0, highest or 1))
     for key in _keys(lines, AP_KEYS):
         iterations, values = _series(lines, key)
         accuracy.plot(iterations, values, marker="o", markersize=4, linewidth=1.4, label=key.replace("bbox/", ""))
@@ -133,21 +134,14 @@ def plot_curves(lines: Sequence[Mapping], path: str | Path) -> None:
 
 
 def _keys(lines: Sequence[Mapping], pattern: re.Pattern) -> list[str]:
-    return sorted({key for line in lines for key in line if pattern.fullmatch(key)})
+    keys = {key for line in lines for key in line if pattern.fullmatch(key)}
+    return sorted(key for key in keys if _series(lines, key)[1])
 
 
 def _series(lines: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
     """The iterations at which a finite value was written, and the values."""
     pairs = [(line["iteration"], line[key]) for line in lines if np.isfinite(line.get(key, np.nan))]
     return [i for i, _ in pairs], [value for _, value in pairs]
-
-
-def _running_mean(values: Sequence[float], count: int) -> np.ndarray:
-    """The mean of each value and up to count - 1 before it."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(0, ends - count)
-    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def plot_losses(metrics_file: str | Path, path: str | Path) -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..checkpoints.files import write_text
 from ..data import find_results, read_results, read_truth
-from .mistakes import Tally, best_threshold, judge_all, sort_by_error, tally
+from .mistakes import Judgement, Tally, best_threshold, judge_all, sort_by_error, tally
 from .mistakes_sheet import describe, write_mistakes
 from .plots import plot_curves, read_metrics
 from .tables import format_table, format_value
@@ -47,7 +47,8 @@ def write_training_report(
     """Write report.md, curves.png and a sheet of the images with the most mistakes into a training's OUTPUT_DIR.
 
     It reads what the training has written there: metrics.json, the detections of the last evaluation in inference/,
-    and model_final.safetensors. Parts whose files are not there are left out. No model is run.
+    and model_final.safetensors. Parts whose files are not there are left out. No model is run. Of several processes,
+    call it on the main one.
 
     Args:
         output: OUTPUT_DIR.
@@ -72,7 +73,8 @@ def write_training_report(
         if results is not None and name in results:
             figures = dict(results[name])
         sheet = folder / ("worst.jpg" if len(datasets) == 1 else f"worst-{name.replace('/', '_')}.jpg")
-        summaries.append(_summarize(folder, name, figures, iteration, sheet, num_images, threshold))
+        summary = SetSummary(name, figures, iteration)
+        summaries.append(_summarize(summary, find_results(folder, name), sheet, num_images, threshold))
     curves = None
     if lines:
         curves = folder / CURVES
@@ -98,41 +100,69 @@ def find_last_results(lines: Sequence[Mapping], dataset: str, *, several: bool) 
     return {}, None
 
 
-def _summarize(
-    folder: Path,
-    dataset: str,
-    figures: Mapping[str, float],
-    iteration: int | None,
-    sheet: Path,
-    num_images: int,
-    threshold: float | None,
-) -> SetSummary:
-    summary = SetSummary(dataset, figures, iteration)
-    file = find_results(folder, dataset)
-    records = DatasetCatalog.get(dataset)
-    if file is None or not any(record.get("annotations") for record in records):
-        return summary
+@dataclass(frozen=True)
+class Judged:
+    """Detections of a data set against its ground truth."""
+
+    records: list[dict]
+    judgements: list[Judgement]  # one for each record
+    class_names: list[str]
+    threshold: float
+
+
+def judge_results(file: Path, dataset: str, threshold: float | None) -> Judged | None:
+    """Read a file of detections and find the mistakes in it; None for a set without boxes.
+
+    Args:
+        dataset: registered and checked.
+        threshold: the lowest score that counts; None: that of the best F1, see `mistakes.best_threshold`.
+
+    Raises:
+        UserError: as `read_results`.
+    """
     found = read_results(file, dataset)
+    records = DatasetCatalog.get(dataset)
+    if not any(record.get("annotations") for record in records):
+        return None
     truths = [read_truth(record) for record in records]
-    chosen = best_threshold(truths, found) if threshold is None else threshold
-    judgements = judge_all(truths, found, chosen)
-    worst = [index for index in sort_by_error(judgements) if judgements[index].error][:num_images]
-    names = MetadataCatalog.get(dataset).thing_classes
-    if worst:
-        pairs = [records[i] for i in worst], [judgements[i] for i in worst]
-        write_mistakes(*pairs, names, sheet, threshold=chosen)
-    else:
-        sheet.unlink(missing_ok=True)  # an older report's
-    return SetSummary(
-        dataset,
-        figures,
-        iteration,
-        images=len(records),
-        tallies=tuple(tally(judgements, len(names))),
-        threshold=chosen,
+    threshold = best_threshold(truths, found) if threshold is None else threshold
+    judgements = judge_all(truths, found, threshold)
+    return Judged(records, judgements, list(MetadataCatalog.get(dataset).thing_classes), threshold)
+
+
+def write_worst(judged: Judged, sheet: Path, count: int) -> list[tuple[str, str]]:
+    """Draw the at most `count` images with the most mistakes; without mistakes, no file is left at `sheet`.
+
+    Returns:
+        The files of the images and their mistakes in words, the worst first.
+
+    Raises:
+        UserError: an image cannot be read, or the sheet cannot be written.
+    """
+    judgements = judged.judgements
+    worst = [index for index in sort_by_error(judgements) if judgements[index].error][:count]
+    if not worst:
+        sheet.unlink(missing_ok=True)
+        return []
+    pairs = [judged.records[i] for i in worst], [judgements[i] for i in worst]
+    write_mistakes(*pairs, judged.class_names, sheet, threshold=judged.threshold)
+    return [(judged.records[i]["file_name"], describe(judgements[i])) for i in worst]
+
+
+def _summarize(summary: SetSummary, file: Path | None, sheet: Path, count: int, threshold: float | None) -> SetSummary:
+    """Add the mistakes in the detections of an evaluation, if there are any, to what is known of a test set."""
+    judged = None if file is None else judge_results(file, summary.dataset, threshold)
+    if judged is None:
+        return summary
+    worst = write_worst(judged, sheet, count)
+    return replace(
+        summary,
+        images=len(judged.records),
+        tallies=tuple(tally(judged.judgements, len(judged.class_names))),
+        threshold=judged.threshold,
         best_f1=threshold is None,
         sheet=sheet if worst else None,
-        worst=tuple((records[i]["file_name"], describe(judgements[i])) for i in worst),
+        worst=tuple(worst),
     )
 
 
@@ -148,7 +178,8 @@ def format_report(
     Args:
         lines: of metrics.json.
     """
-    parts = [f"# {folder.resolve().name}", *(_format_set(summary) for summary in summaries)]
+    title = f"# What came of the training in {folder.resolve().name}"
+    parts = [title, *(_format_set(summary) for summary in summaries)]
     if curves is not None:
         losses = [line for line in lines if "total_loss" in line]
         words = f"Loss and AP while training, in metrics.json: [{curves.name}]({curves.name})."
