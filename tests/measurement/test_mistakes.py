@@ -136,7 +136,7 @@ def test_pairs_of_one_class_are_those_of_pycocotools(seed):
         corner, size = rng.uniform(0, 40, (count, 2)), rng.uniform(10, 30, (count, 2))
         return np.concatenate([corner, corner + size], axis=1)
 
-    truths = [(*box, rng.integers(2), rng.random() < 0.2) for box in boxes(12)]
+    truths = [(*box, rng.integers(2), rng.random() < 0.35) for box in boxes(12)]
     detections = [(*box, rng.integers(2), score) for box, score in zip(boxes(40), rng.random(40), strict=True)]
     coco = COCO()
     records = [{"id": i + 1, "image_id": 1, "category_id": int(c), "iscrowd": int(crowd),
