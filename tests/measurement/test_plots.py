@@ -100,10 +100,10 @@ def test_curves_show_losses_and_every_ap(tmp_path, monkeypatch):
     lines = [
         {"iteration": 1, "total_loss": 5.0, "loss_cls_init": 1.0},
         {"iteration": 2, "a/bbox/AP": 10.0, "a/bbox/AP-cat": 3.0, "a/bbox/AP75": 3.0, "a/bbox/AP50": float("nan")},
-        {"iteration": 3, "total_loss": 4.0, "validation_loss": 6.0, "a/bbox/AP": 20.0, "b/bbox/AP50": 30.0},
+        {"iteration": 3, "total_loss": 4.0, "validation/total_loss": 6.0, "a/bbox/AP": 20.0, "b/bbox/AP50": 30.0},
     ]
     plot_curves(lines, tmp_path / "curves.png")
-    assert drawn == {"total loss": ([1, 3], [5.0, 4.0]), "validation loss": ([3], [6.0]),
+    assert drawn == {"total loss": ([1, 3], [5.0, 4.0]), "validation/total loss": ([3], [6.0]),
                      "a/AP": ([2, 3], [10.0, 20.0]), "b/AP50": ([3], [30.0])}  # fmt: skip
     monkeypatch.undo()
     pictures = []

@@ -20,7 +20,7 @@ from ..drawing import coloured_metadata
 from ..errors import UserError, one_line
 
 MARGIN = 6  # pixels between the pictures of a sheet
-LOSS_KEYS = re.compile(r"total_loss|validation_loss|.*validation/total_loss")  # of metrics.json
+LOSS_KEYS = re.compile(r"(.*/)?total_loss")  # of metrics.json; the sets' names come first
 AP_KEYS = re.compile(r"(.*/)?bbox/AP(50)?")
 
 

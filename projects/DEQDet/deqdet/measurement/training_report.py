@@ -18,7 +18,7 @@ from .tables import format_table, format_value
 
 REPORT, CURVES, MODEL_FILE = "report.md", "curves.png", "model_final.safetensors"
 WORST = 12  # images on the sheet
-_AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_AP = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP@100")
 
 
 @dataclass(frozen=True)
