@@ -18,6 +18,7 @@ TOOLS = (
     "evaluate_steps",
     "export_model",
     "fetch_weights",
+    "predict",
     "pretrain_backbone",
     "publish",
     "report",

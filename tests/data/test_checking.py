@@ -9,22 +9,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
 
 from deqdet import add_deqdet_config
 from deqdet.checkpoints import write_model_file
 from deqdet.data import (
     CheckOptions,
     annotations,
+    build_train_loader,
     cache,
     check_coco_file,
     checking,
     coco_file,
     draw_contact_sheet,
+    draw_inputs,
     find_class_names,
+    find_first_inputs,
     image_headers,
     prepare_datasets,
 )
@@ -385,7 +390,7 @@ def test_report_of_the_tool(tmp_path, capsys):
     sheets = sorted(path.name for path in tmp_path.glob("s-*.png"))
     assert sheets == ["s-1-a-boxes.png", "s-2-b-boxes.png"]
     with Image.open(tmp_path / sheets[0]) as sheet:
-        assert sheet.size == (4 * 320, 320)
+        assert sheet.size == (4 * 320 + 3 * 4, 213 + 4 + 24)  # images, gaps, the legend
 
 
 def test_the_tool_remembers(tmp_path, capsys):
@@ -412,7 +417,55 @@ def test_the_contact_sheet_shows_the_boxes_where_they_are(tmp_path):
     box = {"bbox": [320, 64, 128, 128], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
     record = {"file_name": str(tmp_path / "a.png"), "height": 320, "width": 640, "annotations": [box]}
     sheet = np.asarray(draw_contact_sheet([record], ["cat"])).astype(int)
-    drawn = sheet[:160].max(-1) > 40  # the image is black and fills the upper half of its tile
-    assert sheet.shape == (320, 320, 3)
+    assert sheet.shape == (160 + 4 + 24, 320, 3)  # the image, a gap, the legend
+    drawn = sheet[:160].max(-1) > 40  # the image is black
     rows, columns = np.nonzero(drawn.any(1))[0], np.nonzero(drawn.any(0))[0]
     assert abs(columns[0] - 160) <= 4 and abs(columns[-1] - 224) <= 4 and abs(rows[-1] - 96) <= 4
+    assert (sheet[164:, :20] == [255, 38, 38]).all(-1).sum() > 100  # the colour of the class
+
+
+def test_the_augmented_images_are_those_that_a_training_gets(tmp_path, monkeypatch):
+    """The same pixels and boxes as in the trainer's own loader; a red shape that is flipped has its box around it."""
+    s = saved(tmp_path / "a")
+    cfg = make_cfg({"a": s}, train=["a"])
+    cfg.INPUT.AUGMENTATION, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.FORMAT = "2x", (48, 64), "RGB"
+    cfg.INPUT.DETR_CROP.RESIZE, cfg.INPUT.DETR_CROP.SIZE = [56], [30, 40]
+    cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS, cfg.SEED = 3, 0, 5
+    prepare_datasets(cfg)
+    expected = [sample for batch, _ in zip(build_train_loader(cfg), range(3), strict=False) for sample in batch]
+    inputs = find_first_inputs(cfg, 8)
+    assert len(inputs) == 8
+    for ours, theirs in zip(inputs, expected, strict=False):
+        assert torch.equal(ours["image"], theirs["image"])
+        assert torch.equal(ours["instances"].gt_boxes.tensor, theirs["instances"].gt_boxes.tensor)
+    assert len({tuple(sample["image"].shape) for sample in inputs}) > 2  # they are augmented
+    cfg.SEED = 6
+    assert any(not torch.equal(one["image"], two["image"])
+               for one, two in zip(find_first_inputs(cfg, 8), inputs, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_augmented_images_are_drawn_with_their_boxes_in_their_colours(order):
+    image = torch.zeros(3, 80, 160, dtype=torch.uint8)
+    image[0 if order == "RGB" else 2, 60:] = 200  # a red strip at the bottom
+    truth = Instances((80, 160), gt_boxes=Boxes(torch.tensor([[80.0, 8.0, 120.0, 40.0]])), gt_classes=torch.tensor([1]))
+    sheet = np.asarray(draw_inputs([{"image": image, "instances": truth}], ["cat", "dog"], order=order)).astype(int)
+    assert abs(sheet[150, 20] - [200, 0, 0]).max() < 5
+    drawn = sheet[:110].max(-1) > 40
+    rows, columns = np.nonzero(drawn.any(1))[0], np.nonzero(drawn.any(0))[0]
+    assert abs(columns[0] - 160) <= 4 and abs(columns[-1] - 240) <= 4 and abs(rows[-1] - 80) <= 4
+    assert abs(sheet[40, 239] - [38, 255, 255]).max() < 60  # the second of two colours
+
+
+def test_the_tool_draws_augmented_images(tmp_path, capsys):
+    s = saved(tmp_path / "a")
+    picture = tmp_path / "augmented.png"
+    check_data.main([str(s.json_file), str(s.image_root), "--draw-augmented", str(picture), "--images", "3",
+                     "INPUT.MIN_SIZE_TRAIN", "(64,)"])  # fmt: skip
+    assert "the first 3 images of a training, as INPUT.AUGMENTATION 1x" in capsys.readouterr().out
+    with Image.open(picture) as sheet:
+        width, height = sheet.size
+    assert width == 3 * 324 - 4 and 213 <= height - 24 - 4 <= 214  # three images of 96 x 64, above the legend
+    with pytest.raises(SystemExit, match="--draw-augmented: DATASETS.TRAIN is empty"):
+        check_data.main(["--config-file", "deqdet_r50_100q_1x", "--draw-augmented", str(picture),
+                         "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"])  # fmt: skip

@@ -69,7 +69,9 @@ def test_report_draws_its_pictures(trained, folder):
     assert re.search(r"step +6 +\d", printed)
     medians = json.loads((folder / "out" / "residual.json").read_text())["median_relative_residual"]
     assert len(medians) == 1 + 6 and all(value > 0 for value in medians)
-    for name in ("detections.png", "loss.png", "residual.png"):
+    page = (folder / "out" / "report.md").read_text()
+    assert "after 4 iterations" in page and "model_final.safetensors" in page and "| hourglass |" in page
+    for name in ("detections.png", "loss.png", "residual.png", "curves.png", "worst.jpg"):
         picture = cv2.imread(str(folder / "out" / name))
         assert picture is not None and picture.std() > 5, f"{name} is missing or blank"
 

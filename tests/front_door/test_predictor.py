@@ -536,3 +536,21 @@ class TestDrawing:
 def test_options_of_a_wrong_type(make_predictor, options, message):
     with pytest.raises(UserError, match=message):
         make_predictor()(noise(), **options)
+
+
+def test_prepared_images_share_batches_of_one_padded_size(predictor, monkeypatch):
+    """Six images of two sizes in turn, at most two at once: each batch has one size, and the results their order."""
+    images = [noise(60, 80, seed) if seed % 2 else noise(80, 60, seed) for seed in range(6)]
+    batches, infer = [], predictor.model.infer
+    monkeypatch.setattr(predictor.model, "infer", lambda batch, **more: batches.append(batch) or infer(batch, **more))
+    found = predictor.detect([predictor.prepare(image) for image in images], batch_size=2)
+    assert sorted(len(batch) for batch in batches) == [1, 1, 2, 2]
+    assert all(len({tuple(x["image"].shape) for x in batch}) == 1 for batch in batches)
+    monkeypatch.undo()
+    for ours, image in zip(found, images, strict=True):
+        alone = predictor(image)
+        assert ours.instances.image_size == image.shape[:2]
+        assert torch.allclose(ours.instances.scores, alone.instances.scores, atol=1e-5)
+    assert predictor.detect([]) == []
+    with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
+        predictor.detect([], batch_size=0)

@@ -8,7 +8,15 @@ import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from deqdet.measurement.plots import MARGIN, contact_sheet, draw_pair, plot_losses, plot_residuals
+from deqdet.measurement.plots import (
+    MARGIN,
+    contact_sheet,
+    draw_pair,
+    plot_curves,
+    plot_losses,
+    plot_residuals,
+    read_metrics,
+)
 
 
 @pytest.fixture
@@ -71,3 +79,37 @@ def test_a_later_run_replaces_the_iterations_that_it_repeats(tmp_path):
         plot_losses(tmp_path / f"{name}.json", tmp_path / f"{name}.png")
     both, second = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("both", "second"))
     assert np.array_equal(both, second)
+
+
+def test_lines_of_metrics_json(tmp_path):
+    """An evaluation's own line stays beside the training's of the same iteration; a second run replaces the first's."""
+    first = [{"iteration": i, "total_loss": float(i)} for i in (1, 2, 3)]
+    evaluation = {"iteration": 3, "bbox/AP": 5.0}
+    file = tmp_path / "metrics.json"
+    file.write_text("\n".join(map(json.dumps, [*first, evaluation])))
+    assert read_metrics(file) == [*first, evaluation]
+    second = [{"iteration": 2, "total_loss": 9.0}, {"iteration": 4, "total_loss": 8.0}]
+    file.write_text("\n".join(map(json.dumps, [*first, evaluation, *second])))
+    assert read_metrics(file) == [first[0], *second]
+
+
+def test_curves_show_losses_and_every_ap(tmp_path, monkeypatch):
+    """Of two sets, of which one is evaluated later; a NaN is left out."""
+    drawn = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, **more: drawn.update({more["label"]: (x, y)}))
+    lines = [
+        {"iteration": 1, "total_loss": 5.0, "loss_cls_init": 1.0},
+        {"iteration": 2, "a/bbox/AP": 10.0, "a/bbox/AP-cat": 3.0, "a/bbox/AP75": 3.0, "a/bbox/AP50": float("nan")},
+        {"iteration": 3, "total_loss": 4.0, "validation/total_loss": 6.0, "a/bbox/AP": 20.0, "b/bbox/AP50": 30.0},
+    ]
+    plot_curves(lines, tmp_path / "curves.png")
+    assert drawn == {"total loss": ([1, 3], [5.0, 4.0]), "validation/total loss": ([3], [6.0]),
+                     "a/AP": ([2, 3], [10.0, 20.0]), "b/AP50": ([3], [30.0])}  # fmt: skip
+    monkeypatch.undo()
+    pictures = []
+    for name in "xy":
+        plot_curves(lines[: 2 if name == "x" else 3], tmp_path / f"{name}.png")
+        pictures.append(cv2.imread(str(tmp_path / f"{name}.png")))
+    assert pictures[0].shape == (480, 1320, 3) and (pictures[0] != pictures[1]).any()
+    plot_curves([], tmp_path / "none.png")
+    assert cv2.imread(str(tmp_path / "none.png")).std() > 5

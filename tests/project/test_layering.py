@@ -15,15 +15,16 @@ PACKAGE = ROOT / "projects" / "DEQDet" / "deqdet"
 # that of the design's data flow; a new module needs a place here.
 LEVELS = (
     {"errors", "version", "config", "equilibrium", "structures", "boxes"},
-    {"config_file"},
+    {"config_file", "drawing"},
     {"model_zoo", "plugins", "backbones", "queries", "layers", "perturbation"},
     {"decoders", "matcher"},
     {"criterion", "inference"},
     {"detector", "data"},
-    {"checkpoints", "drawing"},
+    {"checkpoints"},
     {"engine"},
     {"predictor"},
     {"measurement", "demo", "export"},
+    {"predictions"},
     {"tools"},
     {""},  # deqdet/__init__.py
 )

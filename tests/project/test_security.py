@@ -256,6 +256,7 @@ TOOLS: dict[str, Callable[[Path, list[str], list[str]], list[str]]] = {
     "train_net": lambda good, model, pairs: [*model, *pairs],
     "train_net --eval-only": lambda good, model, pairs: [*model, "--eval-only", *pairs],
     "demo": lambda good, model, pairs: [*model, "--input", image(good), "--output", "drawn", *pairs],
+    "predict": lambda good, model, pairs: [*model, "--input", image(good), "--output", "predicted", *pairs],
     "publish": lambda good, model, pairs: [f"{good}/good.pth", *model, "--output", "out.safetensors", *pairs],
     "evaluate_steps": lambda good, model, pairs: [*model, "--output", "steps", *pairs],
     "analyze_model": lambda good, model, pairs: [*model, *pairs],
@@ -277,7 +278,7 @@ TAKE_MODEL_FILE = [name for name in TAKE_CONFIG if not name.startswith("compare"
 WITHOUT_WEIGHTS = ("analyze_model", "publish", "check_data", "benchmark", "pretrain_backbone")
 LOAD_WEIGHTS = [name for name in TAKE_MODEL_FILE if name not in WITHOUT_WEIGHTS]
 WITHOUT_DATA = (
-    "demo", "analyze_model", "publish", "compare --scale", "benchmark", "export_model", "pretrain_backbone"
+    "demo", "predict", "analyze_model", "publish", "compare --scale", "benchmark", "export_model", "pretrain_backbone"
 )  # fmt: skip
 READ_DATA = [name for name in TAKE_CONFIG if name not in WITHOUT_DATA]
 

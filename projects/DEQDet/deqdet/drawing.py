@@ -1,11 +1,13 @@
 """Pictures of detections, drawn with detectron2's Visualizer."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import cv2
 import matplotlib
 import numpy as np
 from matplotlib.patheffects import withStroke
+from PIL import ImageFont
 
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
@@ -39,6 +41,12 @@ class BoxVisualizer(Visualizer):
         line = self.output.ax.patches[-1]
         line.set_path_effects([withStroke(linewidth=line.get_linewidth() + 1.0, foreground="white", alpha=0.7)])
         return self.output
+
+
+@cache
+def text_font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings, for Pillow, whose own has only one size in its older releases."""
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:

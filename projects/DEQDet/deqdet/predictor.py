@@ -276,6 +276,26 @@ class Predictor:
         while chunk := [self._prepare_numbered(*pair, channels) for pair in islice(numbered, batch_size)]:
             yield from self._detect(chunk, options, lowest)
 
+    def detect(
+        self,
+        prepared: Sequence[dict],
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        solver: str | Solver | None = None,
+        threshold: float | None = None,
+        batch_size: int = 8,
+    ) -> list[Detections]:
+        """Detect in images that `prepare` has read already; the arguments are those of a call.
+
+        Raises:
+            UserError: an option does not fit the detector, or there is not enough memory.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        options = self.options(steps, rtol, solver)
+        return list(self._detect(list(prepared), options, self._lowest(threshold), batch_size))
+
     def walk(
         self,
         image: ImageLike,
@@ -367,13 +387,24 @@ class Predictor:
         return {"steps": steps, "rtol": rtol, "solver": solver}
 
     @torch.no_grad()
-    def _detect(self, chunk: list[dict], options: dict, threshold: float) -> Iterator[Detections]:
-        """Detect in prepared images, those of one padded size at a time; the results are in their order."""
+    def _detect(
+        self, chunk: list[dict], options: dict, threshold: float, batch_size: int | None = None
+    ) -> Iterator[Detections]:
+        """Detect in prepared images, those of one padded size at a time; the results are in their order.
+
+        Args:
+            batch_size: the most images at once; None: all of one padded size.
+        """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, inputs in enumerate(chunk):
             groups.setdefault(self._padded_size(inputs["image"]), []).append(index)
         found: dict[int, Detections] = {}
-        for indices in groups.values():
+        parts = (
+            indices[start : start + (batch_size or len(indices))]
+            for indices in groups.values()
+            for start in range(0, len(indices), batch_size or len(indices))
+        )
+        for indices in parts:
             batch = [chunk[index] for index in indices]
             with _explained(batch[0]):
                 outputs = self.model.infer(batch, **options)

@@ -3,7 +3,7 @@
 from .annotations import BOX_FORMATS
 from .augmentation import build_augmentation
 from .checking import CheckedSet, CheckOptions, check_coco_file
-from .contact_sheet import draw_contact_sheet
+from .contact_sheet import draw_contact_sheet, draw_inputs, find_first_inputs
 from .evaluation import EVALUATORS, OriginalIdsEvaluator, build_coco_evaluator, import_faster_coco_eval
 from .image_headers import PILLOW_LIMIT
 from .images import read_image
@@ -11,6 +11,7 @@ from .mapper import ImageMapper, build_mapper, build_test_loader, build_validati
 from .randomness import mix_seed, random_state_kept, seed_all, seeded
 from .registration import check_datasets, find_class_names, prepare_datasets, register_datasets, register_shapes
 from .report import Report, format_report
+from .results import find_results, read_results, read_truth
 from .shapes import ShapesConfig, generate_shapes
 from .train_loader import TrainLoader, build_train_loader
 
@@ -34,7 +35,10 @@ __all__ = [
     "check_coco_file",
     "check_datasets",
     "draw_contact_sheet",
+    "draw_inputs",
     "find_class_names",
+    "find_first_inputs",
+    "find_results",
     "format_report",
     "generate_shapes",
     "import_faster_coco_eval",
@@ -42,6 +46,8 @@ __all__ = [
     "prepare_datasets",
     "random_state_kept",
     "read_image",
+    "read_results",
+    "read_truth",
     "register_datasets",
     "register_shapes",
     "seed_all",

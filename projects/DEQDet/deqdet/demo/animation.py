@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from ..drawing import MOST_ENLARGED, BoxVisualizer, Colour, class_colours
+from ..drawing import MOST_ENLARGED, BoxVisualizer, Colour, class_colours, text_font
 from .refinement import Refinement
 
 GIF_SIDE, PANEL_SIDE = 640, 256  # longest side of the picture in a frame of the GIF, in a panel of the strip; pixels
@@ -100,8 +98,8 @@ def _panel(scene: Scene, state: int, rows: Sequence[tuple[str, str]]) -> Image.I
     draw = ImageDraw.Draw(panel)
     for index, (left, right) in enumerate(rows):
         y = index * LINE + LINE // 2
-        draw.text((4, y), left, INK, _font(), anchor="lm")
-        draw.text((width - 4, y), right, INK, _font(), anchor="rm")
+        draw.text((4, y), left, INK, text_font(FONT_SIZE), anchor="lm")
+        draw.text((width - 4, y), right, INK, text_font(FONT_SIZE), anchor="rm")
     panel.paste(picture, ((width - picture.width) // 2, top))
     return panel
 
@@ -111,7 +109,7 @@ def _with_legend(above: Image.Image, scene: Scene) -> Image.Image:
     places = []
     x, y = 4, above.height
     for name, colour in scene.legend.items():
-        length = round(_font().getlength(name)) + (FONT_SIZE + 6 if colour else 0)
+        length = round(text_font(FONT_SIZE).getlength(name)) + (FONT_SIZE + 6 if colour else 0)
         if x > 4 and x + length > above.width:
             x, y = 4, y + LINE
         places.append((x, y))
@@ -124,7 +122,7 @@ def _with_legend(above: Image.Image, scene: Scene) -> Image.Image:
             top = y + (LINE - FONT_SIZE) // 2
             draw.rectangle((x, top, x + FONT_SIZE - 1, top + FONT_SIZE - 1), _to_bytes(colour))
             x += FONT_SIZE + 6
-        draw.text((x, y + LINE // 2), name, INK, _font(), anchor="lm")
+        draw.text((x, y + LINE // 2), name, INK, text_font(FONT_SIZE), anchor="lm")
     return whole
 
 
@@ -139,9 +137,3 @@ def _palette(frame: Image.Image, scene: Scene) -> Image.Image:
 
 def _to_bytes(colour: Colour) -> tuple[int, int, int]:
     return tuple(round(255 * part) for part in colour)
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings; Pillow's own has only one size in its older releases."""
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT_SIZE)

@@ -72,6 +72,16 @@ def plan_pictures(sources: Sequence[Path], output: Path, endings: Sequence[str] 
     return pictures
 
 
+def plan_texts(sources: Sequence[Path], folder: Path) -> list[Path]:
+    """Choose a .txt file in `folder` for each source, and make the folder; names differ as those of `plan_pictures`.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    _make_folder(folder)
+    return [beside(picture, ".txt") for picture in _number(sources, folder, [".txt"])]
+
+
 def plan_video(source: Path | None, output: Path) -> Path:
     """Choose the file that a video is written to, and make its folder.
 

@@ -5,5 +5,7 @@
 - `timing`: seconds and bytes that it takes for an image.
 - `steps`, `steps_report`: AP, residual and latency against the number of steps, the solver and the tolerance.
 - `comparison`, `comparison_report`: several configs trained on equal terms, and the table of them.
+- `mistakes`, `mistakes_sheet`, `training_report`: what was missed or false in each image, a picture of the worst ones,
+  and the page about a training.
 - `accuracy`, `plots`, `tables`: COCO's AP, pictures of a training, tables in markdown.
 """

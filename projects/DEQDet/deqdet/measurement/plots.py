@@ -1,6 +1,8 @@
 """Pictures of a training's outcome: detections beside the ground truth, loss curve, residuals against steps."""
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -12,10 +14,14 @@ from detectron2.data import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
+from ..checkpoints.files import replacing
 from ..data import read_image
 from ..drawing import coloured_metadata
+from ..errors import UserError, one_line
 
 MARGIN = 6  # pixels between the pictures of a sheet
+LOSS_KEYS = re.compile(r"(.*/)?total_loss")  # of metrics.json; the sets' names come first
+AP_KEYS = re.compile(r"(.*/)?bbox/AP(50)?")
 
 
 def draw_pair(record: dict, detections: Instances, metadata: Metadata, *, width: int, threshold: float) -> np.ndarray:
@@ -65,15 +71,82 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
     cv2.imwrite(str(path), sheet[:, :, ::-1])
 
 
-def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
-    """Draw the loss of each supervised prediction against the iteration, from a run's metrics.json.
+def read_metrics(metrics_file: str | Path) -> list[dict]:
+    """The lines of a run's metrics.json, in the order of their iterations.
 
     The file is appended to: where a later run or a resumed one goes over the same iterations, its lines count.
+
+    Raises:
+        UserError: the file cannot be read, or a line is damaged; not the last one, which a kill may leave unfinished.
     """
+    try:
+        texts = Path(metrics_file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{metrics_file} cannot be read ({one_line(error)}): give the OUTPUT_DIR of a run") from error
     lines: list[dict] = []
-    for line in map(json.loads, Path(metrics_file).read_text().splitlines()):
-        if "total_loss" in line:
-            lines = [earlier for earlier in lines if earlier["iteration"] < line["iteration"]] + [line]
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            now = line["iteration"]
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(texts):
+                break
+            raise UserError(f"{metrics_file}, line {number}, is damaged: remove that line") from error
+        trained = "total_loss" in line
+        # An evaluation may have a line of its own, with the iteration of the training's line before it.
+        lines = [x for x in lines if x["iteration"] < now or (x["iteration"] == now and trained != ("total_loss" in x))]
+        lines.append(line)
+    return lines
+
+
+def plot_curves(lines: Sequence[Mapping], path: str | Path) -> None:
+    """Draw the total loss and the AP of every evaluation against the iteration, side by side.
+
+    Args:
+        lines: as read_metrics returns them. detectron2 writes the median loss of the last 20 iterations.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")  # pyplot would choose a backend
+    losses, accuracy = figure.subplots(1, 2)
+    highest = 0.0
+    for key, colour in zip(_keys(lines, LOSS_KEYS), ("C0", "C1", "C2"), strict=False):
+        iterations, values = _series(lines, key)
+        losses.plot(iterations, values, color=colour, label=key.replace("_", " "), linewidth=1.4)
+        highest = max(highest, min(1.05 * max(values), 3 * float(np.median(values))))
+    # The first losses may be so large that nothing could be seen of the others, and are cut off.
+    losses.set(xlabel="iteration", ylabel="loss", title="loss", ylim=(0, highest or 1))
+    for key in _keys(lines, AP_KEYS):
+        iterations, values = _series(lines, key)
+        accuracy.plot(iterations, values, marker="o", markersize=4, linewidth=1.4, label=key.replace("bbox/", ""))
+        accuracy.annotate(f"{values[-1]:.1f}", (iterations[-1], values[-1]), textcoords="offset points", xytext=(0, 6),
+                          ha="right")  # fmt: skip
+    accuracy.set(xlabel="iteration", ylabel="AP", title="box AP on the test set", ylim=(0, 100))
+    # Both have the same iterations, so that a drop of the loss and a rise of AP lie at the same place.
+    last = max((line["iteration"] for line in lines), default=0)
+    for axes in (losses, accuracy):
+        axes.set_xlim(0, max(1, 1.02 * last))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False)
+        else:
+            axes.text(0.5, 0.5, "not in metrics.json", transform=axes.transAxes, ha="center", color="gray")
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _keys(lines: Sequence[Mapping], pattern: re.Pattern) -> list[str]:
+    keys = {key for line in lines for key in line if pattern.fullmatch(key)}
+    return sorted(key for key in keys if _series(lines, key)[1])
+
+
+def _series(lines: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
+    """The iterations at which a finite value was written, and the values."""
+    pairs = [(line["iteration"], line[key]) for line in lines if np.isfinite(line.get(key, np.nan))]
+    return [i for i, _ in pairs], [value for _, value in pairs]
+
+
+def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
+    """Draw the loss of each supervised prediction against the iteration, from a run's metrics.json."""
+    lines = [line for line in read_metrics(metrics_file) if "total_loss" in line]
     iterations = [line["iteration"] for line in lines]
     names = sorted({key.removeprefix("loss_cls_") for line in lines for key in line if key.startswith("loss_cls_")})
     figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would choose a backend

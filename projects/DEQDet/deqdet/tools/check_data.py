@@ -1,25 +1,40 @@
 """Check data sets before training, and report what they hold.
 
     deqdet-check-data TRAIN.json IMAGES [TEST.json IMAGES ...] [--contact-sheet FILE.png] [KEY VALUE ...]
-    deqdet-check-data --config-file FILE [KEY VALUE ...]
+    deqdet-check-data --config-file FILE [--draw-augmented FILE.png] [KEY VALUE ...]
+    deqdet-check-data TEST.json IMAGES --draw-results RESULTS.json FILE.png [--threshold S]
 
 The first form checks annotation files in COCO's format, each with the folder of its images; the classes of all are
 matched by name to those of the first. The second form checks the sets that a config's DATASETS.TRAIN and TEST name, as
 a training with it would. The report tells the number of images, the boxes of each class, sizes and aspect ratios of the
 boxes, boxes an image against the model's queries, sizes of the images, and what is left out or put right. Nothing is
 changed in your files. Exit code 1: a set cannot be used, and a line says why.
+
+--draw-augmented shows what the training gets: the first images of a training with this config, after its augmentation,
+with the boxes that are left. --draw-results shows a file of detections in COCO's format, such as
+inference/coco_instances_results.json, beside the ground truth: the images with the most mistakes first.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..data import CheckedSet, draw_contact_sheet, format_report, prepare_datasets
+from ..data import (
+    CheckedSet,
+    draw_contact_sheet,
+    draw_inputs,
+    find_first_inputs,
+    format_report,
+    prepare_datasets,
+)
 from ..engine import UserError, add_config_arguments, exit_on_user_error, load_config, parse_arguments
 from ..engine.configuration import explained_datasets
+from ..measurement.training_report import judge_results, write_worst
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -30,6 +45,10 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     with exit_on_user_error():
         args = parse_arguments(make_parser(), words)
+        if args.images < 1:
+            raise UserError(f"--images must be at least 1, got {args.images}")
+        if args.threshold is not None and not 0 <= args.threshold <= 1:
+            raise UserError(f"--threshold must lie between 0 and 1, got {args.threshold}")
         cfg = load_check_config(args)
         with explained_datasets():
             checked = prepare_datasets(cfg)
@@ -37,7 +56,11 @@ def main(words: Sequence[str] | None = None) -> None:
         for name in names:
             print_report(name, checked.get(name), cfg.MODEL.DEQDET.NUM_QUERIES)
         if args.contact_sheet:
-            write_contact_sheets(names, args.contact_sheet)
+            write_contact_sheets(names, args.contact_sheet, args.images)
+        if args.draw_augmented:
+            write_augmented(cfg, args.draw_augmented, args.images)
+        if args.draw_results:
+            write_results(cfg, *map(Path, args.draw_results), args.images, args.threshold)
 
 
 def load_check_config(args: argparse.Namespace) -> CfgNode:
@@ -71,20 +94,63 @@ def print_report(name: str, checked: CheckedSet | None, num_queries: int) -> Non
         print("(remembered from an earlier check: neither the file nor an image has changed)")
 
 
-def write_contact_sheets(names: Sequence[str], file: Path) -> None:
-    """Write a contact sheet of each set; with several, a set's name is put before the suffix.
+def write_contact_sheets(names: Sequence[str], file: Path, count: int) -> None:
+    """Write a contact sheet of `count` images of each set; with several, a set's name is put before the suffix.
 
     Raises:
         UserError: an image cannot be read, or the file cannot be written.
     """
     for name in names:
         path = file if len(names) == 1 else file.with_name(f"{file.stem}-{name.replace('/', '_')}{file.suffix}")
-        sheet = draw_contact_sheet(DatasetCatalog.get(name), MetadataCatalog.get(name).thing_classes)
-        try:
-            sheet.save(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot write {path}: {error}") from error
+        sheet = draw_contact_sheet(DatasetCatalog.get(name), MetadataCatalog.get(name).thing_classes, count)
+        _save(sheet, path)
         print(f"{path}: images of {name} with their boxes")
+
+
+def write_augmented(cfg: CfgNode, file: Path, count: int) -> None:
+    """Draw the first `count` images that a training of this config gets, after augmentation.
+
+    Raises:
+        UserError: there is no training set, an image cannot be read, or the file cannot be written.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("--draw-augmented: DATASETS.TRAIN is empty, so there is nothing to train on")
+    with explained_datasets():
+        inputs = find_first_inputs(cfg, count)
+    _save(draw_inputs(inputs, MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes, order=cfg.INPUT.FORMAT), file)
+    print(f"{file}: the first {len(inputs)} images of a training, as INPUT.AUGMENTATION {cfg.INPUT.AUGMENTATION} and "
+          f"INPUT.RANDOM_FLIP {cfg.INPUT.RANDOM_FLIP} change them")  # fmt: skip
+
+
+def write_results(cfg: CfgNode, results: Path, file: Path, count: int, threshold: float | None) -> None:
+    """Draw the images with the most mistakes in a file of detections, the worst first.
+
+    Args:
+        results: of the first set of DATASETS.TEST, or else of DATASETS.TRAIN.
+        threshold: the lowest score that counts; None: that of the best F1.
+
+    Raises:
+        UserError: the detections are not of this set, the set has no boxes, or a file cannot be read or written.
+    """
+    name = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN][0]
+    judged = judge_results(results, name, threshold)
+    if judged is None:
+        raise UserError(f"--draw-results: {name} has no boxes to compare the detections with")
+    wrong = sum(1 for judgement in judged.judgements if judgement.error)
+    chosen = "" if threshold is not None else ", that of the best F1"
+    print(f"{results}: {wrong} of {len(judged.judgements)} images have mistakes at a score of "
+          f"{judged.threshold:.2f}{chosen}")  # fmt: skip
+    for path, mistakes in write_worst(judged, file, count):
+        print(f"  {path}: {mistakes}")
+    if wrong:
+        print(f"{file}: ground truth beside detections, the worst image first")
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -92,7 +158,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help="annotation files, each followed by its image folder")
     parser.add_argument(
-        "--contact-sheet", type=Path, metavar="FILE.png", help="write 16 images of each set with their boxes drawn"
+        "--contact-sheet", type=Path, metavar="FILE.png", help="write images of each set with their boxes drawn"
+    )
+    parser.add_argument(
+        "--draw-augmented", type=Path, metavar="FILE.png", help="write training images as the training gets them"
+    )
+    parser.add_argument(
+        "--draw-results", nargs=2, metavar=("RESULTS.json", "FILE.png"), help="write detections beside the ground truth"
+    )
+    parser.add_argument("--images", type=int, default=16, metavar="N", help="images in each picture; default 16")
+    parser.add_argument(
+        "--threshold", type=float, metavar="S", help="lowest score in --draw-results; default that of the best F1"
     )
     add_config_arguments(parser)
     return parser

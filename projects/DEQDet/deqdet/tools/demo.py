@@ -21,7 +21,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..decoders import EquilibriumDecoder
 from ..demo import (
     GIF,
     PLOT,
@@ -34,9 +33,9 @@ from ..demo import (
     plan_video,
     run_video,
 )
-from ..engine import add_config_arguments, exit_on_user_error, load_config, parse_arguments
+from ..engine import add_config_arguments, exit_on_user_error, parse_arguments
 from ..errors import UserError
-from ..predictor import Predictor
+from .trained import add_solver_arguments, load_predictor
 
 EXTRAS = {  # flag: the file's ending, what it shows
     "--refinement-gif": (GIF, "the boxes step by step"),
@@ -70,7 +69,7 @@ def _detect_in_images(args: argparse.Namespace) -> None:
         print(f"error: {fault}", file=sys.stderr)
     count = len(faults)
     if sources:
-        predictor, options = _load(args)
+        predictor, options = load_predictor(args, args.extras)
         demo = ImageDemo(predictor, options)
         if args.output is None:
             demo.show(sources)
@@ -84,26 +83,9 @@ def _detect_in_images(args: argparse.Namespace) -> None:
 
 def _detect_in_video(args: argparse.Namespace) -> None:
     video = open_camera(args.webcam) if args.video_input is None else open_video(args.video_input)
-    predictor, options = _load(args)
+    predictor, options = load_predictor(args, args.extras)
     output = None if args.output is None else plan_video(args.video_input, args.output)
     run_video(predictor, video, output, options)
-
-
-def _load(args: argparse.Namespace) -> tuple[Predictor, dict]:
-    """The detector, and the command line's steps, rtol and solver as it takes them.
-
-    Raises:
-        UserError: it cannot be built or loaded, or has no equilibrium for the flags that need one.
-    """
-    predictor = Predictor.from_config(load_config(args), threshold=args.confidence_threshold)
-    options = {"steps": args.steps, "rtol": args.rtol, "solver": args.solver}
-    flags = [f"--{name}" for name, value in options.items() if value is not None] + args.extras
-    if flags and not predictor.has_equilibrium:
-        raise UserError(
-            f"{', '.join(flags)}: only for MODEL.DEQDET.DECODER {EquilibriumDecoder.__name__}, "
-            f"but this config has {type(predictor.model.decoder).__name__}"
-        )
-    return predictor, predictor.options(**options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,9 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.5, metavar="S", help="lowest score that is shown; default 0.5"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="the most steps; default TEST_STEPS of the config")
-    parser.add_argument("--rtol", type=float, metavar="R", help="stop at this residual; default SOLVER.RTOL")
-    parser.add_argument("--solver", metavar="S", help='"anderson4", "Broyden", "Anderson(history_size=4)", ...')
+    add_solver_arguments(parser)
     for flag, (ending, what) in EXTRAS.items():
         parser.add_argument(
             flag, action="append_const", const=flag, dest="extras", default=[], help=f"write NAME{ending}: {what}"

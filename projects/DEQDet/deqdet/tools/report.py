@@ -1,14 +1,24 @@
-"""Pictures of a trained equilibrium detector: contact sheet, loss curve, residual against the step.
+"""What came of a training, in one page and in pictures.
 
+    deqdet-report --run FOLDER [--images 8] [--steps 25] [KEY VALUE ...]
     deqdet-report --config-file F [--images 8] [--steps 25] [KEY VALUE ...]
 
-reads OUTPUT_DIR/model_final.pth, or the MODEL.WEIGHTS of the command line, or the file of --model, and the run's
-metrics.json, and writes detections.png, loss.png, residual.png and residual.json into OUTPUT_DIR.
+writes into OUTPUT_DIR
+
+- report.md: the AP of each class, what was missed or false, and how to load the model;
+- curves.png: loss and AP against the iteration; loss.png: the loss of each supervised prediction;
+- worst.jpg: the test images with the most mistakes, ground truth beside detections (a file for each test set);
+- detections.png: the first test images in the same way, with the model run anew;
+- residual.png, residual.json: the residual against the step, for a detector with an equilibrium.
+
+The first three are made of what the training and its last evaluation have left in OUTPUT_DIR (metrics.json and
+inference/); with --page-only they are all. The others run OUTPUT_DIR/model_final.pth, or the MODEL.WEIGHTS of the
+command line, or the file of --model. --run FOLDER stands for that OUTPUT_DIR with its own config.yaml.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,11 +26,14 @@ import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..data import build_test_loader
-from ..engine import add_config_arguments, exit_on_user_error, parse_arguments
+from ..data import build_test_loader, prepare_datasets
+from ..detector import DEQDet
+from ..engine import add_config_arguments, exit_on_user_error, load_config, parse_arguments
+from ..engine.configuration import explained_datasets
 from ..errors import UserError
 from ..measurement.plots import contact_sheet, draw_pair, plot_losses, plot_residuals
 from ..measurement.residuals import measure_residuals
+from ..measurement.training_report import write_training_report
 from .trained import load_trained
 
 SHEET_SCORE = 0.3  # detections with a lower score are not drawn
@@ -36,39 +49,75 @@ def make_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--images", type=int, default=8, metavar="N", help="images on the contact sheet; default 8")
+    parser.add_argument("--run", default="", metavar="FOLDER", help="OUTPUT_DIR of a training, for its config.yaml")
+    parser.add_argument("--page-only", action="store_true", help="do not run the model, which may take long")
+    parser.add_argument("--images", type=int, default=8, metavar="N", help="images in each picture; default 8")
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="steps of the residual plot; default 25")
     return parser
 
 
-@torch.no_grad()
 def report(args: argparse.Namespace) -> None:
-    """Draw all pictures into OUTPUT_DIR, and print the median residuals."""
+    """Write the page and all pictures into OUTPUT_DIR, and print the median residuals."""
     if min(args.images, args.steps) < 1:
         raise UserError(f"--images and --steps must be at least 1, got {args.images} and {args.steps}")
+    if args.run:
+        _take_run(args)
+    if args.page_only:
+        cfg = load_config(args)
+        with explained_datasets():
+            prepare_datasets(cfg, eval_only=True)
+        _write_page(Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST, args.images)
+        return
     model, cfg = load_trained(args)
     output, dataset = Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST[0]
-    loader = build_test_loader(cfg, dataset)
-
-    records, metadata = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset)
-    pairs = []
-    for record, batch in zip(records, islice(loader, args.images), strict=False):
-        pairs.append(draw_pair(record, model(batch)[0]["instances"], metadata, width=320, threshold=SHEET_SCORE))
-    contact_sheet(pairs, columns=2, path=output / "detections.png")
+    draw_first(model, build_test_loader(cfg, dataset), dataset, args.images, output / "detections.png")
     pictures = ["detections.png"]
     if (output / "metrics.json").is_file():
         plot_losses(output / "metrics.json", output / "loss.png")
         pictures.append("loss.png")
+    if model.decoder.has_equilibrium:
+        residuals = measure_residuals(model, build_test_loader(cfg, dataset), args.steps)
+        plot_residuals(residuals, output / "residual.png")
+        pictures.append("residual.png")
+        medians = residuals.median(dim=1).values.tolist()
+        (output / "residual.json").write_text(json.dumps({"median_relative_residual": medians}, indent=1))
+        print(f"Median relative residual over {residuals.shape[1]} images of {dataset}:")
+        for step in sorted({1, 2, 5, 10, 15, 20, args.steps}):
+            if step <= args.steps:
+                print(f"  step {step:3d}  {medians[step]:.3e}")
+    print(f"Pictures: {output}/{', '.join(pictures)}")
+    _write_page(output, cfg.DATASETS.TEST, args.images)
 
-    residuals = measure_residuals(model, loader, args.steps)
-    plot_residuals(residuals, output / "residual.png")
-    medians = residuals.median(dim=1).values.tolist()
-    (output / "residual.json").write_text(json.dumps({"median_relative_residual": medians}, indent=1))
-    print(f"Median relative residual over {residuals.shape[1]} images of {dataset}:")
-    for step in sorted({1, 2, 5, 10, 15, 20, args.steps}):
-        if step <= args.steps:
-            print(f"  step {step:3d}  {medians[step]:.3e}")
-    print(f"Pictures: {output}/{', '.join([*pictures, 'residual.png'])}")
+
+def _take_run(args: argparse.Namespace) -> None:
+    """Put the config and the folder of --run in the place of --config-file and OUTPUT_DIR.
+
+    Raises:
+        UserError: --run with a config of its own, or the folder is no training's.
+    """
+    if args.config_file or args.model:
+        raise UserError("--run brings its own config: leave --config-file and --model out")
+    config = Path(args.run, "config.yaml")
+    if not config.is_file():
+        raise UserError(f"--run {args.run}: {config} does not exist: give the OUTPUT_DIR of a training")
+    args.config_file, args.opts = str(config), ["OUTPUT_DIR", args.run, *args.opts]
+
+
+def _write_page(output: Path, datasets: Sequence[str], images: int) -> None:
+    if not output.is_dir():
+        raise UserError(f"OUTPUT_DIR {output} does not exist: give the OUTPUT_DIR of a training")
+    page = write_training_report(output, datasets, num_images=images)
+    print(f"Report: {page}")
+
+
+@torch.no_grad()
+def draw_first(model: DEQDet, loader: Iterable[list[dict]], dataset: str, count: int, path: Path) -> None:
+    """Run the model on the first `count` images of a test set, and draw them beside the ground truth."""
+    records, metadata = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset)
+    pairs = []
+    for record, batch in zip(records, islice(loader, count), strict=False):
+        pairs.append(draw_pair(record, model(batch)[0]["instances"], metadata, width=320, threshold=SHEET_SCORE))
+    contact_sheet(pairs, columns=2, path=path)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
 from ..engine import load_config, setup
 from ..errors import UserError
@@ -41,3 +43,31 @@ def load_trained(args: argparse.Namespace, output: Path | None = None) -> tuple[
     launch = {"eval_only": True, "resume": False, "num_gpus": 1, "num_machines": 1}
     cfg = setup(argparse.Namespace(**{**vars(args), **launch, "opts": opts}))
     return Predictor.from_config(cfg).model, cfg
+
+
+def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --steps, --rtol and --solver; `load_predictor` reads them."""
+    parser.add_argument("--steps", type=int, metavar="N", help="the most steps; default TEST_STEPS of the config")
+    parser.add_argument("--rtol", type=float, metavar="R", help="stop at this residual; default SOLVER.RTOL")
+    parser.add_argument("--solver", metavar="S", help='"anderson4", "Broyden", "Anderson(history_size=4)", ...')
+
+
+def load_predictor(args: argparse.Namespace, extras: Sequence[str] = ()) -> tuple[Predictor, dict]:
+    """The detector, and the command line's steps, rtol and solver as it takes them.
+
+    Args:
+        args: with the flags of `add_config_arguments` and `add_solver_arguments`, and confidence_threshold.
+        extras: further flags of the command line that need an equilibrium.
+
+    Raises:
+        UserError: it cannot be built or loaded, or has no equilibrium for the flags that need one.
+    """
+    predictor = Predictor.from_config(load_config(args), threshold=args.confidence_threshold)
+    options = {"steps": args.steps, "rtol": args.rtol, "solver": args.solver}
+    flags = [f"--{name}" for name, value in options.items() if value is not None] + list(extras)
+    if flags and not predictor.has_equilibrium:
+        raise UserError(
+            f"{', '.join(flags)}: only for MODEL.DEQDET.DECODER {EquilibriumDecoder.__name__}, "
+            f"but this config has {type(predictor.model.decoder).__name__}"
+        )
+    return predictor, predictor.options(**options)

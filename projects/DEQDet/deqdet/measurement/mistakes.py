@@ -1,0 +1,164 @@
+"""Which true boxes of an image a detector missed, and which of its detections are wrong."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from torch import Tensor
+
+from detectron2.structures import Instances, pairwise_ioa, pairwise_iou
+
+LEAST_IOU = 0.5  # between a true box and a detection of it, as for AP50
+NO_CHOICE = 0.5  # the threshold where none is better than another
+
+
+class Outcome(IntEnum):
+    """What became of a true box or of a detection."""
+
+    RIGHT = 0  # a pair of a true box and a detection of its class
+    CONFUSED = 1  # a pair whose classes differ
+    ALONE = 2  # a true box that was missed, or a false detection
+    IGNORED = 3  # a crowd, or a detection within one
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The outcomes in one image, of M true boxes and of the D detections whose score reaches the threshold."""
+
+    truth: Instances  # M: gt_boxes (xyxy, pixels), gt_classes, gt_crowd
+    found: Instances  # D, best first: pred_boxes (xyxy, pixels), scores, pred_classes
+    truth_outcomes: np.ndarray  # (M,)  of Outcome
+    found_outcomes: np.ndarray  # (D,)
+
+    @property
+    def right(self) -> int:
+        """Objects that were found."""
+        return int((self.found_outcomes == Outcome.RIGHT).sum())
+
+    @property
+    def missed(self) -> int:
+        """True boxes without a detection."""
+        return int((self.truth_outcomes == Outcome.ALONE).sum())
+
+    @property
+    def false(self) -> int:
+        """Detections without a true box; second detections of one object are among them."""
+        return int((self.found_outcomes == Outcome.ALONE).sum())
+
+    @property
+    def confused(self) -> int:
+        """Objects that were found as another class."""
+        return int((self.found_outcomes == Outcome.CONFUSED).sum())
+
+    @property
+    def error(self) -> int:
+        """The image's error: missed + false + confused. 0 means that every object was found and nothing else."""
+        return self.missed + self.false + self.confused
+
+    @property
+    def doubt(self) -> float:
+        """By which images of the same error are ordered: the sum of the scores of what is wrong."""
+        wrong = np.isin(self.found_outcomes, (Outcome.ALONE, Outcome.CONFUSED))
+        return float(self.found.scores.numpy()[wrong].sum())
+
+
+def judge(truth: Instances, found: Instances, threshold: float) -> Judgement:
+    """Pair the true boxes of an image with its detections.
+
+    First as COCO's evaluation does at an IoU of 0.5: each detection, the surest first, takes the true box of its own
+    class that it overlaps most and that no surer one has taken. What is then left is paired in the same way whatever
+    its class, so that an object found as another class is one mistake and not two. A detection of which half or more
+    lies within a crowd of its class is neither right nor wrong.
+
+    Args:
+        truth: M boxes, see Judgement; on the CPU.
+        found: detections in any order; those below the threshold are left out.
+        threshold: the lowest score that counts.
+    """
+    found = found[found.scores >= threshold]
+    found = found[found.scores.argsort(descending=True, stable=True)]
+    truths = np.where(truth.gt_crowd.numpy(), Outcome.IGNORED, Outcome.ALONE)
+    outcomes = np.full(len(found), Outcome.ALONE)
+    iou = pairwise_iou(found.pred_boxes, truth.gt_boxes).numpy()  # (D, M)
+    same = found.pred_classes[:, None].numpy() == truth.gt_classes[None].numpy()
+    _pair(np.where(same, iou, 0.0), truths, outcomes, Outcome.RIGHT)
+    crowds = truth.gt_crowd.numpy()
+    covered = pairwise_ioa(truth.gt_boxes, found.pred_boxes).numpy().T >= LEAST_IOU  # of the detection's area
+    outcomes[(outcomes == Outcome.ALONE) & (covered & same & crowds).any(axis=1)] = Outcome.IGNORED
+    _pair(iou, truths, outcomes, Outcome.CONFUSED)
+    return Judgement(truth, found, truths, outcomes)
+
+
+def _pair(iou: np.ndarray, truths: np.ndarray, outcomes: np.ndarray, outcome: Outcome) -> None:
+    """Give each detection that is alone, in their order, the free true box of its highest IoU, in place."""
+    for row in np.nonzero(outcomes == Outcome.ALONE)[0]:
+        free = np.where(truths == Outcome.ALONE, iou[row], 0.0)
+        if free.size and free.max() >= LEAST_IOU:
+            truths[free.argmax()] = outcomes[row] = outcome
+
+
+def judge_all(truths: Sequence[Instances], found: Sequence[Instances], threshold: float) -> list[Judgement]:
+    """`judge` for each image."""
+    return [judge(*pair, threshold) for pair in zip(truths, found, strict=True)]
+
+
+def sort_by_error(judgements: Sequence[Judgement]) -> list[int]:
+    """Indices of the images, the worst first: by error, then by doubt, then in their order."""
+    return sorted(range(len(judgements)), key=lambda i: (-judgements[i].error, -judgements[i].doubt, i))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts of one class, or of all, over the images."""
+
+    boxes: int  # true ones, without crowds
+    right: int
+    missed: int
+    confused: int  # true boxes of this class that were found as another
+    false: int  # detections of this class without a true box; not those that are confused
+
+
+def tally(judgements: Sequence[Judgement], num_classes: int) -> list[Tally]:
+    """The counts of each class."""
+    truth = _count([x.truth.gt_classes for x in judgements], [x.truth_outcomes for x in judgements], num_classes)
+    found = _count([x.found.pred_classes for x in judgements], [x.found_outcomes for x in judgements], num_classes)
+    return [
+        Tally(
+            boxes=int(of_truth[: Outcome.IGNORED].sum()),
+            right=int(of_truth[Outcome.RIGHT]),
+            missed=int(of_truth[Outcome.ALONE]),
+            confused=int(of_truth[Outcome.CONFUSED]),
+            false=int(of_found[Outcome.ALONE]),
+        )
+        for of_truth, of_found in zip(truth, found, strict=True)
+    ]
+
+
+def _count(labels: Sequence[Tensor], outcomes: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
+    """(num_classes, number of outcomes)."""
+    counts = np.zeros((num_classes, len(Outcome)), dtype=int)
+    for of_image, results in zip(labels, outcomes, strict=True):
+        np.add.at(counts, (of_image.numpy(), results), 1)
+    return counts
+
+
+def best_threshold(truths: Sequence[Instances], found: Sequence[Instances]) -> float:
+    """The score, in hundredths, at which F1 = 2 right / (detections + true boxes) over all images is highest.
+
+    Of several equal ones it is the highest. Without a true box or a right detection it is 0.5.
+    """
+    # The pairs of the same class at a threshold are those of threshold 0 whose score reaches it, because surer
+    # detections choose first: so one judgement gives the figures of all thresholds.
+    judged = judge_all(truths, found, threshold=-np.inf)
+    boxes = sum(int((~truth.gt_crowd).sum()) for truth in truths)
+    scores = np.concatenate([x.found.scores.numpy() for x in judged] or [np.zeros(0)])
+    outcomes = np.concatenate([x.found_outcomes for x in judged] or [np.zeros(0, int)])
+    thresholds = np.arange(1, 100) / 100
+    right, count = (
+        (scores[kept][None] >= thresholds[:, None].astype(scores.dtype)).sum(axis=1)
+        for kept in (outcomes == Outcome.RIGHT, outcomes != Outcome.IGNORED)
+    )
+    f1 = 2 * right / np.maximum(count + boxes, 1)
+    return float(thresholds[np.nonzero(f1 == f1.max())[0][-1]]) if f1.max() > 0 else NO_CHOICE
+

@@ -1,0 +1,238 @@
+"""What came of a training, in one page: AP of each class, curves of loss and AP, the images with the most mistakes."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..checkpoints.files import write_text
+from ..data import find_results, read_results, read_truth
+from .mistakes import Judgement, Tally, best_threshold, judge_all, sort_by_error, tally
+from .mistakes_sheet import describe, write_mistakes
+from .plots import plot_curves, read_metrics
+from .tables import format_table, format_value
+
+REPORT, CURVES, MODEL_FILE = "report.md", "curves.png", "model_final.safetensors"
+WORST = 12  # images on the sheet
+_AP = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP@100")
+
+
+@dataclass(frozen=True)
+class SetSummary:
+    """What the report says of one test set."""
+
+    dataset: str
+    results: Mapping[str, float]  # of the boxes: "AP", "AP50", ..., "AP-cat"; 0 to 100. Empty: there are none
+    iteration: int | None  # after how many iterations; None where it is not known
+    images: int = 0
+    tallies: tuple[Tally, ...] = ()  # one for each class; none without detections or labels
+    threshold: float | None = None  # at which the mistakes were counted
+    best_f1: bool = False  # that is the threshold of the best F1
+    sheet: Path | None = None
+    worst: tuple[tuple[str, str], ...] = ()  # file and mistakes of the images on the sheet
+
+
+def write_training_report(
+    output: str | os.PathLike,
+    datasets: Sequence[str],
+    *,
+    results: Mapping[str, Mapping[str, float]] | None = None,
+    num_images: int = WORST,
+    threshold: float | None = None,
+) -> Path:
+    """Write report.md, curves.png and a sheet of the images with the most mistakes into a training's OUTPUT_DIR.
+
+    It reads what the training has written there: metrics.json, the detections of the last evaluation in inference/,
+    and model_final.safetensors. Parts whose files are not there are left out. No model is run. Of several processes,
+    call it on the main one.
+
+    Args:
+        output: OUTPUT_DIR.
+        datasets: the names of the test sets, registered and checked.
+        results: the evaluator's figures of each set, {"set": {"AP": ..., "AP-cat": ...}}; by default those of the last
+            evaluation in metrics.json.
+        num_images: on each sheet.
+        threshold: the lowest score of a detection that counts as a mistake if it is false; by default that of the best
+            F1 on the set, see `mistakes.best_threshold`.
+
+    Returns:
+        The path of report.md.
+
+    Raises:
+        UserError: an image or a file cannot be read, or a file cannot be written.
+    """
+    folder = Path(output)
+    lines = read_metrics(folder / "metrics.json") if (folder / "metrics.json").is_file() else []
+    summaries = []
+    for name in datasets:
+        figures, iteration = find_last_results(lines, name, several=len(datasets) > 1)
+        if results is not None and name in results:
+            figures = dict(results[name])
+        sheet = folder / ("worst.jpg" if len(datasets) == 1 else f"worst-{name.replace('/', '_')}.jpg")
+        summary = SetSummary(name, figures, iteration)
+        summaries.append(_summarize(summary, find_results(folder, name), sheet, num_images, threshold))
+    curves = None
+    if lines:
+        curves = folder / CURVES
+        plot_curves(lines, curves)
+    model_file = folder / MODEL_FILE
+    text = format_report(folder, summaries, lines, curves, model_file if model_file.is_file() else None)
+    write_text(text, folder / REPORT)
+    return folder / REPORT
+
+
+def find_last_results(lines: Sequence[Mapping], dataset: str, *, several: bool) -> tuple[dict[str, float], int | None]:
+    """The figures of the boxes of the last evaluation in metrics.json, without their prefix, and its iteration.
+
+    Args:
+        lines: of metrics.json.
+        several: there is more than one test set; then their names stand before the figures.
+    """
+    prefix = f"{dataset}/bbox/" if several else "bbox/"
+    for line in reversed(lines):
+        figures = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
+        if figures:
+            return figures, line.get("iteration")
+    return {}, None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Detections of a data set against its ground truth."""
+
+    records: list[dict]
+    judgements: list[Judgement]  # one for each record
+    class_names: list[str]
+    threshold: float
+
+
+def judge_results(file: Path, dataset: str, threshold: float | None) -> Judged | None:
+    """Read a file of detections and find the mistakes in it; None for a set without boxes.
+
+    Args:
+        dataset: registered and checked.
+        threshold: the lowest score that counts; None: that of the best F1, see `mistakes.best_threshold`.
+
+    Raises:
+        UserError: as `read_results`.
+    """
+    found = read_results(file, dataset)
+    records = DatasetCatalog.get(dataset)
+    if not any(record.get("annotations") for record in records):
+        return None
+    truths = [read_truth(record) for record in records]
+    threshold = best_threshold(truths, found) if threshold is None else threshold
+    judgements = judge_all(truths, found, threshold)
+    return Judged(records, judgements, list(MetadataCatalog.get(dataset).thing_classes), threshold)
+
+
+def write_worst(judged: Judged, sheet: Path, count: int) -> list[tuple[str, str]]:
+    """Draw the at most `count` images with the most mistakes; without mistakes, no file is left at `sheet`.
+
+    Returns:
+        The files of the images and their mistakes in words, the worst first.
+
+    Raises:
+        UserError: an image cannot be read, or the sheet cannot be written.
+    """
+    judgements = judged.judgements
+    worst = [index for index in sort_by_error(judgements) if judgements[index].error][:count]
+    if not worst:
+        sheet.unlink(missing_ok=True)
+        return []
+    pairs = [judged.records[i] for i in worst], [judgements[i] for i in worst]
+    write_mistakes(*pairs, judged.class_names, sheet, threshold=judged.threshold)
+    return [(judged.records[i]["file_name"], describe(judgements[i])) for i in worst]
+
+
+def _summarize(summary: SetSummary, file: Path | None, sheet: Path, count: int, threshold: float | None) -> SetSummary:
+    """Add the mistakes in the detections of an evaluation, if there are any, to what is known of a test set."""
+    judged = None if file is None else judge_results(file, summary.dataset, threshold)
+    if judged is None:
+        return summary
+    worst = write_worst(judged, sheet, count)
+    return replace(
+        summary,
+        images=len(judged.records),
+        tallies=tuple(tally(judged.judgements, len(judged.class_names))),
+        threshold=judged.threshold,
+        best_f1=threshold is None,
+        sheet=sheet if worst else None,
+        worst=tuple(worst),
+    )
+
+
+def format_report(
+    folder: Path,
+    summaries: Sequence[SetSummary],
+    lines: Sequence[Mapping],
+    curves: Path | None,
+    model_file: Path | None,
+) -> str:
+    """The page in markdown.
+
+    Args:
+        lines: of metrics.json.
+    """
+    title = f"# What came of the training in {folder.resolve().name}"
+    parts = [title, *(_format_set(summary) for summary in summaries)]
+    if curves is not None:
+        losses = [line for line in lines if "total_loss" in line]
+        words = f"Loss and AP while training, in metrics.json: [{curves.name}]({curves.name})."
+        if losses:
+            last = losses[-1]
+            words += f" After {last['iteration'] + 1} iterations the loss is {last['total_loss']:.3f}."
+        parts += ["## Curves", words, f"![curves]({curves.name})"]
+    if model_file is not None:
+        parts += ["## The trained model", f"`{model_file.resolve()}` holds weights, config and class names:"]
+        code = ("from deqdet import Predictor", f'predictor = Predictor.from_file("{model_file.resolve()}")',
+                'found = predictor("image.jpg")')  # fmt: skip
+        parts += ["```python\n" + "\n".join(code) + "\n```"]
+        for summary in summaries:
+            if summary.best_f1:
+                best = f"`threshold={summary.threshold:.2f}` gives the best F1 on {summary.dataset}"
+                parts.append(f"{best}; the Predictor's default is 0.5.")
+    parts += [f"Written on {datetime.now():%Y-%m-%d %H:%M}; `deqdet-report` writes it again."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _format_set(summary: SetSummary) -> str:
+    parts = [f"## {summary.dataset}"]
+    figures = {key: value for key, value in summary.results.items() if math.isfinite(value)}
+    names = MetadataCatalog.get(summary.dataset).thing_classes
+    if figures:
+        when = "" if summary.iteration is None else f", after {summary.iteration} iterations"
+        shown = [key for key in _AP if key in figures]
+        parts.append(f"COCO's box AP of the last evaluation{when}:")
+        parts.append(format_table([shown, [f"{figures[key]:.1f}" for key in shown]], names=0))
+    else:
+        parts.append("There is no AP: the set has no labels, or no evaluation has been written to metrics.json.")
+    of_class = {name: figures.get(f"AP-{name}") for name in names}
+    if len(names) == 1 and of_class[names[0]] is None:  # detectron2 leaves it out
+        of_class[names[0]] = figures.get("AP")
+    if summary.tallies:
+        head = ("class", "AP", "boxes", "found", "missed", "as another class", "false detections")
+        rows = [
+            (name.replace("|", "\\|"), format_value(of_class[name], ".1f"), *map(str, (t.boxes, t.right, t.missed)),
+             str(t.confused), str(t.false))
+            for name, t in zip(names, summary.tallies, strict=True)
+        ]  # fmt: skip
+        parts.append(
+            f"Mistakes in {summary.images} images, at an IoU of 0.5 and counting detections with a score of at least "
+            f"{summary.threshold:.2f}:"
+        )
+        parts.append(format_table([head, *rows], names=1))
+    elif figures:
+        rows = [(name.replace("|", "\\|"), format_value(ap, ".1f")) for name, ap in of_class.items()]
+        parts.append(format_table([("class", "AP"), *rows], names=1))
+    if summary.sheet is not None:
+        parts.append(f"The images with the most mistakes: [{summary.sheet.name}]({summary.sheet.name})")
+        parts.append(f"![mistakes]({summary.sheet.name})")
+        parts.append("\n".join(f"- `{file}`: {mistakes}" for file, mistakes in summary.worst))
+    elif summary.tallies:
+        parts.append("No image has a mistake.")
+    return "\n\n".join(parts)

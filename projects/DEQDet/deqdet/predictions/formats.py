@@ -1,0 +1,95 @@
+"""The files of a finished run: COCO's results, YOLO's labels, CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoints.files import write_text
+from ..demo.files import plan_texts
+from .journal import Done
+
+COCO_NAME, IMAGES_NAME, CSV_NAME = "predictions.json", "images.json", "predictions.csv"
+LABELS_NAME, CLASSES_NAME = "labels", "classes.txt"
+MAIN = {"coco": COCO_NAME, "yolo": LABELS_NAME, "csv": CSV_NAME}  # by which a finished run is known
+_COLUMNS = ("image", "frame", "class_id", "class", "score", "x0", "y0", "x1", "y1")
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """What the files are made of. The lists have one entry for each image or frame, in the same order."""
+
+    folder: Path
+    done: Sequence[Done]
+    paths: Sequence[Path]  # of the images; those of a video's frames are names for text files
+    names: Sequence[str]  # as the files call the images; of a frame, the video
+    frames: Sequence[int | None]  # numbers, beginning at 1; None: an image
+    image_ids: Sequence[int | str]
+    class_names: Sequence[str]
+    category_ids: Sequence[int | str]  # of each class
+    own_ids: bool  # ids that were made up here, and must be written down
+
+
+def write_coco(output: OutputFiles) -> list[Path]:
+    """predictions.json in COCO's result format; and, where ids were made up, images.json that tells whose they are.
+
+    images.json has COCO's format without annotations: pycocotools takes it as the set that predictions.json is of.
+    """
+    results, images = [], []
+    for done, name, frame, number in zip(output.done, output.names, output.frames, output.image_ids, strict=True):
+        for label, score, *box in done.detections:
+            category = output.category_ids[int(label)]
+            results.append({"image_id": number, "category_id": category, "bbox": box, "score": score})
+        if done.size is not None:
+            named = {"file_name": name} if frame is None else {"file_name": f"{name}#{frame}"}
+            images.append({"id": number, **named, "width": done.size[1], "height": done.size[0]})
+    files = [output.folder / COCO_NAME]
+    write_text(json.dumps(results), files[0])
+    if output.own_ids:
+        categories = [
+            {"id": number, "name": name} for number, name in zip(output.category_ids, output.class_names, strict=True)
+        ]
+        files.append(output.folder / IMAGES_NAME)
+        write_text(json.dumps({"info": {}, "images": images, "categories": categories}), files[1])
+    return files
+
+
+def write_yolo(output: OutputFiles) -> list[Path]:
+    """labels/NAME.txt for each image, with a line for each detection: class index, cx, cy, w, h (relative), score.
+
+    classes.txt beside that folder has the class names in the order of the indices. Of images with one name, later ones
+    have _2, _3, ... An image that was skipped has no file.
+    """
+    texts = plan_texts(output.paths, output.folder / LABELS_NAME)
+    for done, path in zip(output.done, texts, strict=True):
+        if done.size is None:
+            continue
+        height, width = done.size
+        lines = [
+            f"{int(label)} {(x + w / 2) / width:.6f} {(y + h / 2) / height:.6f} {w / width:.6f} {h / height:.6f} "
+            f"{score:.6f}\n"
+            for label, score, x, y, w, h in done.detections
+        ]
+        write_text("".join(lines), path)
+    write_text("".join(f"{name}\n" for name in output.class_names), output.folder / CLASSES_NAME)
+    return [output.folder / LABELS_NAME, output.folder / CLASSES_NAME]
+
+
+def write_csv(output: OutputFiles) -> list[Path]:
+    """predictions.csv with a line for each detection: corners in pixels, and the frame where it is one of a video."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for done, name, frame in zip(output.done, output.names, output.frames, strict=True):
+        for label, score, x, y, w, h in done.detections:
+            corners = (f"{value:.3f}" for value in (x, y, x + w, y + h))
+            index = int(label)
+            shown = name.encode(errors="backslashreplace").decode()  # names of files that are not UTF-8
+            writer.writerow([shown, frame, index, output.class_names[index], f"{score:.6f}", *corners])
+    write_text(text.getvalue(), output.folder / CSV_NAME)
+    return [output.folder / CSV_NAME]
+
+
+FORMATS: dict[str, Callable[[OutputFiles], list[Path]]] = {"coco": write_coco, "yolo": write_yolo, "csv": write_csv}

@@ -1,0 +1,114 @@
+"""From images to detections, in batches, with every group of images written down as soon as it is done."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..demo.video import COMPLETE, Video
+from ..errors import UserError, one_line
+from ..predictor import Detections, Predictor
+from .journal import Done, Journal
+from .sources import Source
+
+BATCHES = 4  # in a group: of so many images, those of one padded size share batches
+
+
+def predict_images(
+    predictor: Predictor,
+    sources: Sequence[Source],
+    journal: Journal,
+    options: Mapping[str, Any],
+    *,
+    batch_size: int,
+    skip_broken: bool,
+) -> None:
+    """Detect in all images that the journal does not have yet.
+
+    Args:
+        journal: of these images, with groups of BATCHES * batch_size.
+        options: steps, rtol, solver, threshold, as in a Predictor's call.
+        skip_broken: an image that cannot be read has its line on stderr, and counts as done.
+
+    Raises:
+        UserError: an image cannot be read and is not to be skipped; names it. What was done before is in the journal.
+    """
+    first, group = len(journal.done), BATCHES * batch_size
+    with tqdm(total=len(sources), initial=first, desc="images", unit=" images", disable=None) as bar:
+        for start in range(first, len(sources), group):
+            chunk = sources[start : start + group]
+            states = [source.state() for source in chunk]
+            prepared, faults = _prepare(predictor, chunk, skip_broken)
+            found = iter(predictor.detect(list(prepared.values()), **options, batch_size=batch_size))
+            done = [
+                _to_done(next(found), state) if i in prepared else Done(state, fault=faults[i])
+                for i, state in enumerate(states)
+            ]
+            journal.add(done)
+            bar.update(len(chunk))
+
+
+def predict_video(
+    predictor: Predictor, video: Video, journal: Journal, options: Mapping[str, Any], *, batch_size: int
+) -> None:
+    """Detect in all frames of a video that the journal does not have yet; their numbers begin at 1.
+
+    Raises:
+        UserError: no frame can be read, or the video breaks off; its frames until there are in the journal.
+    """
+    first, group = len(journal.done), BATCHES * batch_size
+    frames = islice(enumerate(video.frames(), start=1), first, None)
+    with tqdm(total=video.length, initial=first, desc=video.name, unit=" frames", disable=None) as bar:
+        for chunk in _chunks(frames, group):
+            try:
+                prepared = [predictor.prepare(frame) for _, frame in chunk]
+                found = predictor.detect(prepared, **options, batch_size=batch_size)
+            except UserError as error:
+                raise UserError(f"{video.name}: {error}") from error
+            journal.add([_to_done(one, [number]) for one, (number, _) in zip(found, chunk, strict=True)])
+            bar.update(len(chunk))
+
+
+def check_video(video: Video, count: int) -> None:
+    """See that as many frames were read as the file announces, about.
+
+    Raises:
+        UserError: there are none, or the video breaks off.
+    """
+    if not count:
+        raise UserError(f"{video.name}: no frame can be read")
+    if video.length is not None and count < COMPLETE * video.length:
+        raise UserError(f"{video.name} breaks off: {count} of its {video.length} frames can be read")
+
+
+def _prepare(
+    predictor: Predictor, chunk: Sequence[Source], skip_broken: bool
+) -> tuple[dict[int, dict], dict[int, str]]:
+    """The model's inputs of the images that can be read, and why others cannot, by their place in the chunk."""
+    prepared, faults = {}, {}
+    for i, source in enumerate(chunk):
+        try:
+            prepared[i] = predictor.prepare(source.path)
+        except UserError as error:
+            if not skip_broken:
+                raise UserError(f"{one_line(error)}; --skip-broken goes on without it") from error
+            faults[i] = one_line(error)
+            tqdm.write(f"error: {faults[i]}", file=sys.stderr)
+    return prepared, faults
+
+
+def _to_done(found: Detections, state: list) -> Done:
+    rows = found.to_coco(0, range(len(found.class_names)))
+    return Done(
+        state,
+        size=tuple(int(side) for side in found.instances.image_size),
+        detections=tuple((row["category_id"], row["score"], *row["bbox"]) for row in rows),
+    )
+
+
+def _chunks(items: Iterator[tuple[int, np.ndarray]], size: int) -> Iterator[list[tuple[int, np.ndarray]]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
