@@ -24,6 +24,7 @@ from ..data import find_class_names
 from ..engine import Trainer, argument_parser, exit_on_user_error, load_weights, parse_arguments, run, setup
 from ..engine.initialization import initialize, prepare_initialization
 from ..engine.own_data import use_own_data
+from ..measurement.training_report import write_training_report
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -55,7 +56,8 @@ def work(args: argparse.Namespace) -> dict | None:
         if args.init and not trainer.checkpointer.has_checkpoint():
             initialize(trainer.model, args.init, find_class_names(cfg), trust_pickle=cfg.MODEL.TRUST_PICKLE)
         results = trainer.train()
-        # The report of the training, deqdet.measurement.training_report, is written here, on the main process.
+        if args.data and comm.is_main_process():
+            print(f"Report: {write_training_report(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)}")
         return results
     model = Trainer.build_model(cfg)
     load_weights(model, cfg, resume=args.resume)
