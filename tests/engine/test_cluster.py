@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from deqdet.engine import UserError, parse_arguments, run
+from deqdet.engine import UserError, launcher, parse_arguments, run
 from deqdet.engine.arguments import add_config_arguments
 from deqdet.engine.cluster import Place, check_alone, find_place, first_host
 from deqdet.tools import compare, convert_checkpoint, evaluate_steps
@@ -121,7 +121,7 @@ def test_an_environment_that_makes_no_sense(environ, message):
         find_place(environ)
 
 
-def never(args):
+def never(*args, **options):
     raise AssertionError("started")
 
 
@@ -132,6 +132,7 @@ def called(args):
 def refusal(monkeypatch, environ, args) -> str:
     for key, value in environ.items():
         monkeypatch.setenv(key, value)
+    monkeypatch.setattr(launcher, "run_joined", never)
     with pytest.raises(SystemExit) as stop:
         run(never, args)
     return str(stop.value)
@@ -145,10 +146,10 @@ def refusal(monkeypatch, environ, args) -> str:
     ["--dist-url", "tcp://127.0.0.1:29500"],
 ])  # fmt: skip
 def test_processes_of_ours_contradict_theirs(toy_config, monkeypatch, environ, flags):
-    launcher = "torchrun" if "RANK" in environ else "srun"
+    name = "torchrun" if "RANK" in environ else "srun"
     message = refusal(monkeypatch, environ, parse(toy_config, *flags))
     assert message.startswith(f"error: {flags[0]} {flags[1]} asks for processes beside the ")
-    assert message.endswith(f"{launcher} has started: leave it out, and let {launcher} start as many as are needed")
+    assert message.endswith(f"{name} has started: leave it out, and let {name} start as many as are needed")
 
 
 def test_restarts_need_resume(toy_config, monkeypatch):
