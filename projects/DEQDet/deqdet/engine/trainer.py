@@ -248,8 +248,9 @@ class Trainer(DefaultTrainer, EndableTrainer):
         """detectron2's hooks with ours in between.
 
         The order matters: seeds come first; BatchNorm's statistics are averaged, and all weights looked at, before a
-        checkpoint or an evaluation uses them; the best checkpoint is chosen after an evaluation; the model file is
-        written at the very end; a signal is obeyed when everything else is done.
+        checkpoint or an evaluation uses them; older checkpoints are deleted after a new one is there; the best
+        checkpoint is chosen after an evaluation; figures are written after everything that has any; the model file is
+        written at the very end; an early end is decided, and a signal obeyed, when everything else is done.
         """
         cfg = self.cfg
         if cfg.TEST.EVALUATOR == "faster-coco-eval":
