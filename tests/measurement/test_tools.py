@@ -72,6 +72,18 @@ def test_a_model_file_gives_the_same_figures_as_its_config_and_checkpoint(traine
     assert f"deqdet-evaluate-steps --model {tmp_path}" in file["command"]
 
 
+def test_a_report_of_a_detector_without_an_equilibrium_has_no_residuals(trained, small_cfg, tmp_path, capsys):
+    cfg = small_cfg("MODEL.DEQDET.DECODER", "StackedDecoder", "MODEL.DEQDET.NUM_LAYERS", 2, "OUTPUT_DIR", str(tmp_path),
+                    "MODEL.DEQDET.NUM_CLASSES", 8, "DATASETS.TRAIN", (), "DATASETS.TEST", ("shapes_seed43_3",),
+                    "INPUT.MIN_SIZE_TEST", 64, "DATALOADER.NUM_WORKERS", 0)  # fmt: skip
+    (tmp_path / "stacked.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model_final.pth")
+    report.main(["--config-file", str(tmp_path / "stacked.yaml"), "--images", "2"])
+    printed = capsys.readouterr().out
+    assert f"Pictures: {tmp_path}/detections.png\nReport: {tmp_path}/report.md\n" in printed
+    assert (tmp_path / "report.md").is_file() and not (tmp_path / "residual.png").exists()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--images", "0"], "--images and --steps must be at least 1, got 0 and 25"),
     (["--steps", "0"], "--images and --steps must be at least 1, got 8 and 0"),
