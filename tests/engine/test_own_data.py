@@ -140,7 +140,7 @@ def test_processes_and_device(animals, monkeypatch, capsys):
     assert args.num_gpus == 1 and capsys.readouterr().out == ""  # rank 0 prints
 
 
-@pytest.mark.parametrize("size", ["quick", "small", "r50"])
+@pytest.mark.parametrize("size", ["quick", "mobilenet", "small", "r50"])
 def test_every_size_gives_a_config_that_can_be_used(size, animals):
     args = arguments(animals, size=size)
     use_own_data(args)

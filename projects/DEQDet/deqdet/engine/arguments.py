@@ -67,7 +67,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-format", default="", choices=list(FORMATS), help="where FOLDER holds several formats")
     parser.add_argument(
         "--size", choices=list(SIZES),
-        help="with --data, the detector: quick (the default) for CPUs, small, or r50, a ResNet-50 for GPUs",
+        help="with --data, the detector: quick (the default) for CPUs, mobilenet, the same on ImageNet's MobileNetV2, "
+        "small, or r50, a ResNet-50 for GPUs",
     )  # fmt: skip
     parser.add_argument(
         "--val-fraction", type=_fraction, metavar="X",

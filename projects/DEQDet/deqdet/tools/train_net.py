@@ -1,6 +1,6 @@
 """Train or evaluate a detector.
 
-    deqdet-train --data FOLDER [--size quick|small|r50] [--init FILE] [--resume | --overwrite] [KEY VALUE ...]
+    deqdet-train --data FOLDER [--size quick|mobilenet|small|r50] [--init FILE] [--resume | --overwrite] [KEY VALUE ...]
     deqdet-train --config-file FILE [--num-gpus N] [--resume | --overwrite] [KEY VALUE ...]
     deqdet-train --config-file FILE --eval-only MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
     deqdet-train --model model_final.safetensors --eval-only [KEY VALUE ...]
