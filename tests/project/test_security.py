@@ -260,6 +260,7 @@ TOOLS: dict[str, Callable[[Path, list[str], list[str]], list[str]]] = {
     "evaluate_steps": lambda good, model, pairs: [*model, "--output", "steps", *pairs],
     "analyze_model": lambda good, model, pairs: [*model, *pairs],
     "report": lambda good, model, pairs: [*model, *pairs],
+    "residual_signal": lambda good, model, pairs: [*model, "--output", "signal", *pairs],
     "compare": lambda good, model, pairs: [model[1], "--output", "compared", *_without("OUTPUT_DIR", pairs)],
     "compare --scale": lambda good, model, pairs: [
         f"{good}/good.yaml", "--scale", model[1], "--output", "compared", *_without("OUTPUT_DIR", pairs)
