@@ -128,8 +128,8 @@ def _notes(report: Report) -> list[str]:
         "residual: ||f(y) - y|| / ||f(y)|| of the whole state at the last step. residual of detections: the same of "
         f"the contents of the queries whose score is at least {CONFIDENT:g}. confidence: the mean score of these "
         "detections. An image without any has the figures of its best one.",
-        "residual given confidence, residual given score: Spearman's partial correlation of the residual with the AP, or "
-        "of the query's residual with being right, given the score: what the residual adds for a user who knows the "
+        "residual given confidence, residual given score: Spearman's partial correlation of the residual with the AP, "
+        "or of the query's residual with being right, given the score: what the residual adds for a user who knows the "
         "scores. 0 is nothing.",
         f"Detections: those with a score of at least {CONFIDENT:g}, right if their IoU with an object of their class "
         f"that no surer one has taken is at least {SAME_OBJECT:g}. The figure is the probability that a right "
