@@ -123,16 +123,21 @@ class TestJudge:
             ((60.0, 0, 80, 20), CUP, 0.4),  # a cup there is wrong
             ((0.0, 0, 40, 40), CUP, 0.2),  # not confident
         ), self.OBJECTS)  # fmt: skip
-        assert verdicts == [True, True, False, False, None, False]
+        assert verdicts == ["right", "right", "double", "class", None, "nothing"]
+
+    def test_a_bad_box(self):
+        """IoU 0.25 with the first cup is near it; IoU 0.0625 is not."""
+        boxes = ((0.0, 0, 20, 20), CUP, 0.9), ((0.0, 0, 10, 10), CUP, 0.8)
+        assert judge(self.found(*boxes), self.OBJECTS) == ["box", "nothing"]
 
     def test_the_surest_takes_the_object(self):
         one = Objects(self.OBJECTS.boxes[:1], self.OBJECTS.classes[:1], self.OBJECTS.crowd[:1])
         loose, exact = ((0.0, 0, 40, 25), CUP, 0.9), ((0.0, 0, 40, 40), CUP, 0.8)
-        assert judge(self.found(loose, exact), one) == [True, False]
+        assert judge(self.found(loose, exact), one) == ["right", "double"]
 
     def test_without_objects_all_are_wrong(self):
         nothing = Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
-        assert judge(self.found(((0.0, 0, 40, 40), CUP, 0.9)), nothing) == [False]
+        assert judge(self.found(((0.0, 0, 40, 40), CUP, 0.9)), nothing) == ["nothing"]
 
 
 class TestRows:
@@ -151,7 +156,7 @@ class TestRows:
         image_residual=column(0.1, 0.1, 0.2, 0.4),
         residual=column(0.01, 0.03, 0.02, 0.5),
         score=column(0.9, 0.5, 0.6, 0.4),
-        right=column(True, False, True, False),
+        verdict=column("right", "class", "right", "nothing"),
     )
     ACCURACY = Accuracy(50.0, 60.0, 50.0, None, None, None)
 
@@ -188,6 +193,9 @@ class TestRows:
         assert everything.separations["residual of detections"].value == 1.0
         assert everything.separations["residual"].value == pytest.approx(2.5 / 4)  # 0.1 = 0.1, 0.1 < 0.4, 0.2 > 0.1 ...
         assert everything.separations["confidence"].value == 1.0
+        cells = {name: (x.count, x.residual) for name, x in everything.verdicts.items()}
+        expected = {"right": (2, 0.015), "class": (1, 0.03), "nothing": (1, 0.5), "double": (0, None), "box": (0, None)}
+        assert cells == {name: (count, pytest.approx(x) if x else None) for name, (count, x) in expected.items()}
         noise = summarize_group("noise", groups["noise"], self.IMAGES, self.DETECTIONS)
         assert noise.images == 3 and noise.separations["confidence"].value is None
 
@@ -279,7 +287,7 @@ class TestTool:
         text = (folder / "residual_signal.md").read_text()
         assert text in capsys.readouterr().out
         assert f"`deqdet-residual-signal --config-file {tmp_path}/small.yaml" in text
-        assert len([line for line in text.splitlines() if line.startswith("| occlusion |")]) == 2 + 4
+        assert len([line for line in text.splitlines() if line.startswith("| occlusion |")]) == 3 + 4
         assert cv2.imread(str(folder / "residual_signal.png")).std() > 5
         assert not list(folder.glob(".unfinished*"))
         first = report["each_image"]

@@ -29,6 +29,9 @@ RESAMPLES = 500  # of the bootstrap
 LEVEL = 0.95  # of its intervals
 # The signals, each turned so that a higher value should mean a better result.
 SIGNALS = ("residual", "residual of detections", "confidence")
+RIGHT = "right"
+VERDICTS = (RIGHT, "double", "class", "box", "nothing")  # see `judge`
+NEAR = 0.1  # the lowest IoU with an object at which a detection is a bad box, not a detection of nothing
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,13 @@ def _objects(annotations: Sequence[dict]) -> Objects:
     )
 
 
-def judge(found: Instances, objects: Objects) -> list[bool | None]:
-    """Say of each confident detection whether it is right.
+def judge(found: Instances, objects: Objects) -> list[str | None]:
+    """Say of each confident detection whether it is right, and what is wrong with it otherwise.
 
     Best first, each takes the object of its class that it overlaps most among those not yet taken, if their IoU is
-    SAME_OBJECT or more, and is right; otherwise it is wrong.
+    SAME_OBJECT or more, and is "right". A wrong one is a "double" if its IoU with an object of its class that is taken
+    is so large, has the wrong "class" if that holds for an object of another class, has a bad "box" if its IoU with any
+    object is NEAR or more, and is a detection of "nothing" otherwise.
 
     Returns:
         One verdict for each; None for a detection that takes no object and lies in a crowd of its class, by COCO's rule
@@ -132,15 +137,22 @@ def judge(found: Instances, objects: Objects) -> list[bool | None]:
     same = sure.pred_classes[:, None] == objects.classes
     # detectron2's IoA divides by the area of the second box.
     inside = pairwise_ioa(Boxes(objects.boxes), sure.pred_boxes).T.where(same & objects.crowd, 0.0)
-    overlaps = pairwise_iou(sure.pred_boxes, Boxes(objects.boxes)).where(same & ~objects.crowd, 0.0)
-    verdicts: list[bool | None] = []
+    overlaps = pairwise_iou(sure.pred_boxes, Boxes(objects.boxes)).where(~objects.crowd, 0.0)
+    free = overlaps.where(same, 0.0)
+    verdicts: list[str | None] = []
     for index in range(len(sure)):
-        best = int(overlaps[index].argmax()) if len(objects.classes) else None
-        if best is not None and overlaps[index, best] >= SAME_OBJECT:
-            overlaps[:, best] = 0.0  # taken
-            verdicts.append(True)
+        best = int(free[index].argmax()) if len(objects.classes) else None
+        if best is not None and free[index, best] >= SAME_OBJECT:
+            free[:, best] = 0.0  # taken
+            verdicts.append(RIGHT)
+        elif (inside[index] >= SAME_OBJECT).any():
+            verdicts.append(None)
+        elif (overlaps[index][same[index]] >= SAME_OBJECT).any():
+            verdicts.append("double")
+        elif (overlaps[index] >= SAME_OBJECT).any():
+            verdicts.append("class")
         else:
-            verdicts.append(None if (inside[index] >= SAME_OBJECT).any() else False)
+            verdicts.append("box" if (overlaps[index] >= NEAR).any() else "nothing")
     return verdicts
 
 
@@ -169,7 +181,12 @@ class DetectionRows:
     image_residual: np.ndarray  # (n,) of the whole state of its image
     residual: np.ndarray  # (n,) of the content of its query
     score: np.ndarray  # (n,)
-    right: np.ndarray  # (n,) bool
+    verdict: np.ndarray  # (n,) one of VERDICTS
+
+    @property
+    def right(self) -> np.ndarray:
+        """(n,) bool."""
+        return self.verdict == RIGHT
 
     def signals(self) -> dict[str, np.ndarray]:
         """The signals by name, turned so that a higher value should mean a right detection."""
@@ -206,24 +223,24 @@ def tabulate_detections(
 ) -> DetectionRows:
     """Judge all confident detections, and put all numbers into columns."""
     rows = [
-        (x.image_id, CONDITIONS.index(x.condition), x.residual, residual, score, right)
+        (x.image_id, CONDITIONS.index(x.condition), x.residual, residual, score, verdict)
         for x in observations
-        for residual, score, right in zip(
+        for residual, score, verdict in zip(
             x.query_residuals.tolist(),
             x.detections[steps].scores.tolist(),  # the confident ones come first
             judge(x.detections[steps], objects[x.image_id]),
             strict=False,
         )
-        if right is not None
+        if verdict is not None
     ]
-    image, condition, image_residual, residual, score, right = zip(*rows, strict=True) if rows else ((),) * 6
+    image, condition, image_residual, residual, score, verdict = zip(*rows, strict=True) if rows else ((),) * 6
     return DetectionRows(
         image=np.array(image, dtype=np.int64),
         condition=np.array(condition, dtype=np.int64),
         image_residual=np.array(image_residual, dtype=np.float64),
         residual=np.array(residual, dtype=np.float64),
         score=np.array(score, dtype=np.float64),
-        right=np.array(right, dtype=bool),
+        verdict=np.array(verdict, dtype=np.str_),
     )
 
 
@@ -234,6 +251,14 @@ class Estimate:
     value: float | None
     low: float | None
     high: float | None
+
+
+@dataclass(frozen=True)
+class VerdictCell:
+    """The detections of one verdict."""
+
+    count: int
+    residual: float | None  # of the content of their queries, median; None if there are none, or it is infinite
 
 
 @dataclass(frozen=True)
@@ -262,6 +287,7 @@ class GroupRow:
     wrong: int
     separations: dict[str, Estimate]  # probability that a right detection has the higher signal than a wrong one
     detection_partial: float | None  # rank correlation of the query's residual with being right, given the score
+    verdicts: dict[str, VerdictCell]
 
 
 def make_groups() -> dict[str, tuple[Condition, ...]]:
@@ -318,7 +344,12 @@ def summarize_group(
         detection_partial=_number(
             correlate_given(-detections.residual[mine], right.astype(float), detections.score[mine])
         ),
+        verdicts={x: _verdict_cell(detections.residual[mine & (detections.verdict == x)]) for x in VERDICTS},
     )
+
+
+def _verdict_cell(residuals: np.ndarray) -> VerdictCell:
+    return VerdictCell(len(residuals), _number(float(np.median(residuals))) if len(residuals) else None)
 
 
 def correlate(signal: np.ndarray, AP: np.ndarray) -> float:

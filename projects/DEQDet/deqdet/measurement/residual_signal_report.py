@@ -15,8 +15,10 @@ from .corruptions import CLEAN, CONDITIONS, CORRUPTIONS
 from .duplicates import CONFIDENT, SAME_OBJECT
 from .residual_signal import (
     LEVEL,
+    NEAR,
     RESAMPLES,
     SIGNALS,
+    VERDICTS,
     ConditionRow,
     DetectionRows,
     Estimate,
@@ -70,6 +72,7 @@ def format_report(report: Report) -> str:
     return "\n\n".join([
         "## Images: does the signal rank them as their AP does?\n\n" + _images_table(report.groups),
         "## Detections: does the signal put right before wrong?\n\n" + _detections_table(report.groups),
+        "## Mistakes: how far have their queries settled?\n\n" + _verdicts_table(report.groups),
         "## Each condition\n\n" + _conditions_table(report.conditions),
         "![AP of images and precision of detections by residual and by confidence](residual_signal.png)",
         "\n".join(f"- {note}" for note in _notes(report)),
@@ -90,6 +93,14 @@ def _detections_table(groups: Sequence[GroupRow]) -> str:
     for row in groups:
         cells = [_format_estimate(row.separations[name], sign="") for name in SIGNALS]
         rows.append([row.name, str(row.right), str(row.wrong), *cells, format_value(row.detection_partial, "+.2f")])
+    return format_table(rows, names=1)
+
+
+def _verdicts_table(groups: Sequence[GroupRow]) -> str:
+    rows = [["conditions", *VERDICTS]]
+    for row in groups:
+        cells = [row.verdicts[name] for name in VERDICTS]
+        rows.append([row.name, *(f"{x.count}: {format_value(x.residual, '.2g')}" if x.count else "0" for x in cells)])
     return format_table(rows, names=1)
 
 
@@ -134,6 +145,9 @@ def _notes(report: Report) -> list[str]:
         f"Detections: those with a score of at least {CONFIDENT:g}, right if their IoU with an object of their class "
         f"that no surer one has taken is at least {SAME_OBJECT:g}. The figure is the probability that a right "
         "detection has the lower residual, or the higher score, than a wrong one; 0.5 says nothing. Interval as above.",
+        "Mistakes: the number of the detections, and the median residual of the content of their queries. double: the "
+        f"object is taken; class: the IoU with an object of another class is at least {SAME_OBJECT:g}; box: the IoU "
+        f"with any object is at least {NEAR:g}; nothing: it is not.",
         "Each condition: medians over the images; rank: the correlation as above, within the condition. Strength of "
         f"{strengths}.",
         f"{date.today().isoformat()}. Command: `{report.command}`",
