@@ -385,7 +385,7 @@ def test_weights_that_last_checkpoint_names(here, good, capsys, make, eval_only)
 @pytest.mark.parametrize("tool", [*LOAD_WEIGHTS, *["compare"] * ("compare" in COMMANDS)])
 def test_a_config_cannot_allow_pickles_itself(here, good, capsys, tool):
     config = config_that_trusts_itself(good)
-    pairs = ["MODEL.WEIGHTS", "evil.pkl"] if tool in ("report", "evaluate_steps") else []
+    pairs = ["MODEL.WEIGHTS", "evil.pkl"] if tool in ("report", "evaluate_steps", "residual_signal") else []
     words = TOOLS[tool](good, ["--config-file", config], [*pairs, "OUTPUT_DIR", "out"])
     refuse(tool, words, f"evil.pkl {REFUSED}", capsys, here)
 
