@@ -14,22 +14,18 @@ from detectron2.structures import Boxes, Instances
 from deqdet.data import mix_seed
 from deqdet.measurement.accuracy import Accuracy
 from deqdet.measurement.corruptions import CONDITIONS, Condition, corrupt
+from deqdet.measurement.rank_statistics import correlate, correlate_given, estimate, separate
 from deqdet.measurement.residual_signal import (
     DetectionRows,
     ImageRows,
-    Objects,
-    correlate,
-    correlate_given,
-    estimate,
-    judge,
     make_groups,
     observe,
-    separate,
     summarize_condition,
     summarize_group,
     tabulate_images,
 )
 from deqdet.measurement.residual_signal_report import deciles
+from deqdet.measurement.verdicts import Objects, judge
 from deqdet.tools import residual_signal
 
 from helpers.engine_toy import IN_PROCESS
@@ -276,7 +272,7 @@ class TestTool:
         return ["--config-file", str(tmp_path / "small.yaml"), "--output", str(tmp_path / "signal")]
 
     def test_end_to_end(self, words, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("deqdet.measurement.residual_signal.RESAMPLES", 20)  # for time
+        monkeypatch.setattr("deqdet.measurement.rank_statistics.RESAMPLES", 20)  # for time
         residual_signal.main([*words, "--limit", "2"])
         folder = tmp_path / "signal"
         report = json.loads((folder / "residual_signal.json").read_text())

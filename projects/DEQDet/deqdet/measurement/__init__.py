@@ -4,8 +4,8 @@
 - `residuals`: how close its iterates come to a fixed point.
 - `timing`: seconds and bytes that it takes for an image.
 - `steps`, `steps_report`: AP, residual and latency against the number of steps, the solver and the tolerance.
-- `residual_signal`, `residual_signal_report`, `corruptions`: whether the residual says how far to trust a result, on
-  clean and on corrupted images.
+- `residual_signal`, `residual_signal_report`: whether the residual says how far to trust a result. `corruptions`,
+  `verdicts` and `rank_statistics` are its parts.
 - `comparison`, `comparison_report`: several configs trained on equal terms, and the table of them.
 - `accuracy`, `plots`, `tables`: COCO's AP, pictures of a training, tables in markdown.
 """

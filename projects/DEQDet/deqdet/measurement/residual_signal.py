@@ -6,32 +6,25 @@ their AP does, for detections whether it puts the right ones before the wrong on
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
-from detectron2.data import DatasetCatalog
-from detectron2.structures import Boxes, BoxMode, Instances, pairwise_ioa, pairwise_iou
+from detectron2.structures import Instances
 
 from ..data import mix_seed
 from ..detector import DEQDet
 from .accuracy import Accuracy, Evaluation
 from .corruptions import BATCHES, CLEAN, CONDITIONS, CORRUPTIONS, Condition, corrupt
-from .duplicates import SAME_OBJECT, count_confident
+from .duplicates import count_confident
+from .rank_statistics import Estimate, correlate, correlate_given, estimate, finite_or_none, separate
+from .verdicts import RIGHT, VERDICTS, Objects, judge
 
-RESAMPLES = 500  # of the bootstrap
-LEVEL = 0.95  # of its intervals
 # The signals, each turned so that a higher value should mean a better result.
 SIGNALS = ("residual", "residual of detections", "confidence")
-RIGHT = "right"
-VERDICTS = (RIGHT, "double", "class", "box", "nothing")  # see `judge`
-NEAR = 0.1  # the lowest IoU with an object at which a detection is a bad box, not a detection of nothing
 
 
 @dataclass(frozen=True)
@@ -96,64 +89,6 @@ def _relative(before: Tensor, after: Tensor) -> Tensor:
 def _finite(residual: float) -> float:
     """The residual, where NaN counts as the largest one."""
     return math.inf if math.isnan(residual) else residual
-
-
-@dataclass(frozen=True)
-class Objects:
-    """The annotated objects of an image."""
-
-    boxes: Tensor  # (M, 4)  xyxy, pixels
-    classes: Tensor  # (M,)
-    crowd: Tensor  # (M,)  bool
-
-
-def read_objects(dataset: str) -> dict[int, Objects]:
-    """The objects of each image of a registered data set, by the image's id."""
-    return {record["image_id"]: _objects(record.get("annotations", ())) for record in DatasetCatalog.get(dataset)}
-
-
-def _objects(annotations: Sequence[dict]) -> Objects:
-    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
-    return Objects(
-        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        classes=torch.tensor([x["category_id"] for x in annotations], dtype=torch.int64),
-        crowd=torch.tensor([bool(x.get("iscrowd", 0)) for x in annotations], dtype=torch.bool),
-    )
-
-
-def judge(found: Instances, objects: Objects) -> list[str | None]:
-    """Say of each confident detection whether it is right, and what is wrong with it otherwise.
-
-    Best first, each takes the object of its class that it overlaps most among those not yet taken, if their IoU is
-    SAME_OBJECT or more, and is "right". A wrong one is a "double" if its IoU with an object of its class that is taken
-    is so large, has the wrong "class" if that holds for an object of another class, has a bad "box" if its IoU with any
-    object is NEAR or more, and is a detection of "nothing" otherwise.
-
-    Returns:
-        One verdict for each; None for a detection that takes no object and lies in a crowd of its class, by COCO's rule
-        that the intersection is then divided by the area of the detection.
-    """
-    sure = found[: count_confident(found)]
-    same = sure.pred_classes[:, None] == objects.classes
-    # detectron2's IoA divides by the area of the second box.
-    inside = pairwise_ioa(Boxes(objects.boxes), sure.pred_boxes).T.where(same & objects.crowd, 0.0)
-    overlaps = pairwise_iou(sure.pred_boxes, Boxes(objects.boxes)).where(~objects.crowd, 0.0)
-    free = overlaps.where(same, 0.0)
-    verdicts: list[str | None] = []
-    for index in range(len(sure)):
-        best = int(free[index].argmax()) if len(objects.classes) else None
-        if best is not None and free[index, best] >= SAME_OBJECT:
-            free[:, best] = 0.0  # taken
-            verdicts.append(RIGHT)
-        elif (inside[index] >= SAME_OBJECT).any():
-            verdicts.append(None)
-        elif (overlaps[index][same[index]] >= SAME_OBJECT).any():
-            verdicts.append("double")
-        elif (overlaps[index] >= SAME_OBJECT).any():
-            verdicts.append("class")
-        else:
-            verdicts.append("box" if (overlaps[index] >= NEAR).any() else "nothing")
-    return verdicts
 
 
 @dataclass(frozen=True)
@@ -245,15 +180,6 @@ def tabulate_detections(
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A statistic with its bootstrap interval. A figure is None where it has no value, as that of equal numbers."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class VerdictCell:
     """The detections of one verdict."""
 
@@ -308,12 +234,13 @@ def summarize_condition(
         corruption=condition.corruption,
         strength=condition.strength,
         accuracy=accuracy,
-        residual=_number(medians[0]),
-        content_residual=_number(medians[1]),
+        residual=finite_or_none(medians[0]),
+        content_residual=finite_or_none(medians[1]),
         confidence=medians[2],
         precision=100 * float(right.mean()) if len(right) else None,
         correlations={
-            name: _number(correlate(signal[known], images.AP[known])) for name, signal in images.signals().items()
+            name: finite_or_none(correlate(signal[known], images.AP[known]))
+            for name, signal in images.signals().items()
         },
     )
 
@@ -337,11 +264,11 @@ def summarize_group(
         name=name,
         images=int(known.sum()),
         correlations=correlations,
-        image_partial=_number(correlate_given(-images.residual[known], AP, images.confidence[known])),
+        image_partial=finite_or_none(correlate_given(-images.residual[known], AP, images.confidence[known])),
         right=int(right.sum()),
         wrong=int((~right).sum()),
         separations=separations,
-        detection_partial=_number(
+        detection_partial=finite_or_none(
             correlate_given(-detections.residual[mine], right.astype(float), detections.score[mine])
         ),
         verdicts={x: _verdict_cell(detections.residual[mine & (detections.verdict == x)]) for x in VERDICTS},
@@ -349,76 +276,4 @@ def summarize_group(
 
 
 def _verdict_cell(residuals: np.ndarray) -> VerdictCell:
-    return VerdictCell(len(residuals), _number(float(np.median(residuals))) if len(residuals) else None)
-
-
-def correlate(signal: np.ndarray, AP: np.ndarray) -> float:
-    """Spearman's rank correlation, -1 to 1; NaN where all values of a column are equal, or there are fewer than two."""
-    if len(AP) < 2:
-        return math.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        return float(stats.spearmanr(signal, AP).statistic)
-
-
-def correlate_given(signal: np.ndarray, AP: np.ndarray, known: np.ndarray) -> float:
-    """Spearman's partial rank correlation of signal and AP, given a signal that is known already.
-
-    It is the correlation of what is left of the ranks of both when the part that is linear in the ranks of `known` has
-    been taken away: (r_sa - r_sk r_ak) / sqrt((1 - r_sk^2) (1 - r_ak^2)).
-    """
-    r_sa, r_sk, r_ak = correlate(signal, AP), correlate(signal, known), correlate(AP, known)
-    left = (1 - r_sk**2) * (1 - r_ak**2)
-    return (r_sa - r_sk * r_ak) / math.sqrt(left) if left > 1e-12 else math.nan
-
-
-def separate(signal: np.ndarray, right: np.ndarray) -> float:
-    """The probability that a right detection has a higher signal than a wrong one, where a tie counts one half.
-
-    It is the area under the ROC curve, by Mann and Whitney's U / (n1 n2): 1 if all right ones come first, 0.5 if the
-    signal says nothing. NaN where there are no right or no wrong ones.
-    """
-    if right.all() or not right.any():
-        return math.nan
-    higher = stats.mannwhitneyu(signal[right], signal[~right], method="asymptotic").statistic
-    return float(higher / (right.sum() * (~right).sum()))
-
-
-def estimate(
-    statistic: Callable[[np.ndarray, np.ndarray], float], image: np.ndarray, *columns: np.ndarray
-) -> Estimate:
-    """A statistic of the rows with its interval by the bootstrap over images.
-
-    Whole images are drawn, with all their conditions and detections, because the rows of one image resemble each other.
-
-    Args:
-        image: (n,) the image of each row.
-        columns: each (n,).
-    """
-    value = statistic(*columns)
-    rows = [np.flatnonzero(image == i) for i in np.unique(image)]
-    if math.isnan(value) or len(rows) < 2:
-        return Estimate(_number(value), None, None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # a resample without a value: no interval
-        interval = stats.bootstrap(
-            (np.arange(len(rows)),),
-            partial(_resampled, statistic, rows, columns),
-            n_resamples=RESAMPLES,
-            confidence_level=LEVEL,
-            method="percentile",
-            vectorized=False,
-            random_state=np.random.default_rng(0),
-        ).confidence_interval
-    return Estimate(value, _number(float(interval.low)), _number(float(interval.high)))
-
-
-def _resampled(
-    statistic: Callable, rows: Sequence[np.ndarray], columns: Sequence[np.ndarray], drawn: np.ndarray
-) -> float:
-    taken = np.concatenate([rows[index] for index in drawn])
-    return statistic(*(column[taken] for column in columns))
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return VerdictCell(len(residuals), finite_or_none(float(np.median(residuals))) if len(residuals) else None)

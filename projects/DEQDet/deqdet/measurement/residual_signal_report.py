@@ -13,19 +13,10 @@ from matplotlib.figure import Figure
 from ..checkpoints.files import replacing, write_text
 from .corruptions import CLEAN, CONDITIONS, CORRUPTIONS
 from .duplicates import CONFIDENT, SAME_OBJECT
-from .residual_signal import (
-    LEVEL,
-    NEAR,
-    RESAMPLES,
-    SIGNALS,
-    VERDICTS,
-    ConditionRow,
-    DetectionRows,
-    Estimate,
-    GroupRow,
-    ImageRows,
-)
+from .rank_statistics import LEVEL, RESAMPLES, Estimate
+from .residual_signal import SIGNALS, ConditionRow, DetectionRows, GroupRow, ImageRows
 from .tables import format_table, format_value
+from .verdicts import NEAR, VERDICTS
 
 BINS = 10  # of the reliability plot: deciles
 LEAST_IN_BIN = 5  # images or detections, so that a mean is more than noise

@@ -24,7 +24,6 @@ from ..measurement.corruptions import CONDITIONS
 from ..measurement.residual_signal import (
     make_groups,
     observe,
-    read_objects,
     summarize_condition,
     summarize_group,
     tabulate_detections,
@@ -32,6 +31,7 @@ from ..measurement.residual_signal import (
 )
 from ..measurement.residual_signal_report import Report, format_report, write_report
 from ..measurement.timing import describe_machine
+from ..measurement.verdicts import read_objects
 from .trained import load_trained
 
 
