@@ -22,6 +22,7 @@ TOOLS = (
     "pretrain_backbone",
     "publish",
     "report",
+    "residual_signal",
 )
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]  # deqdet-export-model and its runner
 

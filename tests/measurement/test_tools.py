@@ -94,7 +94,7 @@ def test_one_line_says_what_is_wrong_with_a_report(trained, arguments, message):
         report.main([*trained["config"], *arguments])
 
 
-@pytest.mark.parametrize("tool", ["analyze_model", "compare", "evaluate_steps", "report"])
+@pytest.mark.parametrize("tool", ["analyze_model", "compare", "evaluate_steps", "report", "residual_signal"])
 def test_the_scripts_are_the_tools(tool):
     done = subprocess.run([sys.executable, str(TOOLS / f"{tool}.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"deqdet-{tool.replace('_', '-')} " in done.stdout

@@ -261,6 +261,7 @@ TOOLS: dict[str, Callable[[Path, list[str], list[str]], list[str]]] = {
     "evaluate_steps": lambda good, model, pairs: [*model, "--output", "steps", *pairs],
     "analyze_model": lambda good, model, pairs: [*model, *pairs],
     "report": lambda good, model, pairs: [*model, *pairs],
+    "residual_signal": lambda good, model, pairs: [*model, "--output", "signal", *pairs],
     "compare": lambda good, model, pairs: [model[1], "--output", "compared", *_without("OUTPUT_DIR", pairs)],
     "compare --scale": lambda good, model, pairs: [
         f"{good}/good.yaml", "--scale", model[1], "--output", "compared", *_without("OUTPUT_DIR", pairs)
@@ -386,7 +387,7 @@ def test_weights_that_last_checkpoint_names(here, good, capsys, make, eval_only)
 @pytest.mark.parametrize("tool", [*LOAD_WEIGHTS, *["compare"] * ("compare" in COMMANDS)])
 def test_a_config_cannot_allow_pickles_itself(here, good, capsys, tool):
     config = config_that_trusts_itself(good)
-    pairs = ["MODEL.WEIGHTS", "evil.pkl"] if tool in ("report", "evaluate_steps") else []
+    pairs = ["MODEL.WEIGHTS", "evil.pkl"] if tool in ("report", "evaluate_steps", "residual_signal") else []
     words = TOOLS[tool](good, ["--config-file", config], [*pairs, "OUTPUT_DIR", "out"])
     refuse(tool, words, f"evil.pkl {REFUSED}", capsys, here)
 

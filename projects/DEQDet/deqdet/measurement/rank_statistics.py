@@ -1,0 +1,95 @@
+"""How well one number ranks another, or separates two kinds, with intervals by the bootstrap over images."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 500  # of the bootstrap
+LEVEL = 0.95  # of its intervals
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its bootstrap interval. A figure is None where it has no value, as that of equal numbers."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def correlate(signal: np.ndarray, AP: np.ndarray) -> float:
+    """Spearman's rank correlation, -1 to 1; NaN where all values of a column are equal, or there are fewer than two."""
+    if len(AP) < 2:
+        return math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return float(stats.spearmanr(signal, AP).statistic)
+
+
+def correlate_given(signal: np.ndarray, AP: np.ndarray, known: np.ndarray) -> float:
+    """Spearman's partial rank correlation of signal and AP, given a signal that is known already.
+
+    It is the correlation of what is left of the ranks of both when the part that is linear in the ranks of `known` has
+    been taken away: (r_sa - r_sk r_ak) / sqrt((1 - r_sk^2) (1 - r_ak^2)).
+    """
+    r_sa, r_sk, r_ak = correlate(signal, AP), correlate(signal, known), correlate(AP, known)
+    left = (1 - r_sk**2) * (1 - r_ak**2)
+    return (r_sa - r_sk * r_ak) / math.sqrt(left) if left > 1e-12 else math.nan
+
+
+def separate(signal: np.ndarray, right: np.ndarray) -> float:
+    """The probability that a right detection has a higher signal than a wrong one, where a tie counts one half.
+
+    It is the area under the ROC curve, by Mann and Whitney's U / (n1 n2): 1 if all right ones come first, 0.5 if the
+    signal says nothing. NaN where there are no right or no wrong ones.
+    """
+    if right.all() or not right.any():
+        return math.nan
+    higher = stats.mannwhitneyu(signal[right], signal[~right], method="asymptotic").statistic
+    return float(higher / (right.sum() * (~right).sum()))
+
+
+def estimate(
+    statistic: Callable[[np.ndarray, np.ndarray], float], image: np.ndarray, *columns: np.ndarray
+) -> Estimate:
+    """A statistic of the rows with its interval by the bootstrap over images.
+
+    Whole images are drawn, with all their conditions and detections, because the rows of one image resemble each other.
+
+    Args:
+        image: (n,) the image of each row.
+        columns: each (n,).
+    """
+    value = statistic(*columns)
+    rows = [np.flatnonzero(image == i) for i in np.unique(image)]
+    if math.isnan(value) or len(rows) < 2:
+        return Estimate(finite_or_none(value), None, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # a resample without a value: no interval
+        interval = stats.bootstrap(
+            (np.arange(len(rows)),),
+            partial(_resampled, statistic, rows, columns),
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            method="percentile",
+            vectorized=False,
+            random_state=np.random.default_rng(0),
+        ).confidence_interval
+    return Estimate(value, finite_or_none(float(interval.low)), finite_or_none(float(interval.high)))
+
+
+def _resampled(
+    statistic: Callable, rows: Sequence[np.ndarray], columns: Sequence[np.ndarray], drawn: np.ndarray
+) -> float:
+    taken = np.concatenate([rows[index] for index in drawn])
+    return statistic(*(column[taken] for column in columns))
+
+
+def finite_or_none(value: float) -> float | None:
+    """The number, or None where it is NaN or infinite, which JSON does not have."""
+    return value if math.isfinite(value) else None
