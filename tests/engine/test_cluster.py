@@ -58,6 +58,13 @@ def test_tasks_per_node_of_the_job_count_where_the_step_has_none():
     assert find_place(step | {"SLURM_NTASKS_PER_NODE": "2"}).local_size == 2
 
 
+def test_two_processes_that_something_starts_as_srun_does():
+    """Without a job there is no script that srun has not started, and one machine only."""
+    environ = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}
+    place = find_place(environ)
+    assert (place.rank, place.world_size, place.local_rank, place.local_size, place.host) == (1, 2, 1, 2, "127.0.0.1")
+
+
 BATCH = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "4"}
 
 

@@ -40,7 +40,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     if "TORCHELASTIC_RUN_ID" in environ or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environ.keys():
         return _checked(_torchrun_place(environ))
     interactive = "SLURM_PTY_PORT" in environ and sys.stdin is not None and sys.stdin.isatty()
-    if "SLURM_PROCID" in environ and _integer(environ, "SLURM_STEP_NUM_TASKS", "1") > 1 and not interactive:
+    if "SLURM_PROCID" in environ and _step_tasks(environ) > 1 and not interactive:
         return _checked(_slurm_place(environ))
     if "RANK" in environ and _integer(environ, "WORLD_SIZE", "1") > 1:
         raise UserError(
@@ -98,15 +98,25 @@ def _torchrun_place(environ: Mapping[str, str]) -> Place:
     )
 
 
+def _step_tasks(environ: Mapping[str, str]) -> int:
+    """The processes of this step; without a job, those that something which imitates srun on one machine has started.
+
+    In the scripts and shells of a real job, SLURM_NTASKS is set as well, but there it is what a step may have.
+    """
+    alone = environ.get("SLURM_NTASKS", "1") if "SLURM_JOB_ID" not in environ else "1"
+    return _integer(environ, "SLURM_STEP_NUM_TASKS", alone)
+
+
 def _slurm_place(environ: Mapping[str, str]) -> Place:
-    world_size = _integer(environ, "SLURM_STEP_NUM_TASKS")
-    local_size = _tasks_per_node(environ)
+    world_size = _step_tasks(environ)
+    local_size = _tasks_per_node(environ) if "SLURM_JOB_ID" in environ else world_size
     local_rank = _integer(environ, "SLURM_LOCALID")
     rank = _integer(environ, "SLURM_PROCID")
     if "SLURM_NODEID" in environ:  # srun's own numbers go round the machines with --distribution=cyclic
         rank = _integer(environ, "SLURM_NODEID") * local_size + local_rank
-    nodes = environ.get("SLURM_STEP_NODELIST") or _text(environ, "SLURM_JOB_NODELIST")
-    host = _LOCAL if local_size == world_size else first_host(nodes)
+    host = _LOCAL
+    if local_size < world_size:
+        host = first_host(environ.get("SLURM_STEP_NODELIST") or _text(environ, "SLURM_JOB_NODELIST"))
     # Two steps that share a machine get ports of their own, below those that the system gives away.
     job, step = _integer(environ, "SLURM_JOB_ID", "0"), _integer(environ, "SLURM_STEP_ID", "0")
     port = 20_000 + (16 * job + step) % 12_000
