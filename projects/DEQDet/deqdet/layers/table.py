@@ -109,7 +109,7 @@ def build_table(
         padded = F.pad(by_group, (0, 0, *[BORDER] * 4))
         rows.append(padded.flatten(2, 3).to(dtype))
         places.append(cells)
-        cells += padded.shape[2] * padded.shape[3]
+        cells = cells + padded.shape[2] * padded.shape[3]  # no +=, since torch.jit's tracer has tensors for sizes
     sizes, depths = [(x.shape[3], x.shape[2]) for x in levels], [math.log2(s) for s in strides]
     lines = [width + 2 * BORDER for width, _ in sizes]
     inverse, half_squares = [1 / s for s in strides], [-0.5 * d * d for d in depths]
