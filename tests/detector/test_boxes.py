@@ -6,10 +6,12 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
 from deqdet.boxes import (
+    BoxGeometry,
     box_sizes,
     decode_boxes,
     embed_position,
     encode_boxes,
+    geometry_exponents,
     pairwise_iof,
     refine_position,
     refine_position_by_deltas,
@@ -101,6 +103,26 @@ def test_one_refinement_by_deltas_enlarges_a_side_6250_times_at_most():
     small = refine_position_by_deltas(position, torch.tensor([[1e4, 0.0, -20.0, -20.0]], dtype=torch.float64))
     assert box_sizes(small)[0].tolist() == pytest.approx([8 * math.exp(-20)] * 2)
     assert small[0, 0].item() == pytest.approx(100 + 1e4 * 4)
+
+
+def test_geometry_by_hand():
+    """A box of 8 x 2 pixels at (50, 20): z = log2 sqrt(16) = 2, r = log2(2 / 8) = -2."""
+    position = torch.tensor([[[50.0, 20.0, 2.0, -2.0]]])
+    found = BoxGeometry.of(position, geometry_exponents())
+    assert found.corners.tolist() == [[[46.0, 19.0, 54.0, 21.0]]]
+    assert found.area.tolist() == [[16.0]]
+    assert found.point_scale.tolist() == [[[8.0, 2.0, 1.0]]]
+    assert found.delta_scale.tolist() == [[[4.0, 4.0, 1.0, 1.0]]]
+    delta = torch.tensor([[[0.5, -0.25, 1.0, 0.5]]])
+    moved = refine_position(position, delta, found.delta_scale)
+    assert moved.tolist() == refine_position(position, delta).tolist() == [[[52.0, 19.0, 3.0, -1.5]]]
+
+
+def test_geometry_is_that_of_the_single_functions():
+    position = random_positions(3, 40)
+    found = BoxGeometry.of(position, geometry_exponents().double())
+    torch.testing.assert_close(found.corners, decode_boxes(position))
+    torch.testing.assert_close(found.area, box_sizes(position).prod(-1))
 
 
 def test_iof_by_hand():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from deqdet.errors import UserError
 from deqdet.layers import RefinementLayer, compile_layer
 from deqdet.structures import Prediction, QueryState
 
@@ -107,3 +108,23 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is(caplog):
 def test_the_key_compiles_f_alone(small_model):
     decoder = small_model("MODEL.DEQDET.COMPILE", True).decoder
     assert decoder.refinement._compiled_call_impl is not None and decoder.initialization._compiled_call_impl is None
+
+
+@torch.no_grad()
+def test_the_whole_detector_compiles(small_model, make_inputs):
+    """With graph breaks where the host reads sizes; the detections are those of the eager detector."""
+    torch._dynamo.reset()
+    model, inputs = small_model("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 1).eval(), strip(make_inputs(0))
+    expected, found = model(inputs), torch.compile(model, backend="eager")(inputs)
+    for one, other in zip(expected, found, strict=True):
+        assert list(one) == list(other) == ["instances", "steps", "residual"]
+        boxes = [x["instances"].pred_boxes.tensor for x in (one, other)]
+        torch.testing.assert_close(*boxes, rtol=0, atol=1e-3)
+        torch.testing.assert_close(one["instances"].scores, other["instances"].scores, rtol=0, atol=1e-5)
+
+
+def test_training_needs_boxes(small_model, make_inputs):
+    """What a detector says that something, such as an exporter, has put back into training mode."""
+    inputs = [*make_inputs(1), *strip(make_inputs(0))]
+    with pytest.raises(UserError, match=r'image 1 of the batch has no "instances" with its boxes: call model.eval\(\)'):
+        small_model().train()(inputs)

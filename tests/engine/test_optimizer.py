@@ -1,5 +1,6 @@
 """Groups, learning rates and decays by name; clipped gradients by hand."""
 
+import io
 import re
 
 import pytest
@@ -13,7 +14,7 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.utils.events import EventStorage
 
 from deqdet import add_deqdet_config
-from deqdet.engine.optimizer import build_optimizer
+from deqdet.engine.optimizer import build_optimizer, has_fused_kernel
 
 
 def make_cfg(**solver):
@@ -186,7 +187,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step():
     assert model["a"].tolist() == [0, 0] and model["b"].tolist() == [0]
 
 
-def test_the_gradient_scaler_is_divided_out_before_clipping():
+@pytest.fixture(params=[False, True], ids=["plain", "fused"])
+def kernel(request, monkeypatch) -> bool:
+    """Torch's fused AdamW, which training uses on GPUs, runs on CPUs too."""
+    monkeypatch.setattr("deqdet.engine.optimizer.has_fused_kernel", lambda devices: request.param)
+    return request.param
+
+
+def test_the_gradient_scaler_is_divided_out_before_clipping(kernel):
     model = two_parameters()
     optimizer = build_optimizer(clipping(), model)
     scaler = GradScaler("cpu", init_scale=1024.0)
@@ -197,9 +205,10 @@ def test_the_gradient_scaler_is_divided_out_before_clipping():
         scaler.step(optimizer)
     assert storage.latest()["grad_norm"][0] == 13.0
     assert model["b"].grad.item() == pytest.approx(12 / 13)
+    assert [group["fused"] for group in optimizer.param_groups] == [kernel or None]
 
 
-def test_an_overflow_of_the_gradient_scaler_is_no_error():
+def test_an_overflow_of_the_gradient_scaler_is_no_error(kernel):
     model = two_parameters()
     optimizer = build_optimizer(clipping(), model)
     scaler = GradScaler("cpu", init_scale=1024.0)
@@ -208,6 +217,40 @@ def test_an_overflow_of_the_gradient_scaler_is_no_error():
     scaler.step(optimizer)
     scaler.update()
     assert model["b"].item() == 0 and scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("devices, fused", [
+    (["cuda:0"], True), (["cuda:0", "cuda:1"], True), (["cpu"], False), (["cuda:0", "cpu"], False), ([], False),
+])  # fmt: skip
+def test_where_adamw_is_fused(devices, fused):
+    assert has_fused_kernel({torch.device(x) for x in devices}) is fused
+
+
+def test_a_resumed_training_goes_on_with_the_kernel_of_its_checkpoint(monkeypatch):
+    """To the bit, whatever the machine would choose for a new training."""
+    torch.manual_seed(0)
+    gradients = [[torch.randn(2), torch.randn(1)] for _ in range(5)]
+
+    def advance(model, optimizer, steps) -> list[float]:
+        for gradient in steps:
+            for parameter, value in zip(model.values(), gradient, strict=True):
+                parameter.grad = value.clone()
+            optimizer.step()
+        return [x for parameter in model.values() for x in parameter.tolist()]
+
+    for fused in (True, False):
+        monkeypatch.setattr("deqdet.engine.optimizer.has_fused_kernel", lambda devices, fused=fused: fused)
+        whole, halves = two_parameters(), two_parameters()
+        expected = advance(whole, build_optimizer(clipping(), whole), gradients)
+        optimizer = build_optimizer(clipping(), halves)
+        advance(halves, optimizer, gradients[:2])
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        monkeypatch.setattr("deqdet.engine.optimizer.has_fused_kernel", lambda devices, fused=fused: not fused)
+        resumed = build_optimizer(clipping(), halves)
+        resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+        assert advance(halves, resumed, gradients[2:]) == expected
+        assert [bool(group["fused"]) for group in resumed.param_groups] == [fused]
 
 
 def test_an_unknown_clip_type_names_the_known_ones():

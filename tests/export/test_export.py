@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -94,6 +95,35 @@ def test_one_graph_agrees_with_pytorch(name, make_predictor, tmp_path):
     assert [path.name for path in exported.files] == ["small.onnx"]
     assert_agree(check_export(exported))
     assert onnx.load(exported.files[0]).opset_import[0].version == 18
+
+
+def test_the_steps_of_one_graph_are_an_input(make_predictor, tmp_path):
+    """With a default, and each weight once, whatever the steps; damping applies between the steps alone."""
+    predictor = make_predictor("MODEL.DEQDET.SOLVER.DAMPING", 0.5)
+    path = export_detector(predictor, tmp_path / "small.onnx", form="one", steps=25).files[0]
+    model = onnx.load(path)
+    assert [node.op_type for node in model.graph.node].count("Loop") == 1
+    loop = next(node for node in model.graph.node if node.op_type == "Loop").attribute[0].g
+    weights = sum(len(x.raw_data) for graph in (model.graph, loop) for x in graph.initializer)
+    assert 0.9 < weights / sum(4 * x.numel() for x in predictor.model.parameters()) < 1.1
+    session = onnxruntime.InferenceSession(str(path))
+    assert [x.name for x in session.get_inputs()] == ["images", "sizes"]
+    assert [x.name for x in session.get_overridable_initializers()] == ["steps"]
+    images = torch.from_numpy(picture(64, 96)).permute(2, 0, 1)[None]
+    inputs = {"images": images.numpy(), "sizes": np.array([[64, 96]])}
+    for steps in (0, 1, 3):
+        boxes, scores, _, residual = session.run(None, inputs | {"steps": np.array(steps)})
+        with torch.no_grad():
+            want = OneGraph(predictor.model, steps, damping=0.5)(images, torch.tensor([[64, 96]]))
+        if steps == 0:  # y_0 is read out by g, which has made it
+            logits = predictor.walk(picture(64, 96), steps=0, record=[0]).trajectory.predict(0).logits
+            want = want[0], logits.sigmoid().flatten().sort(descending=True).values[None], *want[2:]
+        else:
+            np.testing.assert_allclose(boxes, want[0], atol=1e-2)
+        np.testing.assert_allclose(scores, want[1], atol=1e-4)
+        np.testing.assert_allclose(residual, want[3], rtol=1e-2, atol=1e-6)
+    default = session.run(None, inputs)
+    np.testing.assert_array_equal(default[1], session.run(None, inputs | {"steps": np.array(25)})[1])
 
 
 @pytest.mark.parametrize("name", ["DEQ Sparse R-CNN", "RNN Sparse R-CNN"])

@@ -22,8 +22,10 @@ from helpers.paths import ROOT
 
 # Operations whose result's size, or whose Python result, depends on values on the device.
 WAITING = re.compile(r"aten\.(_local_scalar_dense|nonzero|masked_select|_?unique\w*|equal|is_nonzero|bincount)$")
-# Neither of these starts a kernel.
-FREE = re.compile(r"aten\.(empty\w*|new_empty\w*|detach|alias|lift_fresh|_unsafe_view|_reshape_alias|sym_\w+)$")
+# None of these starts a kernel.
+FREE = re.compile(
+    r"aten\.(empty\w*|new_empty\w*|detach|alias|lift_fresh|_unsafe_view|_reshape_alias|sym_\w+|promote_types)$"
+)
 TO_HOST = {"cpu", "numpy", "tolist", "__array__"}
 FACTORIES = {torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.linspace, torch.rand,
              torch.randn, torch.tensor, torch.as_tensor, torch.from_numpy}  # fmt: skip

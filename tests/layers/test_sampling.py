@@ -144,7 +144,8 @@ def test_points_around_a_box_by_hand():
     with torch.no_grad():
         sampling.offsets.bias.copy_(offsets.flatten())
         # w = 8, h = 2: z = log2 sqrt(16) = 2, r = log2(2 / 8) = -2.
-        points = sampling(torch.ones(1, 1, 4), torch.tensor([[[50.0, 20.0, 2.0, -2.0]]]))
+        position, scale = torch.tensor([[[50.0, 20.0, 2.0, -2.0]]]), torch.tensor([[[8.0, 2.0, 1.0]]])
+        points = sampling(torch.ones(1, 1, 4), position, scale)
     expected = torch.tensor([50.0, 20.0, 2.0]) + offsets * torch.tensor([8.0, 2.0, 1.0])
     torch.testing.assert_close(points, expected[None, None], rtol=0, atol=1e-5)
 
@@ -154,7 +155,7 @@ def test_offsets_depend_on_their_own_query():
     with torch.no_grad():
         sampling.offsets.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))
         sampling.offsets.bias.zero_()
-        points = sampling(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.zeros(1, 2, 4))
+        points = sampling(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.zeros(1, 2, 4), torch.ones(1, 2, 3))
     assert points.view(2, 3).tolist() == [[1.0, 0.0, 3.0], [0.0, 2.0, 0.0]]  # boxes of 1 x 1 pixel at 0, 0
 
 

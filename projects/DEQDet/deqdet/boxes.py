@@ -6,6 +6,7 @@ can come out inverted, with x2 < x1.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,17 +16,52 @@ from torch import Tensor
 MAX_LOG_SCALE = math.log(100000 / 16)
 
 
+@dataclass(frozen=True)
+class BoxGeometry:
+    """What the parts of a refinement layer read of its boxes, computed once in a step."""
+
+    corners: Tensor  # (..., 4)  xyxy, pixels
+    area: Tensor  # (...)  w h, square pixels
+    point_scale: Tensor  # (..., 3)  w, h, 1: the units of a sampling point's offset
+    delta_scale: Tensor  # (..., 4)  2^z, 2^z, 1, 1: the units of a refinement, see refine_position
+
+    @classmethod
+    def of(cls, position: Tensor, exponents: Tensor) -> "BoxGeometry":
+        """Compute it for positions (..., 4) cx, cy, z, r; `exponents` is what `geometry_exponents` returns."""
+        z, r = position[..., 2:].split(1, dim=-1)
+        of_z, of_r = exponents
+        # Every number is a power of two of some a z + b r, with 1 = 2^0 among them: one exponential makes them all.
+        powers = torch.addcmul(z * of_z, r, of_r).exp2()  # (..., 8)
+        point_scale, delta_scale, area = powers.split([3, 4, 1], dim=-1)
+        center, sizes = position[..., None, :2], powers[..., None, :2]
+        corners = torch.addcmul(center, sizes, of_r[:2, None])  # of_r begins with -1/2, 1/2
+        return cls(corners.flatten(-2), area.squeeze(-1), point_scale, delta_scale)
+
+
+def geometry_exponents() -> Tensor:
+    """The factors (2, 8) of z and of r in the exponents of BoxGeometry's numbers, for a layer to keep.
+
+    By Eq. 3, w = 2^(z - r / 2), h = 2^(z + r / 2) and w h = 2^(2 z).
+    """
+    return torch.tensor([[1.0, 1, 0, 1, 1, 0, 0, 2], [-0.5, 0.5, 0, 0, 0, 0, 0, 0]])
+
+
 def decode_boxes(position: Tensor) -> Tensor:
     """Convert positions (..., 4) cx, cy, z, r to corners (..., 4) xyxy, by the inverse of Eq. 3."""
-    center, sizes = position[..., None, :2], box_sizes(position)[..., None, :]
-    return torch.addcmul(center, sizes, _halves(position)[:, None]).flatten(-2)  # (..., 2 corners, 2) -> (..., 4)
+    halves = _halves(position)
+    center, sizes = position[..., None, :2], _sizes(position, halves)[..., None, :]
+    return torch.addcmul(center, sizes, halves[:, None]).flatten(-2)  # (..., 2 corners, 2) -> (..., 4)
 
 
 def box_sizes(position: Tensor) -> Tensor:
     """Compute the sides (..., 2), width and height, of positions (..., 4) cx, cy, z, r."""
+    return _sizes(position, _halves(position))
+
+
+def _sizes(position: Tensor, halves: Tensor) -> Tensor:
     z, r = position[..., 2:].split(1, dim=-1)
     # Eq. 3 says 2^z = sqrt(w h) and 2^r = h / w, so that w = 2^(z - r / 2) and h = 2^(z + r / 2).
-    return torch.addcmul(z, r, _halves(position)).exp2()
+    return torch.addcmul(z, r, halves).exp2()
 
 
 def _halves(position: Tensor) -> Tensor:
@@ -47,7 +83,7 @@ def encode_boxes(boxes: Tensor, min_size: float = 1e-3, flipped: bool = False) -
     return torch.cat([torch.lerp(low, high, 0.5), torch.lerp(width, height, 0.5), height - width], dim=-1)
 
 
-def refine_position(position: Tensor, delta: Tensor) -> Tensor:
+def refine_position(position: Tensor, delta: Tensor, scale: Tensor | None = None) -> Tensor:
     """Move boxes as AdaMixer does (Sec. 3.4): cx += d_x 2^z, cy += d_y 2^z, z += d_z, r += d_r.
 
     Since 2^z = sqrt(w h), the shift is relative to the size of the box.
@@ -55,11 +91,16 @@ def refine_position(position: Tensor, delta: Tensor) -> Tensor:
     Args:
         position: (..., 4) cx, cy, z, r.
         delta: (..., 4) d_x, d_y, d_z, d_r, perhaps in a lower precision.
+        scale: (..., 4) 2^z, 2^z, 1, 1, if the caller has computed it. A gradient reaches z through the shift only
+            without it.
 
     Returns:
         (..., 4) cx, cy, z, r.
     """
-    delta, scale = delta.to(position.dtype), position[..., 2:3].exp2()
+    delta = delta.to(position.dtype)
+    if scale is not None:
+        return torch.addcmul(position, delta, scale)
+    scale = position[..., 2:3].exp2()
     center = torch.addcmul(position[..., :2], delta[..., :2], scale)
     return torch.cat([center, position[..., 2:] + delta[..., 2:]], dim=-1)
 
@@ -85,6 +126,16 @@ def refine_position_by_deltas(position: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([center, position[..., 2:] + change], dim=-1)
 
 
+def pairwise_intersection(boxes: Tensor) -> Tensor:
+    """Compute the areas (B, N, N), in square pixels, in which boxes (B, N, 4) xyxy overlap each other."""
+    # (2 corners, 2 axes, B, N): the axes first, and the loops over boxes contiguous.
+    corners = boxes.unflatten(-1, (2, 2)).movedim((-2, -1), (0, 1))
+    # On each axis the overlap begins and ends at the corners of box j, moved into box i.
+    start, end = corners[..., None, :].clamp(corners[0, ..., None], corners[1, ..., None])  # (2, B, N_i, N_j) each
+    width, height = end - start
+    return width * height
+
+
 def pairwise_iof(boxes: Tensor, min_area: float = 1e-6) -> Tensor:
     """Compute the intersection over foreground (IoF) of all pairs of boxes (AdaMixer, Sec. 3.4).
 
@@ -98,13 +149,8 @@ def pairwise_iof(boxes: Tensor, min_area: float = 1e-6) -> Tensor:
     Returns:
         (B, N, N).
     """
-    low, high = boxes.movedim(-1, 0).split(2)  # (2, B, N): the two axes first, and the loops over boxes contiguous
-    width, height = torch.minimum(high[..., :, None], high[..., None, :]).sub(
-        torch.maximum(low[..., :, None], low[..., None, :])
-    ).clamp(min=0)  # (B, N, N) each, of the overlaps
-    sides = high - low
-    area = sides[0] * sides[1]  # (B, N)
-    return width * height / area.clamp(min=min_area)[:, :, None]
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)  # (B, N)
+    return pairwise_intersection(boxes) / area.clamp(min=min_area)[:, :, None]
 
 
 def embed_position(

@@ -15,6 +15,7 @@ from detectron2.structures import ImageList, Instances
 from .criterion import Criterion, mean_matches
 from .decoders import Decoder, Trajectory, build_decoder
 from .equilibrium import Solver
+from .errors import UserError
 from .inference import make_detections
 from .layers import compile_layer
 from .queries import InitialQueries
@@ -152,9 +153,17 @@ class DEQDet(nn.Module):
 
         Returns:
             In training the weighted losses, to be summed. At test time, see `infer`.
+
+        Raises:
+            UserError: an image without "instances" in training.
         """
         if not self.training:
             return self.infer(batched_inputs)
+        if missing := [i for i, x in enumerate(batched_inputs) if "instances" not in x]:
+            raise UserError(
+                f'the model is in training mode, but image {missing[0]} of the batch has no "instances" with its '
+                "boxes: call model.eval() to detect"
+            )
         # All that comes from the host is on its way before the backbone starts, so that nothing waits for it later.
         targets = Targets.from_instances([x["instances"] for x in batched_inputs], self.device)
         features, initial = self.encode(self.preprocess(batched_inputs))

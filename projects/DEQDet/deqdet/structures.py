@@ -12,9 +12,14 @@ from detectron2.structures import Instances
 
 # pack() divides cx, cy by the first and z, r by the second number. In pixels, the centers of the boxes would outweigh
 # all else in a norm over the whole state, and so in the residual that decides when to stop. Powers of two, so that the
-# division and its undoing are exact; Python numbers, since a new tensor would have to be copied to the device.
+# division and its undoing are exact.
 CENTER_UNIT = 1024.0
 SCALE_UNIT = 8.0
+
+
+def packing_units(device: torch.device) -> Tensor:
+    """(4,) float32, the units of a packed position, made where they are needed, so that nothing is copied there."""
+    return torch.where(torch.arange(4, device=device) < 2, CENTER_UNIT, SCALE_UNIT)
 
 
 class PreparedFeatures(Sequence[Tensor]):
@@ -86,27 +91,31 @@ class QueryState:
         """Join states along their rows."""
         return cls(torch.cat([x.position for x in states]), torch.cat([x.content for x in states]))
 
-    def pack(self) -> Tensor:
+    def pack(self, units: Tensor | None = None) -> Tensor:
         """The state as the solvers take it: a flat vector for each row, (B, N * (4 + C)), positions in packing units.
 
         CENTER_UNIT and SCALE_UNIT make the four numbers of a position no larger than a content's entries, which a
         LayerNorm keeps near 1. They decide how much a moving box adds to a relative residual, and so what a tolerance
         means: a box that moves by 10 pixels counts as much as a content that changes by 0.01 in one entry. A content
         has many more entries, so that the residual of the whole state is nearly that of the content.
+
+        Args:
+            units: what `packing_units` returns, if the caller has kept it.
         """
-        center, scale = self.position.split(2, dim=2)
-        return torch.cat([center / CENTER_UNIT, scale / SCALE_UNIT, self.content], dim=2).flatten(1)
+        units = packing_units(self.position.device).to(self.position.dtype) if units is None else units
+        return torch.cat([self.position / units, self.content], dim=2).flatten(1)
 
     @classmethod
-    def unpack(cls, flat: Tensor, num_queries: int) -> "QueryState":
+    def unpack(cls, flat: Tensor, num_queries: int, units: Tensor | None = None) -> "QueryState":
         """The inverse of `pack`.
 
         Args:
             flat: (B, num_queries * (4 + C)).
+            units: see `pack`.
         """
+        units = packing_units(flat.device).to(flat.dtype) if units is None else units
         rows = flat.unflatten(1, (num_queries, -1))
-        center, scale, content = rows.split([2, 2, rows.shape[2] - 4], dim=2)
-        return cls(torch.cat([center * CENTER_UNIT, scale * SCALE_UNIT], dim=2), content)
+        return cls(rows[..., :4] * units, rows[..., 4:])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from detectron2.layers import ShapeSpec
 from ..equilibrium import FixedPointIteration, Map, Phantom, Solver, solve
 from ..layers import RefinementLayer, build_refinement_layer
 from ..perturbation import Perturbation
-from ..structures import Decoded, Features, Prediction, QueryState, select_images
+from ..structures import Decoded, Features, Prediction, QueryState, packing_units, select_images
 from .base import DECODER_REGISTRY, Decoder, Execution, prepare_features, run_layers
 from .solvers import build_solver
 from .trajectory import Trajectory
@@ -140,15 +140,23 @@ class EquilibriumDecoder(Decoder):
         """y_0 = g(x, y_0-) (Eq. 7); without a g, the initial queries themselves."""
         return initial if self.initialization is None else self.initialization(initial, features)
 
-    def packed_refinement(self, features: Features, num_queries: int) -> Map:
+    def packed_refinement(
+        self, features: Features, num_queries: int, perturbation: Perturbation | None = None
+    ) -> Map:
         """f as a map of packed states, (S * B, N * (4 + C)) for the features of B images, prepared or not.
 
         The position is detached first, as between any two layers, so that the Jacobian of this map is the content's.
+
+        Args:
+            perturbation: perturbs each state before f.
         """
+        units = packing_units(features[0].device)
 
         def function(flat: Tensor) -> Tensor:
-            state = QueryState.unpack(flat, num_queries).detach_position()
-            return self.refinement.refine_segments(state, features).pack()
+            state = QueryState.unpack(flat, num_queries, units).detach_position()
+            if perturbation is not None:
+                state = perturbation(state)
+            return self.refinement.refine_segments(state, features).pack(units)
 
         return function
 
@@ -244,13 +252,10 @@ class EquilibriumDecoder(Decoder):
         """The states of the solving path at the steps in Omega, perturbed, each (B, N * (4 + C)) packed."""
         kind, steps, num_queries = self.perturbation.kind, self.supervision.steps, start.content.shape[1]
         refine = self.packed_refinement(features, num_queries)
+        perturb_and_refine = self.packed_refinement(features, num_queries, self.perturbation)
 
         def perturb(flat: Tensor) -> Tensor:
             return self.perturbation(QueryState.unpack(flat, num_queries)).pack()
-
-        def perturb_and_refine(flat: Tensor) -> Tensor:
-            state = self.perturbation(QueryState.unpack(flat, num_queries))
-            return self.refinement.refine_segments(state, features).pack()
 
         # Eq. 15, multi-step: noise enters before every application of f, and travels on with the path.
         function = perturb_and_refine if kind == "multi-step" else refine

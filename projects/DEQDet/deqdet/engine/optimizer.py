@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -41,7 +42,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
             scaled_base_lr(cfg), cfg.SOLVER.BASE_LR, cfg.SOLVER.REFERENCE_BATCH, cfg.SOLVER.LR_RULE,
             cfg.SOLVER.IMS_PER_BATCH,
         )  # fmt: skip
-    optimizer = AdamW(parameter_groups(cfg, model))
+    groups = parameter_groups(cfg, model)
+    fused = has_fused_kernel({x.device for group in groups for x in group["params"]})
+    optimizer = AdamW(groups, fused=True if fused else None)
+    # A fused optimizer would take the gradients still multiplied by a GradScaler's scale, and divide within its kernel.
+    # The hooks below need them divided before, as the scaler does for any other optimizer.
+    optimizer._step_supports_amp_scaling = False
     whole = clip.ENABLED and clip.CLIP_TYPE == "full_model"
     optimizer.register_step_pre_hook(GradientClipper(model, clip.CLIP_VALUE if whole else math.inf, clip.NORM_TYPE))
     if clip.ENABLED and not whole:
@@ -60,6 +66,15 @@ def scaled_base_lr(cfg: CfgNode) -> float:
     if solver.LR_RULE == "none":
         return solver.BASE_LR
     return solver.BASE_LR * LR_RULES[solver.LR_RULE](solver.IMS_PER_BATCH / solver.REFERENCE_BATCH)
+
+
+def has_fused_kernel(devices: Collection[torch.device]) -> bool:
+    """Whether AdamW updates parameters on these devices by one kernel for many of them.
+
+    Torch has such a kernel for CPUs too, but there the update is a small part of an iteration, and its other rounding
+    would change what recipes have been measured to give. A resumed training goes on with what its checkpoint names.
+    """
+    return bool(devices) and all(device.type == "cuda" for device in devices)
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:

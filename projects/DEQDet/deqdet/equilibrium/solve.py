@@ -85,7 +85,8 @@ def relative_residual(iterate: Tensor, output: Tensor) -> Tensor:
         (B,) float32, or float64 for a float64 state. It is 0 where y and f(y) are both 0, and very large or inf where
         only f(y) is 0.
     """
-    return _residual(iterate, output)[0]
+    change, size, _ = _norms(iterate, output)
+    return _quotient(change, size, iterate.dtype)
 
 
 def first_below(residuals: Tensor, rtol: float) -> Tensor:
@@ -159,8 +160,8 @@ def solve(
     return results.finish(record)
 
 
-def _residual(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """The relative residual (B,), and whether all entries of f(y) are finite (B,).
+def _norms(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """||f(y) - y|| and ||f(y)|| (B,), up to a common factor, and whether all entries of f(y) are finite (B,).
 
     The squares of float32 numbers cannot overflow in float64. Where the numbers are float64 themselves, or the device
     has no float64, both vectors are divided by the largest entry of f(y) first, which leaves the quotient as it is.
@@ -176,8 +177,13 @@ def _residual(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     else:
         size = torch.linalg.vector_norm(output, dim=1, dtype=wide)
         finite = size < torch.inf  # False for NaN too
-    change = torch.linalg.vector_norm(change, dim=1, dtype=wide)
-    return (change / size.clamp(min=torch.finfo(wide).tiny)).to(dtype), finite
+    return torch.linalg.vector_norm(change, dim=1, dtype=wide), size, finite
+
+
+def _quotient(change: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The relative residual for the norms of _norms and the dtype of the state."""
+    residual = change / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return residual.to(torch.promote_types(dtype, torch.float32))
 
 
 def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
@@ -203,7 +209,7 @@ class _Record:
         self._rtol, self._best, self._with_residuals = rtol, best, residuals
         # Without a tolerance and a choice, what each step found is put together at the end, not in every step.
         self._fixed = rtol == 0 and not best
-        self._found: list[tuple[Tensor, Tensor]] = []  # of each step the residual and usable, (B,) each
+        self._found: list[tuple[Tensor, ...]] = []  # of each step what _norms returns, (B,) each
         self._value = initial
         self._steps = torch.zeros_like(self.active, dtype=torch.int64)
         self._converged = torch.zeros_like(self.active)
@@ -235,12 +241,14 @@ class _Record:
             output: (b, D) f(y).
             proposal: (b, D) what the solver makes of them. A row whose output is not finite stays at its iterate.
         """
-        active = self.active
         if self._with_residuals:
-            residual, finite = _residual(iterate, output)
+            *norms, finite = _norms(iterate, output)
         else:
+            norms = ()
             finite = torch.linalg.vector_norm(output, ord=torch.inf, dim=1) < torch.inf  # False for NaN too
-            residual = self._residual
+        if self._fixed:
+            return self._add_fixed(iterate, output, proposal, (*norms, finite))
+        active, residual = self.active, _quotient(*norms, iterate.dtype)
         taken = usable = active & finite
         if self._application is not None:
             self._application = tuple(
@@ -251,14 +259,22 @@ class _Record:
             taken = usable & ~(residual >= self._get(self._residual_of_value))
         value = torch.where(taken[:, None], output, self._get(self._value))
         self._value = self._put(self._value, value)
-        self.active = usable
-        if self._fixed:
-            self._found.append((residual, usable))
-            if proposal is output:
-                return value  # plain iteration: every iterate is the output before it
-        else:
-            self._add_numbers(active, usable, taken, residual)
+        self._add_numbers(active, usable, taken, residual)
         return torch.where(usable[:, None], proposal, iterate)
+
+    def _add_fixed(self, iterate: Tensor, output: Tensor, proposal: Tensor, found: tuple[Tensor, ...]) -> Tensor:
+        """The same where no row stops by itself, in as few operations as there can be.
+
+        A row whose output is not finite needs no mark: f is applied to the same iterate again, and fails again.
+        """
+        finite = found[-1][:, None]
+        self._found.append(found)
+        if self._application is not None:
+            self._application = iterate, output
+        self._value = torch.where(finite, output, self._value)
+        if proposal is output:
+            return self._value  # plain iteration: every iterate is the output before it
+        return torch.where(finite, proposal, iterate)
 
     def _add_numbers(self, active: Tensor, usable: Tensor, taken: Tensor, residual: Tensor) -> None:
         """Take in the numbers of one step, (b,) each, where some rows may stop before others."""
@@ -274,15 +290,17 @@ class _Record:
 
     def _collect(self) -> None:
         """Put the numbers of a fixed number of steps together."""
-        residuals, usable = (torch.stack(x) for x in zip(*self._found, strict=True))  # (T, B)
-        good = usable.sum(dim=0)  # (B,) steps before the row became non-finite, if it did
+        *norms, finite = (torch.stack(x) for x in zip(*self._found, strict=True))  # (T, B) each
+        residuals = _quotient(*norms, self._value.dtype) if norms else self._residual.expand_as(finite)
+        usable = finite.int().cumprod(dim=0)  # up to the step at which the row became non-finite, if it did
+        good = usable.sum(dim=0)  # (B,)
         self._steps = (good + 1).clamp(max=len(usable))
         rows = torch.arange(len(usable), device=good.device)[:, None]
         # A row that has stopped repeats its last residual.
         self._residuals = list(residuals.gather(0, rows.minimum(self._steps - 1)))
         last = residuals.gather(0, (good - 1).clamp(min=0)[None])[0]
         self._residual_of_value = torch.where(good > 0, last, torch.inf)
-        self._nonfinite = ~self.active
+        self._nonfinite = good < len(usable)
 
     def _get(self, whole: Tensor) -> Tensor:
         """The rows that are computed, of a tensor of all rows."""

@@ -17,7 +17,7 @@ from ..detector import DEQDet
 from ..equilibrium import relative_residual
 from ..errors import UserError
 from ..layers import SparseRCNNLayer
-from ..structures import Prediction, QueryState
+from ..structures import QueryState
 
 # RoIAlign's samples of a box this far from the image, in pixels, are all outside it, where they count as 0.
 OUTSIDE = -1e6
@@ -126,6 +126,49 @@ class Step(nn.Module):
         return output, relative_residual(state, output), prediction.boxes, prediction.logits.sigmoid()
 
 
+class LoopBody(nn.Module):
+    """One step of plain iteration, as OneGraph takes it: what an ONNX Loop repeats."""
+
+    def __init__(self, model: DEQDet, damping: float = 1.0):
+        super().__init__()
+        self.step, self.damping = Step(model), damping
+
+    def forward(
+        self, state: Tensor, boxes: Tensor, scores: Tensor, levels: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Apply f once; where f(y) is not finite, all stays as it was.
+
+        Args:
+            state: (B, D) packed y.
+            boxes, scores: (B, N, 4) and (B, N, K), the read-out of the last finite output.
+            levels: as in Step.forward.
+
+        Returns:
+            The next iterate, boxes and scores in the shapes of the arguments, and the residual of this step (B,).
+        """
+        output, residual, found_boxes, found_scores = self.step(state, levels)
+        usable = output.isfinite().all(dim=1)[:, None]
+        proposal = output if self.damping == 1 else torch.lerp(state, output, self.damping)
+        boxes = torch.where(usable[..., None], found_boxes, boxes)
+        scores = torch.where(usable[..., None], found_scores, scores)
+        return torch.where(usable, proposal, state), boxes, scores, residual
+
+
+class Best(nn.Module):
+    """The best pairs of a query and a class, as inference.top_detections chooses them."""
+
+    def __init__(self, max_detections: int):
+        super().__init__()
+        self.max_detections = max_detections
+
+    def forward(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (B, N, 4) and scores (B, N, K) to boxes (B, M, 4), falling scores (B, M) and classes (B, M)."""
+        queries, classes = scores.shape[1:]
+        scores, indices = scores.flatten(1).topk(min(self.max_detections, queries * classes), dim=1)
+        boxes = boxes.gather(1, (indices // classes)[..., None].expand(-1, -1, 4))
+        return boxes, scores, indices % classes
+
+
 class OneGraph(nn.Module):
     """A whole detector with a fixed number of plain steps, and the best pairs of a query and a class."""
 
@@ -144,7 +187,7 @@ class OneGraph(nn.Module):
         self.backbone, self.in_features, self.queries = model.backbone, model.in_features, model.queries
         self.register_buffer("pixel_mean", model.pixel_mean)
         self.register_buffer("pixel_std", model.pixel_std)
-        self.max_detections, self.damping = model.max_detections, damping
+        self.best, self.damping = Best(model.max_detections), damping
         self.first, self.repeated, self.steps = _layers(model, steps)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -170,18 +213,11 @@ class OneGraph(nn.Module):
             # What is read out is f(y) itself, so that the last step takes no damping.
             last = self.damping == 1 or step == self.steps - 1
             flat = torch.where(usable, output if last else torch.lerp(flat, output, self.damping), flat)
-        return *self._best(layer.predict(self._unpack(flat))), residual
+        prediction = layer.predict(self._unpack(flat))
+        return *self.best(prediction.boxes, prediction.logits.sigmoid()), residual
 
     def _unpack(self, flat: Tensor) -> QueryState:
         return QueryState.unpack(flat, self.queries.content.num_embeddings)
-
-    def _best(self, prediction: Prediction) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and classes of the best pairs, as inference.top_detections chooses them."""
-        queries, classes = prediction.logits.shape[1:]
-        scores = prediction.logits.sigmoid().flatten(1)
-        scores, indices = scores.topk(min(self.max_detections, queries * classes), dim=1)
-        boxes = prediction.boxes.gather(1, (indices // classes)[..., None].expand(-1, -1, 4))
-        return boxes, scores, indices % classes
 
 
 def _layers(model: DEQDet, steps: int | None) -> tuple[nn.ModuleList, nn.ModuleList, int]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from onnx import ModelProto
+from onnx.helper import set_model_props
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
@@ -18,11 +20,13 @@ from ..equilibrium import Anderson, FixedPointIteration
 from ..errors import UserError, one_line
 from ..predictor import Predictor
 from ..version import __version__
-from .graphs import Encoder, OneGraph, Step
+from .graphs import Best, Encoder, LoopBody, OneGraph, Step
+from .loop import CARRIED, join_loop
 
 TARGETS = {"onnx": ".onnx", "torch-export": ".pt2"}
 FORMS = ("one", "two")
 OPSET = 18
+IMAGES = ["images", "sizes"]  # the inputs of a graph that takes images
 NOTES_FILE = "deqdet.json"  # the notes within a .pt2 file
 # In units of the size divisibility: batch, height and width from which the shapes are traced. None is 0 or 1, which
 # torch.export would take for constants.
@@ -69,22 +73,35 @@ def export_detector(
     if form == "one":
         stacked = isinstance(model.decoder, StackedDecoder)
         module = OneGraph(model, None if stacked else notes["steps"], notes["damping"])
-        graphs = ((path, module),)
-        _write_images_graph(module, path, target, notes, unit, ["boxes", "scores", "classes", "residual"])
-        return Exported(target, form, graphs, notes)
+        if target == "onnx" and not stacked:
+            _write_loop(predictor, path, notes)
+        else:
+            program, _ = _trace_images(module, unit)
+            _write(program, path, target, notes, IMAGES, ["boxes", "scores", "classes", "residual"])
+        return Exported(target, form, ((path, module),), notes)
     encoder, step = Encoder(model), Step(model)
     stem = path.name.removesuffix(path.suffix)
     files = [path.with_name(f"{stem}.{part}{path.suffix}") for part in ("encoder", "step")]
     levels = [f"level{i}" for i in range(len(notes["strides"]))]
-    inputs = _write_images_graph(encoder, files[0], target, notes, unit, ["state", "boxes", "scores", *levels])
-    with torch.no_grad():
-        state, _, _, *features = encoder(*inputs)
-    # The sizes of the levels depend on one another, which f does not use: each is free for itself.
-    rows = Dim("batch", min=1)
-    shapes = ({0: rows}, [{0: rows, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} for _ in features])
-    program = _export(step, (state, features), shapes)
+    program, (state, _, _, *features) = _trace_images(encoder, unit)
+    _write(program, files[0], target, notes, IMAGES, ["state", "boxes", "scores", *levels])
+    program = _trace_step(step, [state], features)
     _write(program, files[1], target, notes, ["state", *levels], ["output", "residual", "boxes", "scores"])
     return Exported(target, form, tuple(zip(files, (encoder, step), strict=True)), notes)
+
+
+def _write_loop(predictor: Predictor, path: Path, notes: dict) -> None:
+    """Export encoder, step and read-out, and write them as one graph in which the step is repeated."""
+    model, parts = predictor.model, ["state", "boxes", "scores"]
+    levels = [f"level{i}" for i in range(len(notes["strides"]))]
+    encoder, examples = _trace_images(Encoder(model), notes["size_divisibility"])
+    encoder = _to_onnx(encoder, IMAGES, [*parts, *levels])
+    body = _trace_step(LoopBody(model, notes["damping"]), examples[:3], examples[3:])
+    body = _to_onnx(body, [*parts, *levels], [f"{name}.out" for name in CARRIED])
+    rows = {0: Dim("batch", min=1)}
+    best = _to_onnx(_export(Best(model.max_detections), tuple(examples[1:3]), (rows, rows)), parts[1:],
+                    ["boxes.out", "scores.out", "classes.out"])  # fmt: skip
+    _write_onnx(join_loop(encoder, body, best, notes["steps"]), path, notes)
 
 
 def build_notes(cfg, predictor: Predictor, form: str, steps: int | None) -> dict[str, object]:
@@ -130,10 +147,8 @@ def build_notes(cfg, predictor: Predictor, form: str, steps: int | None) -> dict
     }
 
 
-def _write_images_graph(
-    module: nn.Module, path: Path, target: str, notes: dict, unit: int, outputs: list[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Export and write a graph that takes images, and return the example that it was traced with."""
+def _trace_images(module: nn.Module, unit: int) -> tuple[ExportedProgram, list[torch.Tensor]]:
+    """Trace a module that takes images, and return what it makes of the example that it was traced with."""
     batch, height, width = TRACED
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, height * unit, width * unit), dtype=torch.uint8, generator=generator)
@@ -141,8 +156,16 @@ def _write_images_graph(
     rows = Dim("batch", min=1)
     shapes = ({0: rows, 2: unit * Dim("height", min=1), 3: unit * Dim("width", min=1)}, {0: rows})
     program = _export(module, (images, sizes), shapes)
-    _write(program, path, target, notes, ["images", "sizes"], outputs)
-    return images, sizes
+    with torch.no_grad():
+        return program, list(module(images, sizes))
+
+
+def _trace_step(module: nn.Module, states: list[torch.Tensor], levels: list[torch.Tensor]) -> ExportedProgram:
+    """Trace a module of tensors (B, ...) and of the levels."""
+    # The sizes of the levels depend on one another, which f does not use: each is free for itself.
+    rows = Dim("batch", min=1)
+    shapes = (*({0: rows} for _ in states), [{0: rows, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} for _ in levels])
+    return _export(module, (*states, levels), shapes)
 
 
 def _export(module: nn.Module, inputs: tuple, shapes: tuple) -> ExportedProgram:
@@ -155,13 +178,16 @@ def _export(module: nn.Module, inputs: tuple, shapes: tuple) -> ExportedProgram:
 
 
 def _write(program: ExportedProgram, path: Path, target: str, notes: dict, inputs: list, outputs: list) -> None:
-    texts = {key: json.dumps(value) for key, value in notes.items()}
     if target == "torch-export":
         with replacing(path) as file, _quiet():
             torch.export.save(program, file, extra_files={NOTES_FILE: json.dumps(notes)})
-        return
+    else:
+        _write_onnx(_to_onnx(program, inputs, outputs), path, notes)
+
+
+def _to_onnx(program: ExportedProgram, inputs: list[str], outputs: list[str]) -> ModelProto:
     with torch.no_grad(), _quiet():
-        onnx = torch.onnx.export(
+        return torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
@@ -169,11 +195,13 @@ def _write(program: ExportedProgram, path: Path, target: str, notes: dict, input
             input_names=inputs,
             output_names=outputs,
             verbose=False,
-        )
-        onnx.model.metadata_props.update(texts)
-        data = onnx.model_proto.SerializeToString()
+        ).model_proto
+
+
+def _write_onnx(model: ModelProto, path: Path, notes: dict) -> None:
+    set_model_props(model, {key: json.dumps(value) for key, value in notes.items()})
     with replacing(path) as file:
-        file.write(data)
+        file.write(model.SerializeToString())
 
 
 @contextmanager

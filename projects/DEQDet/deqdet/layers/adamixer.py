@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
-from ..boxes import decode_boxes, refine_position
+from ..boxes import BoxGeometry, decode_boxes, geometry_exponents, refine_position
 from ..structures import Features, Prediction, QueryState
 from .attention import PositionalAttention
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
@@ -57,6 +57,7 @@ class AdaMixerLayer(RefinementLayer):
             if dim % divisor:
                 raise ValueError(f"the hidden dimension {dim} is not a multiple of the {divisor} {name}")
         self.strides = list(strides)
+        self.register_buffer("exponents", geometry_exponents(), persistent=False)
         self.attention = PositionalAttention(dim=dim, num_heads=num_heads)
         self.attention_norm = nn.LayerNorm(dim)
         self.points = SamplingPoints(dim=dim, num_groups=num_groups, num_points=num_points)
@@ -104,11 +105,15 @@ class AdaMixerLayer(RefinementLayer):
     def forward(self, state: QueryState, features: Features) -> QueryState:
         """See RefinementLayer.forward. Steps with a gradient, and features that were not prepared, take longer."""
         position = state.position.detach()  # only the last line passes gradient to the given position
-        content = self.attention_norm(self.attention(state.content, position))
-        samples = self._sample(features, self.points(content, position))
+        geometry = BoxGeometry.of(position, self.exponents)
+        content = self.attention(state.content, position, geometry.corners, geometry.area)
+        content = self.attention_norm(content)
+        samples = self._sample(features, self.points(content, position, geometry.point_scale))
         content = self.mixing_norm(content + self.mixing(content, samples))
         content = self.feedforward_norm(content + self.feedforward(content))
-        return QueryState(refine_position(state.position, self.box_branch(content)), content)
+        # Learned initial boxes get a gradient through the size of their shift too, which the geometry does not pass on.
+        scale = None if state.position.requires_grad else geometry.delta_scale
+        return QueryState(refine_position(state.position, self.box_branch(content), scale), content)
 
     def _sample(self, features: Features, points: Tensor) -> Tensor:
         # The backward pass of the gather sorts the rows of all bags, which takes longer than grid_sample's.

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..boxes import decode_boxes, embed_position, embedding_waves, pairwise_iof
+from ..boxes import embed_position, embedding_waves, pairwise_intersection
+
+# Added to the IoF, it gives boxes that do not meet a finite bias: an infinite one could leave a query with no box to
+# attend to.
+SMALLEST_OVERLAP = 1e-7
+SMALLEST_AREA = 1e-6  # of a box to divide by, square pixels
 
 
 class SelfAttention(nn.MultiheadAttention):
@@ -61,13 +66,16 @@ class PositionalAttention(nn.Module):
         if overlap:
             self.iof_scale = nn.Parameter(torch.empty(num_heads))  # (heads,)  tau
             nn.init.uniform_(self.iof_scale, 0, 4)
+            self.register_buffer("smallest_overlap", torch.tensor(SMALLEST_OVERLAP), persistent=False)
         nn.init.xavier_uniform_(self.attention.out_proj.weight)
 
-    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor, boxes: Tensor, area: Tensor) -> Tensor:
         """
         Args:
             content: (B, N, C).
             position: (B, N, 4) cx, cy, z, r.
+            boxes: (B, N, 4) the same boxes as xyxy, pixels.
+            area: (B, N) their areas, square pixels.
 
         Returns:
             (B, N, C): content + embedded position + the result of the attention.
@@ -75,11 +83,11 @@ class PositionalAttention(nn.Module):
         embedded = content
         if self.embed:
             embedded = content + embed_position(position, content.shape[2], waves=(self.frequency, self.phase))
-        bias = None if self.iof_scale is None else self._overlap_bias(position)
+        bias = None if self.iof_scale is None else self._overlap_bias(boxes, area)
         return embedded + self.attention(embedded, bias)
 
-    def _overlap_bias(self, position: Tensor) -> Tensor:
-        """(B, heads, N, N)."""
-        # 1e-7 gives boxes that do not meet a finite bias: an infinite one could leave a query with no box to attend to.
-        overlap = (pairwise_iof(decode_boxes(position)) + 1e-7).log()  # (B, N, N)
+    def _overlap_bias(self, boxes: Tensor, area: Tensor) -> Tensor:
+        """tau_h log(IoF + 1e-7), (B, heads, N, N)."""
+        area = area.clamp(min=SMALLEST_AREA)[:, :, None]
+        overlap = torch.addcdiv(self.smallest_overlap, pairwise_intersection(boxes), area).log()  # (B, N, N)
         return self.iof_scale[:, None, None] * overlap[:, None]

@@ -34,7 +34,8 @@ def pool_regions(table: PyramidTable, boxes: Tensor, side: int, ratio: int) -> T
     """
     level = _level(table, boxes)  # (R, N)
     size = table.size[level]  # (R, N, 2)
-    low, high = (boxes * table.scale[level][..., None] - 0.5).split(2, dim=2)  # in cells, from the first one's centre
+    # In cells, from the first one's centre.
+    low, high = (boxes * table.scale[0][level][..., None] - 0.5).split(2, dim=2)
     pitch = ((high - low) / side)[..., None, None]  # (R, N, 2, 1, 1)
     cells = torch.arange(side, dtype=boxes.dtype, device=boxes.device)[:, None]
     inner = torch.arange(ratio, dtype=boxes.dtype, device=boxes.device) + 0.5

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..boxes import box_sizes
 from .table import PyramidTable
 
 
@@ -52,20 +51,19 @@ class SamplingPoints(nn.Module):
         else:
             nn.init.uniform_(bias[..., :2], -0.5, 0.5)
 
-    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+    def forward(self, content: Tensor, position: Tensor, scale: Tensor) -> Tensor:
         """
         Args:
             content: (B, N, C).
             position: (B, N, 4) cx, cy, z, r.
+            scale: (B, N, 3) w, h, 1: the learned offsets are relative to the size of the box.
 
         Returns:
             (B, N, G, P, 3): x, y in pixels, and the depth, log2 of pixels.
         """
         offsets = self.offsets(content).unflatten(2, (self.num_groups, self.num_points, 3))
-        center, depth = position[:, :, None, None, :2], position[:, :, None, None, 2:3]
-        size = box_sizes(position)[:, :, None, None]  # (B, N, 1, 1, 2)
-        # (cx + dx w, cy + dy h, z + dz): the learned offsets are relative to the size of the box.
-        return torch.cat([torch.addcmul(center, offsets[..., :2], size), depth + offsets[..., 2:]], dim=-1)
+        # (cx + dx w, cy + dy h, z + dz)
+        return torch.addcmul(position[:, :, None, None, :3], offsets, scale[:, :, None, None])
 
 
 def sample_table(table: PyramidTable, points: Tensor) -> Tensor:
@@ -81,25 +79,21 @@ def sample_table(table: PyramidTable, points: Tensor) -> Tensor:
         (S * B, N, G, P, C / G), in the dtype of the table.
     """
     shape = (len(points) // table.num_images, table.num_images, *points.shape[1:4])  # S, B, N, G, P
-    x_y, depth = points.reshape(-1, 3).t().contiguous().split([2, 1])  # (2, K), (1, K), K = S B N G P
+    points = points.reshape(-1, 3).t().contiguous()  # (3, K), K = S B N G P
     # The square of the depth is the same for all levels, so that the softmax does not need it:
     # -(d - m)^2 / 2 = -d^2 / 2 + m d - m^2 / 2.
-    levels = torch.addcmul(table.half_square[:, None], depth, table.depth[:, None]).softmax(dim=0)  # (L, K)
-    # In cells, from the centre of the first one.
-    cells = torch.addcmul(table.shift, x_y, table.scale[:, None, None])[:, :, None]  # (L, 2, 1, K)
-    low = cells.detach().floor()
-    # The weights of the lower and of the upper cell of each axis.
-    weight = torch.addcmul(table.near[0, :, None], cells - low, table.near[1, :, None])  # (L, 2, 2, K)
-    # To the integers first: of NaN and infinity these are some integer, which the clamp brings into the table.
-    corner = low.to(torch.int32) + table.corner[:, None]  # (L, 2, 2, K)
-    corner = corner.clamp(table.outside, table.size[:, :, None, None])
-    column, line = corner.unflatten(3, shape).unbind(1)  # (L, 2, S, B, N, G, P) each
-    start = table.start[:, None, None, :, None, :, None]  # (L, 1, 1, B, 1, G, 1)
-    index = torch.addcmul(start, column, table.column)[:, None]
-    index = torch.addcmul(index, line[:, :, None], table.line.view(-1, *[1] * 7))  # (L, 2, 2, S, B, N, G, P)
-    weight = (weight[:, 0] * levels[:, None])[:, None] * weight[:, 1][:, :, None]  # (L, 2, 2, K)
+    numbers = torch.addcmul(table.shift[..., None], points[:, None], table.scale[..., None])  # (3, L, K)
+    cells, levels = numbers[:2], numbers[2].softmax(dim=0)  # (2, L, K), (L, K)
+    # The weights of the lower and of the upper cell of each axis, (2, 2 axes, L, K).
+    weight = torch.addcmul(table.near[0], cells.frac(), table.near[1])
+    # A point outside goes to the border, where all that it may read is 0. To the integers first: of NaN and infinity
+    # these are some integer, which the clamp brings into the table.
+    column, line = cells.detach().to(torch.int32).clamp(table.first, table.last[..., None])  # (L, K) each
+    index = torch.addcmul(column, line, table.line[:, None]).unflatten(1, shape)  # (L, S, B, N, G, P)
+    index = index + table.corners[:, :, :, None, :, None, :, None]  # (2, 2, L, S, B, N, G, P)
+    weight = weight[:, None, 1] * (weight[:, 0] * levels)  # (2, 2, L, K)
     bags = [x.view(4 * len(levels), -1).t().contiguous() for x in (index, weight)]  # (K, 4 L) each
-    return table.gather(*bags).view(*points.shape[:4], -1)
+    return table.gather(*bags).view(shape[0] * shape[1], *shape[2:], -1)
 
 
 def sample_pyramid(features: list[Tensor], strides: list[int], points: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from ..boxes import decode_boxes, refine_position_by_deltas
+from ..boxes import box_sizes, decode_boxes, refine_position_by_deltas
 from ..structures import Features, Prediction, QueryState
 from .attention import PositionalAttention, SelfAttention
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
@@ -143,16 +143,17 @@ class SparseRCNNLayer(RefinementLayer):
     def forward(self, state: QueryState, features: Features) -> QueryState:
         """See RefinementLayer.forward. From features that were not prepared, detectron2's ROIPooler pools."""
         position = state.position.detach()
-        regions = self._pool(features, decode_boxes(position))
-        content = self.attention_norm(self._attend(state.content, position))
+        boxes = decode_boxes(position)
+        regions = self._pool(features, boxes)
+        content = self.attention_norm(self._attend(state.content, position, boxes))
         content = self.dynamic_conv_norm(content + self.dynamic_conv(content, regions))
         content = self.feedforward_norm(content + self.feedforward(content))
         return QueryState(refine_position_by_deltas(state.position, self.box_branch(content)), content)
 
-    def _attend(self, content: Tensor, position: Tensor) -> Tensor:
+    def _attend(self, content: Tensor, position: Tensor, boxes: Tensor) -> Tensor:
         """(B, N, C): the content with what it attends to."""
         if self.is_positional:
-            return self.attention(content, position)
+            return self.attention(content, position, boxes, box_sizes(position).prod(-1))
         return content + self.attention(content)
 
     def predict(self, state: QueryState) -> Prediction:

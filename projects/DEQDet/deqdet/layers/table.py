@@ -18,10 +18,13 @@ from torch import Tensor
 
 from ..structures import PreparedFeatures, to_device
 
+# Of cells around each level. A sample reads a cell and the next one, so that two cells keep one outside from the level.
+BORDER = 2
+
 
 @dataclass(frozen=True, eq=False)
 class PyramidTable(PreparedFeatures):
-    """The cells of all levels, channels last, each level with a border of one cell of zeros around it.
+    """The cells of all levels, channels last, each level with a border of BORDER cells of zeros around it.
 
     The border makes it unnecessary to mask: a cell outside a level is moved to the border, where it reads 0. What is
     known of each level stands in small tensors with a value for each level, so that a step handles all levels at once.
@@ -30,19 +33,18 @@ class PyramidTable(PreparedFeatures):
     levels: list[Tensor]  # L times (B, C, H_l, W_l), as the backbone made them
     strides: tuple[int, ...]  # s_l, pixels
     images: Tensor | None  # (b,) int64, the image of each batch row; None: batch row i is image i
-    rows: Tensor  # (B, cells, C)
-    groups: int  # G; a row of the table is read as G rows of C / G channels
-    scale: Tensor  # (L,)  1 / s_l
-    depth: Tensor  # (L,)  log2 s_l
-    half_square: Tensor  # (L,)  -(log2 s_l)^2 / 2
+    rows: Tensor  # (B, G, cells, C / G)
+    # What takes a point (x, y, depth) to level l, as shift + point * scale: to cells from the border's corner, and to
+    # the logarithm of the level's weight up to a term that all levels share.
+    scale: Tensor  # (3, L)  1 / s_l, 1 / s_l, log2 s_l
+    shift: Tensor  # (3, L)  BORDER - 1/2, BORDER - 1/2, -(log2 s_l)^2 / 2
     size: Tensor  # (L, 2)  W_l, H_l, in cells; int32
-    outside: Tensor  # ()  -1, the cell before the first one; int32
-    line: Tensor  # (L,)  G times the cells from one line of a level to the next; int32
-    column: Tensor  # ()  G; int32
+    first: Tensor  # ()  0; int32
+    last: Tensor  # (2, L)  the last cell but one of the border in a line, and in a column; int32
+    line: Tensor  # (L,)  the rows from one line of a level to the next; int32
     start: Tensor  # (L, b, G)  where a group's channels of cell (0, 0) lie in the flattened table; int32
-    corner: Tensor  # (2,)  0, 1; int32
-    shift: Tensor  # ()  -1/2
-    near: Tensor  # (2, 2)  [1, 0], [-1, 1]: the weights of two neighbouring cells, as a + b * fraction
+    corners: Tensor  # (2, 2, L, b, G)  the same for the first two cells of the border's first two lines
+    near: Tensor  # (2, 2, 1, 1, 1)  [1, 0], [-1, 1]: the weights of two neighbouring cells, as a + b * fraction
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -59,12 +61,12 @@ class PyramidTable(PreparedFeatures):
 
     def fits(self, strides: tuple[int, ...], dtype: torch.dtype, groups: int) -> bool:
         """Whether a layer with these strides and groups, which reads this dtype, can use the table."""
-        return (self.strides, self.rows.dtype, self.groups) == (strides, dtype, groups)
+        return (self.strides, self.rows.dtype, self.rows.shape[1]) == (strides, dtype, groups)
 
     def select(self, rows: Tensor) -> "PyramidTable":
         """The same table for some of the batch rows alone; no feature is copied."""
         images = rows if self.images is None else self.images[rows]
-        return replace(self, images=images, start=self.start[:, rows])
+        return replace(self, images=images, start=self.start[:, rows], corners=self.corners[..., rows, :])
 
     def gather(self, index: Tensor, weight: Tensor) -> Tensor:
         """Weighted sums of rows of C / G channels.
@@ -76,7 +78,7 @@ class PyramidTable(PreparedFeatures):
         Returns:
             (bags, C / G), in the dtype of the table.
         """
-        table = self.rows.view(-1, self.rows.shape[2] // self.groups)
+        table = self.rows.flatten(0, 2)
         return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight.to(table.dtype))
 
 
@@ -101,40 +103,43 @@ def build_table(
     if len(levels) != len(strides):
         raise ValueError(f"{len(levels)} levels of a pyramid need as many strides, got {len(strides)}")
     device, images = levels[0].device, len(levels[0])
-    padded = [F.pad(level.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(1, 2) for level in levels]
-    rows = torch.cat([x.to(dtype) for x in padded], dim=1)
-    sizes, starts, cells = [(x.shape[3], x.shape[2]) for x in levels], [], 0
-    for width, height in sizes:
-        starts.append((cells + width + 3) * groups)  # behind the border's first line and one more cell
-        cells += (width + 2) * (height + 2)
-    depths = [math.log2(s) for s in strides]
-    numbers = [*(1 / s for s in strides), *depths, *(-0.5 * d * d for d in depths), -0.5, 1, 0, -1, 1]
+    rows, places, cells = [], [], 0
+    for level in levels:
+        by_group = level.unflatten(1, (groups, -1)).permute(0, 1, 3, 4, 2)  # (B, G, H, W, C / G)
+        padded = F.pad(by_group, (0, 0, *[BORDER] * 4))
+        rows.append(padded.flatten(2, 3).to(dtype))
+        places.append(cells)
+        cells = cells + padded.shape[2] * padded.shape[3]  # no +=, since torch.jit's tracer has tensors for sizes
+    sizes, depths = [(x.shape[3], x.shape[2]) for x in levels], [math.log2(s) for s in strides]
+    lines = [width + 2 * BORDER for width, _ in sizes]
+    inverse, half_squares = [1 / s for s in strides], [-0.5 * d * d for d in depths]
+    numbers = [*inverse, *inverse, *depths, *[BORDER - 0.5] * (2 * len(levels)), *half_squares]
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    scale, depth, half_square, shift, near = to_device(numbers, precise, device).split([len(levels)] * 3 + [1, 4])
-    lines = [(width + 2) * groups for width, _ in sizes]
-    numbers = [*lines, *starts, -1, groups, 0, 1, *(side for size in sizes for side in size)]
-    line, start, outside, column, corner, size = to_device(numbers, torch.int32, device).split(
-        [len(levels), len(levels), 1, 1, 2, 2 * len(levels)]
+    numbers = to_device([*numbers, 1, 0, -1, 1], precise, device)
+    scale, shift, near = numbers.split([3 * len(levels)] * 2 + [4])
+    last = [side + BORDER for axis in (0, 1) for side in (size[axis] for size in sizes)]
+    corners = [place + y * line + x for y in (0, 1) for x in (0, 1) for place, line in zip(places, lines, strict=True)]
+    numbers = [*lines, *corners, *last, *(side for size in sizes for side in size), BORDER, 0]
+    line, corners, last, size, border, first = to_device(numbers, torch.int32, device).split(
+        [len(levels), 4 * len(levels), 2 * len(levels), 2 * len(levels), 1, 1]
     )
-    first = torch.arange(0, images * cells * groups, cells * groups, dtype=torch.int32, device=device)  # (B,)
-    first = first[:, None] + torch.arange(groups, dtype=torch.int32, device=device)  # (B, G)
+    # (B, G) where the rows of each image and group begin.
+    begin = torch.arange(0, images * groups * cells, cells, dtype=torch.int32, device=device).view(images, groups)
+    corners = corners.view(2, 2, -1, 1, 1) + begin
     return PyramidTable(
         levels=levels,
         strides=strides,
         images=None,
-        rows=rows,
-        groups=groups,
-        scale=scale,
-        depth=depth,
-        half_square=half_square,
+        rows=torch.cat(rows, dim=2),
+        scale=scale.view(3, -1),
+        shift=shift.view(3, -1),
         size=size.view(-1, 2),
-        outside=outside[0],
+        first=first[0],
+        last=last.view(2, -1),
         line=line,
-        column=column[0],
-        start=start[:, None, None] + first,
-        corner=corner,
-        shift=shift[0],
-        near=near.view(2, 2),
+        start=corners[0, 0] + (border * (line + 1))[:, None, None],
+        corners=corners,
+        near=near.view(2, 2, 1, 1, 1),
     )
 
 

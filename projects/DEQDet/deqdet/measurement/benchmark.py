@@ -24,9 +24,10 @@ from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, solve
 from ..layers import compile_layer
 from ..structures import Features, QueryState
+from .memory import training_memory
 from .timing import peak_memory, timed
 
-TASKS = ("step", "decoder", "inference", "training")
+TASKS = ("step", "decoder", "inference", "training", "memory")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 STEPS = 5  # steps of one timed solve, by which its time is divided
@@ -81,14 +82,17 @@ def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
     Returns:
         For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most that tensors took beside the
         weights, in MiB. For a step also floor_ms and simple_ms, the same step from features that were not prepared;
-        on CUDA kernels, moved_mb and bandwidth_ms as well. For training also forward_ms, backward_ms, optimizer_ms.
+        on CUDA kernels, moved_mb and bandwidth_ms as well. For training also forward_ms, backward_ms, optimizer_ms. For
+        memory there are no times, but `memory`, a list with points, recomputed, saved_mb and peak_mb (see
+        TrainingMemory).
     """
     torch.manual_seed(0)
     if setting.compiled:
         compile_layer(model.decoder.execution().refinement)
-    run = {"step": _step, "decoder": _decoder, "inference": _inference, "training": _training}[setting.task]
-    with torch.set_grad_enabled(setting.task == "training"):
-        return run(model.train(setting.task == "training"), setting)
+    run = {"step": _step, "decoder": _decoder, "inference": _inference, "training": _training, "memory": _memory}
+    trains = setting.task in ("training", "memory")
+    with torch.set_grad_enabled(trains):
+        return run[setting.task](model.train(trains), setting)
 
 
 def _autocast(model: DEQDet, setting: Setting) -> AbstractContextManager:
@@ -216,6 +220,20 @@ def _training(model: DEQDet, setting: Setting) -> dict[str, Any]:
     times["iteration"] = [sum(parts) for parts in zip(*times.values(), strict=True)]
     found = _report({name: Timing.of(x) for name, x in times.items()}, "iteration")
     return found | {"peak_mb": peak_memory(iterate, model.device) / 2**20}
+
+
+def _memory(model: DEQDet, setting: Setting) -> dict[str, Any]:
+    with torch.no_grad():
+        initial, features = _encoded(model, setting)
+    decoder = model.decoder
+    counts = range(decoder.supervision.count + 1) if decoder.has_equilibrium else ()
+    with _autocast(model, setting):
+        found = training_memory(decoder, initial, features, counts)
+    rows = [
+        {"points": x.points, "recomputed": x.recomputed, "saved_mb": x.saved / 2**20, "peak_mb": x.peak / 2**20}
+        for x in found
+    ]
+    return {"memory": rows}
 
 
 def _time_one(call: Call, model: DEQDet, setting: Setting) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Time one step, the decoder, a whole detection or a training iteration of a detector, with random weights.
+"""Time one step, the decoder, a whole detection or a training iteration of a detector, or measure training's memory.
 
     deqdet-benchmark --config-file F --task step [--device cuda] [--precision bfloat16] [--batch 4] [KEY VALUE ...]
 
-Images are noise, since no time depends on what they show. The median of the repeats is printed with its quartiles, the
-peak of memory, and for a step the *floor*: its matrix products alone, timed in turn with it. The last line is a row for
-docs/benchmarks.md. OUT.json has the same numbers: median_ms, for a step floor_ms and simple_ms, and so on.
+Weights are random and images are noise, since no time depends on what they show. The median of the repeats is printed
+with its quartiles, the peak of memory, and for a step the *floor*: its matrix products alone, timed in turn with it.
+--task memory times nothing: it counts what training keeps for its backward pass, against the number of supervised
+states. The last lines are a row or a table for docs/benchmarks.md. OUT.json has the same numbers: median_ms, for a step
+floor_ms and simple_ms, and so on.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from ..engine import add_config_arguments, build_model, exit_on_user_error, load
 from ..engine.configuration import adapt_device
 from ..errors import UserError, describe_os_error
 from ..measurement.benchmark import PRECISIONS, TASKS, Setting, benchmark
+from ..measurement.tables import format_table
 from ..measurement.timing import describe_machine
 
 
@@ -89,7 +92,7 @@ def measure(args: argparse.Namespace) -> None:
     }
     for name, value in found.items():
         print(f"{name:13} {value:.2f}" if isinstance(value, float) else f"{name:13} {value}")
-    print(format_row(found))
+    print(format_memory(found["memory"]) if args.task == "memory" else format_row(found))
     if args.output:
         try:
             args.output.write_text(json.dumps(found, indent=1) + "\n")
@@ -106,6 +109,17 @@ def format_row(found: dict) -> str:
     spread = f"{found['median_ms']:.1f} ({found['low_ms']:.1f} to {found['high_ms']:.1f})"
     cells += [spread, ratio, simple, f"{found['peak_mb']:.0f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def format_memory(rows: Sequence[dict]) -> str:
+    """The table of --task memory, a row for each size of Omega, in MiB."""
+    points = sorted({row["points"] for row in rows})
+    cells = {(row["points"], row["recomputed"]): row for row in rows}
+    table = [["points in Omega", "saved", "peak", "saved, recomputed", "peak, recomputed"]]
+    for count in points:
+        found = cells[count, False], cells[count, True]
+        table.append([str(count), *(f"{row[name]:.1f}" for row in found for name in ("saved_mb", "peak_mb"))])
+    return format_table(table, names=0)
 
 
 if __name__ == "__main__":

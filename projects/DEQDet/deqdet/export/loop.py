@@ -1,0 +1,88 @@
+"""A whole detector as one ONNX graph, in which a Loop applies f: its steps are an input, and its weights stand once.
+
+torch.onnx has no form for a loop whose body is a module, so that the graphs of the parts, exported one by one, are
+joined here.
+"""
+
+import onnx
+from onnx import GraphProto, ModelProto, TensorProto, helper
+
+CARRIED = ("state", "boxes", "scores", "residual")  # from one step to the next
+
+
+def join_loop(encoder: ModelProto, body: ModelProto, best: ModelProto, steps: int) -> ModelProto:
+    """Join encoder, loop and read-out.
+
+    Args:
+        encoder: images, sizes -> state, boxes, scores, level0, ... (see graphs.Encoder).
+        body: state, boxes, scores, level0, ... -> state, boxes, scores, residual (see graphs.LoopBody).
+        best: boxes, scores -> boxes, scores, classes (see graphs.Best).
+        steps: what the input "steps" () int64 is if it is not given.
+
+    Returns:
+        images, sizes -> boxes, scores, classes, residual.
+    """
+    encoder, body, best = (
+        onnx.compose.add_prefix(model, f"{name}/") for name, model in (("g", encoder), ("f", body), ("best", best))
+    )
+    levels = [x.name.removeprefix("g/") for x in encoder.graph.output if x.name.startswith("g/level")]
+    inputs = [_renamed(x, x.name.removeprefix("g/")) for x in encoder.graph.input]
+    outputs = [_renamed(x, x.name.removeprefix("best/").removesuffix(".out")) for x in best.graph.output]
+    residual = next(x for x in body.graph.output if x.name == f"f/{CARRIED[-1]}.out")
+    outputs.append(_renamed(residual, CARRIED[-1]))
+    nodes = [
+        *(helper.make_node("Identity", [x.name], [f"g/{x.name}"]) for x in inputs),
+        *encoder.graph.node,
+        # A loop's body reads the names of the graph around it: the levels need not be carried along.
+        *(helper.make_node("Identity", [f"g/{level}"], [f"f/{level}"]) for level in levels),
+        helper.make_node("Shape", ["g/state"], ["loop/batch"], start=0, end=1),
+        helper.make_node("ConstantOfShape", ["loop/batch"], ["g/residual"]),  # zeros, float32
+        helper.make_node(
+            "Loop",
+            ["steps", "", *(f"g/{name}" for name in CARRIED)],
+            [f"loop/{name}" for name in CARRIED],
+            body=_loop_graph(body.graph),
+        ),
+        *(helper.make_node("Identity", [f"loop/{name}"], [f"best/{name}"]) for name in ("boxes", "scores")),
+        *best.graph.node,
+        *(helper.make_node("Identity", [f"best/{x.name}.out"], [x.name]) for x in outputs[:-1]),
+        helper.make_node("Identity", [f"loop/{CARRIED[-1]}"], [CARRIED[-1]]),
+    ]
+    default = helper.make_tensor("steps", TensorProto.INT64, [], [steps])
+    graph = helper.make_graph(
+        nodes,
+        "deqdet",
+        [*inputs, helper.make_tensor_value_info("steps", TensorProto.INT64, [])],
+        outputs,
+        initializer=[*encoder.graph.initializer, *best.graph.initializer, default],
+    )
+    model = helper.make_model(graph, opset_imports=encoder.opset_import, ir_version=encoder.ir_version)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _loop_graph(body: GraphProto) -> GraphProto:
+    """The body with what a Loop hands to it first: the number of the step, and whether to go on."""
+    carried = [_renamed(x, x.name) for x in body.input if not x.name.startswith("f/level")]
+    by_name = {x.name: x for x in body.output}
+    found = [by_name[f"f/{name}.out"] for name in CARRIED]
+    nodes = [*body.node, helper.make_node("Identity", ["loop/going"], ["loop/go"])]
+    return helper.make_graph(
+        nodes,
+        "step",
+        [
+            helper.make_tensor_value_info("loop/step", TensorProto.INT64, []),
+            helper.make_tensor_value_info("loop/going", TensorProto.BOOL, []),
+            *carried,
+            _renamed(by_name[f"f/{CARRIED[-1]}.out"], f"f/{CARRIED[-1]}"),
+        ],
+        [helper.make_tensor_value_info("loop/go", TensorProto.BOOL, []), *found],
+        initializer=body.initializer,
+    )
+
+
+def _renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    copy = onnx.ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy
