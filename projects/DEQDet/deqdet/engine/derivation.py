@@ -121,7 +121,7 @@ def derive_settings(
         "MODEL.DEQDET.PERTURBATION.POSITION_SIZE", noise,
         f"the paper's {ANCHOR[1]:g} pixels at {ANCHOR[0]}, for {side}",
     )  # fmt: skip
-    _derive_schedule(facts, rules, put, processes=processes, multi_step=multi_step)
+    _derive_schedule(facts, rules, put, given, processes=processes, multi_step=multi_step)
     put("MODEL.DEVICE", "cuda" if on_cuda else "cpu", "CUDA is there" if on_cuda else "there is no CUDA")
     put(
         "DATALOADER.NUM_WORKERS", 4 if on_cuda else 0,
@@ -204,14 +204,19 @@ def _queries(facts: DataFacts, rules: SizeRules) -> tuple[int, str]:
     return wanted, f"1.5 x the {facts.objects:.0f} objects that 99% of the images have at most"
 
 
-def _derive_schedule(facts: DataFacts, rules: SizeRules, put, *, processes: int, multi_step: bool) -> None:
+def _derive_schedule(
+    facts: DataFacts, rules: SizeRules, put, given: Mapping[str, object], *, processes: int, multi_step: bool
+) -> None:
     wanted = rules.batch * processes if rules.batch_per_process else rules.batch
     batch = put(
         "SOLVER.IMS_PER_BATCH", processes * math.ceil(wanted / processes),
         f"{rules.batch} for each process" if rules.batch_per_process else "as the base config was tuned with",
     )  # fmt: skip
-    lr = float(f"{rules.lr * math.sqrt(batch / rules.lr_batch):.4g}")
-    put("SOLVER.BASE_LR", lr, f"{rules.lr:g} x sqrt(batch / {rules.lr_batch})")
+    lr_batch, of = batch, "batch"
+    if given.get("SOLVER.LR_RULE", "none") != "none":  # which scales the rate from there to the batch
+        lr_batch, of = given.get("SOLVER.REFERENCE_BATCH", batch), "SOLVER.REFERENCE_BATCH"
+    lr = float(f"{rules.lr * math.sqrt(lr_batch / rules.lr_batch):.4g}")
+    put("SOLVER.BASE_LR", lr, f"{rules.lr:g} x sqrt({of} / {rules.lr_batch})")
     length = put("SOLVER.MAX_ITER", *_iterations(facts, rules, batch))
     put("SOLVER.WARMUP_ITERS", min(rules.warmup, length // 10), f"{rules.warmup}, at most a tenth of the training")
     if multi_step:
