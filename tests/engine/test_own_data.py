@@ -155,6 +155,21 @@ def test_given_values_win(animals):
     assert cfg.MODEL.DEQDET.PERTURBATION.POSITION_SIZE == 2.5
 
 
+@pytest.mark.parametrize("given", [
+    ("SOLVER.EARLY_STOP.PATIENCE", 3),  # the base config evaluates nothing
+    ("SOLVER.IMS_PER_BATCH", 6, "SOLVER.ACCUMULATION_STEPS", 3),
+    ("SOLVER.LR_RULE", "sqrt", "SOLVER.REFERENCE_BATCH", 8),
+])  # fmt: skip
+def test_given_values_need_to_fit_the_derived_ones_only(given, animals):
+    use_own_data(arguments(animals, *given))
+    assert get_config("output/animals/data/config.yaml").DATASETS.TEST == ("animals-val",)
+
+
+def test_given_values_that_do_not_fit_the_derived_ones(animals):
+    with pytest.raises(UserError, match=r"ACCUMULATION_STEPS is 3: it must divide SOLVER.IMS_PER_BATCH \(8\)"):
+        use_own_data(arguments(animals, "SOLVER.ACCUMULATION_STEPS", 3))
+
+
 def test_a_fault_in_the_labels_names_their_folder(animals):
     write(animals / "annotations" / "b.xml", voc_xml("b", [("emu", (200, 4, 290, 24))]))
     with pytest.raises(UserError, match=r"b.png .*lies outside.*\[the labels were read from .*animals/annotations\]"):
@@ -169,6 +184,8 @@ def test_a_fault_in_the_labels_names_their_folder(animals):
     ({"data": "nowhere"}, "nowhere is no folder"),
     ({"data": "", "size": "r50"}, "--size belongs to --data FOLDER, which is missing"),
     ({"opts": ["SOLVER.IMS_PER_BATCH", "0"]}, "SOLVER.IMS_PER_BATCH is 0: it must be"),
+    ({"num_gpus": 0}, "--num-gpus is 0: it must be an integer of at least 1"),
+    ({"num_gpus": 2, "num_machines": 0}, "--num-machines is 0: it must be an integer of at least 1"),
     ({"opts": ["SOLVER.IMS_PER_BACH", "4"]}, "unknown config key SOLVER.IMS_PER_BACH"),
     ({"opts": ["MODEL.DEQDET.NUM_QUERIES", "0"]}, "NUM_QUERIES is 0"),
 ])  # fmt: skip

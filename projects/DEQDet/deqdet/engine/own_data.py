@@ -27,7 +27,7 @@ from .cluster import find_place
 from .configuration import explained_datasets
 from .derivation import SIZES, Setting, choose_processes, derive_settings, measure_facts
 from .launcher import count_cores
-from .options import check_options, read
+from .options import check_options, check_processes, check_ranges, read
 from .run_folder import check_folder, refuse_folder_in_use
 
 FOLDER, CONFIG = "data", "config.yaml"  # within OUTPUT_DIR
@@ -59,6 +59,8 @@ def use_own_data(args: argparse.Namespace) -> None:
         args.num_gpus = 1 if args.num_gpus is None else args.num_gpus
         return
     _check_flags(args)
+    if args.num_gpus is not None:  # batch and schedule are derived from it
+        check_processes(args)
     import_plugins(args.plugin)
     base = get_config(SIZES[args.size or "quick"].config, _with_defaults(args))
     file = Path(base.OUTPUT_DIR, FOLDER, CONFIG)
@@ -67,7 +69,7 @@ def use_own_data(args: argparse.Namespace) -> None:
         cfg = get_config(str(file), args.opts)
         _choose_processes(args, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE)
     else:
-        check_options(base)
+        check_ranges(base)  # what the values must be together is checked when the rest is derived
         check_folder(base, args)
         refuse_folder_in_use(Path(base.OUTPUT_DIR))
         _make_run(base, args, file)
