@@ -252,9 +252,7 @@ def _stem(net: nn.Module, name: str) -> set[str]:
     """
     info, order = net.feature_info.info, [module for module, _ in net.named_modules()]
     if finer := [level["module"] for level in info if level["reduction"] < STRIDES[0]]:
-        first = _find_module(order, finer[-1], name)
-        inside = f"{order[first]}."
-        end = max(i for i, module in enumerate(order) if i == first or module.startswith(inside)) + 1
+        end = _last_module(order, finer[-1], name) + 1
     else:
         end = _find_module(order, info[0]["module"], name)
     return {key for key, _ in net.named_parameters() if key.rpartition(".")[0] in order[:end]}
