@@ -127,7 +127,10 @@ def test_processes_and_device(animals, monkeypatch, capsys):
     assert (args.num_gpus, args.config_file) == (2, "output/animals/data/config.yaml")
     cfg = get_config(args.config_file)
     assert (cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER) == ("cpu", 8, 2000)
-    for others, count in (({"num_gpus": 1}, 1), ({"opts": ["SOLVER.IMS_PER_BATCH", "3"]}, 1), ({"eval_only": True}, 1)):
+    for others, count in (
+        ({"num_gpus": 1}, 1), ({"opts": ["SOLVER.IMS_PER_BATCH", "3"]}, 1), ({"eval_only": True}, 1),
+        ({"opts": ["SOLVER.ACCUMULATION_STEPS", "8"]}, 1), ({"opts": ["SOLVER.ACCUMULATION_STEPS", "4"]}, 2),
+    ):  # fmt: skip
         args = arguments(animals, **others)
         use_own_data(args)
         assert args.num_gpus == count

@@ -67,7 +67,7 @@ def use_own_data(args: argparse.Namespace) -> None:
     if (args.resume or args.eval_only) and file.is_file():
         _say(args, f"the settings and the split are those of {file}")
         cfg = get_config(str(file), args.opts)
-        _choose_processes(args, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE)
+        _choose_processes(args, cfg, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE)
     else:
         check_ranges(base)  # what the values must be together is checked when the rest is derived
         check_folder(base, args)
@@ -123,7 +123,7 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace, file: Path) -> None:
     place = find_place(os.environ)
     rules, counted = SIZES[args.size or "quick"], args.num_gpus is not None
     on_cuda = torch.cuda.is_available() and str(given.get("MODEL.DEVICE", "cuda")).startswith("cuda")
-    _choose_processes(args, given.get("SOLVER.IMS_PER_BATCH", rules.batch), "cuda" if on_cuda else "cpu")
+    _choose_processes(args, cfg, given.get("SOLVER.IMS_PER_BATCH", rules.batch), "cuda" if on_cuda else "cpu")
     settings = derive_settings(
         facts, rules, given,
         processes=args.num_gpus * args.num_machines if place is None else place.world_size,
@@ -203,14 +203,15 @@ def _check(cfg: CfgNode, data: FolderData, names: dict[str, str]) -> dict[str, C
         log.removeHandler(silence)
 
 
-def _choose_processes(args: argparse.Namespace, batch: int, device: str) -> None:
-    """Fill in the number of processes where --num-gpus is not given."""
+def _choose_processes(args: argparse.Namespace, cfg: CfgNode, batch: int, device: str) -> None:
+    """Fill in the number of processes where --num-gpus is not given. Each must be able to accumulate its own share."""
     if args.num_gpus is not None:
         return
     alone = find_place(os.environ) is None  # else torchrun or srun has started the processes
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     training = not args.eval_only and args.num_machines == 1
-    args.num_gpus = choose_processes(batch, count_cores()) if on_cpu and alone and training else 1
+    part = batch // cfg.SOLVER.ACCUMULATION_STEPS
+    args.num_gpus = choose_processes(part, count_cores()) if on_cpu and alone and training else 1
 
 
 def _say(args: argparse.Namespace, *lines: str) -> None:
