@@ -20,7 +20,7 @@ MOST_CPU_PROCESSES = 4
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the rules need to know of a data set; medians and percentiles are those of the train set."""
+    """The figures of a data set on which the rules depend; medians and percentiles are those of the train set."""
 
     images: int  # to train on
     classes: int
@@ -32,7 +32,7 @@ class DataFacts:
 
     @property
     def short_side(self) -> float:
-        """Of the median picture, pixels."""
+        """The short side of the median picture, in pixels."""
         return min(self.width, self.height)
 
     @property
@@ -43,7 +43,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class SizeRules:
-    """What belongs to one --size. A view is an image that is seen once; epochs times images is their number."""
+    """The constants of one --size. A view is one image seen once, so that a training has epochs x images views."""
 
     config: str  # the base, a name in the model zoo
     pixels: int  # of an image, for which the time of an iteration was measured
@@ -102,7 +102,7 @@ def derive_settings(
     multi_step: bool,
     on_cuda: bool,
 ) -> list[Setting]:
-    """Every derived key in the order of the rules; each rule sees the given value of a key in place of the derived one.
+    """Derive every key, in the order of the rules. Where the user has given a key, later rules use the given value.
 
     Args:
         given: values of the command line by key, of which any key may be missing.
@@ -131,7 +131,7 @@ def derive_settings(
 
 
 def choose_processes(batch: int, cores: int) -> int:
-    """How many processes share the CPU: 4, 2 or 1, at most one for each core, so that each gets as many images."""
+    """Choose how many processes share the CPU: the most of 4, 2 and 1 that divides the batch, with a core for each."""
     return next(n for n in (MOST_CPU_PROCESSES, 2, 1) if n <= max(1, cores) and batch % n == 0)
 
 
@@ -242,5 +242,5 @@ def _iterations(facts: DataFacts, rules: SizeRules, batch: int) -> tuple[int, st
 
 
 def _round(value: float, step: int) -> int:
-    """To the nearest multiple, a half upwards; at least one step."""
+    """Round to the nearest multiple of `step`, halves upwards, but not to 0."""
     return max(step, step * math.floor(value / step + 0.5))
