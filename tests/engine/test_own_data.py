@@ -13,8 +13,9 @@ from deqdet import Predictor
 from deqdet.engine import own_data
 from deqdet.engine.own_data import use_own_data
 from deqdet.errors import UserError
+from deqdet.measurement.training_report import write_training_report
 from deqdet.model_zoo import get_config
-from deqdet.tools import train_net
+from deqdet.tools import report, train_net
 
 from helpers.engine_toy import IN_PROCESS
 from helpers.folders import PICTURES, draw, voc_xml, write, write_coco, write_voc
@@ -96,6 +97,30 @@ def test_resume_finds_the_same_split_and_settings(animals, capsys):
     assert Path("output/animals/data/config.yaml").read_text() == before
     expected, found = weights("whole"), weights()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_evaluating_another_set_afterwards_leaves_the_trainings_files(animals):
+    """Or the report would show the AP of one set and the mistakes in another under the same name."""
+    words = ["--data", "animals", "--num-gpus", "1"]
+    train_net.main([*words, *TINY, "SOLVER.MAX_ITER", "1"])
+    folder = Path("output/animals")
+    files = [folder / name for name in ("config.yaml", "inference/coco_instances_results.json")]
+    before = [path.read_bytes() for path in files]
+    for name in ("animals-train", "animals-val"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    other = ["DATASETS.TEST", "('animals-train',)"]
+    train_net.main([*words, "--eval-only", *other, "MODEL.WEIGHTS", str(folder / "model_final.safetensors")])
+    assert [path.read_bytes() for path in files] == before
+    found = json.loads((folder / "inference/animals-train/coco_instances_results.json").read_text())
+    assert {result["image_id"] for result in found} != {x["image_id"] for x in json.loads(before[1])}
+    text = write_training_report(folder, ["animals-train"]).read_text()
+    assert "There is no AP" in text and "Mistakes in 4 images" in text
+    DatasetCatalog.remove("animals-train")
+    MetadataCatalog.remove("animals-train")
+    report.main(["--run", str(folder), "--page-only"])
+    text = (folder / "report.md").read_text()
+    assert "AP in the last evaluation, after 1 iterations" in text and "Mistakes in 1 image," in text
 
 
 def test_a_detector_of_other_classes_is_the_beginning(animals, capsys):

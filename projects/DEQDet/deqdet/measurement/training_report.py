@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..checkpoints.files import write_text
 from ..checkpoints.publish import AVERAGE
 from ..data import find_results, read_results, read_truth
+from ..engine.run_folder import has_other_test_sets
 from .mistakes import Judgement, Tally, best_threshold, judge_all, sort_by_error, tally
 from .mistakes_sheet import describe, write_mistakes
 from .plots import plot_curves, read_metrics
@@ -70,10 +71,13 @@ def write_training_report(
     """
     folder = Path(output)
     lines = read_metrics(folder / "metrics.json") if (folder / "metrics.json").is_file() else []
-    averaged = _has_average(lines)
+    others = has_other_test_sets(folder, datasets)  # which have been evaluated after the training
+    averaged = _has_average(lines) and not others
     summaries = []
     for name in datasets:
-        figures, iteration = find_last_results(lines, name, several=len(datasets) > 1, averaged=averaged)
+        figures, iteration = {}, None
+        if not others:
+            figures, iteration = find_last_results(lines, name, several=len(datasets) > 1, averaged=averaged)
         if results is not None and name in results:
             figures = dict(results[name])
         sheet = folder / ("worst.jpg" if len(datasets) == 1 else f"worst-{name.replace('/', '_')}.jpg")
@@ -225,7 +229,7 @@ def _format_set(summary: SetSummary) -> str:
         parts.append(f"COCO's box AP{whose} in the last evaluation{when}:")
         parts.append(format_table([shown, [f"{figures[key]:.1f}" for key in shown]], names=0))
     else:
-        parts.append("There is no AP: the set has no labels, or no evaluation has been written to metrics.json.")
+        parts.append("There is no AP: the set has no labels, or metrics.json has no evaluation of it.")
     of_class = {name: figures.get(f"AP-{name}") for name in names}
     if len(names) == 1 and of_class[names[0]] is None:  # detectron2 leaves it out
         of_class[names[0]] = figures.get("AP")
