@@ -175,6 +175,13 @@ def test_every_size_gives_a_config_that_can_be_used(size, animals):
     assert get_config(args.config_file).MODEL.DEQDET.NUM_CLASSES == 3
 
 
+@pytest.mark.parametrize("folder", ["animals/", "animals/images/..", "./animals"])
+def test_the_output_has_the_folders_name_however_that_is_written(folder, animals):
+    args = arguments(folder)
+    use_own_data(args)
+    assert args.config_file == "output/animals/data/config.yaml"
+
+
 def test_given_values_win(animals):
     args = arguments(animals, "MODEL.DEQDET.NUM_QUERIES", 21, "INPUT.MIN_SIZE_TEST", 80, "SEED", 5)
     use_own_data(args)

@@ -87,7 +87,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _with_defaults(args: argparse.Namespace) -> list[str]:
-    name = Path(args.data).absolute()
+    name = Path(os.path.abspath(args.data))  # without "..", by which OUTPUT_DIR would lead elsewhere
     name = (name.parent if name.suffix in (".yaml", ".yml") else name).name or "data"
     return ["OUTPUT_DIR", os.path.join("output", name), "SEED", str(_SEED), *args.opts]
 
