@@ -127,6 +127,7 @@ def test_the_config_is_the_models(written, small_cfg, tmp_path):
         "OUTPUT_DIR", "/secret/place", "MODEL.WEIGHTS", "/secret/weights.pth", "DATASETS.TEST", ("a", "b"),
         "DATASETS.REGISTER", [["a", "/secret/a.json", "/secret"]], "MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 7,
         "SOLVER.WEIGHT_DECAY_NORM", None, "DATASETS.PROPOSAL_FILES_TEST", ("/secret/p.pkl",),
+        "MODEL.TIMM.WEIGHTS", "/secret/imagenet.safetensors",
     )  # fmt: skip
     write_model_file(path, weights=weights, cfg=cfg, class_names=NAMES)
     assert b"/secret" not in path.read_bytes()

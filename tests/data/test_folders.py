@@ -427,7 +427,7 @@ def test_a_test_set_without_labels_does_not(tmp_path):
 
 def test_an_image_alone_cannot_be_divided(tmp_path):
     data = read_folder(write_voc(tmp_path, {"a": PICTURES["a"]}))
-    with pytest.raises(UserError, match="lists 1 images: two are needed"):
+    with pytest.raises(UserError, match="lists 1 image: two are needed"):
         complete_splits(data, seed=1, val_fraction=0.2)
 
 

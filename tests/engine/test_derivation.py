@@ -84,6 +84,13 @@ def test_length_of_a_quick_training(images, iterations):
     assert derive(facts(images=images))["SOLVER.MAX_ITER"] == iterations
 
 
+def test_a_rule_for_the_learning_rate_does_not_scale_it_twice():
+    """The rule takes it from the reference batch, 8 here, to the batch of 32."""
+    given = {"SOLVER.IMS_PER_BATCH": 32, "SOLVER.LR_RULE": "linear", "SOLVER.REFERENCE_BATCH": 8}
+    assert derive(given=given)["SOLVER.BASE_LR"] == 1e-3
+    assert derive(given={"SOLVER.IMS_PER_BATCH": 32})["SOLVER.BASE_LR"] == 2e-3  # 1e-3 * sqrt(32 / 8)
+
+
 def test_given_values_decide_on_those_derived_from_them():
     given = {
         "INPUT.MIN_SIZE_TEST": 160, "MODEL.DEQDET.NUM_QUERIES": 25, "SOLVER.IMS_PER_BATCH": 32, "SOLVER.MAX_ITER": 40,

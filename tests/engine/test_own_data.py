@@ -13,8 +13,9 @@ from deqdet import Predictor
 from deqdet.engine import own_data
 from deqdet.engine.own_data import use_own_data
 from deqdet.errors import UserError
+from deqdet.measurement.training_report import write_training_report
 from deqdet.model_zoo import get_config
-from deqdet.tools import train_net
+from deqdet.tools import report, train_net
 
 from helpers.engine_toy import IN_PROCESS
 from helpers.folders import PICTURES, draw, voc_xml, write, write_coco, write_voc
@@ -98,6 +99,30 @@ def test_resume_finds_the_same_split_and_settings(animals, capsys):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_evaluating_another_set_afterwards_leaves_the_trainings_files(animals):
+    """Or the report would show the AP of one set and the mistakes in another under the same name."""
+    words = ["--data", "animals", "--num-gpus", "1"]
+    train_net.main([*words, *TINY, "SOLVER.MAX_ITER", "1"])
+    folder = Path("output/animals")
+    files = [folder / name for name in ("config.yaml", "inference/coco_instances_results.json")]
+    before = [path.read_bytes() for path in files]
+    for name in ("animals-train", "animals-val"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    other = ["DATASETS.TEST", "('animals-train',)"]
+    train_net.main([*words, "--eval-only", *other, "MODEL.WEIGHTS", str(folder / "model_final.safetensors")])
+    assert [path.read_bytes() for path in files] == before
+    found = json.loads((folder / "inference/animals-train/coco_instances_results.json").read_text())
+    assert {result["image_id"] for result in found} != {x["image_id"] for x in json.loads(before[1])}
+    text = write_training_report(folder, ["animals-train"]).read_text()
+    assert "There is no AP" in text and "Mistakes in 4 images" in text
+    DatasetCatalog.remove("animals-train")
+    MetadataCatalog.remove("animals-train")
+    report.main(["--run", str(folder), "--page-only"])
+    text = (folder / "report.md").read_text()
+    assert "AP in the last evaluation, after 1 iterations" in text and "Mistakes in 1 image," in text
+
+
 def test_a_detector_of_other_classes_is_the_beginning(animals, capsys):
     train_net.main(["--data", "animals", "--num-gpus", "1", *TINY, "SOLVER.MAX_ITER", "1"])
     first = weights()
@@ -127,7 +152,10 @@ def test_processes_and_device(animals, monkeypatch, capsys):
     assert (args.num_gpus, args.config_file) == (2, "output/animals/data/config.yaml")
     cfg = get_config(args.config_file)
     assert (cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER) == ("cpu", 8, 2000)
-    for others, count in (({"num_gpus": 1}, 1), ({"opts": ["SOLVER.IMS_PER_BATCH", "3"]}, 1), ({"eval_only": True}, 1)):
+    for others, count in (
+        ({"num_gpus": 1}, 1), ({"opts": ["SOLVER.IMS_PER_BATCH", "3"]}, 1), ({"eval_only": True}, 1),
+        ({"opts": ["SOLVER.ACCUMULATION_STEPS", "8"]}, 1), ({"opts": ["SOLVER.ACCUMULATION_STEPS", "4"]}, 2),
+    ):  # fmt: skip
         args = arguments(animals, **others)
         use_own_data(args)
         assert args.num_gpus == count
@@ -147,12 +175,34 @@ def test_every_size_gives_a_config_that_can_be_used(size, animals):
     assert get_config(args.config_file).MODEL.DEQDET.NUM_CLASSES == 3
 
 
+@pytest.mark.parametrize("folder", ["animals/", "animals/images/..", "./animals"])
+def test_the_output_has_the_folders_name_however_that_is_written(folder, animals):
+    args = arguments(folder)
+    use_own_data(args)
+    assert args.config_file == "output/animals/data/config.yaml"
+
+
 def test_given_values_win(animals):
     args = arguments(animals, "MODEL.DEQDET.NUM_QUERIES", 21, "INPUT.MIN_SIZE_TEST", 80, "SEED", 5)
     use_own_data(args)
     cfg = get_config(args.config_file)
     assert (cfg.MODEL.DEQDET.NUM_QUERIES, cfg.INPUT.MIN_SIZE_TEST, cfg.SEED) == (21, 80, 5)
     assert cfg.MODEL.DEQDET.PERTURBATION.POSITION_SIZE == 2.5
+
+
+@pytest.mark.parametrize("given", [
+    ("SOLVER.EARLY_STOP.PATIENCE", 3),  # the base config evaluates nothing
+    ("SOLVER.IMS_PER_BATCH", 6, "SOLVER.ACCUMULATION_STEPS", 3),
+    ("SOLVER.LR_RULE", "sqrt", "SOLVER.REFERENCE_BATCH", 8),
+])  # fmt: skip
+def test_given_values_need_to_fit_the_derived_ones_only(given, animals):
+    use_own_data(arguments(animals, *given))
+    assert get_config("output/animals/data/config.yaml").DATASETS.TEST == ("animals-val",)
+
+
+def test_given_values_that_do_not_fit_the_derived_ones(animals):
+    with pytest.raises(UserError, match=r"ACCUMULATION_STEPS is 3: it must divide SOLVER.IMS_PER_BATCH \(8\)"):
+        use_own_data(arguments(animals, "SOLVER.ACCUMULATION_STEPS", 3))
 
 
 def test_a_fault_in_the_labels_names_their_folder(animals):
@@ -169,6 +219,8 @@ def test_a_fault_in_the_labels_names_their_folder(animals):
     ({"data": "nowhere"}, "nowhere is no folder"),
     ({"data": "", "size": "r50"}, "--size belongs to --data FOLDER, which is missing"),
     ({"opts": ["SOLVER.IMS_PER_BATCH", "0"]}, "SOLVER.IMS_PER_BATCH is 0: it must be"),
+    ({"num_gpus": 0}, "--num-gpus is 0: it must be an integer of at least 1"),
+    ({"num_gpus": 2, "num_machines": 0}, "--num-machines is 0: it must be an integer of at least 1"),
     ({"opts": ["SOLVER.IMS_PER_BACH", "4"]}, "unknown config key SOLVER.IMS_PER_BACH"),
     ({"opts": ["MODEL.DEQDET.NUM_QUERIES", "0"]}, "NUM_QUERIES is 0"),
 ])  # fmt: skip

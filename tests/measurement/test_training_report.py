@@ -144,6 +144,21 @@ def test_given_results_take_the_place_of_metrics_json(tmp_path, small_set):
     assert rows(text)["red"][0] == "1.5" and rows(text)["green"][0] == "-" and "12.5" in text
 
 
+def test_averaged_weights_are_reported_where_there_are_some(tmp_path, small_set):
+    """Since the model file holds them: their AP, and the mistakes in their detections, which are none here."""
+    average = {f"ema/{key}": value + 10 for key, value in AP.items()}
+    folder = make_run(tmp_path, small_set, flawed(small_set), metrics=[*METRICS[:2], {**METRICS[2], **average}])
+    (folder / "ema" / "inference").mkdir(parents=True)
+    (folder / "ema" / "inference" / "coco_instances_results.json").write_text(json.dumps(perfect(small_set)))
+    text = write_training_report(folder, ["mine"]).read_text()
+    assert rows(text)["green"] == ["50.0", "3", "3", "0", "0", "0"]
+    assert "AP of the averaged weights in the last evaluation, after 40 iterations" in text
+    with (folder / "metrics.json").open("a") as file:  # resumed without the average
+        file.write(json.dumps({**METRICS[2], "iteration": 60}) + "\n")
+    text = write_training_report(folder, ["mine"]).read_text()
+    assert rows(text)["green"] == ["40.0", "3", "1", "1", "1", "0"] and "averaged weights" not in text
+
+
 def test_a_perfect_detector_has_no_sheet_and_removes_an_older_one(tmp_path, small_set):
     folder = make_run(tmp_path, small_set, perfect(small_set))
     (folder / "worst.jpg").touch()
@@ -171,6 +186,8 @@ def test_last_results_of_one_set_and_of_several():
     lines = [{"iteration": 9, "a/bbox/AP": 2.0, "ab/bbox/AP": 3.0}]
     assert find_last_results(lines, "a", several=True) == ({"AP": 2.0}, 9)
     assert find_last_results(lines, "a", several=False) == ({}, None)
+    lines[-1]["ema/a/bbox/AP"] = 3.0
+    assert find_last_results(lines, "a", several=True, averaged=True)[0] == {"AP": 3.0}
 
 
 def test_the_tool_writes_the_page_of_any_run(tmp_path, small_set, small_cfg, capsys, monkeypatch):

@@ -195,8 +195,10 @@ def _create(name: str, **arguments: object) -> nn.Module:
             if not any(argument in str(error) for argument in any_size):
                 raise UserError(f"MODEL.TIMM.NAME {name} cannot be created: {one_line(error)}") from error
         except Exception as error:  # timm raises any, RuntimeError and AssertionError above all
-            with_weights = " with its weights" if arguments.get("pretrained") else ""
-            raise UserError(f"MODEL.TIMM.NAME {name} cannot be created{with_weights}: {_shorten(error)}") from error
+            how = " with its weights" if arguments.get("pretrained") else ""
+            if isinstance(error, IndexError | AssertionError) and "out_indices" in arguments:
+                how += f" with the levels {list(arguments['out_indices'])} of MODEL.TIMM.OUT_INDICES"
+            raise UserError(f"MODEL.TIMM.NAME {name} cannot be created{how}: {_shorten(error)}") from error
     raise AssertionError("the last of ANY_SIZE adds no argument")
 
 
@@ -252,9 +254,7 @@ def _stem(net: nn.Module, name: str) -> set[str]:
     """
     info, order = net.feature_info.info, [module for module, _ in net.named_modules()]
     if finer := [level["module"] for level in info if level["reduction"] < STRIDES[0]]:
-        first = _find_module(order, finer[-1], name)
-        inside = f"{order[first]}."
-        end = max(i for i, module in enumerate(order) if i == first or module.startswith(inside)) + 1
+        end = _last_module(order, finer[-1], name) + 1
     else:
         end = _find_module(order, info[0]["module"], name)
     return {key for key, _ in net.named_parameters() if key.rpartition(".")[0] in order[:end]}

@@ -132,7 +132,7 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
 
 
 def _tasks_per_node(environ: Mapping[str, str]) -> int:
-    """From "4(x2)", or "4,4"; Slurm writes "4(x2),3" where the last of three machines has fewer."""
+    """Read Slurm's "4(x2)" or "4,4" as 4; "4(x2),3", where the last of three machines has fewer, is an error."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE") or _text(environ, "SLURM_NTASKS_PER_NODE")
     counts = {part.partition("(")[0] for part in text.split(",")}
     if len(counts) > 1:

@@ -26,7 +26,7 @@ from ..plugins import import_plugins
 from .determinism import set_determinism
 from .options import check_options
 from .pretrained import check_backbone_weights
-from .run_folder import check_folder, claim_folder
+from .run_folder import check_folder, claim_folder, find_results
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Everything that comes before the model is built: config, data sets, log files, seed.
 
     A MODEL.DEVICE of "cuda" becomes "cpu" where there is no CUDA. A training locks OUTPUT_DIR until its process ends.
+    An evaluation in the folder of a training leaves that training's config.yaml as it is.
 
     Args:
         args: what `argument_parser` parses.
@@ -57,7 +58,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.freeze()
         # It logs the text of the config file, which may be given by its name in the model zoo.
         file = find_config(args.config_file) if args.config_file else ""
-        with _whole_config_file():
+        with _whole_config_file(keep=args.eval_only and bool(find_results(Path(cfg.OUTPUT_DIR)))):
             default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": file}))
         set_determinism(cfg.DETERMINISTIC)
     return cfg
@@ -72,26 +73,32 @@ def _writable(folder: str) -> Iterator[None]:
 
 
 class _WholeFiles:
-    """detectron2's PathManager, but a text file that is opened for writing appears when it is whole."""
+    """detectron2's PathManager, but a text file that is opened for writing appears when it is whole.
+
+    With `keep`, a file that is there already stays as it is.
+    """
+
+    def __init__(self, *, keep: bool):
+        self._keep = keep
 
     def __getattr__(self, name: str) -> object:
         return getattr(PathManager, name)
 
-    @staticmethod
     @contextmanager
-    def _write(path: str) -> Iterator[io.StringIO]:
+    def _write(self, path: str) -> Iterator[io.StringIO]:
         text = io.StringIO()
         yield text
-        write_text(text.getvalue(), Path(path))
+        if not (self._keep and Path(path).is_file()):
+            write_text(text.getvalue(), Path(path))
 
     def open(self, path: str, mode: str = "r") -> object:
         return self._write(path) if mode == "w" else PathManager.open(path, mode)
 
 
 @contextmanager
-def _whole_config_file() -> Iterator[None]:
+def _whole_config_file(*, keep: bool) -> Iterator[None]:
     """Let default_setup write config.yaml whole or not at all; the name in its module stands for another object."""
-    original, defaults.PathManager = defaults.PathManager, _WholeFiles()
+    original, defaults.PathManager = defaults.PathManager, _WholeFiles(keep=keep)
     try:
         yield
     finally:

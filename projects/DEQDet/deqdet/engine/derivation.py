@@ -20,7 +20,7 @@ MOST_CPU_PROCESSES = 4
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the rules need to know of a data set; medians and percentiles are those of the train set."""
+    """The figures of a data set on which the rules depend; medians and percentiles are those of the train set."""
 
     images: int  # to train on
     classes: int
@@ -32,7 +32,7 @@ class DataFacts:
 
     @property
     def short_side(self) -> float:
-        """Of the median picture, pixels."""
+        """The short side of the median picture, in pixels."""
         return min(self.width, self.height)
 
     @property
@@ -43,7 +43,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class SizeRules:
-    """What belongs to one --size. A view is an image that is seen once; epochs times images is their number."""
+    """The constants of one --size. A view is one image seen once, so that a training has epochs x images views."""
 
     config: str  # the base, a name in the model zoo
     pixels: int  # of an image, for which the time of an iteration was measured
@@ -102,7 +102,7 @@ def derive_settings(
     multi_step: bool,
     on_cuda: bool,
 ) -> list[Setting]:
-    """Every derived key in the order of the rules; each rule sees the given value of a key in place of the derived one.
+    """Derive every key, in the order of the rules. Where the user has given a key, later rules use the given value.
 
     Args:
         given: values of the command line by key, of which any key may be missing.
@@ -121,7 +121,7 @@ def derive_settings(
         "MODEL.DEQDET.PERTURBATION.POSITION_SIZE", noise,
         f"the paper's {ANCHOR[1]:g} pixels at {ANCHOR[0]}, for {side}",
     )  # fmt: skip
-    _derive_schedule(facts, rules, put, processes=processes, multi_step=multi_step)
+    _derive_schedule(facts, rules, put, given, processes=processes, multi_step=multi_step)
     put("MODEL.DEVICE", "cuda" if on_cuda else "cpu", "CUDA is there" if on_cuda else "there is no CUDA")
     put(
         "DATALOADER.NUM_WORKERS", 4 if on_cuda else 0,
@@ -131,7 +131,7 @@ def derive_settings(
 
 
 def choose_processes(batch: int, cores: int) -> int:
-    """How many processes share the CPU: 4, 2 or 1, at most one for each core, so that each gets as many images."""
+    """Choose how many processes share the CPU: the most of 4, 2 and 1 that divides the batch, with a core for each."""
     return next(n for n in (MOST_CPU_PROCESSES, 2, 1) if n <= max(1, cores) and batch % n == 0)
 
 
@@ -204,14 +204,19 @@ def _queries(facts: DataFacts, rules: SizeRules) -> tuple[int, str]:
     return wanted, f"1.5 x the {facts.objects:.0f} objects that 99% of the images have at most"
 
 
-def _derive_schedule(facts: DataFacts, rules: SizeRules, put, *, processes: int, multi_step: bool) -> None:
+def _derive_schedule(
+    facts: DataFacts, rules: SizeRules, put, given: Mapping[str, object], *, processes: int, multi_step: bool
+) -> None:
     wanted = rules.batch * processes if rules.batch_per_process else rules.batch
     batch = put(
         "SOLVER.IMS_PER_BATCH", processes * math.ceil(wanted / processes),
         f"{rules.batch} for each process" if rules.batch_per_process else "as the base config was tuned with",
     )  # fmt: skip
-    lr = float(f"{rules.lr * math.sqrt(batch / rules.lr_batch):.4g}")
-    put("SOLVER.BASE_LR", lr, f"{rules.lr:g} x sqrt(batch / {rules.lr_batch})")
+    lr_batch, of = batch, "batch"
+    if given.get("SOLVER.LR_RULE", "none") != "none":  # which scales the rate from there to the batch
+        lr_batch, of = given.get("SOLVER.REFERENCE_BATCH", batch), "SOLVER.REFERENCE_BATCH"
+    lr = float(f"{rules.lr * math.sqrt(lr_batch / rules.lr_batch):.4g}")
+    put("SOLVER.BASE_LR", lr, f"{rules.lr:g} x sqrt({of} / {rules.lr_batch})")
     length = put("SOLVER.MAX_ITER", *_iterations(facts, rules, batch))
     put("SOLVER.WARMUP_ITERS", min(rules.warmup, length // 10), f"{rules.warmup}, at most a tenth of the training")
     if multi_step:
@@ -237,5 +242,5 @@ def _iterations(facts: DataFacts, rules: SizeRules, batch: int) -> tuple[int, st
 
 
 def _round(value: float, step: int) -> int:
-    """To the nearest multiple, a half upwards; at least one step."""
+    """Round to the nearest multiple of `step`, halves upwards, but not to 0."""
     return max(step, step * math.floor(value / step + 0.5))

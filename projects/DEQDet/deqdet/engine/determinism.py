@@ -1,4 +1,4 @@
-"""DETERMINISTIC: the same seed gives the same numbers, bit for bit, on a GPU too. On a CPU it does without."""
+"""The key DETERMINISTIC: the same seed gives the same numbers, bit for bit, on a GPU too. A CPU does not need it."""
 
 import os
 import re

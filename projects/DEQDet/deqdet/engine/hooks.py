@@ -101,7 +101,7 @@ class PeakMemory(HookBase):
 
 
 def peak_memory_mb() -> float:
-    """Of this process in MiB since it began: tensors on the current GPU where CUDA is in use, else resident memory."""
+    """The most memory that this process has used, in MiB: by tensors on the current GPU, or without CUDA in all."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, else KiB

@@ -34,7 +34,7 @@ _VOTERS = 200  # tensors of a file by which a missing prefix of its names is fou
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What of a checkpoint goes into a model."""
+    """The tensors of a checkpoint that go into a model, and what is to be said of the others."""
 
     weights: dict[str, Tensor]  # by the model's names, all of the model's shapes
     lines: list[str]  # what was adapted and what does not fit
@@ -192,7 +192,7 @@ def _shorten(texts: Sequence[str], between: str, most: int = 3) -> str:
 
 
 def _locate_name(source: str) -> str:
-    """What `initialize` can open: names of detectron2's model zoo become detectron2:// names.
+    """Turn a name of detectron2's model zoo into its detectron2:// name, and leave every other source as it is.
 
     Raises:
         UserError: a local file does not exist, and no model zoo has the name.

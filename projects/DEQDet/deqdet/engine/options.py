@@ -232,13 +232,22 @@ def check_options(cfg: CfgNode) -> None:
     Raises:
         UserError: one is not, or does not; names its key, its value and the range.
     """
+    check_ranges(cfg)
+    for relation in RELATIONS:
+        for problem in relation(cfg):
+            raise UserError(problem)
+
+
+def check_ranges(cfg: CfgNode) -> None:
+    """See that every value in a config is in its range, whatever the other values are.
+
+    Raises:
+        UserError: one is not; names its key, its value and the range.
+    """
     for key, allowed in RANGES.items():
         value = read(cfg, key)
         if not allowed.holds(value):
             raise UserError(f"{key} is {one_line(repr(value))}: it must be {allowed}")
-    for relation in RELATIONS:
-        for problem in relation(cfg):
-            raise UserError(problem)
 
 
 def check_processes(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from .cluster import find_place
 from .configuration import explained_datasets
 from .derivation import SIZES, Setting, choose_processes, derive_settings, measure_facts
 from .launcher import count_cores
-from .options import check_options, read
+from .options import check_options, check_processes, check_ranges, read
 from .run_folder import check_folder, refuse_folder_in_use
 
 FOLDER, CONFIG = "data", "config.yaml"  # within OUTPUT_DIR
@@ -59,15 +59,17 @@ def use_own_data(args: argparse.Namespace) -> None:
         args.num_gpus = 1 if args.num_gpus is None else args.num_gpus
         return
     _check_flags(args)
+    if args.num_gpus is not None:  # batch and schedule are derived from it
+        check_processes(args)
     import_plugins(args.plugin)
     base = get_config(SIZES[args.size or "quick"].config, _with_defaults(args))
     file = Path(base.OUTPUT_DIR, FOLDER, CONFIG)
     if (args.resume or args.eval_only) and file.is_file():
         _say(args, f"the settings and the split are those of {file}")
         cfg = get_config(str(file), args.opts)
-        _choose_processes(args, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE)
+        _choose_processes(args, cfg, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE)
     else:
-        check_options(base)
+        check_ranges(base)  # what the values must be together is checked when the rest is derived
         check_folder(base, args)
         refuse_folder_in_use(Path(base.OUTPUT_DIR))
         _make_run(base, args, file)
@@ -85,7 +87,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _with_defaults(args: argparse.Namespace) -> list[str]:
-    name = Path(args.data).absolute()
+    name = Path(os.path.abspath(args.data))  # without "..", by which OUTPUT_DIR would lead elsewhere
     name = (name.parent if name.suffix in (".yaml", ".yml") else name).name or "data"
     return ["OUTPUT_DIR", os.path.join("output", name), "SEED", str(_SEED), *args.opts]
 
@@ -121,7 +123,7 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace, file: Path) -> None:
     place = find_place(os.environ)
     rules, counted = SIZES[args.size or "quick"], args.num_gpus is not None
     on_cuda = torch.cuda.is_available() and str(given.get("MODEL.DEVICE", "cuda")).startswith("cuda")
-    _choose_processes(args, given.get("SOLVER.IMS_PER_BATCH", rules.batch), "cuda" if on_cuda else "cpu")
+    _choose_processes(args, cfg, given.get("SOLVER.IMS_PER_BATCH", rules.batch), "cuda" if on_cuda else "cpu")
     settings = derive_settings(
         facts, rules, given,
         processes=args.num_gpus * args.num_machines if place is None else place.world_size,
@@ -201,14 +203,15 @@ def _check(cfg: CfgNode, data: FolderData, names: dict[str, str]) -> dict[str, C
         log.removeHandler(silence)
 
 
-def _choose_processes(args: argparse.Namespace, batch: int, device: str) -> None:
-    """Fill in the number of processes where --num-gpus is not given."""
+def _choose_processes(args: argparse.Namespace, cfg: CfgNode, batch: int, device: str) -> None:
+    """Fill in the number of processes where --num-gpus is not given. Each must be able to accumulate its own share."""
     if args.num_gpus is not None:
         return
     alone = find_place(os.environ) is None  # else torchrun or srun has started the processes
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     training = not args.eval_only and args.num_machines == 1
-    args.num_gpus = choose_processes(batch, count_cores()) if on_cpu and alone and training else 1
+    part = batch // cfg.SOLVER.ACCUMULATION_STEPS
+    args.num_gpus = choose_processes(part, count_cores()) if on_cpu and alone and training else 1
 
 
 def _say(args: argparse.Namespace, *lines: str) -> None:

@@ -78,7 +78,7 @@ class DetectionPictures(HookBase):
                 self.trainer.storage.put_image(name, np.ascontiguousarray(picture.transpose(2, 0, 1)))
 
     def _draw(self, inputs: dict, found: Instances) -> np.ndarray:
-        """(H, W, 3) uint8 RGB."""
+        """Draw an image twice, with its true boxes and with its detections; (H, W, 3) uint8 RGB."""
         image = read_image(inputs["file_name"])
         height, width = image.shape[:2]
         shrink = min(1.0, LONGEST / max(height, width))

@@ -5,7 +5,10 @@ import fcntl
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from detectron2.config import CfgNode
 
@@ -103,6 +106,18 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
 def find_results(folder: Path) -> list[Path]:
     """The files of a training in a folder, sorted by name: checkpoints, models, metrics."""
     return sorted(path for path in _files(folder) if _RESULTS.fullmatch(path.name))
+
+
+def has_other_test_sets(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a folder holds a training that evaluates other sets than these, as its config.yaml says.
+
+    Its metrics.json and the detections right in inference/ are then not those of these sets.
+    """
+    try:
+        known = yaml.safe_load((folder / "config.yaml").read_text())["DATASETS"]["TEST"]
+        return bool(find_results(folder)) and list(known) != list(names)
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return False
 
 
 def _find_foreign(folder: Path) -> list[Path]:

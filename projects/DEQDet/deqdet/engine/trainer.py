@@ -64,6 +64,7 @@ from .resume import (
     restore_storage,
     storage_state,
 )
+from .run_folder import has_other_test_sets
 from .signals import StopOnSignal
 from .step import PRECISIONS, StepTrainer
 from .validation import build_validation_loss
@@ -344,12 +345,14 @@ class Trainer(DefaultTrainer, EndableTrainer):
         """COCO's box AP of up to TEST.DETECTIONS_PER_IMAGE detections, which are also written to OUTPUT_DIR/inference.
 
         Beyond 100 detections of an image, "AP@100" is that of the best 100, as COCO has it.
-        With several test sets, each has a folder of its name in there.
+        With several test sets, each has a folder of its name in there, and so has a set that the training in OUTPUT_DIR
+        does not evaluate.
         With a tolerance (MODEL.DEQDET.SOLVER.RTOL), the number of steps that the images took is reported too.
         """
-        folder, several = os.path.join(cfg.OUTPUT_DIR, "inference"), len(cfg.DATASETS.TEST) > 1
+        folder, names = os.path.join(cfg.OUTPUT_DIR, "inference"), cfg.DATASETS.TEST
+        apart = len(names) > 1 or has_other_test_sets(Path(cfg.OUTPUT_DIR), names)
         limits = {"max_detections": cfg.TEST.DETECTIONS_PER_IMAGE, "library": cfg.TEST.EVALUATOR}
-        coco = build_coco_evaluator(dataset_name, folder, apart=several, **limits)
+        coco = build_coco_evaluator(dataset_name, folder, apart=apart, **limits)
         return DatasetEvaluators([coco, StepsEvaluator()]) if cfg.MODEL.DEQDET.SOLVER.RTOL > 0 else coco
 
 

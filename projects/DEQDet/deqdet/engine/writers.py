@@ -160,7 +160,7 @@ class RunWriter(EventWriter):
 
 
 class WandbWriter(RunWriter):
-    """Into Weights & Biases; with WANDB_MODE=offline into OUTPUT_DIR/wandb, which `wandb sync` uploads later."""
+    """Writes into Weights & Biases; with WANDB_MODE=offline into OUTPUT_DIR/wandb, which `wandb sync` uploads later."""
 
     name = "wandb"
     _advice = "log in by `wandb login`, or set WANDB_MODE=offline"
@@ -187,7 +187,7 @@ class WandbWriter(RunWriter):
 
 
 class MLflowWriter(RunWriter):
-    """Into MLflow: the server of MLFLOW_TRACKING_URI, else files in OUTPUT_DIR/mlruns."""
+    """Writes into MLflow: the server of MLFLOW_TRACKING_URI, else files in OUTPUT_DIR/mlruns."""
 
     name = "mlflow"
     _advice = "see that the server of MLFLOW_TRACKING_URI runs, or unset that variable to write into OUTPUT_DIR"

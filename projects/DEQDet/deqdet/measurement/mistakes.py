@@ -58,7 +58,7 @@ class Judgement:
 
     @property
     def doubt(self) -> float:
-        """By which images of the same error are ordered: the sum of the scores of what is wrong."""
+        """The sum of the scores of all wrong detections, by which images with equally many mistakes are ordered."""
         wrong = np.isin(self.found_outcomes, (Outcome.ALONE, Outcome.CONFUSED))
         return float(self.found.scores.numpy()[wrong].sum())
 
@@ -136,7 +136,7 @@ def tally(judgements: Sequence[Judgement], num_classes: int) -> list[Tally]:
 
 
 def _count(labels: Sequence[Tensor], outcomes: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
-    """(num_classes, number of outcomes)."""
+    """Count each outcome of each class over all images; an array (num_classes, number of outcomes)."""
     counts = np.zeros((num_classes, len(Outcome)), dtype=int)
     for of_image, results in zip(labels, outcomes, strict=True):
         np.add.at(counts, (of_image.numpy(), results), 1)

@@ -10,7 +10,9 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..checkpoints.files import write_text
+from ..checkpoints.publish import AVERAGE
 from ..data import find_results, read_results, read_truth
+from ..engine.run_folder import has_other_test_sets
 from .mistakes import Judgement, Tally, best_threshold, judge_all, sort_by_error, tally
 from .mistakes_sheet import describe, write_mistakes
 from .plots import plot_curves, read_metrics
@@ -28,6 +30,7 @@ class SetSummary:
     dataset: str
     results: Mapping[str, float]  # of the boxes: "AP", "AP50", ..., "AP-cat"; 0 to 100. Empty: there are none
     iteration: int | None  # after how many iterations; None where it is not known
+    averaged: bool = False  # they are those of the averaged weights
     images: int = 0
     tallies: tuple[Tally, ...] = ()  # one for each class; none without detections or labels
     threshold: float | None = None  # at which the mistakes were counted
@@ -47,8 +50,9 @@ def write_training_report(
     """Write report.md, curves.png and a sheet of the images with the most mistakes into a training's OUTPUT_DIR.
 
     It reads what the training has written there: metrics.json, the detections of the last evaluation in inference/,
-    and model_final.safetensors. Parts whose files are not there are left out. No model is run. Of several processes,
-    call it on the main one.
+    and model_final.safetensors. Where the training has averaged its weights, which the model file then holds, figures
+    and detections are those of the average. Parts whose files are not there are left out. No model is run. Of several
+    processes, call it on the main one.
 
     Args:
         output: OUTPUT_DIR.
@@ -67,14 +71,19 @@ def write_training_report(
     """
     folder = Path(output)
     lines = read_metrics(folder / "metrics.json") if (folder / "metrics.json").is_file() else []
+    others = has_other_test_sets(folder, datasets)  # which have been evaluated after the training
+    averaged = _has_average(lines) and not others
     summaries = []
     for name in datasets:
-        figures, iteration = find_last_results(lines, name, several=len(datasets) > 1)
+        figures, iteration = {}, None
+        if not others:
+            figures, iteration = find_last_results(lines, name, several=len(datasets) > 1, averaged=averaged)
         if results is not None and name in results:
             figures = dict(results[name])
         sheet = folder / ("worst.jpg" if len(datasets) == 1 else f"worst-{name.replace('/', '_')}.jpg")
-        summary = SetSummary(name, figures, iteration)
-        summaries.append(_summarize(summary, find_results(folder, name), sheet, num_images, threshold))
+        summary = SetSummary(name, figures, iteration, averaged)
+        detections = find_results(folder / AVERAGE if averaged else folder, name)
+        summaries.append(_summarize(summary, detections, sheet, num_images, threshold))
     curves = None
     if lines:
         curves = folder / CURVES
@@ -85,19 +94,28 @@ def write_training_report(
     return folder / REPORT
 
 
-def find_last_results(lines: Sequence[Mapping], dataset: str, *, several: bool) -> tuple[dict[str, float], int | None]:
+def find_last_results(
+    lines: Sequence[Mapping], dataset: str, *, several: bool, averaged: bool = False
+) -> tuple[dict[str, float], int | None]:
     """The figures of the boxes of the last evaluation in metrics.json, without their prefix, and its iteration.
 
     Args:
         lines: of metrics.json.
         several: there is more than one test set; then their names stand before the figures.
+        averaged: the figures of the averaged weights, not those of the weights themselves.
     """
-    prefix = f"{dataset}/bbox/" if several else "bbox/"
+    prefix = f"{AVERAGE}/" * averaged + f"{dataset}/" * several + "bbox/"
     for line in reversed(lines):
         figures = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
         if figures:
             return figures, line.get("iteration")
     return {}, None
+
+
+def _has_average(lines: Sequence[Mapping]) -> bool:
+    """Whether the last evaluation in metrics.json was one of averaged weights too."""
+    evaluated = (line for line in reversed(lines) if any("bbox/" in key for key in line))
+    return any(key.startswith(f"{AVERAGE}/") for key in next(evaluated, ()))
 
 
 @dataclass(frozen=True)
@@ -207,10 +225,11 @@ def _format_set(summary: SetSummary) -> str:
     if figures:
         when = "" if summary.iteration is None else f", after {summary.iteration} iterations"
         shown = [key for key in _AP if key in figures]
-        parts.append(f"COCO's box AP of the last evaluation{when}:")
+        whose = " of the averaged weights" if summary.averaged else ""
+        parts.append(f"COCO's box AP{whose} in the last evaluation{when}:")
         parts.append(format_table([shown, [f"{figures[key]:.1f}" for key in shown]], names=0))
     else:
-        parts.append("There is no AP: the set has no labels, or no evaluation has been written to metrics.json.")
+        parts.append("There is no AP: the set has no labels, or metrics.json has no evaluation of it.")
     of_class = {name: figures.get(f"AP-{name}") for name in names}
     if len(names) == 1 and of_class[names[0]] is None:  # detectron2 leaves it out
         of_class[names[0]] = figures.get("AP")
@@ -221,8 +240,9 @@ def _format_set(summary: SetSummary) -> str:
              str(t.confused), str(t.false))
             for name, t in zip(names, summary.tallies, strict=True)
         ]  # fmt: skip
+        images = f"{summary.images} image{'s' * (summary.images != 1)}"
         parts.append(
-            f"Mistakes in {summary.images} images, at an IoU of 0.5 and counting detections with a score of at least "
+            f"Mistakes in {images}, at an IoU of 0.5 and counting detections with a score of at least "
             f"{summary.threshold:.2f}:"
         )
         parts.append(format_table([head, *rows], names=1))

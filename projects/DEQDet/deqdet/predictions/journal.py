@@ -1,4 +1,4 @@
-"""What a run has predicted so far, in a file that a kill at any moment leaves usable."""
+"""Records what a run has predicted so far, in a file that stays usable when the run is killed at any moment."""
 
 import fcntl
 import hashlib

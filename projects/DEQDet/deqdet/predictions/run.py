@@ -1,4 +1,4 @@
-"""From images to detections, in batches, with every group of images written down as soon as it is done."""
+"""Runs the detector on images in batches, and writes down each group of images as soon as it is done."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence

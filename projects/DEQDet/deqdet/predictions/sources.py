@@ -20,7 +20,7 @@ class Source:
     name: str  # as the files that are written call it
 
     def state(self) -> list:
-        """By which a changed image is known: its path, size in bytes and time of modification."""
+        """The path, the size in bytes and the time of modification, which tell whether the image has changed."""
         try:
             status = os.stat(self.path)
         except OSError:

@@ -17,7 +17,8 @@ from ..predictor import Predictor
 def load_trained(args: argparse.Namespace, output: Path | None = None) -> tuple[DEQDet, CfgNode]:
     """Set up the run that a command line describes, and load its model with the weights.
 
-    Without --model or a MODEL.WEIGHTS among the overrides, the weights are OUTPUT_DIR/model_final.pth.
+    Without --model or a MODEL.WEIGHTS among the overrides, the weights are those of OUTPUT_DIR/model_final.pth, and of
+    a training with SOLVER.EMA.ENABLED the averaged ones in OUTPUT_DIR/model_final.safetensors.
 
     Args:
         args: with the flags of `add_config_arguments`, parsed by `parse_arguments`.
@@ -32,7 +33,8 @@ def load_trained(args: argparse.Namespace, output: Path | None = None) -> tuple[
     opts, cfg = list(args.opts), load_config(args)
     weights = cfg.MODEL.WEIGHTS
     if not args.model and "MODEL.WEIGHTS" not in opts[::2]:
-        weights = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+        name = "model_final.safetensors" if cfg.SOLVER.EMA.ENABLED else "model_final.pth"
+        weights = os.path.join(cfg.OUTPUT_DIR, name)
         if not os.path.isfile(weights):
             raise UserError(f"{weights} does not exist: train the model, or give a checkpoint as MODEL.WEIGHTS")
         opts += ["MODEL.WEIGHTS", weights]

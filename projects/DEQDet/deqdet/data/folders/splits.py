@@ -52,7 +52,8 @@ def divide(found: FoundSet, *, seed: int, val_fraction: float) -> tuple[FoundSet
     """
     images = found.content["images"]
     if len(images) < 2:
-        raise UserError(f"{found.source} lists {len(images)} images: two are needed, to train on and to evaluate on")
+        listed = f"{len(images)} image{'s' * (len(images) != 1)}"
+        raise UserError(f"{found.source} lists {listed}: two are needed, to train on and to evaluate on")
     classes = _classes_of_images(found.content)
     names = [str(image.get("file_name", i)) if isinstance(image, dict) else str(i) for i, image in enumerate(images)]
     keys = [(hashlib.sha256(f"{seed}/{PurePosixPath(name).name}".encode()).hexdigest(), name) for name in names]
