@@ -116,11 +116,11 @@ class TestPaths:
         model = small_model().eval()
         calls = []
 
-        def break_third_call(layer, arguments, state):
+        def break_from_third_call_on(layer, arguments, state):
             calls.append(layer)
-            return QueryState(state.position, state.content * NAN) if len(calls) == 3 else state
+            return QueryState(state.position, state.content * NAN) if len(calls) >= 3 else state
 
-        handle = model.decoder.refinement.register_forward_hook(break_third_call)
+        handle = model.decoder.refinement.register_forward_hook(break_from_third_call_on)
         plan = Plan(steps=(2, 3, 5), rtols=(1e-12,), limit=4)
         (path,) = walk_paths(model, [inputs[:1]], solver=SOLVERS["plain"], plan=plan)
         handle.remove()

@@ -130,7 +130,7 @@ def config_that_trusts_itself(good: Path) -> str:
     write_bytes("evil.pkl", pickle.dumps({"model": Code(), "__author__": "x"}))
     text = (good / "good.yaml").read_text().replace("TRUST_PICKLE: false", "TRUST_PICKLE: true")
     assert "TRUST_PICKLE: true" in text
-    return write_text("trusting.yaml", text.replace("WEIGHTS: ''", "WEIGHTS: evil.pkl"))
+    return write_text("trusting.yaml", text.replace("\n  WEIGHTS: ''", "\n  WEIGHTS: evil.pkl"))
 
 
 def config_with_proposals(good: Path) -> str:

@@ -43,6 +43,7 @@ LOCAL_KEYS = (
     "DATASETS.REGISTER",
     "DATASETS.PROPOSAL_FILES_TRAIN",
     "DATASETS.PROPOSAL_FILES_TEST",
+    "WRITERS",
 )
 STATISTICS = (".running_mean", ".running_var")  # of BatchNorm; a variance may be far outside float16's range
 

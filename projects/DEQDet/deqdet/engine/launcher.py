@@ -25,6 +25,8 @@ from .joined import run_joined
 from .options import check_processes
 from .ranks import Group, run_ranks
 
+logger = logging.getLogger(__name__)
+
 
 def argument_parser() -> argparse.ArgumentParser:
     """detectron2's parser with flags of ours; on one machine, every run takes a free port of its own.
@@ -142,8 +144,28 @@ def count_cores() -> int:
 def _work(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     logging.raiseExceptions = False
     share_cores(args.num_gpus)
-    with explained_determinism():
+    with explained_determinism(), _disk_errors_of_threads():
         main(args)
+
+
+@contextmanager
+def _disk_errors_of_threads() -> Iterator[None]:
+    """Let TensorBoard's thread, which writes its file, end with a log line instead of a traceback if the disk is full.
+
+    The checkpoint that finds no room either ends the run with the line for the user.
+    """
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError):
+            logger.warning("%s has ended, which writes a file: %s", args.thread and args.thread.name, args.exc_value)
+        else:
+            before(args)
+
+    before, threading.excepthook = threading.excepthook, report
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager
