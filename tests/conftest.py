@@ -1,6 +1,7 @@
 """Small detectors and inputs that several test files share."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from deqdet import add_deqdet_config
 from deqdet.decoders import build_decoder
 
+from helpers.catalogs import catalogs_as_before
 from helpers.engine_toy import loggers_as_before, write_dataset
 from helpers.small_decoders import SHAPES
 
@@ -83,6 +85,15 @@ def small_cfg() -> Callable[..., CfgNode]:
 def stir() -> Callable[..., None]:
     """stir(module): noise on every parameter, so that no zero of an initialisation hides anything."""
     return _stir
+
+
+@pytest.fixture
+def own_catalogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Remove from the catalogs what a test registers, and keep the cache of the checks in the test's folder."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    with catalogs_as_before():
+        yield
 
 
 @pytest.fixture

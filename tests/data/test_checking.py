@@ -37,17 +37,9 @@ from deqdet.engine import check_run
 from deqdet.errors import UserError
 from deqdet.tools import check_data
 
-from helpers.catalogs import catalogs_as_before
 from helpers.damaged_sets import HEIGHT, WIDTH, make_set
 
-
-@pytest.fixture(autouse=True)
-def apart(tmp_path, monkeypatch):
-    """Catalogs as before, and a cache of the test's own."""
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    with catalogs_as_before():
-        yield
+pytestmark = pytest.mark.usefixtures("own_catalogs")
 
 
 @pytest.fixture

@@ -17,19 +17,15 @@ from deqdet import add_deqdet_config
 from deqdet.data import build_coco_evaluator, build_mapper, check_datasets, prepare_datasets
 from deqdet.errors import UserError
 
-from helpers.catalogs import catalogs_as_before
 from helpers.damaged_sets import BEGIN, DAMAGES, END, LEFT_OUT, REFUSED, USED, SmallSet, format_table, make_set
 from helpers.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
-def apart(tmp_path, monkeypatch):
+def apart(own_catalogs):
     """Catalogs as before, a cache of the test's own, and an end to whatever hangs."""
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     signal.alarm(60)
-    with catalogs_as_before():
-        yield
+    yield
     signal.alarm(0)
 
 

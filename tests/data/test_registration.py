@@ -25,7 +25,7 @@ from deqdet.data import (
 )
 from deqdet.errors import UserError
 
-from helpers.catalogs import catalogs_as_before
+pytestmark = pytest.mark.usefixtures("own_catalogs")
 
 TINY = {
     "info": {},
@@ -37,15 +37,6 @@ TINY = {
         {"id": 2, "image_id": 7, "category_id": 2, "bbox": [9.0, 9.0, 0.0, 0.0], "area": 0.0, "iscrowd": 0},
     ],
 }
-
-
-@pytest.fixture(autouse=True)
-def catalogs(tmp_path, monkeypatch):
-    """Remove from the catalogs what a test registers, and keep the cache of the checks in the test's folder."""
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    with catalogs_as_before():
-        yield
 
 
 @pytest.fixture

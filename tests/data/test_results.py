@@ -12,17 +12,9 @@ from deqdet import add_deqdet_config
 from deqdet.data import find_results, prepare_datasets, read_results, read_truth
 from deqdet.errors import UserError
 
-from helpers.catalogs import catalogs_as_before
 from helpers.damaged_sets import make_set
 
-
-@pytest.fixture(autouse=True)
-def apart(tmp_path, monkeypatch):
-    """Catalogs as before, and a cache of the test's own."""
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    with catalogs_as_before():
-        yield
+pytestmark = pytest.mark.usefixtures("own_catalogs")
 
 
 def register(s) -> str:

@@ -67,7 +67,7 @@ def test_boxes_on_the_left_and_detections_on_the_right(tmp_path):
     grey = np.full((800, 1000, 3), 128, dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), grey)
     truth = {"bbox": [100, 400, 300, 200], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
-    inputs = {"file_name": str(tmp_path / "a.png"), "annotations": [truth]}
+    inputs = {"file_name": str(tmp_path / "a.png"), "height": 800, "width": 1000, "annotations": [truth]}
     model = Finds([500.0, 300.0, 900.0, 700.0])
     hook = DetectionPictures(2, model, lambda: [inputs], ["cell"])
     with EventStorage() as storage:

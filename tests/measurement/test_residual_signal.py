@@ -25,7 +25,7 @@ from deqdet.measurement.residual_signal import (
     tabulate_images,
 )
 from deqdet.measurement.residual_signal_report import deciles
-from deqdet.measurement.verdicts import Objects, judge
+from deqdet.measurement.verdicts import judge
 from deqdet.tools import residual_signal
 
 from helpers.engine_toy import IN_PROCESS
@@ -97,11 +97,21 @@ class TestStatistics:
         assert len(deciles(column(), column())[0]) == 0
 
 
+def make_truth(boxes: list[list[float]], classes: list[int], crowd: list[bool]) -> Instances:
+    """True boxes of an image, as data.read_truth returns them."""
+    return Instances(
+        (100, 100),
+        gt_boxes=Boxes(torch.tensor(boxes).reshape(-1, 4)),
+        gt_classes=torch.tensor(classes, dtype=torch.int64),
+        gt_crowd=torch.tensor(crowd, dtype=torch.bool),
+    )
+
+
 class TestJudge:
-    OBJECTS = Objects(
-        boxes=torch.tensor([[0.0, 0, 40, 40], [10.0, 0, 50, 40], [60.0, 0, 100, 40]]),
-        classes=torch.tensor([CUP, CUP, SPOON]),
-        crowd=torch.tensor([False, False, True]),
+    OBJECTS = make_truth(
+        boxes=[[0.0, 0, 40, 40], [10.0, 0, 50, 40], [60.0, 0, 100, 40]],
+        classes=[CUP, CUP, SPOON],
+        crowd=[False, False, True],
     )
 
     def found(self, *rows: tuple[tuple[float, ...], int, float]) -> Instances:
@@ -127,12 +137,12 @@ class TestJudge:
         assert judge(self.found(*boxes), self.OBJECTS) == ["box", "nothing"]
 
     def test_the_surest_takes_the_object(self):
-        one = Objects(self.OBJECTS.boxes[:1], self.OBJECTS.classes[:1], self.OBJECTS.crowd[:1])
+        one = self.OBJECTS[:1]
         loose, exact = ((0.0, 0, 40, 25), CUP, 0.9), ((0.0, 0, 40, 40), CUP, 0.8)
         assert judge(self.found(loose, exact), one) == ["right", "double"]
 
     def test_without_objects_all_are_wrong(self):
-        nothing = Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+        nothing = make_truth([], [], [])
         assert judge(self.found(((0.0, 0, 40, 40), CUP, 0.9)), nothing) == ["nothing"]
 
 
@@ -249,7 +259,7 @@ def test_no_detection_is_no_ap(small_model_of_one_step, make_inputs):
     seen.detections[2] = seen.detections[2][:0]
     rows = tabulate_images([seen], lambda *_: [Accuracy(*[None] * 6)], {1: TestJudge.OBJECTS}, 2)
     assert rows.AP.tolist() == [0.0]
-    bare = Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    bare = make_truth([], [], [])
     rows = tabulate_images([seen], lambda *_: [Accuracy(*[None] * 6)], {1: bare}, 2)
     assert math.isnan(rows.AP[0])
 

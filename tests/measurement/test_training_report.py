@@ -18,23 +18,13 @@ from deqdet.measurement.mistakes_sheet import COLOURS, Outcome
 from deqdet.measurement.training_report import find_last_results, write_training_report
 from deqdet.tools import check_data, report
 
-from helpers.catalogs import catalogs_as_before
 from helpers.damaged_sets import make_set
 from helpers.engine_toy import IN_PROCESS
 
-pytestmark = IN_PROCESS
+pytestmark = [*IN_PROCESS, pytest.mark.usefixtures("own_catalogs")]
 AP = {"bbox/AP": 61.25, "bbox/AP50": 80.0, "bbox/APs": float("nan"), "bbox/AP-red": 70.5, "bbox/AP-green": 40.0,
       "bbox/AP-blue": 73.25}  # fmt: skip
 METRICS = [{"iteration": 19, "total_loss": 8.0}, {"iteration": 39, "total_loss": 3.5}, {"iteration": 40, **AP}]
-
-
-@pytest.fixture(autouse=True)
-def apart(tmp_path, monkeypatch):
-    """Catalogs as before, and a cache of the test's own."""
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    with catalogs_as_before():
-        yield
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from .mapper import ImageMapper, build_mapper, build_test_loader, build_validati
 from .randomness import mix_seed, random_state_kept, seed_all, seeded
 from .registration import check_datasets, find_class_names, prepare_datasets, register_datasets, register_shapes
 from .report import Report, format_report
-from .results import find_results, read_results, read_truth
+from .results import find_results, read_results, read_truth, read_truths
 from .shapes import ShapesConfig, generate_shapes
 from .train_loader import TrainLoader, build_train_loader
 
@@ -48,6 +48,7 @@ __all__ = [
     "read_image",
     "read_results",
     "read_truth",
+    "read_truths",
     "register_datasets",
     "register_shapes",
     "seed_all",

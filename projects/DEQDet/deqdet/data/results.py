@@ -62,6 +62,11 @@ def read_truth(record: dict) -> Instances:
     return truth
 
 
+def read_truths(dataset: str) -> dict[int, Instances]:
+    """What `read_truth` returns for each image of a registered data set, by the image's id."""
+    return {record["image_id"]: read_truth(record) for record in DatasetCatalog.get(dataset)}
+
+
 def _given_ids(json_file: str) -> list[dict[int, int | str]]:
     """The image and the category ids of the user's file, by those that the check put in their place."""
     whole = json.loads(Path(json_file).read_bytes())

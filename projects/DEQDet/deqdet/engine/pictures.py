@@ -13,10 +13,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Instances
 from detectron2.utils import comm
 
-from ..data import build_mapper, random_state_kept, read_image
+from ..data import build_mapper, random_state_kept, read_image, read_truth
 from ..drawing import draw_detections, enlarge
 
 COUNT = 4  # images
@@ -88,16 +88,12 @@ class DetectionPictures(HookBase):
         image = enlarge(image)
         sides = [
             draw_detections(image, instances, self._class_names)
-            for instances in (_ground_truth(inputs["annotations"], (height, width)), found)
+            for instances in (_ground_truth(inputs), found)
         ]
         return np.concatenate(sides, axis=1)
 
 
-def _ground_truth(annotations: list[dict], image_size: tuple[int, int]) -> Instances:
+def _ground_truth(record: dict) -> Instances:
     """The boxes of a record in the form of detections, without scores."""
-    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
-    return Instances(
-        image_size,
-        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
-        pred_classes=torch.tensor([x["category_id"] for x in annotations], dtype=torch.int64),
-    )
+    truth = read_truth(record)
+    return Instances(truth.image_size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from ..checkpoints.files import write_text
 from ..engine import build_model, check_processes, check_run, load_config
 from ..errors import UserError
 from ..model_zoo import find_config
@@ -274,7 +275,4 @@ def _number(value: float) -> float | None:
 
 
 def _write(path: Path, content: dict) -> None:
-    """Write a JSON file as a whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
-    os.replace(temporary, path)
+    write_text(json.dumps(content, indent=1, allow_nan=False), path)

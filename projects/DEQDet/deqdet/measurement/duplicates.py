@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from detectron2.data import DatasetCatalog
 from detectron2.layers import batched_nms
-from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.structures import Instances, pairwise_iou
 
+from ..data import read_truths
 from ..detector import DEQDet
 from .accuracy import Detected, Evaluation
 
@@ -60,14 +60,6 @@ class Duplicates:
     AP_nms: float | None  # COCO's box AP, 0 to 100, after NMS
 
 
-@dataclass(frozen=True)
-class _Objects:
-    """The objects of an image, crowds left out."""
-
-    boxes: Tensor  # (M, 4)  xyxy, pixels
-    classes: Tensor  # (M,)
-
-
 class DuplicateCounter:
     """Counts the duplicates among the detections in a data set."""
 
@@ -77,7 +69,7 @@ class DuplicateCounter:
             dataset: the name of a registered data set.
             evaluation: of that set.
         """
-        self._objects = {record["image_id"]: _read_objects(record) for record in DatasetCatalog.get(dataset)}
+        self._truths = read_truths(dataset)
         self._evaluation = evaluation
 
     def __call__(self, images: Sequence[DetectedWithDistances], step: int) -> Duplicates:
@@ -91,7 +83,7 @@ class DuplicateCounter:
         """
         found, doubled, distances = 0, 0, []
         for image in images:
-            for finders in find_objects(image.detections[step], self._objects[image.image_id]):
+            for finders in find_objects(image.detections[step], self._truths[image.image_id]):
                 found += bool(finders)
                 doubled += len(finders) > 1
                 if image.distances:
@@ -145,18 +137,23 @@ def count_confident(found: Instances) -> int:
     return int((found.scores >= CONFIDENT).sum())
 
 
-def find_objects(found: Instances, objects: _Objects) -> list[list[int]]:
-    """Which confident detections find each of the M objects: a list of their indices for each.
+def find_objects(found: Instances, truth: Instances) -> list[list[int]]:
+    """Which confident detections find each object of an image, crowds left out: a list of their indices for each.
 
     A detection finds the object of its own class with which its IoU is largest, if that is SAME_OBJECT or more. So it
     finds one object at most, and two detections of one object come from two queries.
+
+    Args:
+        found: the detections of an image, best first.
+        truth: its true boxes, as read_truth returns them.
     """
-    finders: list[list[int]] = [[] for _ in range(len(objects.classes))]
+    truth = truth[~truth.gt_crowd]
+    finders: list[list[int]] = [[] for _ in range(len(truth))]
     if not finders:
         return finders
     sure = found[: count_confident(found)]
-    overlaps = pairwise_iou(sure.pred_boxes, Boxes(objects.boxes))
-    overlaps = overlaps.where(sure.pred_classes[:, None] == objects.classes, 0.0)
+    overlaps = pairwise_iou(sure.pred_boxes, truth.gt_boxes)
+    overlaps = overlaps.where(sure.pred_classes[:, None] == truth.gt_classes, 0.0)
     for index, (overlap, best) in enumerate(zip(*(x.tolist() for x in overlaps.max(dim=1)), strict=True)):
         if overlap >= SAME_OBJECT:
             finders[best].append(index)
@@ -166,12 +163,3 @@ def find_objects(found: Instances, objects: _Objects) -> list[list[int]]:
 def suppress(found: Instances) -> Instances:
     """The detections that NMS leaves within each class, best first."""
     return found[batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, NMS)]
-
-
-def _read_objects(record: dict) -> _Objects:
-    annotations = [x for x in record.get("annotations", ()) if not x.get("iscrowd", 0)]
-    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
-    return _Objects(
-        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        classes=torch.tensor([x["category_id"] for x in annotations], dtype=torch.int64),
-    )

@@ -6,7 +6,7 @@ their AP does, for detections whether it puts the right ones before the wrong on
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from .accuracy import Accuracy, Evaluation
 from .corruptions import BATCHES, CLEAN, CONDITIONS, CORRUPTIONS, Condition, corrupt
 from .duplicates import count_confident
 from .rank_statistics import Estimate, correlate, correlate_given, estimate, finite_or_none, separate
-from .verdicts import RIGHT, VERDICTS, Objects, judge
+from .verdicts import RIGHT, VERDICTS, judge
 
 # The signals, each turned so that a higher value should mean a better result.
 SIGNALS = ("residual", "residual of detections", "confidence")
@@ -129,7 +129,7 @@ class DetectionRows:
 
 
 def tabulate_images(
-    observations: Sequence[Observation], evaluation: Evaluation, objects: dict[int, Objects], steps: int
+    observations: Sequence[Observation], evaluation: Evaluation, truths: Mapping[int, Instances], steps: int
 ) -> ImageRows:
     """Compute the AP of each image alone, and put all numbers into columns.
 
@@ -138,7 +138,7 @@ def tabulate_images(
     """
 
     def alone(x: Observation) -> float:
-        if not len(x.detections[steps]) and not objects[x.image_id].crowd.all():
+        if not len(x.detections[steps]) and not truths[x.image_id].gt_crowd.all():
             return 0.0  # detectron2 gives no AP where there are no detections
         (accuracy,) = evaluation([x], [(steps,)])
         return math.nan if accuracy.AP is None else accuracy.AP
@@ -154,7 +154,7 @@ def tabulate_images(
 
 
 def tabulate_detections(
-    observations: Sequence[Observation], objects: dict[int, Objects], steps: int
+    observations: Sequence[Observation], truths: Mapping[int, Instances], steps: int
 ) -> DetectionRows:
     """Judge all confident detections, and put all numbers into columns."""
     rows = [
@@ -163,7 +163,7 @@ def tabulate_detections(
         for residual, score, verdict in zip(
             x.query_residuals.tolist(),
             x.detections[steps].scores.tolist(),  # the confident ones come first
-            judge(x.detections[steps], objects[x.image_id]),
+            judge(x.detections[steps], truths[x.image_id]),
             strict=False,
         )
         if verdict is not None

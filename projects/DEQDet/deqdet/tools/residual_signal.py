@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data import build_test_loader
+from ..data import build_test_loader, read_truths
 from ..engine import add_config_arguments, exit_on_user_error, parse_arguments
 from ..errors import UserError
 from ..measurement.accuracy import Evaluation
@@ -31,7 +31,6 @@ from ..measurement.residual_signal import (
 )
 from ..measurement.residual_signal_report import Report, format_report, write_report
 from ..measurement.timing import describe_machine
-from ..measurement.verdicts import read_objects
 from .trained import load_trained
 
 
@@ -71,15 +70,15 @@ def measure(args: argparse.Namespace, command: str) -> None:
         )
     steps, dataset = args.steps or model.decoder.execution().steps, cfg.DATASETS.TEST[0]
     loader = build_test_loader(cfg, dataset, args.limit)
-    evaluation, objects = Evaluation(dataset), read_objects(dataset)
+    evaluation, truths = Evaluation(dataset), read_truths(dataset)
     total = len(loader) * len(CONDITIONS)
     seen = list(tqdm(observe(model, loader, steps=steps), total=total, desc="detecting", unit="image", disable=None))
     accuracies = []
     for condition in CONDITIONS:
         alike = [x for x in seen if x.condition == condition]
         accuracies += evaluation(alike, [(steps,) * len(alike)])
-    images = tabulate_images(seen, evaluation, objects, steps)
-    detections = tabulate_detections(seen, objects, steps)
+    images = tabulate_images(seen, evaluation, truths, steps)
+    detections = tabulate_detections(seen, truths, steps)
     pairs = zip(CONDITIONS, accuracies, strict=True)
     report = Report(
         command=command,
