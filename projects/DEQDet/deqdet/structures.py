@@ -18,7 +18,11 @@ SCALE_UNIT = 8.0
 
 
 def packing_units(device: torch.device) -> Tensor:
-    """(4,) float32, the units of a packed position, made where they are needed, so that nothing is copied there."""
+    """The packing units of a position's four numbers cx, cy, z, r; (4,) float32.
+
+    They are computed on the device itself: a tensor made from Python numbers would be copied there, and the host would
+    wait for it.
+    """
     return torch.where(torch.arange(4, device=device) < 2, CENTER_UNIT, SCALE_UNIT)
 
 

@@ -99,9 +99,11 @@ def _torchrun_place(environ: Mapping[str, str]) -> Place:
 
 
 def _step_tasks(environ: Mapping[str, str]) -> int:
-    """The processes of this step; without a job, those that something which imitates srun on one machine has started.
+    """The number of processes that srun has started together with this one.
 
-    In the scripts and shells of a real job, SLURM_NTASKS is set as well, but there it is what a step may have.
+    Slurm's job steps say it in SLURM_STEP_NUM_TASKS. SLURM_NTASKS does not say it within a job, where the script of
+    sbatch has it too, although it runs alone. Only without a job (no SLURM_JOB_ID) is it taken: then some program
+    imitates srun on one machine.
     """
     alone = environ.get("SLURM_NTASKS", "1") if "SLURM_JOB_ID" not in environ else "1"
     return _integer(environ, "SLURM_STEP_NUM_TASKS", alone)

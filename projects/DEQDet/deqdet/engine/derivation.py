@@ -43,7 +43,11 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class SizeRules:
-    """The constants of one --size. A view is one image seen once, so that a training has epochs x images views."""
+    """The constants of one --size.
+
+    The length of a training is counted in views: each time that one image is trained on is a view, so that a training
+    of E epochs on M images has E M views.
+    """
 
     config: str  # the base, a name in the model zoo
     pixels: int  # of an image, for which the time of an iteration was measured

@@ -150,14 +150,15 @@ def _work(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
 
 @contextmanager
 def _disk_errors_of_threads() -> Iterator[None]:
-    """Let TensorBoard's thread, which writes its file, end with a log line instead of a traceback if the disk is full.
+    """Log one line, and no traceback, when a thread that writes a file (TensorBoard's) fails because the disk is full.
 
-    The checkpoint that finds no room either ends the run with the line for the user.
+    The user is told by the main thread: the next checkpoint finds no room either, and ends the run with one line.
     """
 
     def report(args: threading.ExceptHookArgs) -> None:
         if isinstance(args.exc_value, OSError):
-            logger.warning("%s has ended, which writes a file: %s", args.thread and args.thread.name, args.exc_value)
+            name = args.thread.name if args.thread else "unknown"
+            logger.warning("the thread %s, which writes a file, has ended: %s", name, args.exc_value)
         else:
             before(args)
 

@@ -69,10 +69,11 @@ def scaled_base_lr(cfg: CfgNode) -> float:
 
 
 def has_fused_kernel(devices: Collection[torch.device]) -> bool:
-    """Whether AdamW updates parameters on these devices by one kernel for many of them.
+    """Whether to take the fused AdamW, which updates many parameters in one kernel: on CUDA it does, elsewhere not.
 
-    Torch has such a kernel for CPUs too, but there the update is a small part of an iteration, and its other rounding
-    would change what recipes have been measured to give. A resumed training goes on with what its checkpoint names.
+    PyTorch has such a kernel for CPUs too. There, however, the update is a small part of an iteration, and the kernel
+    rounds differently, so that the measured results of the recipes would change. A resumed training keeps the kind that
+    its checkpoint names.
     """
     return bool(devices) and all(device.type == "cuda" for device in devices)
 

@@ -161,7 +161,9 @@ def solve(
 
 
 def _norms(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """||f(y) - y|| and ||f(y)|| (B,), up to a common factor, and whether all entries of f(y) are finite (B,).
+    """The norms ||f(y) - y|| and ||f(y)||, and whether all entries of f(y) are finite, each (B,).
+
+    Both norms of a row may be scaled by the same factor: only their quotient, the relative residual, is used.
 
     The squares of float32 numbers cannot overflow in float64. Where the numbers are float64 themselves, or the device
     has no float64, both vectors are divided by the largest entry of f(y) first, which leaves the quotient as it is.
@@ -263,9 +265,11 @@ class _Record:
         return torch.where(usable[:, None], proposal, iterate)
 
     def _add_fixed(self, iterate: Tensor, output: Tensor, proposal: Tensor, found: tuple[Tensor, ...]) -> Tensor:
-        """The same where no row stops by itself, in as few operations as there can be.
+        """Take in one step of a solve with a fixed number of steps, where every row takes part in every step.
 
-        A row whose output is not finite needs no mark: f is applied to the same iterate again, and fails again.
+        Only what the next step needs is computed here; `_collect` computes the residuals of all steps at the end. A
+        row whose output is not finite keeps its iterate. It needs no mark, since f, applied to the same iterate again,
+        fails again.
         """
         finite = found[-1][:, None]
         self._found.append(found)

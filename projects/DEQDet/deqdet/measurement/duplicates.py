@@ -43,7 +43,7 @@ class DetectedWithDistances(Detected, Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """An image with its detections at the end of the decoder, as step 0."""
+    """An image with its detections by step; a decoder whose steps cannot be chosen has them under step 0."""
 
     image_id: int
     detections: dict[int, Instances]
