@@ -5,12 +5,12 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from detectron2.engine import launch
 from detectron2.utils.events import EventStorage
 
 from deqdet.engine.step import StepTrainer
 
 from helpers.gradients import CASES, batch, build, gradients
+from helpers.two_ranks import run_two_ranks
 
 FOUR = ["both", "none", "first", "both"]
 
@@ -45,7 +45,7 @@ def work(output: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     output = str(tmp_path_factory.mktemp("ddp") / "gradients.pth")
-    launch(work, 2, dist_url="auto", args=(output,))
+    run_two_ranks(work, output)
     return torch.load(output, weights_only=True)
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.config import get_cfg
-from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -28,6 +27,7 @@ from deqdet.structures import QueryState
 from helpers.batches import strip
 from helpers.engine_toy import IN_PROCESS, parse
 from helpers.paths import SHAPES_CONFIG
+from helpers.two_ranks import run_two_ranks
 
 NAMES = ("residual_step1", "residual", "steps_to_rtol0.05", "spectral_radius")
 # A training whose every step draws random numbers: noise, and flips in the main process.
@@ -238,7 +238,7 @@ def observe_worker(cfg, batch: list[dict], output: str) -> None:
 @pytest.mark.usefixtures("loggers")
 def test_two_processes(small_cfg, make_inputs, tmp_path):
     cfg = small_cfg("MODEL.DEQDET.INSIGHT.PERIOD", 1, "MODEL.DEQDET.INSIGHT.POWER_ITERATIONS", 2)
-    launch(observe_worker, 2, dist_url="auto", args=(cfg, make_inputs(1), str(tmp_path / "rank")))
+    run_two_ranks(observe_worker, cfg, make_inputs(1), str(tmp_path / "rank"))
     first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     assert (first[0], second[0]) == (1, 0)
     keys = {f"equilibrium/{name}" for name in NAMES}

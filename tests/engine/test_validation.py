@@ -1,7 +1,6 @@
 """The training losses on the test sets, which an evaluation computes and training does not notice."""
 
 import json
-from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -19,6 +17,7 @@ from deqdet.engine.validation import compute_losses
 
 from helpers.engine_toy import IN_PROCESS
 from helpers.short_training import in_metrics, in_tensorboard, train
+from helpers.two_ranks import run_two_ranks
 
 pytestmark = IN_PROCESS
 WORDS = "TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 6, "TEST.VALIDATION_LOSS", True
@@ -115,8 +114,7 @@ def share_worker(cfg, batches, output):
 def test_ranks_with_different_numbers_of_images(small_cfg, make_inputs, tmp_path):
     cfg = small_cfg()
     batches = [[{**record, "image_id": i + 1}] for i, record in enumerate(make_inputs(2, 0, 3))]
-    args = cfg, batches, str(tmp_path / "rank")
-    launch(share_worker, 2, dist_url="auto", args=args, timeout=timedelta(seconds=60))
+    run_two_ranks(share_worker, cfg, batches, str(tmp_path / "rank"))
     torch.manual_seed(0)
     alone = compute_losses(build_model(cfg).train(), batches)
     for rank in range(2):
