@@ -163,6 +163,22 @@ def test_every_quick_detector_has_the_pretrained_start():
             assert found == expected, (name, kind)
 
 
+def test_every_detector_has_the_start_from_imagenet():
+    """On photographs, the six detectors differ as on shapes, in decoder and layer alone."""
+    for name in ["rnndet", "adamixer", "deq_sparse_rcnn", "rnn_sparse_rcnn", "sparse_rcnn"]:
+        for kind in ["", "_positional"] if "sparse" in name else [""]:
+            expected = load("configs/quick/deqdet_photos_mobilenet.yaml")
+            found = load(f"configs/quick/{name}{kind}_photos_mobilenet.yaml")
+            on_shapes = load(f"configs/quick/{name}{kind}_shapes_pretrained.yaml")
+            expected.OUTPUT_DIR = found.OUTPUT_DIR
+            for key in ["DECODER", "REFINEMENT_LAYER", "SPARSE_RCNN", "QUERIES"]:
+                expected.MODEL.DEQDET[key] = on_shapes.MODEL.DEQDET[key]
+            if "sparse" in name:
+                expected.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
+                expected.MODEL.FPN.OUT_CHANNELS = on_shapes.MODEL.FPN.OUT_CHANNELS
+            assert found == expected, (name, kind)
+
+
 @pytest.mark.parametrize("path", CONFIGS)
 def test_a_converted_backbone_says_how_it_is_made(path):
     """In the file that names it."""
