@@ -38,6 +38,10 @@ def test_segments_keep_memory_from_growing_with_omega(small_model, make_inputs):
     assert recomputed[2].saved < kept[0].saved
     assert model.decoder.supervision.count == 4 and not model.decoder.checkpoint_segments
     assert all(x.grad is None for x in model.parameters())
+    counted = training_memory(model.decoder, initial, features, counts=(0, 2, 4), compute=False)
+    assert [(x.points, x.recomputed, x.peak) for x in counted] == [(x.points, x.recomputed, None) for x in found]
+    # A few small tensors differ: some kernels of the CPU save others than the general form of their operation.
+    assert [x.saved for x in counted] == pytest.approx([x.saved for x in found], abs=4096)
 
 
 def test_a_decoder_without_omega(small_model, make_inputs):
@@ -55,3 +59,7 @@ def test_the_command(tmp_path, small_cfg, capsys):
     table = capsys.readouterr().out.strip().splitlines()[-4:]
     assert table[0].startswith("| points in Omega | saved |") and table[2].startswith("| 2 | ")
     assert table[3].count("|") == 6 and f"| {rows[1]['saved_mb']:.1f} |" in table[3]
+    tool.main([*words, "--count-only"])
+    assert "| points in Omega | saved | saved, recomputed |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--count-only is for --task memory, not for step"):
+        tool.main([*words, "--task", "step", "--count-only"])

@@ -61,6 +61,7 @@ class Setting:
     precision: str
     steps: int | None = None  # of the decoder; None: its own number
     compiled: bool = False
+    compute: bool = True  # for memory: run both passes for the peak
     repeats: int = 20
     warm_up: int = 3
 
@@ -83,8 +84,8 @@ def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
         For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most that tensors took beside the
         weights, in MiB. For a step also floor_ms and simple_ms, the same step from features that were not prepared;
         on CUDA kernels, moved_mb and bandwidth_ms as well. For training also forward_ms, backward_ms, optimizer_ms. For
-        memory there are no times, but `memory`, a list with points, recomputed, saved_mb and peak_mb (see
-        TrainingMemory).
+        memory there are no times, but `memory`, a list with points, recomputed, saved_mb and, if both passes were
+        computed, peak_mb (see TrainingMemory).
     """
     torch.manual_seed(0)
     if setting.compiled:
@@ -228,11 +229,11 @@ def _memory(model: DEQDet, setting: Setting) -> dict[str, Any]:
     decoder = model.decoder
     counts = range(decoder.supervision.count + 1) if decoder.has_equilibrium else ()
     with _autocast(model, setting):
-        found = training_memory(decoder, initial, features, counts)
-    rows = [
-        {"points": x.points, "recomputed": x.recomputed, "saved_mb": x.saved / 2**20, "peak_mb": x.peak / 2**20}
-        for x in found
-    ]
+        found = training_memory(decoder, initial, features, counts, compute=setting.compute)
+    rows = []
+    for x in found:
+        peak = {} if x.peak is None else {"peak_mb": x.peak / 2**20}
+        rows.append({"points": x.points, "recomputed": x.recomputed, "saved_mb": x.saved / 2**20, **peak})
     return {"memory": rows}
 
 

@@ -1,15 +1,18 @@
 """How much memory training keeps for the backward pass, against the number of supervised states |Omega|.
 
 Counted are the tensors that autograd saves, each storage once and without parameters, as torch hands them to the hooks
-of saved tensors. This is a property of the graph, the same on a CPU and on a GPU up to what their kernels save; the
-peak of the whole pass is measured beside it.
+of saved tensors. This is a property of the graph, the same on a CPU and on a GPU up to what their kernels save, and needs
+only the sizes of the tensors: FakeTensorMode counts it without computing anything. The peak of the whole pass has to be
+measured.
 """
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..decoders import EquilibriumDecoder
@@ -25,7 +28,7 @@ class TrainingMemory:
     points: int  # |Omega|
     recomputed: bool  # CHECKPOINT_SEGMENTS
     saved: int  # bytes that are kept between the forward and the backward pass
-    peak: int  # bytes, the most at any time of both passes
+    peak: int | None  # bytes, the most at any time of both passes; None if nothing was computed
 
 
 def saved_bytes(call: Callable[[], Any], without: Collection[Tensor] = ()) -> int:
@@ -35,23 +38,30 @@ def saved_bytes(call: Callable[[], Any], without: Collection[Tensor] = ()) -> in
         call: computes something with gradient, and returns it, so that its graph lives until all is counted.
         without: tensors that do not count, such as parameters.
     """
-    known = {x.untyped_storage().data_ptr() for x in without}
-    sizes: dict[int, int] = {}
+    known = [x.untyped_storage() for x in without]
+    # By identity, which is unique as long as the storages are kept; a fake tensor's has no address.
+    outside = {id(x) for x in known}
+    saved: dict[int, UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if id(storage) not in outside:
+            saved[id(storage)] = storage
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call()
     del result
-    return sum(sizes.values())
+    return sum(x.nbytes() for x in saved.values())
 
 
 def training_memory(
-    decoder: EquilibriumDecoder, initial: QueryState, features: Features, counts: Collection[int]
+    decoder: EquilibriumDecoder,
+    initial: QueryState,
+    features: Features,
+    counts: Collection[int],
+    *,
+    compute: bool = True,
 ) -> list[TrainingMemory]:
     """Measure a decoder with and without CHECKPOINT_SEGMENTS, for several SUPERVISION_COUNTs.
 
@@ -59,6 +69,8 @@ def training_memory(
         decoder: in training mode. It is as before afterwards.
         initial, features: as for its `supervise`; their gradients are discarded.
         counts: the m of Omega = {1, C, 2C, ..., mC, T}.
+        compute: run both passes for the peak. Without, the saved tensors are counted from their sizes alone, which a
+            model of any size takes seconds for.
 
     Raises:
         UserError: the decoder has no equilibrium.
@@ -69,7 +81,12 @@ def training_memory(
             "EquilibriumDecoder"
         )
     before, found = (decoder.supervision, decoder.checkpoint_segments), []
+    mode = nullcontext() if compute else FakeTensorMode(allow_non_fake_inputs=True)
     outside = [*decoder.parameters(), *features, initial.position, initial.content]
+    if not compute:
+        outside = [mode.from_tensor(x) for x in outside]
+        *_, position, content = outside
+        features, initial = outside[-2 - len(features) : -2], QueryState(position, content)
     features = [x.detach().requires_grad_() for x in features]
 
     def forward() -> Tensor:
@@ -79,8 +96,9 @@ def training_memory(
         for recomputed in (False, True):
             for count in counts:
                 decoder.supervision, decoder.checkpoint_segments = replace(before[0], count=count), recomputed
-                saved = saved_bytes(forward, without=outside)
-                peak = peak_memory(lambda: forward().backward(), features[0].device)
+                with mode:
+                    saved = saved_bytes(forward, without=outside)
+                peak = peak_memory(lambda: forward().backward(), features[0].device) if compute else None
                 decoder.zero_grad()
                 found.append(TrainingMemory(len(decoder.supervision.steps), recomputed, saved, peak))
     finally:

@@ -45,6 +45,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--height", type=int, default=800, help="of the images, pixels")
     parser.add_argument("--width", type=int, default=1333)
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed calls, after three to warm up")
+    parser.add_argument(
+        "--count-only", action="store_true", help="with --task memory: count saved tensors, compute nothing, no peak"
+    )
     parser.add_argument("--output", type=Path, metavar="OUT.json", help="write the numbers as JSON")
     return parser
 
@@ -56,6 +59,8 @@ def measure(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.repeats < 2:
         raise UserError(f"--repeats must be at least 2, got {args.repeats}: quartiles need several times")
+    if args.count_only and args.task != "memory":
+        raise UserError(f"--count-only is for --task memory, not for {args.task}")
     cfg = load_config(args)
     if args.device:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -75,6 +80,7 @@ def measure(args: argparse.Namespace) -> None:
         precision=args.precision,
         steps=args.steps,
         compiled=args.mode == "compiled",
+        compute=not args.count_only,
         repeats=args.repeats,
     )
     found = {
@@ -115,10 +121,12 @@ def format_memory(rows: Sequence[dict]) -> str:
     """The table of --task memory, a row for each size of Omega, in MiB."""
     points = sorted({row["points"] for row in rows})
     cells = {(row["points"], row["recomputed"]): row for row in rows}
-    table = [["points in Omega", "saved", "peak", "saved, recomputed", "peak, recomputed"]]
+    names = {"saved_mb": "saved", "peak_mb": "peak"}
+    names = {key: name for key, name in names.items() if key in rows[0]}
+    table = [["points in Omega", *names.values(), *(f"{name}, recomputed" for name in names.values())]]
     for count in points:
         found = cells[count, False], cells[count, True]
-        table.append([str(count), *(f"{row[name]:.1f}" for row in found for name in ("saved_mb", "peak_mb"))])
+        table.append([str(count), *(f"{row[key]:.1f}" for row in found for key in names)])
     return format_table(table, names=0)
 
 
