@@ -23,6 +23,7 @@ TOOLS = (
     "publish",
     "report",
     "residual_signal",
+    "speed_accuracy",
 )
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]  # deqdet-export-model and its runner
 

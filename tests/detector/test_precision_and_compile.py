@@ -109,6 +109,9 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is(caplog):
 def test_the_key_compiles_f_alone(small_model):
     decoder = small_model("MODEL.DEQDET.COMPILE", True).decoder
     assert decoder.refinement._compiled_call_impl is not None and decoder.initialization._compiled_call_impl is None
+    stack = small_model("MODEL.DEQDET.COMPILE", True, "MODEL.DEQDET.DECODER", "StackedDecoder").decoder
+    first, *others = stack.layers
+    assert first._compiled_call_impl is None and others and all(x._compiled_call_impl is not None for x in others)
 
 
 @torch.no_grad()

@@ -3,17 +3,25 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
+from deqdet import Predictor
 from deqdet.checkpoints import write_model_file
+from deqdet.data import ShapesConfig, read_image, register_shapes
 from deqdet.data.shapes import CLASSES
-from deqdet.tools import analyze_model, evaluate_steps, report
+from deqdet.measurement.accuracy import Evaluation
+from deqdet.measurement.speed_accuracy import Way, measure_ways
+from deqdet.tools import analyze_model, evaluate_steps, report, speed_accuracy
 
 from helpers.engine_toy import IN_PROCESS
 from helpers.paths import TOOLS
@@ -94,7 +102,87 @@ def test_one_line_says_what_is_wrong_with_a_report(trained, arguments, message):
         report.main([*trained["config"], *arguments])
 
 
-@pytest.mark.parametrize("tool", ["analyze_model", "compare", "evaluate_steps", "report", "residual_signal"])
+def test_ways_are_evaluated_and_timed_in_turns(datasets, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+    register_shapes("shapes_seed43_3", ShapesConfig(seed=43, num_images=3))
+    records = DatasetCatalog.get("shapes_seed43_3")
+    boxes = {read_image(x["file_name"]).tobytes(): [y["bbox"] for y in x["annotations"]] for x in records}
+    classes = {read_image(x["file_name"]).tobytes(): [y["category_id"] for y in x["annotations"]] for x in records}
+    order = []
+
+    def detect(image: np.ndarray, name: str) -> Instances:
+        order.append(name)
+        corners = torch.tensor(boxes[image.tobytes()]).reshape(-1, 4)
+        corners = torch.cat([corners[:, :2], corners[:, :2] + corners[:, 2:]], dim=1)
+        found = torch.tensor(classes[image.tobytes()], dtype=torch.int64)
+        found = found if name == "right" else (found + 1) % len(CLASSES)
+        return Instances(image.shape[:2], pred_boxes=Boxes(corners), scores=torch.ones(len(found)), pred_classes=found)
+
+    ways = [Way(name, "", "", "", partial(detect, name=name)) for name in ("right", "wrong")]
+    right, wrong = measure_ways(ways, records, Evaluation("shapes_seed43_3"), timed=2)
+    assert right.accuracy.AP == pytest.approx(100) and wrong.accuracy.AP < 50
+    assert order[-4:] == ["right", "wrong"] * 2  # each image in every way, then the next
+    assert all(row.first > 0 and row.time.low > 0 for row in (right, wrong))
+
+
+def test_speed_and_accuracy_in_every_way(trained, small_cfg, stir, tmp_path, monkeypatch):
+    """Each way finds what the Predictor finds with its options, exported or not."""
+    pytest.importorskip("onnxruntime")
+    cfg = small_cfg("MODEL.DEQDET.DECODER", "StackedDecoder", "MODEL.DEQDET.NUM_LAYERS", 2,
+                    "MODEL.DEQDET.NUM_CLASSES", 8, "DATASETS.TEST", ("shapes_seed43_3",),
+                    "INPUT.MIN_SIZE_TEST", 64, "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0)  # fmt: skip
+    model = build_model(cfg)
+    stir(model, size=0.01)
+    files = {"small": trained["file"][1], "stack": str(tmp_path / "stack.safetensors")}
+    write_model_file(tmp_path / "stack.safetensors", weights=model.state_dict(), cfg=cfg, class_names=CLASSES)
+    seen = []
+
+    def measure(ways, *args, **options):
+        seen.extend(ways)
+        return measure_ways(ways, *args, **options)
+
+    monkeypatch.setattr(speed_accuracy, "measure_ways", measure)
+    words = [*files.values(), "--output", str(tmp_path / "out"), "--threads", "1"]
+    speed_accuracy.main([*words, "--steps", "1", "4", "--modes", "eager", "onnx"])
+    rows = json.loads((tmp_path / "out" / "speed_accuracy.json").read_text())["rows"]
+    ways = [(row["model"], row["steps"], row["precision"], row["mode"]) for row in rows]
+    each = [("float32", "eager"), ("bfloat16", "eager"), ("float32", "onnx")]
+    assert ways == [
+        *(("small", f"{n} steps", *way) for way in each for n in (1, 4)),
+        *(("stack", "2 layers", *way) for way in each),
+    ]
+    image = read_image(DatasetCatalog.get("shapes_seed43_3")[0]["file_name"])
+    for way in seen:
+        predictor = Predictor.from_file(files[way.model], overrides=["TEST.PRECISION", way.precision], threshold=0.0)
+        steps = None if way.model == "stack" else int(way.steps.split()[0])
+        expected, found = predictor(image, steps=steps).instances, way.detect(image)
+        assert len(found) == len(expected) > 5
+        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+        best = expected.pred_boxes.tensor[:5]
+        distance = (found.pred_boxes.tensor[None] - best[:, None]).abs().amax(dim=2).amin(dim=1)
+        assert distance.max() < 0.01  # equal scores may be in another order
+    assert all(0 < row["time"]["low"] <= row["time"]["median"] <= row["time"]["high"] for row in rows)
+    assert cv2.imread(str(tmp_path / "out" / "speed_accuracy.png")).std() > 5
+    table = (tmp_path / "out" / "speed_accuracy.md").read_text()
+    assert "AP is that of 3 images of shapes_seed43_3" in table and "    deqdet-speed-accuracy " in table
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--steps", "5", "0"], "--steps must be at least 1, got 5 0"),
+    (["--limit", "1"], "--limit or shapes_seed43_3 leaves one image: quartiles of times need at least two"),
+    (["FILE"], "two model files have the same name and the same folder's name, "),
+])  # fmt: skip
+def test_one_line_says_what_is_wrong_with_ways(trained, tmp_path, words, message):
+    file = trained["file"][1]
+    words = [file if word == "FILE" else word for word in words]
+    with pytest.raises(SystemExit, match=message):
+        speed_accuracy.main([file, *words, "--output", str(tmp_path / "out")])
+
+
+TOOLS_HERE = ["analyze_model", "compare", "evaluate_steps", "report", "residual_signal", "speed_accuracy"]
+
+
+@pytest.mark.parametrize("tool", TOOLS_HERE)
 def test_the_scripts_are_the_tools(tool):
     done = subprocess.run([sys.executable, str(TOOLS / f"{tool}.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"deqdet-{tool.replace('_', '-')} " in done.stdout

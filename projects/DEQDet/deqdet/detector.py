@@ -13,11 +13,10 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
 
 from .criterion import Criterion, mean_matches
-from .decoders import Decoder, Trajectory, build_decoder
+from .decoders import Decoder, Trajectory, build_decoder, compile_refinement
 from .equilibrium import Solver
 from .errors import UserError
 from .inference import make_detections
-from .layers import compile_layer
 from .queries import InitialQueries
 from .structures import Decoded, QueryState, Targets, move, to_device
 
@@ -75,7 +74,7 @@ class DEQDet(nn.Module):
             input_format: "RGB" or "BGR".
             fix_bn_statistics: keep the statistics of the backbone's BatchNorm layers as the checkpoint has them.
             precision: "float32", or "bfloat16" for autocast at test time.
-            compiled: compile the refinement layer f.
+            compiled: compile the refinement layers after the first.
 
         Raises:
             ValueError: an unknown precision.
@@ -93,7 +92,7 @@ class DEQDet(nn.Module):
         self.fix_bn_statistics = fix_bn_statistics
         self.precision = precision
         if compiled:
-            compile_layer(decoder.execution().refinement)
+            compile_refinement(decoder)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.train()  # BatchNorm's mode, see below

@@ -4,7 +4,7 @@ Each has the same methods: `supervise` for training, `decode` for inference, `ex
 equilibrium also has `walk`.
 """
 
-from .base import DECODER_REGISTRY, Decoder, Execution, build_decoder, prepare_features
+from .base import DECODER_REGISTRY, Decoder, Execution, build_decoder, compile_refinement, prepare_features
 from .equilibrium import EquilibriumDecoder, Supervision
 from .recurrent import RecurrentDecoder
 from .solvers import SOLVER_REGISTRY, build_solver
@@ -24,5 +24,6 @@ __all__ = [
     "Trajectory",
     "build_decoder",
     "build_solver",
+    "compile_refinement",
     "prepare_features",
 ]

@@ -13,7 +13,7 @@ from detectron2.utils.registry import Registry
 
 from ..equilibrium import Solver
 from ..errors import UserError
-from ..layers import RefinementLayer, look_up
+from ..layers import RefinementLayer, compile_layer, look_up
 from ..structures import Decoded, Features, Prediction, QueryState
 from .trajectory import Trajectory
 
@@ -78,6 +78,17 @@ class Decoder(nn.Module, ABC):
 def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> Decoder:
     """Build the decoder that MODEL.DEQDET.DECODER names."""
     return look_up(DECODER_REGISTRY, "MODEL.DEQDET.DECODER", cfg.MODEL.DEQDET.DECODER)(cfg, input_shapes)
+
+
+def compile_refinement(decoder: Decoder) -> None:
+    """Compile the layers that a decoder applies after the first one; see `compile_layer`.
+
+    The initialization layer runs once for an image and stays as it is. The layers of a stack share one compiled graph.
+    """
+    first = decoder.execution().initialization
+    for module in decoder.modules():
+        if isinstance(module, RefinementLayer) and module is not first:
+            compile_layer(module)
 
 
 def prepare_features(layers: Iterable[RefinementLayer | None], features: Features) -> Features:

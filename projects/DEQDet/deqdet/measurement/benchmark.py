@@ -19,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detectron2.structures import Boxes, Instances
 
 from ..boxes import encode_boxes
-from ..decoders import prepare_features
+from ..decoders import compile_refinement, prepare_features
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, solve
-from ..layers import compile_layer
 from ..structures import Features, QueryState
 from .memory import training_memory
 from .timing import peak_memory, timed
@@ -89,7 +88,7 @@ def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     if setting.compiled:
-        compile_layer(model.decoder.execution().refinement)
+        compile_refinement(model.decoder)
     run = {"step": _step, "decoder": _decoder, "inference": _inference, "training": _training, "memory": _memory}
     trains = setting.task in ("training", "memory")
     with torch.set_grad_enabled(trains):

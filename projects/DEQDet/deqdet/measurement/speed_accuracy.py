@@ -1,0 +1,157 @@
+"""AP and time of whole images, for detectors that are run in several ways: steps, precision, eager, compiled, exported.
+
+A `Way` takes an image as it was read and returns its detections, so that everything between is in its time: resizing,
+backbone, decoder, read-out. First each way detects in all images, for its AP; this also warms it up. Then the ways take
+turns on some of these images, so that a machine that becomes slower meanwhile favours none of them.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from detectron2.structures import Instances
+
+from ..checkpoints.files import replacing, write_text
+from ..data import read_image
+from .accuracy import Accuracy, Evaluation
+from .benchmark import Timing, interleave
+from .tables import format_table, format_value
+
+Detect = Callable[[np.ndarray], Instances]  # of an image (H, W, 3) uint8 RGB, on the CPU, in its pixels
+TIMED = 20  # images on which the ways take turns
+
+
+@dataclass(frozen=True)
+class Way:
+    """One detector, run in one way."""
+
+    model: str
+    steps: str  # "8 steps", or "6 layers" for a stack
+    precision: str
+    mode: str  # "eager", "compiled" or "onnx"
+    detect: Detect
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way reached."""
+
+    model: str
+    steps: str
+    precision: str
+    mode: str
+    accuracy: Accuracy
+    time: Timing  # of one image
+    first: float  # seconds of the first image, in which a compiled layer is compiled
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured, and the results."""
+
+    command: str  # for the reader to repeat
+    dataset: str
+    images: int
+    timed: int
+    device: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class _Detected:
+    image_id: int
+    detections: Mapping[int, Instances]
+
+
+def measure_ways(ways: Sequence[Way], records: Sequence[dict], evaluation: Evaluation, *, timed: int) -> list[Row]:
+    """Evaluate and time each way.
+
+    Args:
+        records: detectron2's dataset dicts of the test set, at least one.
+        timed: the images on which the ways take turns, the first ones; 2 or more, since quartiles need several times.
+
+    Raises:
+        UserError: an image cannot be read, or the data set has no annotations.
+    """
+    accuracies, first = [], []
+    for way in ways:
+        found: list[_Detected] = []
+        label = f"{way.model}, {way.steps}, {way.precision}, {way.mode}"
+        for record in tqdm(records, desc=label, unit="image", disable=None):
+            image = read_image(record["file_name"])
+            if not found:
+                first.append(interleave({"": lambda: way.detect(image)}, _CPU, repeats=1, warm_up=0)[""][0])
+            found.append(_Detected(record["image_id"], {0: way.detect(image)}))
+        accuracies += evaluation(found, [(0,) * len(found)])
+    times: list[list[float]] = [[] for _ in ways]
+    for record in tqdm(records[:timed], desc="taking turns", unit="image", disable=None):
+        image = read_image(record["file_name"])
+        calls = {str(index): lambda way=way: way.detect(image) for index, way in enumerate(ways)}
+        for index, found in interleave(calls, _CPU, repeats=1, warm_up=0).items():
+            times[int(index)] += found
+    return [
+        Row(way.model, way.steps, way.precision, way.mode, accuracy, Timing.of(seconds), start)
+        for way, accuracy, seconds, start in zip(ways, accuracies, times, first, strict=True)
+    ]
+
+
+# A way returns its detections on the CPU, so that there is nothing to wait for when it is done.
+_CPU = torch.device("cpu")
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write speed_accuracy.md, .json and .png into `folder`, each whole or not at all.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    with replacing(folder / "speed_accuracy.png") as file:
+        plot_rows(report.rows).savefig(file, format="png", dpi=110)
+    write_text(json.dumps(asdict(report), indent=1, allow_nan=False) + "\n", folder / "speed_accuracy.json")
+    write_text(format_report(report), folder / "speed_accuracy.md")
+
+
+def format_report(report: Report) -> str:
+    """Markdown: the table, what its columns mean, and how it was made."""
+    table = [["model", "at test time", "precision", "run as", "AP", "AP50", "ms an image", "first image (s)"]]
+    for row in report.rows:
+        time = f"{row.time.median:.1f} ({row.time.low:.1f} to {row.time.high:.1f})"
+        scores = [format_value(x, ".1f") for x in (row.accuracy.AP, row.accuracy.AP50)]
+        table.append([row.model, row.steps, row.precision, row.mode, *scores, time, f"{row.first:.2f}"])
+    return (
+        f"{format_table(table, names=4)}\n\n"
+        f"AP is that of {report.images} images of {report.dataset}. Times are medians over {report.timed} of them, on "
+        "which all rows took turns, with the first and third quartile in parentheses, from the picture in memory to "
+        "its detections. The first image includes what is compiled then; the layers of a stack, and other numbers of "
+        f"steps of one model, use what an earlier row compiled.\n\n{report.device}, {date.today().isoformat()}:\n\n"
+        f"    {report.command}\n"
+    )
+
+
+def plot_rows(rows: Sequence[Row]) -> Figure:
+    """AP against milliseconds: a colour for each model, a marker for each way of running it."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.model for row in rows))}
+    ways = dict.fromkeys((row.precision, row.mode) for row in rows)
+    markers = {way: "os^Dv<>P*X"[i % 10] for i, way in enumerate(ways)}
+    for way, marker in markers.items():
+        for name, colour in colours.items():
+            alike = [row for row in rows if (row.precision, row.mode) == way and row.model == name]
+            alike = sorted((row for row in alike if row.accuracy.AP is not None), key=lambda row: row.time.median)
+            if alike:
+                x, y = [row.time.median for row in alike], [row.accuracy.AP for row in alike]
+                axes.plot(x, y, marker=marker, color=colour, linewidth=1, label=f"{name}, {way[0]}, {way[1]}")
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds an image")
+    axes.set_ylabel("AP")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    return figure

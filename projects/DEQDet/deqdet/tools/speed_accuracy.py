@@ -1,0 +1,147 @@
+"""AP against time, for trained detectors that are run in several ways: one table from one run.
+
+    deqdet-speed-accuracy DETECTOR.safetensors [DETECTOR.safetensors ...] --output DIR [--steps 5 8 25]
+        [--precisions float32 bfloat16] [--modes eager compiled onnx] [--limit N] [--threads N] [KEY VALUE ...]
+
+detects in the first set of DATASETS.TEST, from the picture in memory to its detections, with each model file, in each
+precision and mode, and with an equilibrium after each number of steps. It writes DIR/speed_accuracy.md, .json and .png.
+The exported detectors (onnx, in float32) are written to a temporary folder and run by onnxruntime, which needs
+pip install 'deqdet[export]'. Let nothing else run on the machine meanwhile.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.structures import Boxes, Instances
+
+from ..engine import exit_on_user_error, parse_arguments
+from ..errors import UserError
+from ..measurement.accuracy import Evaluation
+from ..measurement.speed_accuracy import TIMED, Report, Way, format_report, measure_ways, write_report
+from ..measurement.timing import describe_machine
+from ..predictor import Predictor
+from .trained import load_trained
+
+STEPS = (5, 8, 25)
+PRECISIONS = ("float32", "bfloat16")  # those of TEST.PRECISION
+MODES = ("eager", "compiled", "onnx")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the tool with the given command line, by default that of the process."""
+    words = sys.argv[1:] if words is None else words
+    with exit_on_user_error():
+        args = parse_arguments(make_parser(), words)
+        measure(args, command=shlex.join(["deqdet-speed-accuracy", *words]))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The tool's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path, metavar="DETECTOR", help="model files (.safetensors)")
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the table and of the log")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="default 5 8 25")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="default: both")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all three")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default torch's choice")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="import a module or .py file of your own first"
+    )
+    parser.epilog = "KEY VALUE pairs at the end override the config of every detector"
+    return parser
+
+
+def measure(args: argparse.Namespace, command: str) -> None:
+    """Run every detector in every way, and write the report.
+
+    Args:
+        command: how the tool was called, for the report.
+    """
+    for flag, values in (("--limit", [args.limit]), ("--threads", [args.threads]), ("--steps", args.steps)):
+        if any(value is not None and value < 1 for value in values):
+            raise UserError(f"{flag} must be at least 1, got {' '.join(map(str, values))}")
+    names = _names(args.models)
+    first = argparse.Namespace(**vars(args), config_file="", model=str(args.models[0]), allow_remote_config=False)
+    _, cfg = load_trained(first, args.output)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dataset = cfg.DATASETS.TEST[0]
+    records = get_detection_dataset_dicts(dataset, filter_empty=False)[: args.limit]
+    timed = min(TIMED, len(records))
+    if timed < 2:
+        raise UserError(f"--limit or {dataset} leaves one image: quartiles of times need at least two")
+    with tempfile.TemporaryDirectory() as folder:
+        ways = []
+        for name, path in names.items():
+            for precision, mode in [(p, m) for m in args.modes for p in args.precisions]:
+                if mode != "onnx":
+                    ways += _torch_ways(name, path, precision, mode, args)
+                elif precision == "float32":
+                    ways += _onnx_ways(name, path, Path(folder), args)
+        rows = measure_ways(ways, records, Evaluation(dataset), timed=timed)
+    threads = torch.get_num_threads()
+    device = f"{describe_machine()}, {threads} thread{'s' if threads > 1 else ''}"
+    report = Report(command, dataset, len(records), timed, device, rows)
+    write_report(report, args.output)
+    print(f"\n{format_report(report)}\nWritten: speed_accuracy.md, .json and .png in {args.output}")
+
+
+def _names(models: Sequence[Path]) -> dict[str, Path]:
+    """A short name for each model file: its own, or its folder's where those are alike."""
+    stems = [path.stem for path in models]
+    names = stems if len(set(stems)) == len(stems) else [path.resolve().parent.name for path in models]
+    if len(set(names)) < len(names):
+        raise UserError(f"two model files have the same name and the same folder's name, {names[0]}: rename one")
+    return dict(zip(names, models, strict=True))
+
+
+def _torch_ways(name: str, path: Path, precision: str, mode: str, args: argparse.Namespace) -> Iterator[Way]:
+    overrides = [*args.opts, "TEST.PRECISION", precision, "MODEL.DEQDET.COMPILE", str(mode == "compiled")]
+    predictor = Predictor.from_file(path, overrides=overrides, threshold=0.0)
+
+    def detect(image: np.ndarray, steps: int | None) -> Instances:
+        return predictor(image, steps=steps).instances
+
+    for label, steps in _step_choices(predictor, args.steps):
+        yield Way(name, label, precision, mode, partial(detect, steps=steps))
+
+
+def _onnx_ways(name: str, path: Path, folder: Path, args: argparse.Namespace) -> Iterator[Way]:
+    try:
+        from ..export import OnnxDetector, export_detector
+    except ImportError as error:
+        raise UserError(f"{error}: --modes onnx needs pip install 'deqdet[export]'") from error
+    predictor = Predictor.from_file(path, overrides=args.opts, device="cpu", threshold=0.0)
+    form = "two" if predictor.has_equilibrium else "one"
+    exported = export_detector(predictor, folder / f"{name}.onnx", form=form)
+    detector = OnnxDetector(exported.files[0], threads=args.threads or 0)
+
+    def detect(image: np.ndarray, steps: int | None) -> Instances:
+        options = {} if steps is None else {"steps": steps, "rtol": 0.0, "solver": "plain"}
+        found = detector(image, threshold=0.0, **options)
+        boxes, scores, classes = map(torch.from_numpy, (found.boxes, found.scores, found.classes))
+        return Instances(image.shape[:2], pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+
+    for label, steps in _step_choices(predictor, args.steps):
+        yield Way(name, label, "float32", "onnx", partial(detect, steps=steps))
+
+
+def _step_choices(predictor: Predictor, steps: Sequence[int]) -> list[tuple[str, int | None]]:
+    """What a detector can take: each number of steps, or what its layers are."""
+    if predictor.has_equilibrium:
+        return [(f"{n} steps", n) for n in dict.fromkeys(steps)]
+    return [(f"{predictor.model.decoder.execution().steps + 1} layers", None)]
+
+
+if __name__ == "__main__":
+    main()
