@@ -119,7 +119,7 @@ def test_ways_are_evaluated_and_timed_in_turns(datasets, monkeypatch):
         return Instances(image.shape[:2], pred_boxes=Boxes(corners), scores=torch.ones(len(found)), pred_classes=found)
 
     ways = [Way(name, "", "", "", partial(detect, name=name)) for name in ("right", "wrong")]
-    right, wrong = measure_ways(ways, records, Evaluation("shapes_seed43_3"), timed=2)
+    right, wrong = measure_ways(ways, records, Evaluation("shapes_seed43_3"), images=2)
     assert right.accuracy.AP == pytest.approx(100) and wrong.accuracy.AP < 50
     assert order[-4:] == ["right", "wrong"] * 2  # each image in every way, then the next
     assert all(row.first > 0 and row.time.low > 0 for row in (right, wrong))

@@ -1,9 +1,9 @@
 """How much memory training keeps for the backward pass, against the number of supervised states |Omega|.
 
 Counted are the tensors that autograd saves, each storage once and without parameters, as torch hands them to the hooks
-of saved tensors. This is a property of the graph, the same on a CPU and on a GPU up to what their kernels save, and needs
-only the sizes of the tensors: FakeTensorMode counts it without computing anything. The peak of the whole pass has to be
-measured.
+of saved tensors. This is a property of the graph, the same on a CPU and on a GPU up to what their kernels save. It
+needs only the sizes of the tensors, so that FakeTensorMode counts it without computing anything. The peak of the whole
+pass has to be measured.
 """
 
 from collections.abc import Callable, Collection

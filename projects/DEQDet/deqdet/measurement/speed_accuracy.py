@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from detectron2.structures import Instances
 from ..checkpoints.files import replacing, write_text
 from ..data import read_image
 from .accuracy import Accuracy, Evaluation
-from .benchmark import Timing, interleave
+from .benchmark import Timing
 from .tables import format_table, format_value
+from .timing import timed
 
 Detect = Callable[[np.ndarray], Instances]  # of an image (H, W, 3) uint8 RGB, on the CPU, in its pixels
 TIMED = 20  # images on which the ways take turns
@@ -64,46 +66,45 @@ class Report:
     rows: list[Row]
 
 
+# A way returns its detections on the CPU, so that there is nothing to wait for when it is done.
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class _Detected:
     image_id: int
     detections: Mapping[int, Instances]
 
 
-def measure_ways(ways: Sequence[Way], records: Sequence[dict], evaluation: Evaluation, *, timed: int) -> list[Row]:
+def measure_ways(ways: Sequence[Way], records: Sequence[dict], evaluation: Evaluation, *, images: int) -> list[Row]:
     """Evaluate and time each way.
 
     Args:
         records: detectron2's dataset dicts of the test set, at least one.
-        timed: the images on which the ways take turns, the first ones; 2 or more, since quartiles need several times.
+        images: on how many the ways take turns, the first ones; 2 or more, since quartiles need several times.
 
     Raises:
         UserError: an image cannot be read, or the data set has no annotations.
     """
     accuracies, first = [], []
     for way in ways:
-        found: list[_Detected] = []
+        found, seconds = [], []
         label = f"{way.model}, {way.steps}, {way.precision}, {way.mode}"
         for record in tqdm(records, desc=label, unit="image", disable=None):
-            image = read_image(record["file_name"])
-            if not found:
-                first.append(interleave({"": lambda: way.detect(image)}, _CPU, repeats=1, warm_up=0)[""][0])
-            found.append(_Detected(record["image_id"], {0: way.detect(image)}))
+            instances, taken = timed(partial(way.detect, read_image(record["file_name"])), _CPU)
+            found.append(_Detected(record["image_id"], {0: instances}))
+            seconds.append(taken)
+        first.append(seconds[0])
         accuracies += evaluation(found, [(0,) * len(found)])
     times: list[list[float]] = [[] for _ in ways]
-    for record in tqdm(records[:timed], desc="taking turns", unit="image", disable=None):
+    for record in tqdm(records[:images], desc="taking turns", unit="image", disable=None):
         image = read_image(record["file_name"])
-        calls = {str(index): lambda way=way: way.detect(image) for index, way in enumerate(ways)}
-        for index, found in interleave(calls, _CPU, repeats=1, warm_up=0).items():
-            times[int(index)] += found
+        for way, seconds in zip(ways, times, strict=True):
+            seconds.append(timed(partial(way.detect, image), _CPU)[1])
     return [
         Row(way.model, way.steps, way.precision, way.mode, accuracy, Timing.of(seconds), start)
         for way, accuracy, seconds, start in zip(ways, accuracies, times, first, strict=True)
     ]
-
-
-# A way returns its detections on the CPU, so that there is nothing to wait for when it is done.
-_CPU = torch.device("cpu")
 
 
 def write_report(report: Report, folder: Path) -> None:

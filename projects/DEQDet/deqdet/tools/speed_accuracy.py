@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
                     ways += _torch_ways(name, path, precision, mode, args)
                 elif precision == "float32":
                     ways += _onnx_ways(name, path, Path(folder), args)
-        rows = measure_ways(ways, records, Evaluation(dataset), timed=timed)
+        rows = measure_ways(ways, records, Evaluation(dataset), images=timed)
     threads = torch.get_num_threads()
     device = f"{describe_machine()}, {threads} thread{'s' if threads > 1 else ''}"
     report = Report(command, dataset, len(records), timed, device, rows)
