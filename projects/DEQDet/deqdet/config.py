@@ -88,6 +88,8 @@ def _add_model_keys(cfg: CN) -> None:
 
     # Compile f with torch.compile; the first image takes a minute longer.
     deqdet.COMPILE = False
+    # At test time on a GPU, record the decoder as a CUDA graph for this many sizes of images, those that come first.
+    deqdet.CUDA_GRAPHS = 0
     # float32, or bfloat16: matrix products and features at test time in bfloat16; positions, boxes, the weights of the
     # levels and the solver's arithmetic stay in float32.
     cfg.TEST.PRECISION = "float32"

@@ -13,7 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
 
 from .criterion import Criterion, mean_matches
-from .decoders import Decoder, Trajectory, build_decoder, compile_refinement
+from .decoders import Decoder, DecodingGraphs, Trajectory, build_decoder, compile_refinement
 from .equilibrium import Solver
 from .errors import UserError
 from .inference import make_detections
@@ -65,6 +65,7 @@ class DEQDet(nn.Module):
         fix_bn_statistics: bool = False,
         precision: str = "float32",
         compiled: bool = False,
+        cuda_graphs: int = 0,
     ):
         """
         Args:
@@ -75,6 +76,7 @@ class DEQDet(nn.Module):
             fix_bn_statistics: keep the statistics of the backbone's BatchNorm layers as the checkpoint has them.
             precision: "float32", or "bfloat16" for autocast at test time.
             compiled: compile the refinement layers after the first.
+            cuda_graphs: for how many sizes of images the decoder is recorded as a CUDA graph at test time.
 
         Raises:
             ValueError: an unknown precision.
@@ -93,6 +95,7 @@ class DEQDet(nn.Module):
         self.precision = precision
         if compiled:
             compile_refinement(decoder)
+        self.graphs = DecodingGraphs(cuda_graphs) if cuda_graphs else None
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.train()  # BatchNorm's mode, see below
@@ -123,6 +126,7 @@ class DEQDet(nn.Module):
             "fix_bn_statistics": cfg.MODEL.DEQDET.FIX_BN_STATISTICS,
             "precision": cfg.TEST.PRECISION,
             "compiled": cfg.MODEL.DEQDET.COMPILE,
+            "cuda_graphs": cfg.MODEL.DEQDET.CUDA_GRAPHS,
         }
 
     @property
@@ -221,12 +225,30 @@ class DEQDet(nn.Module):
         images = self.preprocess(batched_inputs)
         with self._autocast():
             features, initial = self.encode(images)
-            if (steps, rtol, solver) == (None, None, None):
-                decoded = self.decoder.decode(initial, features)
-            else:
-                decoded = self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
+            decoded = self._decode(initial, features, steps, rtol, solver)
         sizes = _original_sizes(batched_inputs, images.image_sizes)
         return decoded, make_detections(decoded.prediction, images.image_sizes, sizes, self.max_detections)
+
+    def _decode(
+        self,
+        initial: QueryState,
+        features: list[Tensor],
+        steps: int | None,
+        rtol: float | None,
+        solver: Solver | None,
+    ) -> Decoded:
+        """Decode; as a CUDA graph where one is wanted, without a tolerance and without gradient."""
+        chosen = (steps, rtol, solver) != (None, None, None)
+
+        def decode(initial: QueryState, features: list[Tensor]) -> Decoded:
+            if not chosen:
+                return self.decoder.decode(initial, features)
+            return self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
+
+        tolerance = getattr(self.decoder, "rtol", 0.0) if rtol is None else rtol
+        if self.graphs is None or tolerance > 0 or torch.is_grad_enabled():
+            return decode(initial, features)
+        return self.graphs(decode, initial, features, options=(steps, repr(solver)))
 
     @torch.no_grad()
     def walk(

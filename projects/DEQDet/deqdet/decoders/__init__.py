@@ -6,6 +6,7 @@ equilibrium also has `walk`.
 
 from .base import DECODER_REGISTRY, Decoder, Execution, build_decoder, compile_refinement, prepare_features
 from .equilibrium import EquilibriumDecoder, Supervision
+from .graphs import DecodingGraphs
 from .recurrent import RecurrentDecoder
 from .solvers import SOLVER_REGISTRY, build_solver
 from .stacked import StackedDecoder
@@ -15,6 +16,7 @@ __all__ = [
     "DECODER_REGISTRY",
     "SOLVER_REGISTRY",
     "Decoder",
+    "DecodingGraphs",
     "EquilibriumDecoder",
     "Execution",
     "RecurrentDecoder",

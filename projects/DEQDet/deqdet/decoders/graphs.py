@@ -1,0 +1,130 @@
+"""A whole decode as one CUDA graph: recorded once for each size of images, then replayed with a single launch.
+
+A replay runs the recorded kernels on the recorded addresses. So the inputs are copied to tensors that stay where they
+are, and the outputs are copied from such tensors. This needs a decode without a decision of the host: a fixed number of
+steps, or a stack of layers. No GPU has run this yet.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..structures import Decoded, Features, QueryState
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 3  # runs before the recording, in which libraries choose their kernels and f is compiled
+
+Replay = Callable[[], None]  # computes the outputs of a recording anew, from what its inputs hold now
+Recorder = Callable[[Callable[[], Decoded]], tuple[Decoded, Replay]]
+
+
+@dataclass(frozen=True)
+class _Recording:
+    inputs: list[Tensor]
+    outputs: Decoded
+    replay: Replay
+
+
+class DecodingGraphs:
+    """Recordings of a decoder for the sizes of images that it has met first.
+
+    A size beyond the chosen number, and any size on a device without CUDA graphs, is decoded as usual. The weights
+    must stay where they are: load others before the first image, or make another object.
+    """
+
+    def __init__(self, most: int, record: Recorder | None = None):
+        """
+        Args:
+            most: how many sizes to record; each keeps its own memory on the GPU.
+            record: makes a recording; by default that of CUDA.
+        """
+        self._most = most
+        self._record = record
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._usable = True
+
+    def __call__(
+        self,
+        decode: Callable[[QueryState, Features], Decoded],
+        initial: QueryState,
+        features: list[Tensor],
+        options: Hashable = (),
+    ) -> Decoded:
+        """Decode by replaying the recording for this size, if there is or can be one.
+
+        Args:
+            decode: without gradient, and without a decision of the host.
+            initial, features: as for Decoder.decode.
+            options: what else decode depends on, such as its number of steps.
+        """
+        inputs = [initial.position, initial.content, *features]
+        device = inputs[0].device
+        if self._record is None and device.type != "cuda":
+            self._give_up("there is no CUDA graph on the device %s", device.type)
+        key = (options, torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
+               *((x.shape, x.dtype, x.device) for x in inputs))  # fmt: skip
+        if self._usable and key not in self._recordings and len(self._recordings) < self._most:
+            self._add(key, decode, inputs)
+        if not self._usable or key not in self._recordings:
+            return decode(initial, features)
+        recording = self._recordings[key]
+        for kept, new in zip(recording.inputs, inputs, strict=True):
+            kept.copy_(new)
+        recording.replay()
+        return _map_tensors(recording.outputs, Tensor.clone)
+
+    def _add(self, key: Hashable, decode: Callable[[QueryState, Features], Decoded], inputs: list[Tensor]) -> None:
+        kept = [x.clone() for x in inputs]
+        record = _record_cuda if self._record is None else self._record
+        try:
+            outputs, replay = record(lambda: decode(QueryState(*kept[:2]), kept[2:]))
+        except RuntimeError as error:  # what torch and CUDA raise, for an operation that cannot be recorded
+            self._give_up("the decoder could not be recorded: %s", str(error).strip().split("\n")[0])
+            return
+        self._recordings[key] = _Recording(kept, outputs, replay)
+
+    def _give_up(self, reason: str, *args: object) -> None:
+        if self._usable:
+            logger.warning("MODEL.DEQDET.CUDA_GRAPHS has no effect: " + reason, *args)
+        self._usable = False
+
+
+def _record_cuda(function: Callable[[], Decoded]) -> tuple[Decoded, Replay]:
+    """Run a function some times on a stream of its own, then record it.
+
+    Autocast must not keep its copies of the weights: they would be freed when its context ends, and the recording would
+    read what has taken their place.
+    """
+    autocast = torch.autocast(
+        "cuda",
+        dtype=torch.get_autocast_dtype("cuda"),
+        enabled=torch.is_autocast_enabled("cuda"),
+        cache_enabled=False,
+    )
+    with autocast:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = function()
+    return outputs, graph.replay
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass of tensors, of such dataclasses and of None, with a function applied to each tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if value is None:
+        return None
+    parts = {x.name: _map_tensors(getattr(value, x.name), function) for x in dataclasses.fields(value)}
+    return dataclasses.replace(value, **parts)
