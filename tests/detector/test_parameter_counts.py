@@ -32,6 +32,10 @@ MODELS = {
     "sparse_rcnn_r50_100q_3x": ([None] * 6, None, 106.3),
     "sparse_rcnn_r50_300q_3x": ([None] * 6, None, 106.3),
     "rnn_sparse_rcnn_r50_300q_3x": ([None] * 2, None, 53.3),
+    "sparse_rcnn_positional_r50_300q_3x": ([None] * 6, None, 106.3),
+    "rnn_sparse_rcnn_positional_r50_300q_3x": ([None] * 2, None, 53.3),
+    "deq_sparse_rcnn_positional_r50_300q_2x": ([None] * 2, None, 53.3),
+    "deq_sparse_rcnn_positional_r50_300q_3x": ([None] * 2, None, 53.3),
     "deq_sparse_rcnn_r50_300q_2x": ([None] * 2, 53, 53.3),
     "deq_sparse_rcnn_r50_300q_3x": ([None] * 2, 53, 53.3),
 }
@@ -106,7 +110,8 @@ def count_by_hand(name: str, points: list[int | None]) -> int:
     queries = 300 if "_300q_" in name else 100
     if "sparse_rcnn" in name:  # every BatchNorm frozen; boxes learned
         body, neck = resnet_convolutions(R50), fpn(LEVELS[backbone])
-        return body + neck + queries * (DIM + 4) + len(points) * sparse_rcnn_layer()
+        layer = sparse_rcnn_layer() + (8 if "_positional_" in name else 0)  # a strength of the overlaps for each head
+        return body + neck + queries * (DIM + 4) + len(points) * layer
     blocks = {"r50": R50, "r101": R101}.get(backbone)
     # BatchNorm of the stem and res2 is frozen: its numbers are buffers.
     body = resnet_convolutions(blocks) + sum(resnet_norms(blocks)[2:]) if blocks else swin(SWIN_S)

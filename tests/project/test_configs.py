@@ -35,6 +35,10 @@ ROWS = {
     "sparse_rcnn_r50_100q_3x": None,
     "sparse_rcnn_r50_300q_3x": ("Table 3 and 6", 45.0),
     "rnn_sparse_rcnn_r50_300q_3x": None,
+    "sparse_rcnn_positional_r50_300q_3x": None,
+    "rnn_sparse_rcnn_positional_r50_300q_3x": None,
+    "deq_sparse_rcnn_positional_r50_300q_2x": None,
+    "deq_sparse_rcnn_positional_r50_300q_3x": None,
     "deq_sparse_rcnn_r50_300q_2x": ("Table 6", 47.0),
     "deq_sparse_rcnn_r50_300q_3x": ("Table 6", 47.5),
 }

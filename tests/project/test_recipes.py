@@ -174,6 +174,7 @@ def expected(name: str) -> dict[str, object]:
     detector, backbone, queries, schedule, dagger = re.fullmatch(
         r"(\w+?)_(r50|r101|swin_s)_(\d+)q_(\dx)(_p64)?", name
     ).groups()
+    detector, positional, _ = detector.partition("_positional")
     sparse_rcnn = "sparse_rcnn" in detector
     bodies = {"r50": R50, "r101": R101, "swin_s": SWIN_S}
     norms = {} if backbone == "swin_s" else FROZEN_NORMS if sparse_rcnn else TRAINED_NORMS
@@ -184,6 +185,7 @@ def expected(name: str) -> dict[str, object]:
     return {
         **COMMON,
         **(SPARSE_RCNN if sparse_rcnn else ADAMIXER | points),
+        **({"MODEL.DEQDET.SPARSE_RCNN.ATTENTION": "positional"} if positional else {}),
         **bodies[backbone],
         **norms,
         **SCHEDULES.get(f"sparse_rcnn {schedule}" if sparse_rcnn else schedule, SCHEDULES[schedule]),
