@@ -10,8 +10,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..checkpoints.files import write_text
 from .comparison import Result
 from .duplicates import DUPLICATE_COLUMNS, DUPLICATES_NOTE
+from .plots import save_figure
 from .tables import format_table, format_value
 
 # Heading, key of `summarize`, unit, format.
@@ -28,16 +30,19 @@ COLUMNS = (
 
 
 def write_report(results: Sequence[Result], folder: Path, command: str) -> None:
-    """Write comparison.md, comparison.json and comparison.png into `folder`.
+    """Write comparison.md, comparison.json and comparison.png into `folder`, each whole or not at all.
 
     Args:
         results: at least one. Those of one config make one row; rows are in the order of their first results.
         command: the one that made them, for the reader to repeat.
+
+    Raises:
+        UserError: a file cannot be written.
     """
     configs = summarize(results)
-    (folder / "comparison.md").write_text(format_report(configs, results, command))
+    write_text(format_report(configs, results, command), folder / "comparison.md")
     summary = {"command": command, "machines": _machines(results), "configs": configs}
-    (folder / "comparison.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", folder / "comparison.json")
     plot_curves(configs, folder / "comparison.png")
 
 
@@ -125,7 +130,7 @@ def plot_curves(configs: Sequence[dict], path: Path) -> None:
         figure.legend(loc="outside right upper", frameon=False, fontsize="small", handlelength=4)
     else:
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _plot(axes: Axes, curve: list[list], **style: object) -> None:

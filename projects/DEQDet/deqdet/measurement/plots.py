@@ -71,6 +71,16 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
     cv2.imwrite(str(path), sheet[:, :, ::-1])
 
 
+def save_figure(figure: Figure, path: Path, *, dpi: int = 120) -> None:
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
 def read_metrics(metrics_file: str | Path) -> list[dict]:
     """The lines of a run's metrics.json, in the order of their iterations.
 
@@ -129,8 +139,7 @@ def plot_curves(lines: Sequence[Mapping], path: str | Path) -> None:
             axes.legend(frameon=False)
         else:
             axes.text(0.5, 0.5, "not in metrics.json", transform=axes.transAxes, ha="center", color="gray")
-    with replacing(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, Path(path))
 
 
 def _keys(lines: Sequence[Mapping], pattern: re.Pattern) -> list[str]:
@@ -157,7 +166,7 @@ def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
     axes.set(xlabel="iteration", ylabel="weighted loss of a prediction", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(title="prediction", frameon=False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, Path(path))
 
 
 def plot_residuals(residuals: Tensor, path: str | Path) -> None:
@@ -177,7 +186,7 @@ def plot_residuals(residuals: Tensor, path: str | Path) -> None:
     axes.set_xticks(shown, ["g", *(f"f{i}" for i in shown[1:])])
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, Path(path))
 
 
 def _fit(image: np.ndarray, width: int) -> np.ndarray:

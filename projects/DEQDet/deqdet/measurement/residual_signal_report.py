@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..checkpoints.files import replacing, write_text
+from ..checkpoints.files import write_text
 from .corruptions import CLEAN, CONDITIONS, CORRUPTIONS
 from .duplicates import CONFIDENT, SAME_OBJECT
+from .plots import save_figure
 from .rank_statistics import LEVEL, RESAMPLES, Estimate
 from .residual_signal import SIGNALS, ConditionRow, DetectionRows, GroupRow, ImageRows
 from .tables import format_table, format_value
@@ -48,8 +49,7 @@ def write_report(report: Report, images: ImageRows, detections: DetectionRows, f
         **{key: _finite_list(getattr(images, key)) for key in ("residual", "content_residual", "confidence", "AP")},
     }
     content = asdict(report) | {"each_image": columns}
-    with replacing(folder / "residual_signal.png") as file:
-        plot_reliability(images, detections).savefig(file, format="png", dpi=110)
+    save_figure(plot_reliability(images, detections), folder / "residual_signal.png", dpi=110)
     write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", folder / "residual_signal.json")
     write_text(format_report(report), folder / "residual_signal.md")
 

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from detectron2.structures import Instances
 
-from ..checkpoints.files import replacing, write_text
+from ..checkpoints.files import write_text
 from ..data import read_image
 from .accuracy import Accuracy, Evaluation
 from .benchmark import Timing
+from .plots import save_figure
 from .tables import format_table, format_value
 from .timing import timed
 
@@ -113,8 +114,7 @@ def write_report(report: Report, folder: Path) -> None:
     Raises:
         UserError: a file cannot be written.
     """
-    with replacing(folder / "speed_accuracy.png") as file:
-        plot_rows(report.rows).savefig(file, format="png", dpi=110)
+    save_figure(plot_rows(report.rows), folder / "speed_accuracy.png")
     write_text(json.dumps(asdict(report), indent=1, allow_nan=False) + "\n", folder / "speed_accuracy.json")
     write_text(format_report(report), folder / "speed_accuracy.md")
 

@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from ..checkpoints.files import write_text
 from .accuracy import Accuracy
 from .cost import Cost
 from .duplicates import DUPLICATE_COLUMNS, DUPLICATES_NOTE
+from .plots import save_figure
 from .steps import Results
 from .tables import format_table, format_value
 
@@ -41,11 +43,15 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write steps.md, steps.json and steps.png into `folder`."""
+    """Write steps.md, steps.json and steps.png into `folder`, each whole or not at all.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "steps.md").write_text(format_report(report))
+    write_text(format_report(report), folder / "steps.md")
     content = asdict(report) | {"cost": report.cost.to_dict()}
-    (folder / "steps.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", folder / "steps.json")
     plot_results(report.results, folder / "steps.png")
 
 
@@ -152,7 +158,7 @@ def plot_results(several: Sequence[Results], path: Path) -> None:
         for row, marker in zip(several[0].tolerances, cycle(MARKERS), strict=False)
     ]
     tolerance.legend(handles=handles, title="rtol", frameon=False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _plot_tolerances(axes: Axes, results: Results, colour: tuple[float, ...]) -> None:

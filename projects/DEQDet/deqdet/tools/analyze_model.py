@@ -23,9 +23,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..checkpoints.files import write_text
 from ..data import build_train_loader
 from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
-from ..errors import UserError, describe_os_error
+from ..errors import UserError
 from ..measurement.cost import count_multiply_adds, count_parameters, format_cost, format_parameters
 from ..measurement.gradients import compare_gradients, format_gradients
 from .trained import load_trained
@@ -80,10 +81,7 @@ def analyze(args: argparse.Namespace) -> None:
         tables.append(format_gradients(gradients))
     print("\n\n".join(tables))
     if args.output:
-        try:
-            args.output.write_text(json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.output}: {describe_os_error(error)}") from error
+        write_text(json.dumps(found, indent=1) + "\n", args.output)
 
 
 if __name__ == "__main__":

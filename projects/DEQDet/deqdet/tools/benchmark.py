@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.files import write_text
 from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
 from ..engine.configuration import adapt_device
-from ..errors import UserError, describe_os_error
+from ..errors import UserError
 from ..measurement.benchmark import PRECISIONS, TASKS, Setting, benchmark
 from ..measurement.tables import format_table
 from ..measurement.timing import describe_machine
@@ -100,10 +101,7 @@ def measure(args: argparse.Namespace) -> None:
         print(f"{name:13} {value:.2f}" if isinstance(value, float) else f"{name:13} {value}")
     print(format_memory(found["memory"]) if args.task == "memory" else format_row(found))
     if args.output:
-        try:
-            args.output.write_text(json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.output}: {describe_os_error(error)}") from error
+        write_text(json.dumps(found, indent=1) + "\n", args.output)
 
 
 def format_row(found: dict) -> str:

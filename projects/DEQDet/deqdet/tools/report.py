@@ -26,6 +26,7 @@ import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..checkpoints.files import write_text
 from ..data import build_test_loader, prepare_datasets
 from ..detector import DEQDet
 from ..engine import add_config_arguments, exit_on_user_error, load_config, parse_arguments
@@ -80,7 +81,7 @@ def report(args: argparse.Namespace) -> None:
         plot_residuals(residuals, output / "residual.png")
         pictures.append("residual.png")
         medians = residuals.median(dim=1).values.tolist()
-        (output / "residual.json").write_text(json.dumps({"median_relative_residual": medians}, indent=1))
+        write_text(json.dumps({"median_relative_residual": medians}, indent=1), output / "residual.json")
         print(f"Median relative residual over {residuals.shape[1]} images of {dataset}:")
         for step in sorted({1, 2, 5, 10, 15, 20, args.steps}):
             if step <= args.steps:
