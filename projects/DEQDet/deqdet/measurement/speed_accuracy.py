@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
 
 from detectron2.structures import Instances
@@ -151,6 +152,9 @@ def plot_rows(rows: Sequence[Row]) -> Figure:
                 x, y = [row.time.median for row in alike], [row.accuracy.AP for row in alike]
                 axes.plot(x, y, marker=marker, color=colour, linewidth=1, label=f"{name}, {way[0]}, {way[1]}")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("milliseconds an image")
     axes.set_ylabel("AP")
     axes.grid(alpha=0.3, which="both")
