@@ -13,7 +13,12 @@ SMALL = {"height": 64, "width": 96, "batch": 2, "precision": "float32", "repeats
 
 def test_quartiles_of_the_times_of_several_parts():
     timing = Timing.of([0.010, 0.030, 0.020, 0.040, 0.050], parts=10)
-    assert (timing.median, timing.low, timing.high) == pytest.approx((3.0, 1.5, 4.5))  # milliseconds
+    assert (timing.median, timing.low, timing.high) == pytest.approx((3.0, 2.0, 4.0))  # milliseconds
+
+
+def test_quartiles_of_two_times_lie_between_them():
+    timing = Timing.of([0.001, 0.009])
+    assert (timing.median, timing.low, timing.high) == pytest.approx((5.0, 3.0, 7.0))
 
 
 def test_calls_take_turns():
