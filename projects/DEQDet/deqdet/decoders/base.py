@@ -83,7 +83,7 @@ def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> Decoder:
 def compile_refinement(decoder: Decoder) -> None:
     """Compile the layers that a decoder applies after the first one; see `compile_layer`.
 
-    The initialization layer runs once for an image and stays as it is. The layers of a stack share one compiled graph.
+    The first layer runs once for an image and stays as it is.
     """
     first = decoder.execution().initialization
     for module in decoder.modules():

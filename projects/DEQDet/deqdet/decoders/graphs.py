@@ -1,8 +1,8 @@
 """A whole decode as one CUDA graph: recorded once for each size of images, then replayed with a single launch.
 
-A replay runs the recorded kernels on the recorded addresses. So the inputs are copied to tensors that stay where they
-are, and the outputs are copied from such tensors. This needs a decode without a decision of the host: a fixed number of
-steps, or a stack of layers. No GPU has run this yet.
+A replay runs the same kernels on the same memory as the recording did. So each image's inputs are copied into the
+tensors that were recorded, and the results are copied out. The host must not have to read a result to know what comes
+next: the decoder takes a fixed number of steps, or is a stack of layers. No GPU has run this yet.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ class _Recording:
 class DecodingGraphs:
     """Recordings of a decoder for the sizes of images that it has met first.
 
-    A size beyond the chosen number, and any size on a device without CUDA graphs, is decoded as usual. The weights
-    must stay where they are: load others before the first image, or make another object.
+    A size beyond the chosen number, and any size on a device without CUDA graphs, is decoded as usual. A
+    recording reads the weights where they were in memory: move the model to its device before the first image.
     """
 
     def __init__(self, most: int, record: Recorder | None = None):
@@ -59,7 +59,7 @@ class DecodingGraphs:
         """Decode by replaying the recording for this size, if there is or can be one.
 
         Args:
-            decode: without gradient, and without a decision of the host.
+            decode: records no gradient, and needs no result on the host to know what comes next.
             initial, features: as for Decoder.decode.
             options: what else decode depends on, such as its number of steps.
         """
@@ -96,7 +96,7 @@ class DecodingGraphs:
 
 
 def _record_cuda(function: Callable[[], Decoded]) -> tuple[Decoded, Replay]:
-    """Run a function some times on a stream of its own, then record it.
+    """Record a function as a CUDA graph, after it has run WARM_UP times on a stream of its own.
 
     Autocast must not keep its copies of the weights: they would be freed when its context ends, and the recording would
     read what has taken their place.

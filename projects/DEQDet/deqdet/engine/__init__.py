@@ -1,7 +1,7 @@
 """Training and evaluation: detectron2's DefaultTrainer with the paper's optimizer, and the set-up of a run."""
 
 from ..errors import UserError
-from .arguments import add_config_arguments, exit_on_user_error, parse_arguments
+from .arguments import add_config_arguments, add_plugin_argument, exit_on_user_error, parse_arguments
 from .cluster import check_alone
 from .configuration import adapt_device, check_run, load_config, setup
 from .launcher import argument_parser, run
@@ -14,6 +14,7 @@ __all__ = [
     "UserError",
     "adapt_device",
     "add_config_arguments",
+    "add_plugin_argument",
     "argument_parser",
     "build_model",
     "check_alone",

@@ -50,11 +50,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="", metavar="FILE", help="a model file (.safetensors or hf://owner/name), config included"
     )
-    parser.add_argument(
-        "--plugin", action="append", default=[], metavar="MODULE", help="import a module or .py file of your own first"
-    )
+    add_plugin_argument(parser)
     parser.add_argument(
         "--allow-remote-config", action="store_true", help="read a config or its _BASE_ from the network too"
+    )
+
+
+def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --plugin, for layers, decoders, solvers and backbones of the user's own."""
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="import a module or .py file of your own first"
     )
 
 

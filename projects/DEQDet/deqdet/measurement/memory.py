@@ -82,11 +82,11 @@ def training_memory(
         )
     before, found = (decoder.supervision, decoder.checkpoint_segments), []
     mode = nullcontext() if compute else FakeTensorMode(allow_non_fake_inputs=True)
-    outside = [*decoder.parameters(), *features, initial.position, initial.content]
     if not compute:
-        outside = [mode.from_tensor(x) for x in outside]
-        *_, position, content = outside
-        features, initial = outside[-2 - len(features) : -2], QueryState(position, content)
+        features = [mode.from_tensor(x) for x in features]
+        initial = QueryState(mode.from_tensor(initial.position), mode.from_tensor(initial.content))
+    parameters = [x if compute else mode.from_tensor(x) for x in decoder.parameters()]
+    outside = [*parameters, *features, initial.position, initial.content]
     features = [x.detach().requires_grad_() for x in features]
 
     def forward() -> Tensor:

@@ -131,8 +131,8 @@ def format_report(report: Report) -> str:
         f"{format_table(table, names=4)}\n\n"
         f"AP is that of {report.images} images of {report.dataset}. Times are medians over {report.timed} of them, on "
         "which all rows took turns, with the first and third quartile in parentheses, from the picture in memory to "
-        "its detections. The first image includes what is compiled then; the layers of a stack, and other numbers of "
-        f"steps of one model, use what an earlier row compiled.\n\n{report.device}, {date.today().isoformat()}:\n\n"
+        "its detections. The time of the first image includes compiling, which "
+        f"the later rows of the same model need not do again.\n\n{report.device}, {date.today().isoformat()}:\n\n"
         f"    {report.command}\n"
     )
 

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..engine import exit_on_user_error, parse_arguments
+from ..engine import add_plugin_argument, exit_on_user_error, parse_arguments
 from ..measurement.comparison import Run, complete, prepare_runs
 from ..measurement.comparison_report import write_report
 from ..measurement.timing import Measurement, measure_apart
@@ -53,9 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval-period", type=int, help="iterations between two points of the curve, 20 or more; default MAX_ITER / 6"
     )
-    parser.add_argument(
-        "--plugin", action="append", default=[], metavar="MODULE", help="import a module or .py file of your own first"
-    )
+    add_plugin_argument(parser)
     parser.epilog = "KEY VALUE pairs at the end override all configs: SOLVER.MAX_ITER 100"
     return parser
 

@@ -23,7 +23,7 @@ import torch
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.structures import Boxes, Instances
 
-from ..engine import exit_on_user_error, parse_arguments
+from ..engine import add_plugin_argument, exit_on_user_error, parse_arguments
 from ..errors import UserError
 from ..measurement.accuracy import Evaluation
 from ..measurement.speed_accuracy import TIMED, Report, Way, format_report, measure_ways, write_report
@@ -54,9 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all three")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default torch's choice")
-    parser.add_argument(
-        "--plugin", action="append", default=[], metavar="MODULE", help="import a module or .py file of your own first"
-    )
+    add_plugin_argument(parser)
     parser.epilog = "KEY VALUE pairs at the end override the config of every detector"
     return parser
 
