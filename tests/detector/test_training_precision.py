@@ -20,7 +20,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Files of positions, boxes, packed states, matching, losses and the solver, where every result is in float32 or better.
 EXACT = (
     "boxes.py", "structures.py", "perturbation.py", "queries.py", "matcher.py", "criterion.py", "equilibrium/solve.py",
-    "equilibrium/estimators.py", "equilibrium/solvers.py",
+    "equilibrium/estimators.py", "equilibrium/records.py", "equilibrium/residuals.py", "equilibrium/solvers.py",
 )  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """What a layer's author may rely on: a layer that knows nothing of several states for each image works."""
 
+import math
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +10,7 @@ from deqdet.layers import RefinementLayer
 from deqdet.structures import Prediction, QueryState
 
 from helpers.small_decoders import make_problem
-from helpers.small_layers import ADAMIXER
+from helpers.small_layers import ADAMIXER, CASES
 
 
 class PlainLayer(RefinementLayer):
@@ -63,3 +66,21 @@ def test_our_layers_take_all_segments_in_one_call():
     layer.register_forward_hook(lambda *_: calls.append(1))
     layer.refine_segments(ADAMIXER.state(rows=6), ADAMIXER.features(images=2))
     assert calls == [1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("part", ["position", "content"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_our_layers_bear_nonfinite_numbers(case, value, part, prepared):
+    """They raise nothing, and the other image's queries come out as ever."""
+    layer, features, state = case.make(), case.features(), case.state()
+    assert layer.accepts_nonfinite
+    if prepared:
+        features = layer.prepare(features)
+    expected = layer(state, features)
+    getattr(state, part)[0].fill_(value)
+    found = layer(state, features)
+    assert torch.equal(found.position[1], expected.position[1]) and torch.equal(found.content[1], expected.content[1])
+    assert not found.content[0].isfinite().all() or not found.position[0].isfinite().all()

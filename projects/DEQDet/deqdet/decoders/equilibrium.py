@@ -187,18 +187,21 @@ class EquilibriumDecoder(Decoder):
         num_queries = start.content.shape[1]
         refine = self.packed_refinement(features, num_queries)
 
+        solver = self.solver if solver is None else solver
+
         def restrict(rows: Tensor) -> Map:
             return self.packed_refinement(select_images(features, rows), num_queries)
 
         solution = solve(
             refine,
             start.pack(),
-            solver=self.solver if solver is None else solver,
+            solver=solver,
             max_steps=self.test_steps if steps is None else steps,
             rtol=self.rtol if rtol is None else rtol,
             record=record,
             record_iterates=record_iterates,
             best=self.return_best,
+            guarded=not (self.refinement.accepts_nonfinite and isinstance(solver, FixedPointIteration)),
             restrict=restrict,
         )
         return Trajectory(initial, start, solution, refine, self.initialization, self.refinement)

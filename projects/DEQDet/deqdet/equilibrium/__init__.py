@@ -4,7 +4,9 @@ It depends on torch alone and knows neither boxes nor detectors: f is any functi
 """
 
 from .estimators import Implicit, Phantom, Unrolled
-from .solve import Map, Solution, Solver, Status, first_below, relative_residual, solve
+from .records import Solution, Status
+from .residuals import first_below, relative_residual
+from .solve import Map, Solver, solve
 from .solvers import Anderson, Broyden, FixedPointIteration
 
 __all__ = [

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .solve import Map, Status, solve
+from .records import Status
+from .solve import Map, solve
 from .solvers import FixedPointIteration
 
 

@@ -23,6 +23,7 @@ class AdaMixerLayer(RefinementLayer):
     """Refines queries by attention among them, and by features sampled in and around their boxes and mixed."""
 
     accepts_segments = True
+    accepts_nonfinite = True
 
     @configurable
     def __init__(

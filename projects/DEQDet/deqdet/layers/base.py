@@ -29,12 +29,15 @@ class RefinementLayer(nn.Module, ABC):
     A subclass needs `forward`, for one state of each image, and `predict`. Training supervises S points of an image's
     solving path at once; `refine_segments` then calls `forward` once for each of the S, which is right for any layer.
     A layer whose forward can do all of them in one call, without a copy of the features, is faster if it says so with
-    `accepts_segments = True`.
+    `accepts_segments = True`. Set either of the two below only for a forward of which it holds, a subclass's too.
     """
 
     # True: forward also takes S * B rows with the features of B images. Row s * B + b is the state s of image b: first
     # all images' first states, then all images' second states, and so on.
     accepts_segments = False
+    # True: forward also takes inf and nan: it raises nothing, and the other rows of the batch come out as without them.
+    # Then plain iteration need not test each state before it hands it on, which saves time.
+    accepts_nonfinite = False
 
     def prepare(self, features: Features) -> Features:
         """Compute once what all steps on these images read of their features; by default nothing.

@@ -36,6 +36,7 @@ class SparseRCNNLayer(RefinementLayer):
     """Refines queries by attention among them, and by the pooled regions of their boxes, which each query filters."""
 
     accepts_segments = True
+    accepts_nonfinite = True
 
     @configurable
     def __init__(

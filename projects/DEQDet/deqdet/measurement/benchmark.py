@@ -22,7 +22,7 @@ from ..boxes import encode_boxes
 from ..decoders import compile_refinement, prepare_features
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, solve
-from ..structures import Features, QueryState
+from ..structures import Features, QueryState, packing_units
 from .memory import training_memory
 from .timing import peak_memory, timed
 
@@ -138,17 +138,17 @@ def _random_state(initial: QueryState, setting: Setting) -> QueryState:
 def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
     layer, solver = model.decoder.execution().refinement, FixedPointIteration()
     initial, plain = _encoded(model, setting)
-    queries = initial.content.shape[1]
+    queries, units = initial.content.shape[1], packing_units(model.device)
     states = cycle([_random_state(initial, setting).pack() for _ in range(4)])
     with _autocast(model, setting):
         prepared = prepare_features([layer], plain)
 
     def refine(features: Features) -> Callable[[Tensor], Tensor]:
-        return lambda flat: layer.refine_segments(QueryState.unpack(flat, queries), features).pack()
+        return lambda flat: layer.refine_segments(QueryState.unpack(flat, queries, units), features).pack(units)
 
     def walk(features: Features, steps: int) -> None:
         with _autocast(model, setting):
-            solve(refine(features), next(states), solver=solver, max_steps=steps)
+            solve(refine(features), next(states), solver=solver, max_steps=steps, guarded=not layer.accepts_nonfinite)
 
     seen = _Operations()
     if not setting.compiled:  # a compiled step has no operations to see

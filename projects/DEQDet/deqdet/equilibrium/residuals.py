@@ -1,0 +1,67 @@
+"""How far an iterate y is from the fixed point of f, told by y and f(y)."""
+
+import torch
+from torch import Tensor
+
+
+def relative_residual(iterate: Tensor, output: Tensor) -> Tensor:
+    """Compute ||f(y) - y|| / ||f(y)|| of each batch row.
+
+    The squares inside the norms do not overflow, although in float32 the square of 1e20 is already infinite.
+
+    Args:
+        iterate: (B, D) y.
+        output: (B, D) f(y).
+
+    Returns:
+        (B,) float32, or float64 for a float64 state. It is 0 where y and f(y) are both 0, and very large or inf where
+        only f(y) is 0.
+    """
+    change, size, _ = norms(iterate, output)
+    return quotient(change, size, iterate.dtype)
+
+
+def first_below(residuals: Tensor, rtol: float) -> Tensor:
+    """Find the step at which solve() with this rtol would have stopped each batch row.
+
+    Args:
+        residuals: (T, B), row t - 1 that of step t, as solve() gives them with rtol = 0.
+
+    Returns:
+        (B,) int64, the first step whose residual is below rtol; T where there is none.
+    """
+    below = residuals < rtol  # False where NaN
+    return torch.where(below.any(dim=0), below.int().argmax(dim=0) + 1, len(residuals))
+
+
+def norms(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The norms ||f(y) - y|| and ||f(y)||, and whether all entries of f(y) are finite, each (B,).
+
+    Both norms of a row may be scaled by the same factor: only their quotient, the relative residual, is used.
+
+    The squares of float32 numbers cannot overflow in float64. Where the numbers are float64 themselves, or the device
+    has no float64, both vectors are divided by the largest entry of f(y) first, which leaves the quotient as it is.
+    """
+    dtype = torch.promote_types(iterate.dtype, torch.float32)
+    change, wide = output - iterate, torch.float64
+    if dtype == torch.float64 or iterate.device.type == "mps":
+        largest = torch.linalg.vector_norm(output, ord=torch.inf, dim=1, keepdim=True, dtype=dtype)
+        scale = largest.clamp(min=torch.finfo(dtype).tiny)
+        change, output, wide = change / scale, output / scale, dtype
+        finite = largest[:, 0] < torch.inf
+        size = torch.linalg.vector_norm(output, dim=1)
+    else:
+        size = torch.linalg.vector_norm(output, dim=1, dtype=wide)
+        finite = size < torch.inf  # False for NaN too
+    return torch.linalg.vector_norm(change, dim=1, dtype=wide), size, finite
+
+
+def is_finite(output: Tensor) -> Tensor:
+    """Whether all entries of f(y) (..., D) are finite, (...) bool."""
+    return torch.linalg.vector_norm(output, ord=torch.inf, dim=-1) < torch.inf  # False for NaN too
+
+
+def quotient(change: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The relative residual for the norms of norms and the dtype of the state."""
+    residual = change / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return residual.to(torch.promote_types(dtype, torch.float32))
