@@ -17,7 +17,8 @@ from deqdet.checkpoints import write_model_file
 from deqdet.equilibrium import Anderson
 from deqdet.export import Difference, Encoder, OneGraph, OnnxDetector, check_export, export_detector
 from deqdet.export.check import BATCHES, SIZES
-from deqdet.export.graphs import ExportedSparseRCNNLayer
+from deqdet.export.graphs import EXPORTED, ExportedSparseRCNNLayer
+from deqdet.export.swin import ExportedSwinBlock, ExportedSwinStage
 from deqdet.export.write import build_notes
 from deqdet.layers import SparseRCNNLayer
 from deqdet.tools.export_model import main
@@ -30,6 +31,11 @@ SPARSE = (
 )  # fmt: skip
 STACKED = "MODEL.DEQDET.DECODER", "StackedDecoder", "MODEL.DEQDET.NUM_LAYERS", 2
 RECURRENT = "MODEL.DEQDET.DECODER", "RecurrentDecoder", "MODEL.DEQDET.NUM_LAYERS", 2
+SWIN = (
+    "MODEL.BACKBONE.NAME", "build_swin_channel_mapper_backbone", "MODEL.SWIN.EMBED_DIM", 8, "MODEL.SWIN.DEPTHS",
+    [2, 1, 1, 2], "MODEL.SWIN.NUM_HEADS", [1, 2, 4, 8], "MODEL.SWIN.WINDOW_SIZE", 2,
+    "MODEL.SWIN.DROP_PATH_RATE", 0.0, "MODEL.BACKBONE.FREEZE_AT", 0,
+)  # fmt: skip
 TWO_STEPS = ("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 2)
 DETECTORS = {
     "DEQDet": TWO_STEPS,
@@ -191,6 +197,41 @@ def test_pooling_without_lists_equals_roi_pooler(small_model):
     levels = layer._assign_level(boxes.nan_to_num().clamp(-1e6, 1e6))
     assert levels.unique().tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(layer._pool(features, boxes), want, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [2, 3, 7])
+def test_the_exported_swin_is_the_same(small_model, window):
+    """To the bit; with windows that cover the sides exactly, or reach beyond, or are larger than a level."""
+    swin = small_model(*SWIN, "MODEL.SWIN.WINDOW_SIZE", window, "MODEL.SWIN.DEPTHS", [2, 2, 1, 2]).backbone.bottom_up
+    swin = swin.eval()
+    images = [torch.randn(2, 3, 32 * h, 32 * w) for h, w in ((1, 1), (3, 4), (7, 5))]
+    want = [swin(x) for x in images]
+    for module in swin.modules():
+        module.__class__ = EXPORTED.get(type(module), type(module))
+    assert {ExportedSwinStage, ExportedSwinBlock} < {type(x) for x in swin.modules()}
+    for x, levels in zip(images, want, strict=True):
+        found = swin(x)
+        assert found.keys() == levels.keys() and all(torch.equal(found[name], levels[name]) for name in levels)
+
+
+def test_swin_in_two_graphs(make_predictor, tmp_path):
+    exported = export_detector(make_predictor(*SWIN), tmp_path / "swin.onnx", form="two", steps=2)
+    assert_agree(check_export(exported))
+
+
+def test_a_graph_for_some_sizes_only_is_refused(make_predictor, tmp_path):
+    """torch.export restricts the sizes of this one without an error."""
+
+    def change_narrow_ones(levels: dict) -> dict:
+        width = next(iter(levels.values())).shape[3]
+        return {name: x + 1.0 if width < 40 else x for name, x in levels.items()}
+
+    predictor = make_predictor()
+    predictor.model.backbone.register_forward_hook(lambda _, __, levels: change_narrow_ones(levels))
+    with pytest.raises(UserError, match="cannot trace this detector for any width of images, but only for some"):
+        export_detector(predictor, tmp_path / "small.onnx", form="two")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("options", [

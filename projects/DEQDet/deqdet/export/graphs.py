@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from detectron2.modeling.backbone.swin import BasicLayer, SwinTransformerBlock
+
 from ..decoders import EquilibriumDecoder, RecurrentDecoder, StackedDecoder
 from ..detector import DEQDet
 from ..equilibrium import relative_residual
 from ..errors import UserError
 from ..layers import SparseRCNNLayer
 from ..structures import QueryState
+from .swin import ExportedSwinBlock, ExportedSwinStage
 
 # RoIAlign's samples of a box this far from the image, in pixels, are all outside it, where they count as 0.
 OUTSIDE = -1e6
@@ -53,6 +56,13 @@ class ExportedSparseRCNNLayer(SparseRCNNLayer):
         area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
         octave = torch.log2(area.sqrt() / pooler.canonical_box_size + 1e-8)
         return (pooler.canonical_level + octave).floor().clamp(pooler.min_level, pooler.max_level) - pooler.min_level
+
+
+EXPORTED = {
+    SparseRCNNLayer: ExportedSparseRCNNLayer,
+    SwinTransformerBlock: ExportedSwinBlock,
+    BasicLayer: ExportedSwinStage,
+}
 
 
 class Encoder(nn.Module):
@@ -237,11 +247,11 @@ def _layers(model: DEQDet, steps: int | None) -> tuple[nn.ModuleList, nn.ModuleL
 
 
 def _exportable(model: DEQDet) -> DEQDet:
-    """A copy on the CPU in evaluation mode, whose Sparse R-CNN layers pool in a form that a graph can hold."""
+    """A copy on the CPU in evaluation mode, whose modules are replaced by forms that a graph can hold, where needed."""
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for module in model.modules():
-        if type(module) is SparseRCNNLayer:
-            module.__class__ = ExportedSparseRCNNLayer  # the same parameters and a method of its own
+        if type(module) in EXPORTED:
+            module.__class__ = EXPORTED[type(module)]  # the same parameters and a method of its own
     return model
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from onnx import ModelProto
 from onnx.helper import set_model_props
 from torch import nn
 from torch.export import Dim, ExportedProgram
+
+from detectron2.modeling.backbone.swin import SwinTransformerBlock
 
 from ..checkpoints.files import replacing
 from ..decoders import StackedDecoder
@@ -28,9 +31,7 @@ FORMS = ("one", "two")
 OPSET = 18
 IMAGES = ["images", "sizes"]  # the inputs of a graph that takes images
 NOTES_FILE = "deqdet.json"  # the notes within a .pt2 file
-# In units of the size divisibility: batch, height and width from which the shapes are traced. None is 0 or 1, which
-# torch.export would take for constants.
-TRACED = (2, 3, 4)
+TRACED_BATCH = 2  # no traced size is 0 or 1, which torch.export would take for constants
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,27 @@ def build_notes(cfg, predictor: Predictor, form: str, steps: int | None) -> dict
 
 def _trace_images(module: nn.Module, unit: int) -> tuple[ExportedProgram, list[torch.Tensor]]:
     """Trace a module that takes images, and return what it makes of the example that it was traced with."""
-    batch, height, width = TRACED
+    # In units of the size divisibility. With Swin, the coarsest level has three windows in each direction then.
+    window = max((x.window_size for x in module.modules() if isinstance(x, SwinTransformerBlock)), default=1)
+    batch, height, width = TRACED_BATCH, 2 * window + 1, 2 * window + 2
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, height * unit, width * unit), dtype=torch.uint8, generator=generator)
     sizes = torch.tensor([[height * unit, width * unit]] * batch)
     rows = Dim("batch", min=1)
     shapes = ({0: rows, 2: unit * Dim("height", min=1), 3: unit * Dim("width", min=1)}, {0: rows})
     program = _export(module, (images, sizes), shapes)
+    _require_free_sizes(program)
     with torch.no_grad():
         return program, list(module(images, sizes))
+
+
+def _require_free_sizes(program: ExportedProgram) -> None:
+    """Refuse a graph for some batch or image sizes only: torch.export may restrict them without an error."""
+    images = next(x for x in program.graph.nodes if x.op == "placeholder" and x.name == IMAGES[0]).meta["val"]
+    for name, size in zip(("batch size", "height", "width"), (images.shape[0], *images.shape[2:]), strict=True):
+        symbols = () if isinstance(size, int) else size.node.expr.free_symbols
+        if not symbols or any(program.range_constraints[x].upper < sys.maxsize for x in symbols):
+            raise UserError(f"torch.export cannot trace this detector for any {name} of images, but only for some")
 
 
 def _trace_step(module: nn.Module, states: list[torch.Tensor], levels: list[torch.Tensor]) -> ExportedProgram:

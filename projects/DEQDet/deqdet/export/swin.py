@@ -1,0 +1,91 @@
+"""detectron2's Swin Transformer in a form that torch.export can trace at free image sizes.
+
+The original computes the sizes of padded windows by floating-point division and by nested remainders, of which no
+tracer can tell that they agree. Here every size is a product of whole numbers. The weights stay the original's.
+
+B: images, H, W: the sides of a level in tokens, w: the side of a window in tokens, C: channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detectron2.modeling.backbone.swin import BasicLayer, SwinTransformerBlock
+
+# Added to the logits between tokens that are no neighbours in the image but share a window after the shift.
+MASKED = -100.0
+
+
+class ExportedSwinBlock(SwinTransformerBlock):
+    """SwinTransformerBlock: attention within windows, every other time of a shifted grid, then a two-layer network."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """
+        Args:
+            x: (B, H * W, C), with H and W as the stage has set them.
+            mask: (windows, w * w, w * w), added to the logits where the grid is shifted.
+
+        Returns:
+            (B, H * W, C).
+        """
+        side, shift = self.window_size, self.shift_size
+        grid = self.norm1(x).unflatten(1, (self.H, self.W))
+        lines, columns = _windows(self.H, side), _windows(self.W, side)
+        grid = F.pad(grid, (0, 0, 0, columns * side - self.W, 0, lines * side - self.H))
+        if shift:
+            grid = grid.roll((-shift, -shift), dims=(1, 2))
+        attended = self.attn(_partition(grid, side).flatten(0, 2), mask=mask if shift else None)
+        attended = attended.unflatten(0, (-1, lines, columns)).unflatten(3, (side, side))
+        grid = attended.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, lines * w, columns * w, C)
+        if shift:
+            grid = grid.roll((shift, shift), dims=(1, 2))
+        x = x + grid[:, : self.H, : self.W].flatten(1, 2)
+        return x + self.mlp(self.norm2(x))
+
+
+class ExportedSwinStage(BasicLayer):
+    """BasicLayer: some blocks, then the merging of 2 x 2 tokens into one."""
+
+    def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int, Tensor, int, int]:
+        """
+        Args:
+            x: (B, H * W, C).
+            height, width: H and W, which must be even if a stage follows.
+
+        Returns:
+            The stage's output, H and W, and the same of the next stage's input; without one, of the output again.
+        """
+        mask = self._mask(height, width, x.device)
+        for block in self.blocks:
+            block.H, block.W = height, width
+            x = block(x, mask)
+        if self.downsample is None:
+            return x, height, width, x, height, width
+        # Of each 2 x 2 tokens first the left two, then the right two.
+        pairs = x.unflatten(1, (height // 2, 2, width // 2, 2)).permute(0, 1, 3, 4, 2, 5)
+        merged = self.downsample.reduction(self.downsample.norm(pairs.flatten(3).flatten(1, 2)))
+        return x, height, width, merged, height // 2, width // 2
+
+    def _mask(self, height: int, width: int, device: torch.device) -> Tensor:
+        """(windows, w * w, w * w): 0 between tokens of one part of the image, MASKED between others.
+
+        The shift brings the first lines and columns behind the last ones, into windows that they share with these.
+        """
+        regions = []
+        for length in (height, width):
+            padded = _windows(length, self.window_size) * self.window_size
+            place = torch.arange(padded, device=device)
+            regions.append((place >= padded - self.window_size).int() + (place >= padded - self.shift_size).int())
+        region = 3 * regions[0][:, None] + regions[1]
+        region = _partition(region[None, :, :, None], self.window_size)[..., 0].flatten(0, 2)  # (windows, w * w)
+        return torch.where(region[:, None] == region[:, :, None], 0.0, MASKED)
+
+
+def _windows(length: int, side: int) -> int:
+    """How many windows cover this many tokens."""
+    return (length + side - 1) // side
+
+
+def _partition(grid: Tensor, side: int) -> Tensor:
+    """(B, lines * w, columns * w, C) -> (B, lines, columns, w * w, C)."""
+    return grid.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4)
