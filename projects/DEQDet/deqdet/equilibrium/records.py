@@ -167,11 +167,11 @@ class FixedRecord(_Record):
         residual = torch.full_like(first, torch.inf, dtype=torch.promote_types(first.dtype, torch.float32))
         residuals = residual.expand(len(finite), -1)
         if self._residuals:
-            rows = torch.arange(len(finite), device=good.device)[:, None]
+            of_steps = torch.cat([residual[None], *self._residuals])  # (1 + T, B) that of step t in row t
+            residual = of_steps.gather(0, good[None])[0].nan_to_num(nan=torch.inf, posinf=torch.inf)
             # A row that has stopped repeats its last residual.
-            residuals = torch.cat(self._residuals).gather(0, rows.minimum(steps - 1))
-            last = residuals.gather(0, (good - 1).clamp(min=0)[None])[0].nan_to_num(nan=torch.inf, posinf=torch.inf)
-            residual = torch.where(good > 0, last, residual)
+            rows = torch.arange(1, len(of_steps), device=good.device)[:, None].minimum(steps)
+            residuals = of_steps.gather(0, rows)
         return self._solution(record, residual=residual, status=status, steps=steps, residuals=residuals)
 
 
