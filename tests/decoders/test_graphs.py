@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deqdet.decoders import DecodingGraphs
+from deqdet.equilibrium import Anderson
 from deqdet.structures import Decoded, Prediction, QueryState
 
 from helpers.batches import strip
@@ -23,6 +24,7 @@ class Recorder:
         self.recorded += 1
         outputs = function()
 
+        @torch.inference_mode()  # a graph on a GPU writes into its outputs in any mode, too
         def replay() -> None:
             new = function()
             outputs.prediction.boxes.copy_(new.prediction.boxes)
@@ -78,6 +80,13 @@ class TestRecordings:
             graphs(double, state(1.0), features, (1,))
         assert recorder.recorded == 3
 
+    def test_a_recording_serves_every_mode_without_gradient(self):
+        graphs, features = DecodingGraphs(1, Recorder()), [torch.zeros(1, 3, 4, 4)]
+        for mode in (torch.inference_mode(), torch.no_grad(), torch.inference_mode()):
+            with mode:
+                found = graphs(double, state(1.5), features)
+            assert found.prediction.boxes.unique().tolist() == [3.0]
+
     @pytest.mark.parametrize("record, reason", [
         (None, "there is no CUDA graph on the device cpu"),
         (fail, "the decoder could not be recorded: operation not permitted when stream is capturing"),
@@ -120,3 +129,16 @@ def test_a_tolerance_or_a_gradient_is_decoded_as_usual(small_model, make_inputs)
         model.infer(batch, steps=2)
         model.infer(batch, steps=3)
     assert recorder.recorded == 2
+
+
+@torch.no_grad()
+def test_the_decoders_own_choice_may_change(small_model, make_inputs):
+    model, recorder = small_model(KEY, 9).eval(), Recorder()
+    model.graphs = DecodingGraphs(9, recorder)
+    batch = strip(make_inputs(0))
+    for key, value in (("test_steps", 3), ("test_steps", 4), ("solver", Anderson()), ("return_best", True)):
+        setattr(model.decoder, key, value)
+        model(batch)
+        model.infer(batch, steps=model.decoder.test_steps)  # the same walk
+        model.infer(batch, steps=0)
+    assert recorder.recorded == 7  # four walks; without a step the first two are the same

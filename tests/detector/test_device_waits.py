@@ -89,15 +89,16 @@ def test_a_tolerance_waits_once_a_step(build, make_inputs, layer):
 @torch.no_grad()
 @pytest.mark.parametrize("layer, most", [("AdaMixerLayer", 59), ("SparseRCNNLayer", 106)])
 def test_kernels_of_a_step(build, make_inputs, layer, most):
-    """Of one step alone, and of 32 steps with what they share: the states' norms, which are computed at the end."""
+    """One more step starts so many kernels; two more are allowed for the norms, computed for 16 steps at once."""
     model, counts = build("EquilibriumDecoder", layer).eval(), []
     features, initial = model.encode(model.preprocess(make_inputs(1, 0)))
-    for steps in (5, 6, 38):
+    for steps, record in ((5, ()), (6, ()), (38, ()), (38, range(39))):
         with DeviceLog() as log:
-            model.decoder.walk(initial, features, steps=steps)
+            model.decoder.walk(initial, features, steps=steps, record=record)
         counts.append(log.count)
     assert 50 < counts[1] - counts[0] <= most
     assert counts[2] - counts[1] <= 32 * (most + 2)
+    assert counts[3] - counts[2] <= 38 * 3  # each recorded step is tested for inf and nan by itself
 
 
 PAPER = ("MODEL.DEQDET.EQUILIBRIUM.TRAIN_STEPS", 20, "MODEL.DEQDET.EQUILIBRIUM.SUPERVISION_COUNT", 4,

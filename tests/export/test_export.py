@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from deqdet import Predictor, UserError
 from deqdet.checkpoints import write_model_file
@@ -19,7 +20,7 @@ from deqdet.export import Difference, Encoder, OneGraph, OnnxDetector, check_exp
 from deqdet.export.check import BATCHES, SIZES
 from deqdet.export.graphs import EXPORTED, ExportedSparseRCNNLayer
 from deqdet.export.swin import ExportedSwinBlock, ExportedSwinStage
-from deqdet.export.write import build_notes
+from deqdet.export.write import _trace_images, build_notes
 from deqdet.layers import SparseRCNNLayer
 from deqdet.tools.export_model import main
 
@@ -220,17 +221,37 @@ def test_swin_in_two_graphs(make_predictor, tmp_path):
     assert_agree(check_export(exported))
 
 
-def test_a_graph_for_some_sizes_only_is_refused(make_predictor, tmp_path):
-    """torch.export restricts the sizes of this one without an error."""
+class Choosy(nn.Module):
+    """Adds 1 to images of some sizes alone."""
 
-    def change_narrow_ones(levels: dict) -> dict:
-        width = next(iter(levels.values())).shape[3]
-        return {name: x + 1.0 if width < 40 else x for name, x in levels.items()}
+    def __init__(self, chosen):
+        super().__init__()
+        self.chosen = chosen
 
-    predictor = make_predictor()
-    predictor.model.backbone.register_forward_hook(lambda _, __, levels: change_narrow_ones(levels))
-    with pytest.raises(UserError, match="cannot trace this detector for any width of images, but only for some"):
-        export_detector(predictor, tmp_path / "small.onnx", form="two")
+    def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor]:
+        return (images + 1.0 if self.chosen(*images.shape) else images * 1.0,)
+
+
+@pytest.mark.parametrize("chosen, size", [
+    (lambda b, c, h, w: w < 150, "a batch of 1 and images of 64 x 256 pixels"),
+    (lambda b, c, h, w: h < w, "a batch of 1 and images of 96 x 64 pixels"),
+    (lambda b, c, h, w: h != w, "a batch of 3 and images of 32 x 32 pixels"),
+    (lambda b, c, h, w: b > 1, "a batch of 1 and images of 96 x 64 pixels"),
+])  # fmt: skip
+def test_a_graph_for_some_sizes_only_is_refused(chosen, size):
+    """torch.export fixes such a choice as it was for the traced sizes, without an error."""
+    with pytest.raises(UserError, match=f"the graph is wrong for {size}|cannot trace this detector"):
+        _trace_images(Choosy(chosen), 32)
+
+
+def test_a_graph_for_all_sizes_is_not_refused():
+    program, (example,) = _trace_images(Choosy(lambda b, c, h, w: True), 32)
+    assert example.shape == (2, 3, 96, 128) and isinstance(program, ExportedProgram)
+
+
+def test_swin_has_no_form_for_torch_export(make_predictor, tmp_path):
+    with pytest.raises(UserError, match="Swin can be exported as ONNX only"):
+        export_detector(make_predictor(*SWIN), tmp_path / "swin.pt2", target="torch-export")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from deqdet.layers import RefinementLayer
 from deqdet.structures import Prediction, QueryState
 
 from helpers.small_decoders import make_problem
-from helpers.small_layers import ADAMIXER, CASES
+from helpers.small_layers import ADAMIXER, CASES, make_sparse_rcnn
 
 
 class PlainLayer(RefinementLayer):
@@ -70,7 +70,7 @@ def test_our_layers_take_all_segments_in_one_call():
 
 @torch.no_grad()
 @pytest.mark.parametrize("prepared", [True, False])
-@pytest.mark.parametrize("part", ["position", "content"])
+@pytest.mark.parametrize("part", ["position", "z", "content"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_our_layers_bear_nonfinite_numbers(case, value, part, prepared):
@@ -80,7 +80,12 @@ def test_our_layers_bear_nonfinite_numbers(case, value, part, prepared):
     if prepared:
         features = layer.prepare(features)
     expected = layer(state, features)
-    getattr(state, part)[0].fill_(value)
+    {"position": state.position[0], "z": state.position[0, :, 2], "content": state.content[0]}[part].fill_(value)
     found = layer(state, features)
     assert torch.equal(found.position[1], expected.position[1]) and torch.equal(found.content[1], expected.content[1])
     assert not found.content[0].isfinite().all() or not found.position[0].isfinite().all()
+
+
+def test_adaptive_sampling_does_not_bear_them():
+    """RoIAlign would need as many points as an infinite box has pixels."""
+    assert not make_sparse_rcnn(pooler_sampling_ratio=0).accepts_nonfinite

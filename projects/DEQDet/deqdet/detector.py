@@ -245,10 +245,15 @@ class DEQDet(nn.Module):
                 return self.decoder.decode(initial, features)
             return self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
 
-        tolerance = getattr(self.decoder, "rtol", 0.0) if rtol is None else rtol
-        if self.graphs is None or tolerance > 0 or torch.is_grad_enabled():
+        if self.graphs is None or torch.is_grad_enabled():
             return decode(initial, features)
-        return self.graphs(decode, initial, features, options=(steps, repr(solver)))
+        options = ()
+        if self.decoder.has_equilibrium:  # all that its walk depends on, for the decoder's own choice may change
+            own = self.decoder
+            if (own.rtol if rtol is None else rtol) > 0:
+                return decode(initial, features)
+            options = (own.test_steps if steps is None else steps, repr(solver or own.solver), own.return_best)
+        return self.graphs(decode, initial, features, options=options)
 
     @torch.no_grad()
     def walk(

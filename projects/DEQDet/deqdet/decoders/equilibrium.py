@@ -186,7 +186,6 @@ class EquilibriumDecoder(Decoder):
         start = self.initialize(initial, features)
         num_queries = start.content.shape[1]
         refine = self.packed_refinement(features, num_queries)
-
         solver = self.solver if solver is None else solver
 
         def restrict(rows: Tensor) -> Map:

@@ -80,7 +80,8 @@ class DecodingGraphs:
         return _map_tensors(recording.outputs, Tensor.clone)
 
     def _add(self, key: Hashable, decode: Callable[[QueryState, Features], Decoded], inputs: list[Tensor]) -> None:
-        kept = [x.clone() for x in inputs]
+        with torch.inference_mode(False):  # later calls write into them, within inference mode or outside
+            kept = [x.clone() for x in inputs]
         record = _record_cuda if self._record is None else self._record
         try:
             outputs, replay = record(lambda: decode(QueryState(*kept[:2]), kept[2:]))

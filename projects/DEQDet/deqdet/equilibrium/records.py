@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .residuals import is_finite, norms, quotient, relative_residual
 
-# How many steps wait for their books where no step needs those of the steps before: the states of so many are kept.
+# Where no step needs the residuals of the steps before it, they are computed for this many steps at once. So many
+# iterates and outputs are kept until then.
 STEPS_AT_ONCE = 16
 
 
@@ -82,20 +83,20 @@ class _Record:
 
 
 class FixedRecord(_Record):
-    """The record of a fixed number of steps of which every row takes part in all, and of which the last one counts.
+    """The record of a solve with a fixed number of steps, in which every row takes part in every step.
 
-    No step needs to know of the steps before, so that most is computed for many steps at once.
+    No step needs to know of the steps before it, so that most is computed for many steps at once.
     """
 
     def __init__(self, initial: Tensor, *, keep_iterates: bool, residuals: bool, guarded: bool):
         """
         Args:
             initial: (B, D) y_0.
-            keep_iterates, residuals, guarded: see solve().
+            keep_iterates, residuals, guarded: see solve(). Only a guarded record can keep steps.
         """
         super().__init__(initial, keep_iterates)
         self._with_residuals = residuals
-        self._guarded = guarded or keep_iterates
+        self._guarded = guarded
         self._pending: list[tuple[Tensor, Tensor]] = []  # iterates and outputs, (B, D) each, of the steps that wait
         # Of steps one after the other, t in each entry: whether their outputs are finite (t, B), and residuals (t, B).
         self._finite: list[Tensor] = []
@@ -121,7 +122,8 @@ class FixedRecord(_Record):
     def _guard(self, iterate: Tensor, output: Tensor, proposal: Tensor) -> Tensor:
         """Let a row whose output is not finite keep its iterate.
 
-        It needs no mark, since f, applied to the same iterate again, fails again.
+        It needs no mark: f, applied to the same iterate again, fails again. Only an f with noise, as in training, may
+        go on from there.
         """
         finite = is_finite(output)
         self._finite.append(finite[None])
@@ -131,7 +133,7 @@ class FixedRecord(_Record):
         return torch.where(finite[:, None], proposal, iterate)
 
     def _catch_up(self) -> None:
-        """Compute what the pending steps still lack."""
+        """Compute the pending steps' residuals and, unless each step did it, which outputs are finite and the value."""
         if not self._pending:
             return
         iterates, outputs = zip(*self._pending, strict=True)
@@ -149,12 +151,6 @@ class FixedRecord(_Record):
             self._finite.append(usable)
             last = usable.sum(dim=0)  # (B,)
             self._value = states.gather(0, last[None, :, None].expand_as(states[:1]))[0]
-
-    def keep(self, step: int) -> None:
-        """See _Record.keep."""
-        if not self._guarded:
-            self._catch_up()
-        super().keep(step)
 
     def finish(self, record: Collection[int]) -> Solution:
         """Return the Solution after the last step."""

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .records import FixedRecord, Record, Solution
 
-Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D); no row of the result depends on another row of the argument
+# (B, D) -> (B, D); no row of the result depends on another row of the argument. Each call returns a new tensor: solve()
+# keeps the outputs of several steps and reads them later.
+Map = Callable[[Tensor], Tensor]
 
 
 class Solver(Protocol):
@@ -66,9 +68,9 @@ def solve(
         best: return the output of the iterate with the lowest residual so far instead of the last one.
         residuals: compute them. A path of a fixed number of steps that only records states can do without: then they
             are inf.
-        guarded: f and the solver see finite iterates only, since a row whose output is not finite stays at its iterate.
-            Where both bear inf and nan, False saves this test in every step: with a fixed number of steps, 16 outputs
-            are then tested at once. The solution is the same.
+        guarded: test each output before the next step, so that f and the solver are given finite iterates only. False
+            is for an f and a solver that accept inf and nan, and saves time: 16 outputs are then tested at once. It has
+            no effect with a tolerance, with best, or where steps are recorded: then every step is tested.
         restrict: given the indices (b,) of some batch rows, return f for a batch of these rows alone. With it, rows
             that have stopped leave the batch and cost nothing any more.
 
@@ -78,6 +80,7 @@ def solve(
     """
     _check(max_steps, rtol, record)
     if rtol == 0 and not best:
+        guarded = guarded or len(record) > 0
         results = FixedRecord(initial, keep_iterates=record_iterates, residuals=residuals, guarded=guarded)
     elif residuals:
         results = Record(initial, keep_iterates=record_iterates, rtol=rtol, best=best)

@@ -58,7 +58,8 @@ class ExportedSparseRCNNLayer(SparseRCNNLayer):
         return (pooler.canonical_level + octave).floor().clamp(pooler.min_level, pooler.max_level) - pooler.min_level
 
 
-EXPORTED = {
+# The class of a module, and the subclass that takes its place in an export, with the same parameters.
+EXPORTED: dict[type[nn.Module], type[nn.Module]] = {
     SparseRCNNLayer: ExportedSparseRCNNLayer,
     SwinTransformerBlock: ExportedSwinBlock,
     BasicLayer: ExportedSwinStage,

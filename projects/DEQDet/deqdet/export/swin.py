@@ -1,7 +1,7 @@
 """detectron2's Swin Transformer in a form that torch.export can trace at free image sizes.
 
-The original computes the sizes of padded windows by floating-point division and by nested remainders, of which no
-tracer can tell that they agree. Here every size is a product of whole numbers. The weights stay the original's.
+The original computes the sizes of padded windows by floating-point division and by nested remainders, and torch.export
+cannot prove that the two agree. Here every size is a product of whole numbers. The weights stay the original's.
 
 B: images, H, W: the sides of a level in tokens, w: the side of a window in tokens, C: channels.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from detectron2.modeling.backbone.swin import BasicLayer, SwinTransformerBlock
 
-# Added to the logits between tokens that are no neighbours in the image but share a window after the shift.
+# Added to the logits between tokens that share a window only because the shift wraps around the image.
 MASKED = -100.0
 
 
 class ExportedSwinBlock(SwinTransformerBlock):
-    """SwinTransformerBlock: attention within windows, every other time of a shifted grid, then a two-layer network."""
+    """Attention within the windows of a grid, which every second block shifts by half a window; then a network."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """
@@ -67,9 +67,10 @@ class ExportedSwinStage(BasicLayer):
         return x, height, width, merged, height // 2, width // 2
 
     def _mask(self, height: int, width: int, device: torch.device) -> Tensor:
-        """(windows, w * w, w * w): 0 between tokens of one part of the image, MASKED between others.
+        """(windows, w * w, w * w): 0 between tokens that may attend to each other, MASKED between others.
 
-        The shift brings the first lines and columns behind the last ones, into windows that they share with these.
+        The shift wraps around: the first lines and columns come after the last ones and share windows with them. No
+        token of the one part may attend to one of the other.
         """
         regions = []
         for length in (height, width):

@@ -2,11 +2,11 @@
 
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ FORMS = ("one", "two")
 OPSET = 18
 IMAGES = ["images", "sizes"]  # the inputs of a graph that takes images
 NOTES_FILE = "deqdet.json"  # the notes within a .pt2 file
-TRACED_BATCH = 2  # no traced size is 0 or 1, which torch.export would take for constants
+TRACED_BATCH = 2  # images in the example that is traced; torch.export treats a size of 0 or 1 as a constant
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,14 @@ def export_detector(
         steps: the applications of f, in the graph or as the default of the runner; by default the decoder's.
 
     Raises:
-        UserError: the path has another ending than .onnx or .pt2, the detector has no such form, or a file cannot be
-            written.
+        UserError: the path has another ending than .onnx or .pt2, the detector has no such form, it cannot be traced
+            for all sizes, or a file cannot be written.
     """
     path = Path(path)
     if path.suffix != TARGETS[target]:
         raise UserError(f"{path}: the output of --to {target} must end in {TARGETS[target]}")
+    if target == "torch-export" and any(isinstance(x, SwinTransformerBlock) for x in predictor.model.modules()):
+        raise UserError("Swin can be exported as ONNX only: torch.export's programs would take few sizes of images")
     notes = build_notes(predictor.cfg, predictor, form, steps)
     unit = notes["size_divisibility"]
     model = predictor.model
@@ -159,18 +161,38 @@ def _trace_images(module: nn.Module, unit: int) -> tuple[ExportedProgram, list[t
     rows = Dim("batch", min=1)
     shapes = ({0: rows, 2: unit * Dim("height", min=1), 3: unit * Dim("width", min=1)}, {0: rows})
     program = _export(module, (images, sizes), shapes)
-    _require_free_sizes(program)
+    others = (1, 3, 2), (3, 1, 1), (1, 2, 2 * width)
+    _require_free_sizes(program, module, [(b, unit * h, unit * w) for b, h, w in others])
     with torch.no_grad():
         return program, list(module(images, sizes))
 
 
-def _require_free_sizes(program: ExportedProgram) -> None:
-    """Refuse a graph for some batch or image sizes only: torch.export may restrict them without an error."""
-    images = next(x for x in program.graph.nodes if x.op == "placeholder" and x.name == IMAGES[0]).meta["val"]
-    for name, size in zip(("batch size", "height", "width"), (images.shape[0], *images.shape[2:]), strict=True):
-        symbols = () if isinstance(size, int) else size.node.expr.free_symbols
-        if not symbols or any(program.range_constraints[x].upper < sys.maxsize for x in symbols):
-            raise UserError(f"torch.export cannot trace this detector for any {name} of images, but only for some")
+def _require_free_sizes(program: ExportedProgram, module: nn.Module, others: list[tuple[int, int, int]]) -> None:
+    """Refuse a graph that computes something else at other sizes: torch.export may fix a choice without an error.
+
+    Args:
+        others: batch, height and width of images, pixels.
+    """
+    # What torch.export assumed of the sizes is compared with the module here, and not asserted.
+    options = {"check_guards": False} if "check_guards" in signature(program.module).parameters else {}
+    traced = program.module(**options)
+    generator = torch.Generator().manual_seed(1)
+    for batch, height, width in others:
+        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+        inputs = images, torch.tensor([[height, width]] * batch)
+        with torch.no_grad():
+            want = module(*inputs)
+            try:
+                found = traced(*inputs)
+                torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+                wrong = False
+            except (AssertionError, RuntimeError):  # another result, or a shape that does not fit
+                wrong = True
+        if wrong:
+            raise UserError(
+                f"torch.export cannot trace this detector for all sizes: the graph is wrong for a batch of {batch} "
+                f"and images of {height} x {width} pixels"
+            )
 
 
 def _trace_step(module: nn.Module, states: list[torch.Tensor], levels: list[torch.Tensor]) -> ExportedProgram:

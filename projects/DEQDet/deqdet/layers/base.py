@@ -29,13 +29,14 @@ class RefinementLayer(nn.Module, ABC):
     A subclass needs `forward`, for one state of each image, and `predict`. Training supervises S points of an image's
     solving path at once; `refine_segments` then calls `forward` once for each of the S, which is right for any layer.
     A layer whose forward can do all of them in one call, without a copy of the features, is faster if it says so with
-    `accepts_segments = True`. Set either of the two below only for a forward of which it holds, a subclass's too.
+    `accepts_segments = True`. Set each of the two flags below only if it is true of `forward`; a
+    subclass of one of our layers that has a `forward` of its own must check both again.
     """
 
     # True: forward also takes S * B rows with the features of B images. Row s * B + b is the state s of image b: first
     # all images' first states, then all images' second states, and so on.
     accepts_segments = False
-    # True: forward also takes inf and nan: it raises nothing, and the other rows of the batch come out as without them.
+    # True: forward also accepts inf and nan: it raises no error, and they do not change the results of the other rows.
     # Then plain iteration need not test each state before it hands it on, which saves time.
     accepts_nonfinite = False
 

@@ -36,7 +36,6 @@ class SparseRCNNLayer(RefinementLayer):
     """Refines queries by attention among them, and by the pooled regions of their boxes, which each query filters."""
 
     accepts_segments = True
-    accepts_nonfinite = True
 
     @configurable
     def __init__(
@@ -86,6 +85,8 @@ class SparseRCNNLayer(RefinementLayer):
         if embed and dim % 8:
             raise ValueError(f"the hidden dimension {dim} is not a multiple of the 8 sine embedding's features")
         self.side, self.sampling_ratio = pooler_resolution, pooler_sampling_ratio
+        # With 0, RoIAlign takes as many points as the cell has pixels, and fails at a box of infinite size.
+        self.accepts_nonfinite = pooler_sampling_ratio > 0
         self.pooler = ROIPooler(
             output_size=pooler_resolution,
             scales=[1 / stride for stride in strides],
