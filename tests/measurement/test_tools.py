@@ -121,7 +121,8 @@ def test_ways_are_evaluated_and_timed_in_turns(datasets, monkeypatch):
     ways = [Way(name, "", "", "", partial(detect, name=name)) for name in ("right", "wrong")]
     right, wrong = measure_ways(ways, records, Evaluation("shapes_seed43_3"), images=2)
     assert right.accuracy.AP == pytest.approx(100) and wrong.accuracy.AP < 50
-    assert order[-4:] == ["right", "wrong"] * 2  # each image in every way, then the next
+    # Each image in every way, once untimed and once timed, then the next.
+    assert order[-8:] == ["right", "right", "wrong", "wrong"] * 2
     assert all(row.first > 0 and row.time.low > 0 for row in (right, wrong))
 
 

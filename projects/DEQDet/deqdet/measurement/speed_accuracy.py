@@ -2,7 +2,8 @@
 
 A `Way` takes an image as it was read and returns its detections, so that everything between is in its time: resizing,
 backbone, decoder, read-out. First each way detects in all images, for its AP; this also warms it up. Then the ways take
-turns on some of these images, so that a machine that becomes slower meanwhile favours none of them.
+turns on some of these images, so that a machine that becomes slower meanwhile favours none of them. On its turn each
+detects twice and is timed once, so that none pays for the weights of another model in the processor's caches.
 """
 
 import json
@@ -102,7 +103,7 @@ def measure_ways(ways: Sequence[Way], records: Sequence[dict], evaluation: Evalu
     for record in tqdm(records[:images], desc="taking turns", unit="image", disable=None):
         image = read_image(record["file_name"])
         for way, seconds in zip(ways, times, strict=True):
-            way.detect(image)  # brings this way's weights back into the caches, from which the others have moved them
+            way.detect(image)
             seconds.append(timed(partial(way.detect, image), _CPU)[1])
     return [
         Row(way.model, way.steps, way.precision, way.mode, accuracy, Timing.of(seconds), start)
@@ -132,7 +133,8 @@ def format_report(report: Report) -> str:
         f"{format_table(table, names=4)}\n\n"
         f"AP is that of {report.images} images of {report.dataset}. Times are medians over {report.timed} of them, on "
         "which all rows took turns, with the first and third quartile in parentheses, from the picture in memory to "
-        "its detections. The time of the first image includes compiling, which "
+        "its detections; before each timed detection, the row detects in the image once untimed. The time of "
+        "the first image includes compiling, which "
         f"the later rows of the same model need not do again.\n\n{report.device}, {date.today().isoformat()}:\n\n"
         f"    {report.command}\n"
     )
