@@ -171,7 +171,7 @@ class FixedRecord(_Record):
         return self._solution(record, residual=residual, status=status, steps=steps, residuals=residuals)
 
 
-class Record(_Record):
+class StoppingRecord(_Record):
     """The record of an iteration whose rows may stop one after the other, and may leave the batch then."""
 
     def __init__(self, initial: Tensor, *, keep_iterates: bool, rtol: float, best: bool):

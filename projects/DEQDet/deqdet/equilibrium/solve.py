@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .records import FixedRecord, Record, Solution
+from .records import FixedRecord, Solution, StoppingRecord
 
 # (B, D) -> (B, D); no row of the result depends on another row of the argument. Each call returns a new tensor: solve()
 # keeps the outputs of several steps and reads them later.
@@ -83,7 +83,7 @@ def solve(
         guarded = guarded or len(record) > 0
         results = FixedRecord(initial, keep_iterates=record_iterates, residuals=residuals, guarded=guarded)
     elif residuals:
-        results = Record(initial, keep_iterates=record_iterates, rtol=rtol, best=best)
+        results = StoppingRecord(initial, keep_iterates=record_iterates, rtol=rtol, best=best)
     else:
         raise ValueError("a tolerance, and the choice of the best iterate, need the residuals")
     iterate, state = initial, solver.init(initial)
