@@ -86,7 +86,7 @@ def _add_model_keys(cfg: CN) -> None:
     deqdet.LOSS.FOCAL_ALPHA = 0.25
     deqdet.LOSS.FOCAL_GAMMA = 2.0
 
-    # Compile every layer but the first with torch.compile; the first image takes ten seconds and more longer.
+    # Compile every layer but the first with torch.compile. The first image then takes at least ten seconds more.
     deqdet.COMPILE = False
     # At test time on a GPU, record the decoder as a CUDA graph for this many sizes of images, those that come first.
     deqdet.CUDA_GRAPHS = 0

@@ -248,11 +248,11 @@ class DEQDet(nn.Module):
         if self.graphs is None or torch.is_grad_enabled():
             return decode(initial, features)
         options = ()
-        if self.decoder.has_equilibrium:  # all that its walk depends on, for the decoder's own choice may change
-            own = self.decoder
-            if (own.rtol if rtol is None else rtol) > 0:
+        if self.decoder.has_equilibrium:  # whose own steps, solver and choice of the best may change after a recording
+            steps, rtol, solver = self.decoder.options(steps, rtol, solver)
+            if rtol > 0:
                 return decode(initial, features)
-            options = (own.test_steps if steps is None else steps, repr(solver or own.solver), own.return_best)
+            options = (steps, repr(solver), self.decoder.return_best)
         return self.graphs(decode, initial, features, options=options)
 
     @torch.no_grad()

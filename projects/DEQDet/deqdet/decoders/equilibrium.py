@@ -160,6 +160,14 @@ class EquilibriumDecoder(Decoder):
 
         return function
 
+    def options(self, steps: int | None, rtol: float | None, solver: Solver | None) -> tuple[int, float, Solver]:
+        """The options of a walk, with the decoder's own value in place of each None."""
+        return (
+            self.test_steps if steps is None else steps,
+            self.rtol if rtol is None else rtol,
+            self.solver if solver is None else solver,
+        )
+
     def walk(
         self,
         initial: QueryState,
@@ -186,7 +194,7 @@ class EquilibriumDecoder(Decoder):
         start = self.initialize(initial, features)
         num_queries = start.content.shape[1]
         refine = self.packed_refinement(features, num_queries)
-        solver = self.solver if solver is None else solver
+        steps, rtol, solver = self.options(steps, rtol, solver)
 
         def restrict(rows: Tensor) -> Map:
             return self.packed_refinement(select_images(features, rows), num_queries)
@@ -195,8 +203,8 @@ class EquilibriumDecoder(Decoder):
             refine,
             start.pack(),
             solver=solver,
-            max_steps=self.test_steps if steps is None else steps,
-            rtol=self.rtol if rtol is None else rtol,
+            max_steps=steps,
+            rtol=rtol,
             record=record,
             record_iterates=record_iterates,
             best=self.return_best,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detectron2.modeling.backbone.swin import BasicLayer, SwinTransformerBlock
+from detectron2.modeling.backbone.swin import BasicLayer, SwinTransformerBlock, window_partition
 
 # Added to the logits between tokens that share a window only because the shift wraps around the image.
 MASKED = -100.0
@@ -34,7 +34,7 @@ class ExportedSwinBlock(SwinTransformerBlock):
         grid = F.pad(grid, (0, 0, 0, columns * side - self.W, 0, lines * side - self.H))
         if shift:
             grid = grid.roll((-shift, -shift), dims=(1, 2))
-        attended = self.attn(_partition(grid, side).flatten(0, 2), mask=mask if shift else None)
+        attended = self.attn(window_partition(grid, side).flatten(1, 2), mask=mask if shift else None)
         attended = attended.unflatten(0, (-1, lines, columns)).unflatten(3, (side, side))
         grid = attended.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, lines * w, columns * w, C)
         if shift:
@@ -78,15 +78,10 @@ class ExportedSwinStage(BasicLayer):
             place = torch.arange(padded, device=device)
             regions.append((place >= padded - self.window_size).int() + (place >= padded - self.shift_size).int())
         region = 3 * regions[0][:, None] + regions[1]
-        region = _partition(region[None, :, :, None], self.window_size)[..., 0].flatten(0, 2)  # (windows, w * w)
+        region = window_partition(region[None, :, :, None], self.window_size).flatten(1)  # (windows, w * w)
         return torch.where(region[:, None] == region[:, :, None], 0.0, MASKED)
 
 
 def _windows(length: int, side: int) -> int:
     """How many windows cover this many tokens."""
     return (length + side - 1) // side
-
-
-def _partition(grid: Tensor, side: int) -> Tensor:
-    """(B, lines * w, columns * w, C) -> (B, lines, columns, w * w, C)."""
-    return grid.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4)

@@ -183,16 +183,12 @@ def _require_free_sizes(program: ExportedProgram, module: nn.Module, others: lis
         with torch.no_grad():
             want = module(*inputs)
             try:
-                found = traced(*inputs)
-                torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3, equal_nan=True)
-                wrong = False
-            except (AssertionError, RuntimeError):  # another result, or a shape that does not fit
-                wrong = True
-        if wrong:
-            raise UserError(
-                f"torch.export cannot trace this detector for all sizes: the graph is wrong for a batch of {batch} "
-                f"and images of {height} x {width} pixels"
-            )
+                torch.testing.assert_close(traced(*inputs), want, rtol=1e-3, atol=1e-3, equal_nan=True)
+            except (AssertionError, RuntimeError) as error:  # another result, or a shape that does not fit
+                raise UserError(
+                    f"torch.export cannot trace this detector for all sizes: the graph is wrong for a batch of {batch} "
+                    f"and images of {height} x {width} pixels"
+                ) from error
 
 
 def _trace_step(module: nn.Module, states: list[torch.Tensor], levels: list[torch.Tensor]) -> ExportedProgram:
