@@ -80,7 +80,8 @@ class DecodingGraphs:
         return _map_tensors(recording.outputs, Tensor.clone)
 
     def _add(self, key: Hashable, decode: Callable[[QueryState, Features], Decoded], inputs: list[Tensor]) -> None:
-        with torch.inference_mode(False):  # later calls write into them, within inference mode or outside
+        # A tensor made in inference mode could not be written to outside of it, as a later call may have to.
+        with torch.inference_mode(False):
             kept = [x.clone() for x in inputs]
         record = _record_cuda if self._record is None else self._record
         try:

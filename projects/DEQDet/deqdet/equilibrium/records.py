@@ -98,7 +98,7 @@ class FixedRecord(_Record):
         self._with_residuals = residuals
         self._guarded = guarded
         self._pending: list[tuple[Tensor, Tensor]] = []  # iterates and outputs, (B, D) each, of the steps that wait
-        # Of steps one after the other, t in each entry: whether their outputs are finite (t, B), and residuals (t, B).
+        # Each entry stands for t successive steps: whether their outputs are finite, and their residuals; (t, B) both.
         self._finite: list[Tensor] = []
         self._residuals: list[Tensor] = []
 
@@ -122,8 +122,8 @@ class FixedRecord(_Record):
     def _guard(self, iterate: Tensor, output: Tensor, proposal: Tensor) -> Tensor:
         """Let a row whose output is not finite keep its iterate.
 
-        It needs no mark: f, applied to the same iterate again, fails again. Only an f with noise, as in training, may
-        go on from there.
+        Nothing marks the row as failed: a deterministic f fails again at the same iterate. With noise, as in training,
+        the next step may succeed, and the row goes on.
         """
         finite = is_finite(output)
         self._finite.append(finite[None])
@@ -133,7 +133,7 @@ class FixedRecord(_Record):
         return torch.where(finite[:, None], proposal, iterate)
 
     def _catch_up(self) -> None:
-        """Compute the pending steps' residuals and, unless each step did it, which outputs are finite and the value."""
+        """Compute the residuals of the pending steps; if unguarded, also which outputs are finite, and the value."""
         if not self._pending:
             return
         iterates, outputs = zip(*self._pending, strict=True)

@@ -152,7 +152,8 @@ def build_notes(cfg, predictor: Predictor, form: str, steps: int | None) -> dict
 
 def _trace_images(module: nn.Module, unit: int) -> tuple[ExportedProgram, list[torch.Tensor]]:
     """Trace a module that takes images, and return what it makes of the example that it was traced with."""
-    # In units of the size divisibility. With Swin, the coarsest level has three windows in each direction then.
+    # The sides are in units of the size divisibility, so that the coarsest level has one cell a unit. With Swin, such a
+    # level has three windows along each side; a single window would be traced as a constant.
     window = max((x.window_size for x in module.modules() if isinstance(x, SwinTransformerBlock)), default=1)
     batch, height, width = TRACED_BATCH, 2 * window + 1, 2 * window + 2
     generator = torch.Generator().manual_seed(0)
@@ -168,12 +169,14 @@ def _trace_images(module: nn.Module, unit: int) -> tuple[ExportedProgram, list[t
 
 
 def _require_free_sizes(program: ExportedProgram, module: nn.Module, others: list[tuple[int, int, int]]) -> None:
-    """Refuse a graph that computes something else at other sizes: torch.export may fix a choice without an error.
+    """Refuse a traced program that differs from its module at other sizes than the traced ones.
+
+    torch.export evaluates a condition on sizes, such as height < width, once, and reports no error.
 
     Args:
         others: batch, height and width of images, pixels.
     """
-    # What torch.export assumed of the sizes is compared with the module here, and not asserted.
+    # Without the guards that torch.export has recorded: they would end the call before there is a result to compare.
     options = {"check_guards": False} if "check_guards" in signature(program.module).parameters else {}
     traced = program.module(**options)
     generator = torch.Generator().manual_seed(1)

@@ -29,8 +29,10 @@ class RefinementLayer(nn.Module, ABC):
     A subclass needs `forward`, for one state of each image, and `predict`. Training supervises S points of an image's
     solving path at once; `refine_segments` then calls `forward` once for each of the S, which is right for any layer.
     A layer whose forward can do all of them in one call, without a copy of the features, is faster if it says so with
-    `accepts_segments = True`. Set each of the two flags below only if it is true of `forward`; a
-    subclass of one of our layers that has a `forward` of its own must check both again.
+    `accepts_segments = True`.
+
+    The two flags below make promises about `forward`. A subclass of AdaMixerLayer or SparseRCNNLayer inherits them: if
+    it overrides `forward`, it must set those to False that its own does not keep.
     """
 
     # True: forward also takes S * B rows with the features of B images. Row s * B + b is the state s of image b: first

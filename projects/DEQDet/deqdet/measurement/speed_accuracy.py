@@ -133,10 +133,9 @@ def format_report(report: Report) -> str:
         f"{format_table(table, names=4)}\n\n"
         f"AP is that of {report.images} images of {report.dataset}. Times are medians over {report.timed} of them, on "
         "which all rows took turns, with the first and third quartile in parentheses, from the picture in memory to "
-        "its detections; before each timed detection, the row detects in the image once untimed. The time of "
-        "the first image includes compiling, which "
-        f"the later rows of the same model need not do again.\n\n{report.device}, {date.today().isoformat()}:\n\n"
-        f"    {report.command}\n"
+        "its detections. Each row detects in the image once before it is timed. The time of the first image includes "
+        "compiling, which later rows of the same model need not repeat.\n\n"
+        f"{report.device}, {date.today().isoformat()}:\n\n    {report.command}\n"
     )
 
 
