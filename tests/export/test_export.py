@@ -130,7 +130,7 @@ def test_the_steps_of_one_graph_are_an_input(make_predictor, tmp_path):
     found = session.run(None, inputs | {"steps": np.array(0)})
     best = scores.flatten().sort(descending=True).values[: found[1].shape[1]]
     np.testing.assert_allclose(found[1][0], best, atol=1e-4)
-    assert found[3].tolist() == [0.0]
+    assert found[3].tolist() == [float("inf")]
     default = session.run(None, inputs)
     np.testing.assert_array_equal(default[1], session.run(None, inputs | {"steps": np.array(25)})[1])
 
@@ -268,6 +268,34 @@ def test_the_runner_agrees_with_the_predictor(two_graphs, options):
     np.testing.assert_allclose(found.boxes, want.instances.pred_boxes.tensor, atol=1e-2)
     np.testing.assert_allclose(found.scores, want.instances.scores, atol=1e-4)
     assert found.labels == want.labels
+
+
+def test_the_runner_chooses_the_steps_of_one_graph(make_predictor, tmp_path):
+    """They are an input; a tolerance and another solver need two graphs."""
+    predictor, image = make_predictor(), picture(75, 110)
+    detector = OnnxDetector(export_detector(predictor, tmp_path / "small.onnx", form="one").files[0], threads=1)
+    for steps in (None, 1, 7):
+        want = predictor(image, steps=steps)
+        found = detector(image, steps=steps, rtol=0, solver="plain", threshold=0.0)
+        assert found.steps == want.steps == (steps or 4)
+        assert found.residual == pytest.approx(want.residual, rel=2e-2)
+        np.testing.assert_allclose(found.boxes, want.instances.pred_boxes.tensor, atol=1e-2)
+        np.testing.assert_allclose(found.scores, want.instances.scores, atol=1e-4)
+    found = detector([image, image], steps=0, threshold=0.0)
+    assert [(x.steps, x.residual) for x in found] == [(0, float("inf"))] * 2
+    for options in ({"rtol": 0.1}, {"solver": "anderson"}, {"solver": "newton"}):
+        with pytest.raises(ValueError, match=r"one graph has neither; export with --form two"):
+            detector(image, **options)
+    with pytest.raises(ValueError, match="steps -1: at least 0"):
+        detector(image, steps=-1)
+
+
+def test_the_steps_of_a_stack_are_fixed(make_predictor, tmp_path):
+    path = export_detector(make_predictor(*STACKED), tmp_path / "small.onnx", form="one").files[0]
+    detector = OnnxDetector(path, threads=1)
+    assert detector(picture(64, 96)).steps == 1  # after the first layer
+    with pytest.raises(ValueError, match="steps 3: the layers of this detector have weights of their own"):
+        detector(picture(64, 96), steps=3)
 
 
 def test_the_runner_follows_the_refinement(two_graphs):

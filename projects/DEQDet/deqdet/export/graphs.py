@@ -209,10 +209,12 @@ class OneGraph(nn.Module):
 
         Returns:
             Boxes (B, M, 4) xyxy in pixels of `images`, scores (B, M) falling, classes (B, M) int64, and the relative
-            change of the state in the last layer (B,), which is the residual where there is an equilibrium.
+            change of the state in the last layer (B,), which is the residual where there is an equilibrium; inf
+            without a step.
         """
         features, state = _encode(self, images, sizes)
-        flat, residual, layer = state.pack(), torch.zeros(images.shape[0], device=images.device), self.repeated[-1]
+        residual = torch.full((images.shape[0],), torch.inf, device=images.device)
+        flat, layer = state.pack(), self.repeated[-1]
         for layer in self.first:
             flat = layer(self._unpack(flat), features).pack()
         for step in range(self.steps):

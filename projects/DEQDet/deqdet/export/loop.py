@@ -4,6 +4,8 @@ torch.onnx has no form for a loop whose body is a module, so that the graphs of 
 joined here.
 """
 
+import math
+
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
@@ -30,13 +32,14 @@ def join_loop(encoder: ModelProto, body: ModelProto, best: ModelProto, steps: in
     outputs = [_renamed(x, x.name.removeprefix("best/").removesuffix(".out")) for x in best.graph.output]
     residual = next(x for x in body.graph.output if x.name == f"f/{CARRIED[-1]}.out")
     outputs.append(_renamed(residual, CARRIED[-1]))
+    no_step_yet = helper.make_tensor("value", TensorProto.FLOAT, [1], [math.inf])
     nodes = [
         *(helper.make_node("Identity", [x.name], [f"g/{x.name}"]) for x in inputs),
         *encoder.graph.node,
         # A loop's body reads the names of the graph around it: the levels need not be carried along.
         *(helper.make_node("Identity", [f"g/{level}"], [f"f/{level}"]) for level in levels),
         helper.make_node("Shape", ["g/state"], ["loop/batch"], start=0, end=1),
-        helper.make_node("ConstantOfShape", ["loop/batch"], ["g/residual"]),  # zeros, float32
+        helper.make_node("ConstantOfShape", ["loop/batch"], ["g/residual"], value=no_step_yet),
         helper.make_node(
             "Loop",
             ["steps", "", *(f"g/{name}" for name in CARRIED)],

@@ -1,10 +1,11 @@
 """Run an exported detector with numpy and onnxruntime alone; this file can be copied out of the package.
 
-    detector = OnnxDetector("model.encoder.onnx")     # or "model.onnx", of fixed steps
+    detector = OnnxDetector("model.encoder.onnx")     # or "model.onnx", which takes no rtol and no solver
     found = detector(image, steps=8, rtol=0.01, solver="anderson", threshold=0.5)
 
 An image is an array (H, W, 3) of uint8, RGB. With two graphs, the encoder runs once for an image and the other one, f,
-as often as you say: each call chooses its own number of steps, tolerance and solver.
+as often as you say: each call chooses its own number of steps, tolerance and solver. One graph holds both, and a loop
+around f whose number of steps is an input; it takes less time.
 """
 
 import json
@@ -40,6 +41,7 @@ class OnnxDetector:
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors; else each load warns that the default of "steps" can be overridden
 
         def load(file: Path) -> onnxruntime.InferenceSession:
             return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
@@ -58,7 +60,8 @@ class OnnxDetector:
         Args:
             images: an array (H, W, 3) uint8 RGB, or a list of such arrays; a list is padded to one common size.
             steps: the most applications of f, rtol: the relative residual at which an image stops, solver: "plain" or
-                "anderson"; by default those of the exported config. A file of one graph takes none of them.
+                "anderson"; by default those of the exported config. One graph takes steps alone, and where the layers
+                have weights of their own not even these.
             threshold: the lowest score of a detection.
 
         Returns:
@@ -74,10 +77,11 @@ class OnnxDetector:
         batch, sizes = self._prepare(originals)
         scales = [(x.shape[1] / w, x.shape[0] / h) for x, (h, w) in zip(originals, sizes, strict=True)]
         if self.step is None:
-            if (steps, rtol, solver) != (None, None, None):
-                raise ValueError("this file is one graph of fixed steps: export with --form two to choose them")
-            boxes, scores, classes, residual = self.encoder.run(None, {"images": batch, "sizes": sizes})
-            ends = [(boxes, scores, classes, [self.notes["steps"]] * len(batch), residual)]
+            inputs, taken = {"images": batch, "sizes": sizes}, self._steps_of_one_graph(steps, rtol, solver)
+            if steps is not None:
+                inputs["steps"] = np.array(taken)
+            boxes, scores, classes, residual = self.encoder.run(None, inputs)
+            ends = [(boxes, scores, classes, [taken] * len(batch), residual)]
         else:
             walk = self._walk(batch, sizes, steps, rtol, solver)
             ends = ((*self._best(boxes, scores), taken, residual) for boxes, scores, taken, residual in walk)
@@ -85,6 +89,18 @@ class OnnxDetector:
             rows = zip(*end, originals, scales, strict=True)
             found = [self._found(*row, threshold=threshold) for row in rows]
             yield found[0] if single else found
+
+    def _steps_of_one_graph(self, steps, rtol, solver) -> int:
+        """The number of steps that one graph takes, which is fixed where it has no input for it."""
+        if rtol or solver not in (None, "plain"):
+            raise ValueError(f"rtol {rtol}, solver {solver}: one graph has neither; export with --form two for them")
+        if steps is None:
+            return self.notes["steps"]
+        if "steps" not in [x.name for x in self.encoder.get_overridable_initializers()]:
+            raise ValueError(f"steps {steps}: the layers of this detector have weights of their own; leave steps out")
+        if steps < 0:
+            raise ValueError(f"steps {steps}: at least 0")
+        return steps
 
     def _walk(self, batch, sizes, steps, rtol, solver) -> Iterator[tuple[np.ndarray, ...]]:
         """Yield boxes (B, N, 4), scores (B, N, K), steps (B,) and residuals (B,) after each application of f."""

@@ -120,13 +120,11 @@ def _onnx_ways(name: str, path: Path, folder: Path, args: argparse.Namespace) ->
     except ImportError as error:
         raise UserError(f"{error}: --modes onnx needs pip install 'deqdet[export]'") from error
     predictor = Predictor.from_file(path, overrides=args.opts, device="cpu", threshold=0.0)
-    form = "two" if predictor.has_equilibrium else "one"
-    exported = export_detector(predictor, folder / f"{name}.onnx", form=form)
+    exported = export_detector(predictor, folder / f"{name}.onnx", form="one")
     detector = OnnxDetector(exported.files[0], threads=args.threads or 0)
 
     def detect(image: np.ndarray, steps: int | None) -> Instances:
-        options = {} if steps is None else {"steps": steps, "rtol": 0.0, "solver": "plain"}
-        found = detector(image, threshold=0.0, **options)
+        found = detector(image, threshold=0.0, steps=steps)
         boxes, scores, classes = map(torch.from_numpy, (found.boxes, found.scores, found.classes))
         return Instances(image.shape[:2], pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
 
