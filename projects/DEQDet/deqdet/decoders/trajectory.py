@@ -59,10 +59,10 @@ class Trajectory:
 
     def decoded(self) -> Decoded:
         """The result of the whole walk, as a decoder's `decode` returns it."""
-        solution = self.solution
+        solution, state = self.solution, self.state()
         # int(): torch.compile would take a comparison of a tensor with an enumeration's member for False.
         finite = solution.status != int(Status.NONFINITE)
-        return Decoded(self.predict(), solution.steps, finite, solution.residual, self.state())
+        return Decoded(self.refinement.predict(state), solution.steps, finite, solution.residual, state)
 
     def initialization_residual(self) -> Tensor:
         """(B,) the relative change from the initial queries to y_0."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .residuals import is_finite, norms, quotient, relative_residual
+from .residuals import is_finite, norms, quotient
 
 # Where no step needs the residuals of the steps before it, they are computed for this many steps at once. So many
 # iterates and outputs are kept until then.
@@ -98,9 +98,11 @@ class FixedRecord(_Record):
         self._with_residuals = residuals
         self._guarded = guarded
         self._pending: list[tuple[Tensor, Tensor]] = []  # iterates and outputs, (B, D) each, of the steps that wait
-        # Each entry stands for t successive steps: whether their outputs are finite, and their residuals; (t, B) both.
-        self._finite: list[Tensor] = []
-        self._residuals: list[Tensor] = []
+        self._steps = 0
+        self._finite: list[Tensor] = []  # if guarded, for each step (B,) whether its output is finite
+        # If not, (B,) the steps before the first one whose output is not finite, as far as they have been looked at.
+        self._good = torch.zeros_like(initial[:, 0], dtype=torch.int64)
+        self._residuals: list[Tensor] = []  # each entry stands for t successive steps, (t, B)
 
     def add(self, iterate: Tensor, output: Tensor, proposal: Tensor) -> Tensor:
         """Take in one step, and return the next iterate (B, D).
@@ -110,6 +112,7 @@ class FixedRecord(_Record):
             output: (B, D) f(y).
             proposal: (B, D) what the solver makes of them.
         """
+        self._steps += 1
         if self._with_residuals or not self._guarded:
             self._pending.append((iterate, output))
         following = self._guard(iterate, output, proposal) if self._guarded else proposal
@@ -126,7 +129,7 @@ class FixedRecord(_Record):
         the next step may succeed, and the row goes on.
         """
         finite = is_finite(output)
-        self._finite.append(finite[None])
+        self._finite.append(finite)
         self._value = torch.where(finite[:, None], output, self._value)
         if proposal is output:
             return self._value  # plain iteration: every iterate is the output before it
@@ -138,37 +141,44 @@ class FixedRecord(_Record):
             return
         iterates, outputs = zip(*self._pending, strict=True)
         self._pending = []
-        states = torch.stack([self._value, *outputs])  # (1 + t, B, D)
-        outputs = states[1:]
+        chain = [self._value, *outputs]
+        states = torch.stack(chain)  # (1 + t, B, D)
         if self._with_residuals:
-            residuals = relative_residual(torch.stack(iterates).flatten(0, 1), outputs.flatten(0, 1))
-            self._residuals.append(residuals.unflatten(0, outputs.shape[:2]))
+            # In plain iteration each iterate is the output before it, and need not be copied a second time.
+            plain = all(iterate is output for iterate, output in zip(iterates, chain, strict=False))
+            change, size, finite = norms(states[:-1] if plain else torch.stack(iterates), states[1:])
+            self._residuals.append(quotient(change, size, states.dtype))
+        else:
+            finite = is_finite(states[1:])
         if not self._guarded:
-            usable = is_finite(outputs)
-            if self._finite:  # once a row has failed, it stays out
-                usable = usable & self._finite[-1][-1]
-            usable = usable.cumprod(dim=0).bool()
-            self._finite.append(usable)
-            last = usable.sum(dim=0)  # (B,)
-            self._value = states.gather(0, last[None, :, None].expand_as(states[:1]))[0]
+            before = self._steps - len(outputs)
+            if before:
+                finite = finite & (self._good == before)  # once a row has failed, it stays out
+            last = finite.cumprod(dim=0).sum(dim=0)  # (B,)
+            self._good = self._good + last if before else last
+            self._value = states[last, _rows(last)]
 
     def finish(self, record: Collection[int]) -> Solution:
         """Return the Solution after the last step."""
         self._catch_up()
-        first = self._value[:, 0]
-        finite = torch.cat(self._finite) if self._finite else first.new_empty(0, len(first), dtype=torch.bool)  # (T, B)
-        good = finite.cumprod(dim=0).sum(dim=0)  # (B,) the steps before the one at which the row became non-finite
-        steps = (good + 1).clamp(max=len(finite))
-        status = torch.full_like(steps, Status.MAX_STEPS).masked_fill(good < len(finite), Status.NONFINITE)
-        residual = torch.full_like(first, torch.inf, dtype=torch.promote_types(first.dtype, torch.float32))
-        residuals = residual.expand(len(finite), -1)
+        good = torch.stack(self._finite).cumprod(dim=0).sum(dim=0) if self._finite else self._good
+        steps = (good + 1).clamp(max=self._steps)
+        status = torch.full_like(steps, Status.MAX_STEPS).masked_fill(good < self._steps, Status.NONFINITE)
+        dtype = torch.promote_types(self._value.dtype, torch.float32)
+        residual = torch.full_like(good, torch.inf, dtype=dtype)
+        residuals = residual.expand(self._steps, -1)
         if self._residuals:
             of_steps = torch.cat([residual[None], *self._residuals])  # (1 + T, B) that of step t in row t
-            residual = of_steps.gather(0, good[None])[0].nan_to_num(nan=torch.inf, posinf=torch.inf)
+            residual = of_steps[good, _rows(good)].nan_to_num(nan=torch.inf, posinf=torch.inf)
             # A row that has stopped repeats its last residual.
-            rows = torch.arange(1, len(of_steps), device=good.device)[:, None].minimum(steps)
-            residuals = of_steps.gather(0, rows)
+            last = torch.arange(1, len(of_steps), device=good.device)[:, None].minimum(steps)
+            residuals = of_steps.gather(0, last)
         return self._solution(record, residual=residual, status=status, steps=steps, residuals=residuals)
+
+
+def _rows(numbers: Tensor) -> Tensor:
+    """0 to B - 1, the batch rows of numbers (B,)."""
+    return torch.arange(len(numbers), device=numbers.device)
 
 
 class StoppingRecord(_Record):

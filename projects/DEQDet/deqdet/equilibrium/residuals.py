@@ -35,9 +35,9 @@ def first_below(residuals: Tensor, rtol: float) -> Tensor:
 
 
 def norms(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The norms ||f(y) - y|| and ||f(y)||, and whether all entries of f(y) are finite, each (B,).
+    """The norms ||f(y) - y|| and ||f(y)||, and whether all entries of f(y) are finite, each (...) for y (..., D).
 
-    Both norms of a row may be scaled by the same factor: only their quotient, the relative residual, is used.
+    Both norms of a vector may be scaled by the same factor: only their quotient, the relative residual, is used.
 
     The squares of float32 numbers cannot overflow in float64. Where the numbers are float64 themselves, or the device
     has no float64, both vectors are divided by the largest entry of f(y) first, which leaves the quotient as it is.
@@ -45,15 +45,15 @@ def norms(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(iterate.dtype, torch.float32)
     change, wide = output - iterate, torch.float64
     if dtype == torch.float64 or iterate.device.type == "mps":
-        largest = torch.linalg.vector_norm(output, ord=torch.inf, dim=1, keepdim=True, dtype=dtype)
+        largest = torch.linalg.vector_norm(output, ord=torch.inf, dim=-1, keepdim=True, dtype=dtype)
         scale = largest.clamp(min=torch.finfo(dtype).tiny)
         change, output, wide = change / scale, output / scale, dtype
-        finite = largest[:, 0] < torch.inf
-        size = torch.linalg.vector_norm(output, dim=1)
+        finite = largest[..., 0] < torch.inf
+        size = torch.linalg.vector_norm(output, dim=-1)
     else:
-        size = torch.linalg.vector_norm(output, dim=1, dtype=wide)
+        size = torch.linalg.vector_norm(output, dim=-1, dtype=wide)
         finite = size < torch.inf  # False for NaN too
-    return torch.linalg.vector_norm(change, dim=1, dtype=wide), size, finite
+    return torch.linalg.vector_norm(change, dim=-1, dtype=wide), size, finite
 
 
 def is_finite(output: Tensor) -> Tensor:

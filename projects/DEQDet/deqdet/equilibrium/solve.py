@@ -86,7 +86,7 @@ def solve(
         results = StoppingRecord(initial, keep_iterates=record_iterates, rtol=rtol, best=best)
     else:
         raise ValueError("a tolerance, and the choice of the best iterate, need the residuals")
-    iterate, state = initial, solver.init(initial)
+    iterate, state, full_precision = initial, solver.init(initial), _full_precision(initial.device)
     for step in range(1, max_steps + 1):
         if rtol > 0 and step > 1:
             remaining = int(results.active.sum())  # the one place where the host waits for the device
@@ -97,7 +97,7 @@ def solve(
                 function = restrict(results.rows)
                 iterate, state = iterate[kept], tuple(part[kept] for part in state)
         output = function(iterate).to(iterate.dtype)
-        with _full_precision(iterate.device):
+        with full_precision:
             proposal, state = solver.step(iterate, output, state)
             iterate = results.add(iterate, output, proposal)
         if step in record:
@@ -113,7 +113,7 @@ def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Switch autocast off, so that a solver computes in the precision that it asks for."""
-    if torch.amp.is_autocast_available(device.type):
+    """Switch autocast off where it is on, so that a solver computes in the precision that it asks for."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -4,8 +4,9 @@
     deqdet-export-model --config-file FILE --output detector.onnx MODEL.WEIGHTS CHECKPOINT
 
 --form two, for detectors that apply one layer again and again, writes detector.encoder.onnx and detector.step.onnx,
-which deqdet.export.OnnxDetector runs with any number of steps, a tolerance, and plain or Anderson's iteration. --form one
-writes a whole detector with plain iteration; in an .onnx file its number of steps is an input. See docs/deployment.md.
+which deqdet.export.OnnxDetector runs with any number of steps, a tolerance, and plain or Anderson's iteration.
+--form one writes a whole detector with plain iteration; in an .onnx file its number of steps is an input. See
+docs/deployment.md.
 """
 
 import argparse
