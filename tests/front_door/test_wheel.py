@@ -88,3 +88,4 @@ def test_it_works_from_an_empty_folder(wheel, small_model, small_cfg, tmp_path):
     for tool in list_tools():
         done = subprocess.run([sys.executable, "-m", f"deqdet.tools.{tool}", "--help"], **run)
         assert done.returncode == 0 and done.stdout.startswith("usage: "), (tool, done.stderr)
+        assert done.stderr == "", tool  # no library's warnings at its import
