@@ -12,7 +12,9 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
+from deqdet.data import build_validation_loader
 from deqdet.engine import UserError
+from deqdet.engine.early_stop import EarlyStop
 from deqdet.engine.validation import compute_losses
 
 from helpers.engine_toy import IN_PROCESS
@@ -101,6 +103,19 @@ def test_it_can_end_the_training(toy_config, tmp_path):
     stop = "SOLVER.EARLY_STOP.PATIENCE", 1, "SOLVER.EARLY_STOP.METRIC", "validation_loss"
     trainer = train(toy_config, *WORDS, *stop, "SOLVER.EARLY_STOP.MIN_DELTA", 1e6)
     assert trainer.iter == 4  # the loss of the first evaluation is the best so far, that of the second no better
+
+
+def test_the_average_has_its_own(toy_config, tmp_path):
+    """An early stop watches those of the weights that are published."""
+    stop = "SOLVER.EARLY_STOP.PATIENCE", 9, "SOLVER.EARLY_STOP.METRIC", "validation_loss"
+    trainer = train(toy_config, *WORDS, *stop, "SOLVER.EMA.ENABLED", True)
+    raw, averaged = (in_metrics(tmp_path / "out", f"{where}validation/total_loss") for where in ("", "ema/"))
+    assert [iteration for iteration, _ in averaged] == [1, 3, 6] and averaged != raw
+    for model, found in ((trainer.model, raw), (trainer.averaging.model, averaged)):
+        losses = compute_losses(model, build_validation_loader(trainer.cfg, trainer.cfg.DATASETS.TEST[0]))
+        assert losses["total_loss"] == pytest.approx(found[-1][1], rel=1e-6)
+    (hook,) = (x for x in trainer._hooks if isinstance(x, EarlyStop))
+    assert hook._best == pytest.approx(min(value for _, value in averaged), rel=1e-6)
 
 
 def share_worker(cfg, batches, output):

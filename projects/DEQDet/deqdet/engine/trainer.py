@@ -274,9 +274,10 @@ class Trainer(DefaultTrainer, EndableTrainer):
             checkpointer = WeightsCheckpointer(best, cfg.OUTPUT_DIR, metric)
             ret.insert(after, BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, metric))
         evaluated = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
-        ret[evaluated:evaluated] = build_validation_loss(cfg, self.model)
+        average_model = self.averaging.model if self.averaging else None
+        ret[evaluated:evaluated] = build_validation_loss(cfg, self.model, average_model)
         if comm.is_main_process():
-            writer = ModelFileWriter(cfg, self.averaging.model if self.averaging else None)
+            writer = ModelFileWriter(cfg, average_model)
             saved = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicCheckpointer)) + 1
             ret[saved:saved] = [KeepNewest(cfg.SOLVER.KEEP_CHECKPOINTS, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.OUTPUT_DIR)]
             at = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicWriter))

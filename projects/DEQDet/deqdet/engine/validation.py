@@ -13,13 +13,17 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
+from ..checkpoints.publish import AVERAGE
 from ..data import build_validation_loader, mix_seed, random_state_kept, seed_all
 
 
-def build_validation_loss(cfg: CfgNode, model: nn.Module) -> list[hooks.EvalHook]:
+def build_validation_loss(cfg: CfgNode, model: nn.Module, average: nn.Module | None = None) -> list[hooks.EvalHook]:
     """The hook that TEST.VALIDATION_LOSS asks for, for every rank; else an empty list.
 
     It puts "validation/<loss>" into the event storage, with several test sets "<set>/validation/<loss>".
+
+    Args:
+        average: the model with averaged weights, whose losses are "ema/validation/<loss>".
 
     Raises:
         UserError: a test set has no annotations.
@@ -30,12 +34,15 @@ def build_validation_loss(cfg: CfgNode, model: nn.Module) -> list[hooks.EvalHook
     for name in names:
         build_validation_loader(cfg, name)  # an error comes now and not at the first evaluation
 
-    def evaluate() -> dict:
-        losses = {name: compute_losses(model, build_validation_loader(cfg, name)) for name in names}
-        if not comm.is_main_process():
-            return {}
-        results = {name: {"validation": found} for name, found in losses.items()}
+    def losses_of(evaluated: nn.Module) -> dict:
+        results = {
+            name: {"validation": compute_losses(evaluated, build_validation_loader(cfg, name))} for name in names
+        }
         return results if len(names) > 1 else results[names[0]]
+
+    def evaluate() -> dict:
+        results = losses_of(model) | ({} if average is None else {AVERAGE: losses_of(average)})
+        return results if comm.is_main_process() else {}
 
     return [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
 
