@@ -85,10 +85,10 @@ def compile_refinement(decoder: Decoder) -> None:
 
     The first layer runs once for an image and stays as it is.
     """
-    execution = decoder.execution()
-    layers = [x for x in decoder.modules() if isinstance(x, RefinementLayer) and x is not execution.initialization]
-    for layer in layers:
-        compile_layer(layer, repeated=execution.steps > len(layers))
+    first = decoder.execution().initialization
+    for module in decoder.modules():
+        if isinstance(module, RefinementLayer) and module is not first:
+            compile_layer(module)
 
 
 def prepare_features(layers: Iterable[RefinementLayer | None], features: Features) -> Features:
