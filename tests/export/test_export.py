@@ -283,11 +283,15 @@ def test_the_runner_chooses_the_steps_of_one_graph(make_predictor, tmp_path):
         np.testing.assert_allclose(found.scores, want.instances.scores, atol=1e-4)
     found = detector([image, image], steps=0, threshold=0.0)
     assert [(x.steps, x.residual) for x in found] == [(0, float("inf"))] * 2
-    for options in ({"rtol": 0.1}, {"solver": "anderson"}, {"solver": "newton"}):
+    assert detector(image, steps=np.int32(2), threshold=0.0).steps == 2
+    for options in ({"rtol": 0.1}, {"solver": "anderson"}):
         with pytest.raises(ValueError, match=r"one graph has neither; export with --form two"):
             detector(image, **options)
-    with pytest.raises(ValueError, match="steps -1: at least 0"):
-        detector(image, steps=-1)
+    with pytest.raises(ValueError, match="solver 'newton': plain or anderson"):
+        detector(image, solver="newton")
+    for steps in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"steps {steps}: a whole number, at least 0"):
+            detector(image, steps=steps)
 
 
 def test_the_steps_of_a_stack_are_fixed(make_predictor, tmp_path):

@@ -60,8 +60,8 @@ class OnnxDetector:
         Args:
             images: an array (H, W, 3) uint8 RGB, or a list of such arrays; a list is padded to one common size.
             steps: the most applications of f, rtol: the relative residual at which an image stops, solver: "plain" or
-                "anderson"; by default those of the exported config. One graph takes steps alone, and where the layers
-                have weights of their own not even these.
+                "anderson"; by default those of the exported config. One graph takes steps alone, or none of them if its
+                layers have weights of their own.
             threshold: the lowest score of a detection.
 
         Returns:
@@ -71,7 +71,12 @@ class OnnxDetector:
         return last
 
     def refine(self, images, *, steps=None, rtol=None, solver=None, threshold: float = 0.5) -> Iterator:
-        """As a call, but yield the result after each step, beginning with step 0, the initialization layer's."""
+        """As a call, but yield the result after each step, beginning with step 0, the initialization layer's.
+
+        One graph gives its last result only.
+        """
+        if solver not in (None, "plain", "anderson"):
+            raise ValueError(f"solver {solver!r}: plain or anderson")
         single = isinstance(images, np.ndarray)
         originals = [images] if single else list(images)
         batch, sizes = self._prepare(originals)
@@ -79,7 +84,7 @@ class OnnxDetector:
         if self.step is None:
             inputs, taken = {"images": batch, "sizes": sizes}, self._steps_of_one_graph(steps, rtol, solver)
             if steps is not None:
-                inputs["steps"] = np.array(taken)
+                inputs["steps"] = np.array(taken, np.int64)
             boxes, scores, classes, residual = self.encoder.run(None, inputs)
             ends = [(boxes, scores, classes, [taken] * len(batch), residual)]
         else:
@@ -98,9 +103,9 @@ class OnnxDetector:
             return self.notes["steps"]
         if "steps" not in [x.name for x in self.encoder.get_overridable_initializers()]:
             raise ValueError(f"steps {steps}: the layers of this detector have weights of their own; leave steps out")
-        if steps < 0:
-            raise ValueError(f"steps {steps}: at least 0")
-        return steps
+        if steps < 0 or steps != int(steps):
+            raise ValueError(f"steps {steps}: a whole number, at least 0")
+        return int(steps)
 
     def _walk(self, batch, sizes, steps, rtol, solver) -> Iterator[tuple[np.ndarray, ...]]:
         """Yield boxes (B, N, 4), scores (B, N, K), steps (B,) and residuals (B,) after each application of f."""
@@ -108,8 +113,8 @@ class OnnxDetector:
             self.notes[key] if given is None else given
             for key, given in (("steps", steps), ("rtol", rtol), ("solver", solver))
         )
-        if steps < 0 or not rtol >= 0 or solver not in ("plain", "anderson"):
-            raise ValueError(f"steps {steps}, rtol {rtol}: at least 0; solver {solver}: plain or anderson")
+        if steps < 0 or not rtol >= 0:
+            raise ValueError(f"steps {steps}, rtol {rtol}: at least 0")
         iterate, boxes, scores, *levels = self.encoder.run(None, {"images": batch, "sizes": sizes})
         rows, history = np.arange(len(batch)), []
         taken, residual = np.zeros(len(batch), int), np.full(len(batch), np.inf, np.float32)

@@ -58,8 +58,9 @@ def export_detector(
         predictor: the detector with its classes and its config.
         path: of one graph; two graphs become NAME.encoder.onnx and NAME.step.onnx beside it.
         target: "onnx" or "torch-export".
-        form: "one": the whole detector with a fixed number of plain steps; "two": the encoder with g, and a step of f.
-        steps: the applications of f, in the graph or as the default of the runner; by default the decoder's.
+        form: "one": the whole detector with plain steps; "two": the encoder with g, and a step of f.
+        steps: the applications of f that a caller gets who gives no other number; a .pt2 of one graph has no other. By
+            default the decoder's.
 
     Raises:
         UserError: the path has another ending than .onnx or .pt2, the detector has no such form, it cannot be traced

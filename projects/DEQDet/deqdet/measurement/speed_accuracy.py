@@ -30,7 +30,7 @@ from .tables import format_table, format_value
 from .timing import timed
 
 Detect = Callable[[np.ndarray], Instances]  # of an image (H, W, 3) uint8 RGB, on the CPU, in its pixels
-TIMED = 20  # images on which the ways take turns
+TIMED = 100  # images on which the ways take turns
 
 
 @dataclass(frozen=True)

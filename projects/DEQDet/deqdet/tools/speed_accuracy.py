@@ -5,8 +5,8 @@
 
 detects in the first set of DATASETS.TEST, from the picture in memory to its detections, with each model file, in each
 precision and mode, and with an equilibrium after each number of steps. It writes DIR/speed_accuracy.md, .json and .png.
-The exported detectors (onnx, in float32) are written to a temporary folder and run by onnxruntime, which needs
-pip install 'deqdet[export]'. Let nothing else run on the machine meanwhile.
+The exported detectors (onnx: one graph, plain iteration, float32) are written to a temporary folder and run by
+onnxruntime, which needs pip install 'deqdet[export]'. Let nothing else run on the machine meanwhile.
 """
 
 import argparse
@@ -119,7 +119,8 @@ def _onnx_ways(name: str, path: Path, folder: Path, args: argparse.Namespace) ->
         from ..export import OnnxDetector, export_detector
     except ImportError as error:
         raise UserError(f"{error}: --modes onnx needs pip install 'deqdet[export]'") from error
-    predictor = Predictor.from_file(path, overrides=args.opts, device="cpu", threshold=0.0)
+    overrides = [*args.opts, "MODEL.DEQDET.SOLVER.NAME", "FixedPointIteration"]  # no other has a form as one graph
+    predictor = Predictor.from_file(path, overrides=overrides, device="cpu", threshold=0.0)
     exported = export_detector(predictor, folder / f"{name}.onnx", form="one")
     detector = OnnxDetector(exported.files[0], threads=args.threads or 0)
 
