@@ -99,8 +99,8 @@ class FixedRecord(_Record):
         self._guarded = guarded
         self._pending: list[tuple[Tensor, Tensor]] = []  # iterates and outputs, (B, D) each, of the steps that wait
         self._steps = 0
-        self._finite: list[Tensor] = []  # if guarded, for each step (B,) whether its output is finite
-        # If not, (B,) the steps before the first one whose output is not finite, as far as they have been looked at.
+        self._finite: list[Tensor] = []  # of a guarded record: for each step (B,), whether its output is finite
+        # Of an unguarded one: (B,) the steps before the first one whose output is not finite.
         self._good = torch.zeros_like(initial[:, 0], dtype=torch.int64)
         self._residuals: list[Tensor] = []  # each entry stands for t successive steps, (t, B)
 
@@ -177,7 +177,7 @@ class FixedRecord(_Record):
 
 
 def _rows(numbers: Tensor) -> Tensor:
-    """0 to B - 1, the batch rows of numbers (B,)."""
+    """The indices 0 to B - 1 of the batch rows, for a tensor (B,)."""
     return torch.arange(len(numbers), device=numbers.device)
 
 
