@@ -151,11 +151,9 @@ class FixedRecord(_Record):
         else:
             finite = is_finite(states[1:])
         if not self._guarded:
-            before = self._steps - len(outputs)
-            if before:
-                finite = finite & (self._good == before)  # once a row has failed, it stays out
+            finite = finite & (self._good == self._steps - len(outputs))  # once a row has failed, it stays out
             last = finite.cumprod(dim=0).sum(dim=0)  # (B,)
-            self._good = self._good + last if before else last
+            self._good = self._good + last
             self._value = states[last, _rows(last)]
 
     def finish(self, record: Collection[int]) -> Solution:
