@@ -1,19 +1,30 @@
-"""Imports what warns when it is imported, without these warnings, which every command would print.
+"""Keeps back the warnings that Detectron2 and fvcore cause when they are imported.
 
-They are about the code of Detectron2 and fvcore, and a user can do nothing about them.
+They are about the code of these libraries. A user can do nothing about them, and every command would print them.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _MESSAGES = ("`torch.jit.script` is deprecated", "pkg_resources is deprecated")
 
-# Not catch_warnings(), which would also take away the filters that other libraries set when they are imported.
-for _message in _MESSAGES:
-    warnings.filterwarnings("ignore", _message)
-_added = warnings.filters[: len(_MESSAGES)]
 
-import detectron2.model_zoo  # noqa: E402
-import detectron2.modeling  # noqa: E402, F401
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Ignore these warnings in the imports within.
 
-for _filter in _added:
-    warnings.filters.remove(_filter)
+    catch_warnings() would also take away the filters that other libraries set when they are imported.
+    """
+    for message in _MESSAGES:
+        warnings.filterwarnings("ignore", message)
+    added = warnings.filters[: len(_MESSAGES)]
+    try:
+        yield
+    finally:
+        for entry in added:
+            warnings.filters.remove(entry)
+
+
+with quiet_imports():
+    import detectron2.modeling  # noqa: F401

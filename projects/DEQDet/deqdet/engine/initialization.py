@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detectron2 import model_zoo
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoints import Checkpointer, CheckpointError, check_pickle, is_model_file, read_model_file, resolve_file
 from ..checkpoints.checkpointer import MODEL_ZOO
 from ..checkpoints.files import read_checkpoint
 from ..errors import UserError, one_line
+from ..quiet_imports import quiet_imports
 from .health import check_finite_model
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,8 @@ def _locate_name(source: str) -> str:
     """
     if "://" in source or Path(source.split("?")[0]).is_file():
         return source
+    with quiet_imports():
+        from detectron2 import model_zoo  # here, since its import takes a tenth of a second, and few need it
     try:
         url = model_zoo.get_checkpoint_url(source if source.endswith((".yaml", ".py")) else f"{source}.yaml")
     except (RuntimeError, AssertionError) as error:
