@@ -34,14 +34,15 @@ def build_validation_loss(cfg: CfgNode, model: nn.Module, average: nn.Module | N
     for name in names:
         build_validation_loader(cfg, name)  # an error comes now and not at the first evaluation
 
-    def losses_of(evaluated: nn.Module) -> dict:
-        results = {
-            name: {"validation": compute_losses(evaluated, build_validation_loader(cfg, name))} for name in names
-        }
+    def losses_of(evaluated: nn.Module, loaders: dict[str, Iterable[list[dict]]]) -> dict:
+        results = {name: {"validation": compute_losses(evaluated, loader)} for name, loader in loaders.items()}
         return results if len(names) > 1 else results[names[0]]
 
     def evaluate() -> dict:
-        results = losses_of(model) | ({} if average is None else {AVERAGE: losses_of(average)})
+        loaders = {name: build_validation_loader(cfg, name) for name in names}
+        results = losses_of(model, loaders)
+        if average is not None:
+            results[AVERAGE] = losses_of(average, loaders)
         return results if comm.is_main_process() else {}
 
     return [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
