@@ -248,7 +248,8 @@ class DEQDet(nn.Module):
         if self.graphs is None or torch.is_grad_enabled():
             return decode(initial, features)
         options = ()
-        if self.decoder.has_equilibrium:  # whose own steps, solver and choice of the best may change after a recording
+        if self.decoder.has_equilibrium:
+            # They tell recordings apart, since the decoder's own ones may be changed after a recording.
             steps, rtol, solver = self.decoder.options(steps, rtol, solver)
             if rtol > 0:
                 return decode(initial, features)

@@ -125,6 +125,6 @@ def build_early_stop(cfg: CfgNode) -> list[EarlyStop]:
     metric = "validation/total_loss" if options.METRIC == "validation_loss" else f"bbox/{options.METRIC}"
     if len(cfg.DATASETS.TEST) > 1:  # detectron2 puts a set's name before its metrics
         metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
-    if cfg.SOLVER.EMA.ENABLED:  # as the best checkpoint is chosen
+    if cfg.SOLVER.EMA.ENABLED:  # The best checkpoint is chosen by the averaged weights too.
         metric = f"{AVERAGE}/{metric}"
     return [EarlyStop(options.PATIENCE, metric, options.MIN_DELTA, cfg.TEST.EVAL_PERIOD)]

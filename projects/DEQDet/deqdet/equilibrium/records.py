@@ -99,8 +99,8 @@ class FixedRecord(_Record):
         self._guarded = guarded
         self._pending: list[tuple[Tensor, Tensor]] = []  # iterates and outputs, (B, D) each, of the steps that wait
         self._steps = 0
-        self._finite: list[Tensor] = []  # of a guarded record: for each step (B,), whether its output is finite
-        # Of an unguarded one: (B,) the steps before the first one whose output is not finite.
+        self._finite: list[Tensor] = []  # If guarded, an entry for each step: (B,) whether its output is finite.
+        # If not guarded: how many steps each row took before its first output that is not finite, (B,).
         self._good = torch.zeros_like(initial[:, 0], dtype=torch.int64)
         self._residuals: list[Tensor] = []  # each entry stands for t successive steps, (t, B)
 

@@ -209,8 +209,8 @@ class OneGraph(nn.Module):
 
         Returns:
             Boxes (B, M, 4) xyxy in pixels of `images`, scores (B, M) falling, classes (B, M) int64, and the relative
-            change of the state in the last layer (B,), which is the residual where there is an equilibrium; inf
-            without a step.
+            change of the state in the last layer (B,). For an equilibrium this is the residual. It is inf if there was
+            no step.
         """
         features, state = _encode(self, images, sizes)
         residual = torch.full((images.shape[0],), torch.inf, device=images.device)

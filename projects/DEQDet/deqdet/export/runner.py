@@ -59,9 +59,10 @@ class OnnxDetector:
 
         Args:
             images: an array (H, W, 3) uint8 RGB, or a list of such arrays; a list is padded to one common size.
-            steps: the most applications of f, rtol: the relative residual at which an image stops, solver: "plain" or
-                "anderson"; by default those of the exported config. One graph takes steps alone, or none of them if its
-                layers have weights of their own.
+            steps: the largest number of applications of f.
+            rtol: the relative residual at which an image stops.
+            solver: "plain" or "anderson". Each of the three is by default that of the exported config. A file of one
+                graph accepts steps alone, and only where it applies one layer again and again.
             threshold: the lowest score of a detection.
 
         Returns:

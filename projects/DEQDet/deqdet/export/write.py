@@ -59,8 +59,8 @@ def export_detector(
         path: of one graph; two graphs become NAME.encoder.onnx and NAME.step.onnx beside it.
         target: "onnx" or "torch-export".
         form: "one": the whole detector with plain steps; "two": the encoder with g, and a step of f.
-        steps: the applications of f that a caller gets who gives no other number; a .pt2 of one graph has no other. By
-            default the decoder's.
+        steps: how often f is applied; by default as often as the decoder does. Whoever runs the ONNX files may choose
+            another number. In a .pt2 file of one graph it is fixed.
 
     Raises:
         UserError: the path has another ending than .onnx or .pt2, the detector has no such form, it cannot be traced
