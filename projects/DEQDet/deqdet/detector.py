@@ -249,7 +249,7 @@ class DEQDet(nn.Module):
             return decode(initial, features)
         options = ()
         if self.decoder.has_equilibrium:
-            # They tell recordings apart, since the decoder's own ones may be changed after a recording.
+            # These options tell recordings apart: the decoder's own may be changed after a recording.
             steps, rtol, solver = self.decoder.options(steps, rtol, solver)
             if rtol > 0:
                 return decode(initial, features)
