@@ -1,5 +1,6 @@
 """Small detectors and inputs that several test files share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from helpers.catalogs import catalogs_as_before
 from helpers.engine_toy import loggers_as_before, write_dataset
 from helpers.small_decoders import SHAPES
 
+GPU_TESTS = Path(__file__).resolve().parent / "cuda"
 HEIGHT, WIDTH = 64, 96  # of the images, pixels: multiples of 32, so that nothing is padded
 # Omega = {1, 2, 3}; no noise.
 SMALL = """
@@ -63,8 +65,11 @@ def _make_instances(boxes: list[list[float]], labels: list[int], height: int, wi
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # on tensors as small as these, threads mostly wait for each other
+    paths = [Path(str(argument).split("::")[0]).resolve() for argument in config.args]
+    if not all(path.is_relative_to(GPU_TESTS) for path in paths):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the tests find the same on a machine with a GPU
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,7 +35,7 @@ def test_the_floor_has_the_matrix_products_alone():
         (a @ b).relu().sum()
     shapes = [[tuple(x.shape) for x in args] for _, args, _ in seen.products_seen]
     assert shapes == [[(4, 6, 4), (4, 4, 6)], [(4, 6, 6), (4, 6, 4)], [(3, 4), (4, 5)]]
-    assert seen.kernels == 4 and seen.moved >= 4 * (12 + 20 + 15)
+    assert seen.moved >= 4 * (12 + 20 + 15)
     seen.products()
 
 

@@ -225,19 +225,26 @@ class DEQDet(nn.Module):
         images = self.preprocess(batched_inputs)
         with self._autocast():
             features, initial = self.encode(images)
-            decoded = self._decode(initial, features, steps, rtol, solver)
+            decoded = self.decode_queries(initial, features, steps=steps, rtol=rtol, solver=solver)
         sizes = _original_sizes(batched_inputs, images.image_sizes)
         return decoded, make_detections(decoded.prediction, images.image_sizes, sizes, self.max_detections)
 
-    def _decode(
+    def decode_queries(
         self,
         initial: QueryState,
         features: list[Tensor],
-        steps: int | None,
-        rtol: float | None,
-        solver: Solver | None,
+        *,
+        steps: int | None = None,
+        rtol: float | None = None,
+        solver: Solver | None = None,
     ) -> Decoded:
-        """Decode; as a CUDA graph where one is wanted, without a tolerance and without gradient."""
+        """What the decoder makes of the initial queries and the features of a batch, both as `encode` returns them.
+
+        It replays a CUDA graph where MODEL.DEQDET.CUDA_GRAPHS wants one, without a tolerance and without gradient.
+
+        Args:
+            steps, rtol, solver: see `infer`.
+        """
         chosen = (steps, rtol, solver) != (None, None, None)
 
         def decode(initial: QueryState, features: list[Tensor]) -> Decoded:

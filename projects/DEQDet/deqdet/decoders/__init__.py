@@ -6,7 +6,7 @@ equilibrium also has `walk`.
 
 from .base import DECODER_REGISTRY, Decoder, Execution, build_decoder, compile_refinement, prepare_features
 from .equilibrium import EquilibriumDecoder, Supervision
-from .graphs import DecodingGraphs
+from .graphs import DecodingGraphs, record_cuda_graph
 from .recurrent import RecurrentDecoder
 from .solvers import SOLVER_REGISTRY, build_solver
 from .stacked import StackedDecoder
@@ -28,4 +28,5 @@ __all__ = [
     "build_solver",
     "compile_refinement",
     "prepare_features",
+    "record_cuda_graph",
 ]

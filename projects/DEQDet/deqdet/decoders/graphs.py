@@ -2,14 +2,14 @@
 
 A replay runs the same kernels on the same memory as the recording did. So each image's inputs are copied into the
 tensors that were recorded, and the results are copied out. The host must not have to read a result to know what comes
-next: the decoder takes a fixed number of steps, or is a stack of layers. No GPU has run this yet.
+next: the decoder takes a fixed number of steps, or is a stack of layers.
 """
 
 import dataclasses
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # runs before the recording, in which libraries choose their kernels and f is compiled
 
+Result = TypeVar("Result")
 Replay = Callable[[], None]  # computes the outputs of a recording anew, from what its inputs hold now
 Recorder = Callable[[Callable[[], Decoded]], tuple[Decoded, Replay]]
 
@@ -83,7 +84,7 @@ class DecodingGraphs:
         # A tensor made in inference mode could not be written to outside of it, as a later call may have to.
         with torch.inference_mode(False):
             kept = [x.clone() for x in inputs]
-        record = _record_cuda if self._record is None else self._record
+        record = record_cuda_graph if self._record is None else self._record
         try:
             outputs, replay = record(lambda: decode(QueryState(*kept[:2]), kept[2:]))
         except RuntimeError as error:  # what torch and CUDA raise, for an operation that cannot be recorded
@@ -97,28 +98,33 @@ class DecodingGraphs:
         self._usable = False
 
 
-def _record_cuda(function: Callable[[], Decoded]) -> tuple[Decoded, Replay]:
+def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Replay]:
     """Record a function as a CUDA graph, after it has run WARM_UP times on a stream of its own.
 
-    Autocast must not keep its copies of the weights: they would be freed when its context ends, and the recording would
-    read what has taken their place.
+    Under autocast, a replay casts each weight once, as the first step of the recorded function does: the copies that
+    autocast keeps of the weights are then made by the recording itself, in its own memory.
+
+    Returns:
+        What the function returned, in tensors that a replay overwrites; and the replay.
+
+    Raises:
+        RuntimeError: an operation cannot be recorded.
     """
-    autocast = torch.autocast(
-        "cuda",
-        dtype=torch.get_autocast_dtype("cuda"),
-        enabled=torch.is_autocast_enabled("cuda"),
-        cache_enabled=False,
-    )
-    with autocast:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Copies that were made outside of the recording would be freed while it still reads them, and copies that it
+    # makes must not be read outside of it.
+    torch.clear_autocast_cache()
+    try:
         with torch.cuda.graph(graph):
             outputs = function()
+    finally:
+        torch.clear_autocast_cache()
     return outputs, graph.replay
 
 

@@ -19,6 +19,10 @@ from .records import FixedRecord, Solution, StoppingRecord
 Map = Callable[[Tensor], Tensor]
 
 
+# Asked once: torch.compile cannot follow the question in every release of torch.
+_AUTOCAST_DEVICES = frozenset(x for x in ("cpu", "cuda", "mps") if torch.amp.is_autocast_available(x))
+
+
 class Solver(Protocol):
     """How the next iterate follows from an iterate and its output: a frozen record of the method's numbers.
 
@@ -114,6 +118,6 @@ def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
     """Switch autocast off where it is on, so that a solver computes in the precision that it asks for."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -5,8 +5,8 @@ fresh inputs, and the device is waited for before and after. The *floor* of a st
 that the step runs, on operands of the same shapes, strides and precision.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import median, quantiles
@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detectron2.structures import Boxes, Instances
 
 from ..boxes import encode_boxes
-from ..decoders import compile_refinement, prepare_features
+from ..decoders import DecodingGraphs, compile_refinement, prepare_features, record_cuda_graph
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, solve
 from ..structures import Features, QueryState, packing_units
@@ -27,7 +29,8 @@ from .memory import training_memory
 from .timing import peak_memory, timed
 
 TASKS = ("step", "decoder", "inference", "training", "memory")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of autocast. tf32 is float32 whose matrix products a GPU computes with 10 bits of mantissa.
+PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 STEPS = 5  # steps of one timed solve, by which its time is divided
 BOXES = 10  # of each image in training
@@ -60,6 +63,7 @@ class Setting:
     precision: str
     steps: int | None = None  # of the decoder; None: its own number
     compiled: bool = False
+    graph: bool = False  # replay a recorded CUDA graph, see DecodingGraphs; not in training
     compute: bool = True  # for memory: run both passes for the peak
     repeats: int = 20
     warm_up: int = 3
@@ -81,24 +85,35 @@ def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
 
     Returns:
         For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most that tensors took beside the
-        weights, in MiB. For a step also floor_ms and simple_ms, the same step from features that were not prepared;
-        on CUDA kernels, moved_mb and bandwidth_ms as well. For training also forward_ms, backward_ms, optimizer_ms. For
-        memory there are no times, but `memory`, a list with points, recomputed, saved_mb and, if both passes were
-        computed, peak_mb (see TrainingMemory).
+        weights, in MiB. For a step also floor_ms and, of the eager one, simple_ms, the same step from features that
+        were not prepared; on CUDA kernels, moved_mb and bandwidth_ms as well. For training also forward_ms,
+        backward_ms, optimizer_ms. For memory there are no times, but `memory`, a list with points, recomputed, saved_mb
+        and, if both passes were computed, peak_mb (see TrainingMemory).
     """
     torch.manual_seed(0)
-    if setting.compiled:
+    if setting.compiled and setting.task != "step":  # whose products are looked for before
         compile_refinement(model.decoder)
+    if setting.graph:
+        model.graphs = DecodingGraphs(2)  # two kinds of inputs, as below
     run = {"step": _step, "decoder": _decoder, "inference": _inference, "training": _training, "memory": _memory}
     trains = setting.task in ("training", "memory")
-    with torch.set_grad_enabled(trains):
+    with torch.set_grad_enabled(trains), _matrix_precision(setting):
         return run[setting.task](model.train(trains), setting)
 
 
+@contextmanager
+def _matrix_precision(setting: Setting) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if setting.precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _autocast(model: DEQDet, setting: Setting) -> AbstractContextManager:
-    if setting.precision == "float32":
-        return nullcontext()
-    return torch.autocast(model.device.type, dtype=PRECISIONS[setting.precision])
+    dtype = PRECISIONS[setting.precision]
+    return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
 
 
 def _images(model: DEQDet, setting: Setting) -> list[dict]:
@@ -146,26 +161,34 @@ def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
     def refine(features: Features) -> Callable[[Tensor], Tensor]:
         return lambda flat: layer.refine_segments(QueryState.unpack(flat, queries, units), features).pack(units)
 
-    def walk(features: Features, steps: int) -> None:
+    def walk(features: Features, steps: int, initial: Tensor | None = None) -> None:
+        initial = next(states) if initial is None else initial
         with _autocast(model, setting):
-            solve(refine(features), next(states), solver=solver, max_steps=steps, guarded=not layer.accepts_nonfinite)
+            solve(refine(features), initial, solver=solver, max_steps=steps, guarded=not layer.accepts_nonfinite)
 
-    seen = _Operations()
-    if not setting.compiled:  # a compiled step has no operations to see
-        with seen:
-            walk(prepared, 1)
-    calls = {"step": lambda: walk(prepared, STEPS), "simple": lambda: walk(plain, STEPS)}
+    with _Operations() as seen:  # of the eager step: a compiled one shows no operations
+        walk(prepared, 1)
+    calls = {"step": lambda: walk(prepared, STEPS), "floor": lambda: [seen.products() for _ in range(STEPS)]}
     if setting.compiled:
-        del calls["simple"]
-    calls["floor"] = lambda: [seen.products() for _ in range(STEPS)]
-    if not seen.products_seen:
-        del calls["floor"]
+        compile_refinement(model.decoder)
+    if setting.graph:
+        kept = next(states).clone()
+        with _autocast(model, setting):
+            replay = record_cuda_graph(lambda: walk(prepared, STEPS, kept))[1]
+
+        def walk_again() -> None:
+            kept.copy_(next(states))
+            replay()
+
+        calls = {"step": walk_again, "floor": record_cuda_graph(calls["floor"])[1]}
+    elif not setting.compiled:
+        calls["simple"] = lambda: walk(plain, STEPS)
     times = interleave(calls, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
     found = _report({name: Timing.of(x, parts=STEPS) for name, x in times.items()}, "step")
     found["peak_mb"] = peak_memory(calls["step"], model.device) / 2**20
     if model.device.type == "cuda":
-        bandwidth = _copy_bandwidth(model.device)
-        found |= {"kernels": seen.kernels, "moved_mb": seen.moved / 2**20, "bandwidth_ms": 1e3 * seen.moved / bandwidth}
+        bandwidth, kernels = _copy_bandwidth(model.device), _count_kernels(calls["step"]) / STEPS
+        found |= {"kernels": kernels, "moved_mb": seen.moved / 2**20, "bandwidth_ms": 1e3 * seen.moved / bandwidth}
     return found
 
 
@@ -174,10 +197,7 @@ def _decoder(model: DEQDet, setting: Setting) -> dict[str, Any]:
 
     def decode() -> None:
         with _autocast(model, setting):
-            if setting.steps is None:
-                model.decoder.decode(*next(inputs))
-            else:
-                model.decoder.walk(*next(inputs), steps=setting.steps)
+            model.decode_queries(*next(inputs), steps=setting.steps)
 
     return _time_one(decode, model, setting)
 
@@ -249,12 +269,11 @@ def _report(timings: dict[str, Timing], main: str) -> dict[str, Any]:
 
 
 class _Operations(TorchDispatchMode):
-    """The matrix products of what runs within it, its kernels, and the bytes that these read and write."""
+    """The matrix products of what runs within it, and the bytes that all of its operations read and write."""
 
     def __init__(self) -> None:
         super().__init__()
         self.products_seen: list[tuple[Callable, tuple, dict]] = []
-        self.kernels = 0
         self.moved = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -269,7 +288,6 @@ class _Operations(TorchDispatchMode):
             self.products_seen += [(torch.bmm, (query, key.transpose(1, 2)), {}), (torch.bmm, (weights, value), {})]
         returns = func._schema.returns
         if returns and not all(x.alias_info is not None and not x.alias_info.is_write for x in returns):
-            self.kernels += 1
             parts = [x for x in (*args, *(result if isinstance(result, (tuple, list)) else [result]))]
             self.moved += sum(x.nbytes for x in parts if isinstance(x, Tensor))
         return result
@@ -278,6 +296,15 @@ class _Operations(TorchDispatchMode):
         """Run the matrix products alone."""
         for func, args, kwargs in self.products_seen:
             func(*args, **kwargs)
+
+
+def _count_kernels(call: Call) -> int:
+    """The kernels, copies on the device included, that a call starts on a GPU."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
 
 
 def _copy_bandwidth(device: torch.device, size: int = 2**28) -> float:

@@ -25,6 +25,8 @@ from ..measurement.benchmark import PRECISIONS, TASKS, Setting, benchmark
 from ..measurement.tables import format_table
 from ..measurement.timing import describe_machine
 
+MODES = ("eager", "compiled", "graph", "compiled-graph")
+
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the tool with the given command line, by default that of the process."""
@@ -38,10 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_config_arguments(parser)
     parser.add_argument("--task", choices=TASKS, default="step")
     parser.add_argument("--device", help="cpu or cuda; by default MODEL.DEVICE, or cpu where there is no GPU")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="float32", help="of autocast")
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="float32", help="of autocast; tf32: float32 with a GPU's TF32"
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="images at once")
     parser.add_argument("--steps", type=int, metavar="T", help="steps of the decoder; by default the config's")
-    parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--mode", choices=MODES, default="eager", help="graph: replay a recorded CUDA graph")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default torch's choice")
     parser.add_argument("--height", type=int, default=800, help="of the images, pixels")
     parser.add_argument("--width", type=int, default=1333)
@@ -62,6 +66,8 @@ def measure(args: argparse.Namespace) -> None:
         raise UserError(f"--repeats must be at least 2, got {args.repeats}: quartiles need several times")
     if args.count_only and args.task != "memory":
         raise UserError(f"--count-only is for --task memory, not for {args.task}")
+    if "graph" in args.mode and args.task in ("training", "memory"):
+        raise UserError(f"--mode {args.mode}: a CUDA graph is for detection, not for --task {args.task}")
     cfg = load_config(args)
     if args.device:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -71,6 +77,9 @@ def measure(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = build_model(cfg)
+    for flag, value in (("--mode", args.mode), ("--precision", args.precision)):
+        if value in ("graph", "compiled-graph", "tf32") and model.device.type != "cuda":
+            raise UserError(f"{flag} {value} needs a GPU, and the model is on {model.device.type}: see --device")
     if args.steps is not None and not model.decoder.has_equilibrium:
         raise UserError(f"--steps: a {type(model.decoder).__name__} takes MODEL.DEQDET.NUM_LAYERS steps")
     setting = Setting(
@@ -80,7 +89,8 @@ def measure(args: argparse.Namespace) -> None:
         batch=args.batch,
         precision=args.precision,
         steps=args.steps,
-        compiled=args.mode == "compiled",
+        compiled="compiled" in args.mode,
+        graph="graph" in args.mode,
         compute=not args.count_only,
         repeats=args.repeats,
     )

@@ -1,0 +1,191 @@
+"""What only a GPU can show. Run by themselves, `python -m pytest tests/cuda`: all other tests hide the GPU."""
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from deqdet.decoders import DecodingGraphs, compile_refinement
+from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
+
+from helpers.batches import strip, total
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: run these alone, where there is one")
+
+ROOT = Path(__file__).resolve().parents[2]
+DECODERS = ("StackedDecoder", "RecurrentDecoder", "EquilibriumDecoder")
+LAYERS = {
+    "AdaMixerLayer": "build_basic_resnet_channel_mapper_backbone",
+    "SparseRCNNLayer": "build_basic_resnet_fpn_backbone",
+}
+QUICK = ("adamixer", "rnndet", "deqdet", "sparse_rcnn", "rnn_sparse_rcnn", "deq_sparse_rcnn")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+detectors = pytest.mark.parametrize("layer", LAYERS), pytest.mark.parametrize("decoder", DECODERS)
+
+
+def each_detector(test):
+    for mark in detectors:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture
+def build(small_model):
+    """build(decoder, layer, "KEY", value, ...), on the GPU"""
+
+    def make(decoder: str, layer: str, *overrides) -> nn.Module:
+        keys = "MODEL.DEQDET.DECODER", decoder, "MODEL.DEQDET.REFINEMENT_LAYER", layer
+        keys += "MODEL.BACKBONE.NAME", LAYERS[layer], "MODEL.DEQDET.NUM_LAYERS", 3
+        return small_model(*keys, *overrides).cuda()
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions() -> Iterator[None]:
+    """Without TF32, which cuDNN uses by default."""
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def autocast(dtype: torch.dtype):
+    return torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def counted_waits() -> Iterator[list[str]]:
+    """Fills the list with a warning for each time the host waited for the GPU."""
+    found: list[str] = []
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found += [f"{x.filename}:{x.lineno}" for x in caught if "synchronizing" in str(x.message)]
+
+
+@torch.no_grad()
+@each_detector
+def test_predictions_are_those_of_the_cpu(build, make_inputs, decoder, layer):
+    model, inputs = build(decoder, layer).eval(), strip(make_inputs(0, 0))
+    found = [copy.deepcopy(model).to(device).decode(inputs)[0] for device in ("cpu", "cuda")]
+    one, other = (x.prediction for x in found)
+    torch.testing.assert_close(other.boxes.cpu(), one.boxes, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(other.logits.cpu(), one.logits, rtol=1e-3, atol=1e-3)
+
+
+@each_detector
+def test_losses_and_gradients_are_those_of_the_cpu(build, make_inputs, decoder, layer):
+    model, inputs, found = build(decoder, layer).train(), make_inputs(2, 1), []
+    for device in ("cpu", "cuda"):
+        other = copy.deepcopy(model).to(device)
+        losses = other(inputs)
+        total(losses).backward()
+        found.append((losses, {name: x.grad for name, x in other.named_parameters() if x.grad is not None}))
+    (losses, gradients), (gpu_losses, gpu_gradients) = found
+    assert losses.keys() == gpu_losses.keys() and gradients.keys() == gpu_gradients.keys()
+    for name in losses:
+        torch.testing.assert_close(gpu_losses[name].cpu(), losses[name], rtol=1e-3, atol=1e-4, msg=name)
+    for name, gradient in gradients.items():
+        error = (gpu_gradients[name].cpu() - gradient).norm() / gradient.norm().clamp(min=1e-3)
+        assert error < 2e-2, (name, float(error))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_detector
+def test_decoding_never_waits(build, make_inputs, decoder, layer, dtype):
+    model, inputs = build(decoder, layer).eval(), strip(make_inputs(1, 0))
+    options = [{}]
+    if decoder == "EquilibriumDecoder":
+        solvers = FixedPointIteration(), FixedPointIteration(damping=0.5), Anderson(history_size=3), Broyden()
+        options = [{"solver": solver, "steps": 6} for solver in solvers]
+    features, initial = model.encode(model.preprocess(inputs))
+    for chosen in options:
+        with autocast(dtype), counted_waits() as waits:
+            model.decode_queries(initial, features, **chosen)
+        assert waits == [], chosen
+    with counted_waits() as waits:
+        initial.position.sum().item()
+    assert len(waits) == 1  # so that the test above can fail
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_detector
+def test_training_waits_for_the_matching_alone(build, make_inputs, decoder, layer, dtype):
+    model, inputs = build(decoder, layer, "MODEL.DEQDET.PERTURBATION.KIND", "multi-step").train(), make_inputs(2, 0)
+    for _ in range(2):  # the first iteration is not looked at
+        with counted_waits() as waits:
+            with autocast(dtype):
+                losses = model(inputs)
+            total(losses).backward()
+    assert [Path(x).name.split(":")[0] for x in waits] == ["matcher.py"], waits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@each_detector
+def test_a_recorded_decode_is_the_eager_one(build, make_inputs, decoder, layer, dtype, caplog):
+    """Also after the weights have changed, which a recording reads where they are."""
+    plain = build(decoder, layer).eval()
+    recorded = copy.deepcopy(plain)
+    recorded.graphs = DecodingGraphs(2)
+    with autocast(dtype):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            inputs = [{"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)} for _ in range(2)]
+            one, other = (model.decode(inputs)[0] for model in (plain, recorded))
+            torch.testing.assert_close(other.prediction.boxes, one.prediction.boxes, rtol=1e-4, atol=1e-2)
+            torch.testing.assert_close(other.prediction.logits, one.prediction.logits, rtol=1e-3, atol=1e-3)
+            assert torch.equal(other.steps, one.steps)
+            for model in (plain, recorded):
+                for weight in model.decoder.parameters():
+                    weight.mul_(1.01)
+            torch.clear_autocast_cache()  # of the eager model's old weights
+    assert len(recorded.graphs._recordings) == 1 and caplog.records == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("graph", [False, True], ids=["compiled", "compiled-graph"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_compiled_decode_is_the_eager_one(build, make_inputs, layer, graph, caplog):
+    plain = build("EquilibriumDecoder", layer).eval()
+    fast = copy.deepcopy(plain)
+    compile_refinement(fast.decoder)
+    if graph:
+        fast.graphs = DecodingGraphs(2)
+    for height, width in ((64, 96), (96, 64), (64, 96)):
+        inputs = strip(make_inputs(0, 0, height=height, width=width))
+        one, other = (model.decode(inputs)[0].prediction for model in (plain, fast))
+        torch.testing.assert_close(other.boxes, one.boxes, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(other.logits, one.logits, rtol=1e-3, atol=1e-3)
+    assert caplog.records == [] and (fast.graphs is None or len(fast.graphs._recordings) == 2)
+
+
+@pytest.mark.parametrize("keys", [(), ("SOLVER.AMP.ENABLED", "True"),
+                                  ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "float16")],
+                         ids=["float32", "bfloat16", "float16"])  # fmt: skip
+@pytest.mark.parametrize("name", QUICK)
+def test_train_net_trains_and_evaluates(tmp_path, name, keys):
+    """And the model file that it writes detects the same on the GPU and on the CPU."""
+    environment = os.environ | {"DETECTRON2_DATASETS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    data = "DATASETS.TRAIN", "('shapes_seed3_16',)", "DATASETS.TEST", "('shapes_seed4_4',)"
+    options = "SOLVER.MAX_ITER", "4", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.WARMUP_ITERS", "2", "SOLVER.BASE_LR", "1e-6"
+    command = [sys.executable, "tools/train_net.py", "--config-file", f"configs/quick/{name}_shapes.yaml",
+               "OUTPUT_DIR", str(tmp_path / "out"), "MODEL.DEVICE", "cuda", *data, *options, *keys]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "max_mem:" in log and "Evaluation results for bbox" in log
