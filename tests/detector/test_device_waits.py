@@ -1,5 +1,6 @@
 """Where the host would wait for a GPU, and how many kernels it would start, found on the CPU (see device_log.py)."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -141,9 +142,20 @@ def planted_copy(state):
     return state
 
 
+def planted_number(state):
+    state.content[torch.zeros_like(state.content, dtype=torch.int64)[0, 0]] = 0.0
+    return state
+
+
+def planted_array(state):
+    torch.from_numpy(np.ones(4)).to(state.content.device)
+    return state
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("what, seen", [
     (planted_item, "waits"), (planted_mask, "waits"), (planted_host_tensor, "mixed"), (planted_copy, "waits"),
+    (planted_number, "waits"), (planted_array, "waits"),
 ])  # fmt: skip
 def test_what_is_planted_is_found(build, make_inputs, monkeypatch, what, seen):
     model = build("EquilibriumDecoder", "AdaMixerLayer").eval()
@@ -153,3 +165,12 @@ def test_what_is_planted_is_found(build, make_inputs, monkeypatch, what, seen):
         model.decoder.walk(initial, features, steps=3)
     found = getattr(log, seen)
     assert len(found) == 3 and all(x.startswith("test_device_waits.py:") for x in found), found
+
+
+def test_a_gradient_that_waits_is_found():
+    """Tensor.prod's, as a GPU has shown."""
+    sides = torch.ones(3, 2, requires_grad=True)
+    with DeviceLog() as log:
+        sides.detach().prod(1)
+        sides.prod(1)
+    assert len(log.waits) == 1 and log.waits[0].endswith("aten.prod")

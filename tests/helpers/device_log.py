@@ -11,7 +11,9 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -44,6 +46,7 @@ class DeviceLog:
 
     def __enter__(self) -> "DeviceLog":
         self._stack = ExitStack()
+        self._stack.enter_context(patch.object(torch, "from_numpy", _from_numpy))  # modes do not see it
         self._stack.enter_context(_Dispatched(self))
         self._stack.enter_context(_Called(self))
         return self
@@ -54,6 +57,12 @@ class DeviceLog:
     @property
     def count(self) -> int:
         return sum(self.launches.values())
+
+
+def _from_numpy(array: np.ndarray, original=torch.from_numpy) -> Tensor:
+    result = original(array)
+    result.on_host = True
+    return result
 
 
 def _on_host(tensor: Tensor) -> bool:
@@ -100,6 +109,8 @@ class _Called(TorchFunctionMode):
             if not _in_transfer():
                 self.log.waits.append(_where("copy to the device from memory that is not pinned"))
             result = args[0].clone()
+        elif name == "__setitem__" and not isinstance(args[2], Tensor) and _tensors(args[1]):
+            self.log.waits.append(_where("a number copied to places that a tensor says"))
         elif given and name not in ("__get__", "__set__"):
             sides = {_on_host(x) for x in given if x.dim() > 0}
             if sides == {True, False} and name not in ("copy_",):
@@ -131,6 +142,8 @@ class _Dispatched(TorchDispatchMode):
         waits = bool(WAITING.match(name))
         if name in ("aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"):
             waits = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if name == "aten.prod":  # its gradient looks for zeros
+            waits = args[0].requires_grad
         if name == "aten.repeat_interleave":
             waits = kwargs.get("output_size") is None
         if waits:

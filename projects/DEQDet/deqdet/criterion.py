@@ -128,7 +128,8 @@ class Criterion(nn.Module):
     def _focal_loss(self, logits: Tensor, labels: Tensor, matches: Matches) -> Tensor:
         """Compute the focal loss (R, N, K); its target is 1 for the class of a matched query, and 0 for all else."""
         one_hot = torch.zeros_like(logits)
-        one_hot[matches.rows, matches.queries, labels] = 1
+        # Not `= 1`, which would copy the number from the host, and wait.
+        one_hot.index_put_((matches.rows, matches.queries, labels), torch.ones_like(labels, dtype=logits.dtype))
         return sigmoid_focal_loss(logits, one_hot, self.focal_alpha, self.focal_gamma, reduction="none")
 
     def _box_losses(
@@ -166,10 +167,15 @@ def giou_loss(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
     """
     low, high = torch.maximum(boxes, others), torch.minimum(boxes, others)
     # `low` holds the larger of each pair of coordinates: see matcher.pairwise_giou.
-    overlap = (high[:, 2:] - low[:, :2]).relu().prod(1)
-    hull = (low[:, 2:] - high[:, :2]).prod(1)
-    union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (others[:, 2:] - others[:, :2]).prod(1) - overlap
+    overlap = _area((high[:, 2:] - low[:, :2]).relu())
+    hull = _area(low[:, 2:] - high[:, :2])
+    union = _area(boxes[:, 2:] - boxes[:, :2]) + _area(others[:, 2:] - others[:, :2]) - overlap
     return 1 - overlap / (union + eps) + (hull - union) / (hull + eps)
+
+
+def _area(sides: Tensor) -> Tensor:
+    """Width times height, (P, 2) to (P,). The gradient of Tensor.prod waits for the device, to look for zeros."""
+    return sides[:, 0] * sides[:, 1]
 
 
 def mean_matches(count: int, device: torch.device) -> Tensor:

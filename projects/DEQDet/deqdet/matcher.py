@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .structures import Prediction, Targets
+from .structures import Prediction, Targets, move
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class HungarianMatcher:
         finite, valid = finite.view(len(names), len(valid)).bool(), valid.bool()
         _check_finite(finite, names, image_names)
         _check_labels(labels, valid, num_classes, image_names)
-        return Matches(*_assign(cost.numpy(), valid.numpy()).to(logits.device))
+        return Matches(*move(_assign(cost.numpy(), valid.numpy()), logits.device))
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
         """Compute the cost of each pair.

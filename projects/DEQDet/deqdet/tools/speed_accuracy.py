@@ -1,12 +1,13 @@
 """AP against time, for trained detectors that are run in several ways: one table from one run.
 
     deqdet-speed-accuracy DETECTOR.safetensors [DETECTOR.safetensors ...] --output DIR [--steps 5 8 25]
-        [--precisions float32 bfloat16] [--modes eager compiled onnx] [--limit N] [--threads N] [KEY VALUE ...]
+        [--precisions float32 bfloat16] [--modes eager compiled graph onnx] [--limit N] [--threads N] [KEY VALUE ...]
 
 detects in the first set of DATASETS.TEST, from the picture in memory to its detections, with each model file, in each
 precision and mode, and with an equilibrium after each number of steps. It writes DIR/speed_accuracy.md, .json and .png.
-The exported detectors (onnx: one graph, plain iteration, float32) are written to a temporary folder and run by
-onnxruntime, which needs pip install 'deqdet[export]'. Let nothing else run on the machine meanwhile.
+graph replays CUDA graphs, on a GPU. The exported detectors (onnx: one graph, plain iteration, float32) are written to
+a temporary folder and run by onnxruntime, which needs pip install 'deqdet[export]'. Let nothing else run on the machine
+meanwhile.
 """
 
 import argparse
@@ -33,7 +34,9 @@ from .trained import load_trained
 
 STEPS = (5, 8, 25)
 PRECISIONS = ("float32", "bfloat16")  # those of TEST.PRECISION
-MODES = ("eager", "compiled", "onnx")
+MODES = ("eager", "compiled", "graph", "onnx")
+DEFAULT_MODES = ("eager", "compiled", "onnx")
+RECORDINGS = 16  # of --modes graph, for the sizes of images and the numbers of steps that come first
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -51,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the table and of the log")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="default 5 8 25")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="default: both")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all three")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, help="default: all but graph")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default torch's choice")
     add_plugin_argument(parser)
@@ -105,7 +108,10 @@ def _names(models: Sequence[Path]) -> dict[str, Path]:
 
 def _torch_ways(name: str, path: Path, precision: str, mode: str, args: argparse.Namespace) -> Iterator[Way]:
     overrides = [*args.opts, "TEST.PRECISION", precision, "MODEL.DEQDET.COMPILE", str(mode == "compiled")]
+    overrides += ["MODEL.DEQDET.CUDA_GRAPHS", str(RECORDINGS if mode == "graph" else 0)]
     predictor = Predictor.from_file(path, overrides=overrides, threshold=0.0)
+    if mode == "graph" and predictor.model.device.type != "cuda":
+        raise UserError(f"--modes graph needs a GPU, and {path} runs on the device {predictor.model.device.type}")
 
     def detect(image: np.ndarray, steps: int | None) -> Instances:
         return predictor(image, steps=steps).instances
