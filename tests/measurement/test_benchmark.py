@@ -50,6 +50,30 @@ def test_a_step(small_model, layer, precision):
     assert found["low_ms"] <= found["median_ms"] <= found["high_ms"] and found["peak_mb"] > 0
 
 
+def test_a_recorded_step_has_a_recorded_floor(small_model, monkeypatch):
+    """The recorder is one of the tests' own, since there is no CUDA."""
+    recorded = []
+
+    def record(function):
+        recorded.append(function)
+        return function(), function
+
+    monkeypatch.setattr("deqdet.measurement.benchmark.record_cuda_graph", record)
+    found = benchmark(small_model(), Setting(task="step", graph=True, **SMALL))
+    assert len(recorded) == 2 and 0 < found["floor_ms"] < found["median_ms"]
+    assert "simple_ms" not in found and found["peak_mb"] is None
+
+
+def test_tf32_is_on_for_the_measurement_alone(small_model, monkeypatch):
+    seen, precision = [], torch.get_float32_matmul_precision()
+    model = small_model().eval()
+    model.backbone.register_forward_hook(lambda *x: seen.append(torch.get_float32_matmul_precision()))
+    for name in ("tf32", "float32"):
+        benchmark(model, Setting(task="inference", **SMALL | {"precision": name}))
+    assert set(seen[: len(seen) // 2]) == {"high"} and set(seen[len(seen) // 2 :]) == {"highest"}
+    assert torch.get_float32_matmul_precision() == precision
+
+
 @pytest.mark.parametrize("decoder", ["StackedDecoder", "RecurrentDecoder", "EquilibriumDecoder"])
 @pytest.mark.parametrize("task", ["decoder", "inference", "training"])
 def test_the_other_tasks(small_model, task, decoder):
@@ -84,6 +108,9 @@ def test_the_tool(tmp_path, small_cfg, capsys, monkeypatch):
 @pytest.mark.parametrize("words, message", [
     (["--repeats", "1"], "quartiles need several"), (["--batch", "0"], "--batch must be at least 1"),
     (["--device", "cuda"], "there is no CUDA here"),
+    (["--mode", "graph"], "--mode graph needs a GPU, and the model is on cpu"),
+    (["--precision", "tf32"], "--precision tf32 needs a GPU"),
+    (["--mode", "compiled-graph", "--task", "training"], "a CUDA graph is for detection, not for --task training"),
     (["--steps", "3", "MODEL.DEQDET.DECODER", "StackedDecoder"], "a StackedDecoder takes MODEL.DEQDET.NUM_LAYERS"),
 ])  # fmt: skip
 def test_errors_of_the_command_line(tmp_path, small_cfg, capsys, monkeypatch, words, message):

@@ -172,6 +172,7 @@ def test_speed_and_accuracy_in_every_way(trained, small_cfg, stir, tmp_path, mon
     (["--steps", "5", "0"], "--steps must be at least 1, got 5 0"),
     (["--limit", "1"], "--limit or shapes_seed43_3 leaves one image: quartiles of times need at least two"),
     (["FILE"], "two model files have the same name and the same folder's name, "),
+    (["--modes", "graph"], "--modes graph needs a GPU, and .* runs on the device cpu"),
 ])  # fmt: skip
 def test_one_line_says_what_is_wrong_with_ways(trained, tmp_path, words, message):
     file = trained["file"][1]

@@ -85,10 +85,10 @@ def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
 
     Returns:
         For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most that tensors took beside the
-        weights, in MiB. For a step also floor_ms and, of the eager one, simple_ms, the same step from features that
-        were not prepared; on CUDA kernels, moved_mb and bandwidth_ms as well. For training also forward_ms,
-        backward_ms, optimizer_ms. For memory there are no times, but `memory`, a list with points, recomputed, saved_mb
-        and, if both passes were computed, peak_mb (see TrainingMemory).
+        weights, in MiB, but None for a recorded graph. For a step also floor_ms and, of the eager one, simple_ms, the
+        same step from features that were not prepared; on CUDA kernels, moved_mb and bandwidth_ms as well. For training
+        also forward_ms, backward_ms, optimizer_ms. For memory there are no times, but `memory`, a list with points,
+        recomputed, saved_mb and, if both passes were computed, peak_mb (see TrainingMemory).
     """
     torch.manual_seed(0)
     if setting.compiled and setting.task != "step":  # whose products are looked for before
@@ -185,7 +185,7 @@ def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
         calls["simple"] = lambda: walk(plain, STEPS)
     times = interleave(calls, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
     found = _report({name: Timing.of(x, parts=STEPS) for name, x in times.items()}, "step")
-    found["peak_mb"] = peak_memory(calls["step"], model.device) / 2**20
+    found["peak_mb"] = _peak_mb(calls["step"], model, setting)
     if model.device.type == "cuda":
         bandwidth, kernels = _copy_bandwidth(model.device), _count_kernels(calls["step"]) / STEPS
         found |= {"kernels": kernels, "moved_mb": seen.moved / 2**20, "bandwidth_ms": 1e3 * seen.moved / bandwidth}
@@ -259,7 +259,12 @@ def _memory(model: DEQDet, setting: Setting) -> dict[str, Any]:
 def _time_one(call: Call, model: DEQDet, setting: Setting) -> dict[str, Any]:
     times = interleave({"task": call}, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
     found = _report({"task": Timing.of(times["task"])}, "task")
-    return found | {"peak_mb": peak_memory(call, model.device) / 2**20}
+    return found | {"peak_mb": _peak_mb(call, model, setting)}
+
+
+def _peak_mb(call: Call, model: DEQDet, setting: Setting) -> float | None:
+    """MiB; None for a recording, which takes its memory before it is replayed."""
+    return None if setting.graph else peak_memory(call, model.device) / 2**20
 
 
 def _report(timings: dict[str, Timing], main: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..engine import add_config_arguments, build_model, exit_on_user_error, load
 from ..engine.configuration import adapt_device
 from ..errors import UserError
 from ..measurement.benchmark import PRECISIONS, TASKS, Setting, benchmark
-from ..measurement.tables import format_table
+from ..measurement.tables import format_table, format_value
 from ..measurement.timing import describe_machine
 
 MODES = ("eager", "compiled", "graph", "compiled-graph")
@@ -121,7 +121,7 @@ def format_row(found: dict) -> str:
     task = found["task"] if found["steps"] is None else f"{found['task']}, {found['steps']} steps"
     cells = [found["config"], task, found["queries"], found["precision"], found["mode"], found["batch"]]
     spread = f"{found['median_ms']:.1f} ({found['low_ms']:.1f} to {found['high_ms']:.1f})"
-    cells += [spread, ratio, simple, f"{found['peak_mb']:.0f}"]
+    cells += [spread, ratio, simple, format_value(found["peak_mb"], ".0f")]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
