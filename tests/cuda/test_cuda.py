@@ -68,7 +68,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @contextmanager
 def counted_waits() -> Iterator[list[str]]:
-    """Fills the list with a warning for each time the host waited for the GPU."""
+    """Yield a list that holds, at the end, file:line of each time the host waited for the GPU."""
     found: list[str] = []
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")

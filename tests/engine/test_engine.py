@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from deqdet.engine import Trainer, UserError, run, setup
 from deqdet.engine.evaluation import StepsEvaluator
 from deqdet.engine.hooks import average_batch_norm, peak_memory_mb
-from deqdet.engine.launcher import count_cores
+from deqdet.engine.launcher import _hidden_gpus, count_cores
 from deqdet.tools.train_net import work
 
 from helpers.engine_toy import IN_PROCESS, parse, write_dataset
@@ -200,7 +200,16 @@ def test_two_processes_train_on_the_cpu(two_ranks):
     assert [rank["backend"] for rank in ranks] == ["gloo", "gloo"]
     assert [rank["threads"] for rank in ranks] == [max(1, count_cores() // 2)] * 2
     assert ranks[0]["weights"] == ranks[1]["weights"]
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+@pytest.mark.parametrize("before", [None, "", "0", "1,2"])
+def test_gpus_are_hidden_for_a_while(monkeypatch, before):
+    name = "CUDA_VISIBLE_DEVICES"
+    monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+    with pytest.raises(KeyError), _hidden_gpus():
+        assert os.environ[name] == ""
+        raise KeyError
+    assert os.environ.get(name) == before
 
 
 def test_batch_norm_statistics_are_averaged_unless_fixed(two_ranks):

@@ -110,7 +110,7 @@ class _Called(TorchFunctionMode):
                 self.log.waits.append(_where("copy to the device from memory that is not pinned"))
             result = args[0].clone()
         elif name == "__setitem__" and not isinstance(args[2], Tensor) and _tensors(args[1]):
-            self.log.waits.append(_where("a number copied to places that a tensor says"))
+            self.log.waits.append(_where("a number written through an index tensor"))
         elif given and name not in ("__get__", "__set__"):
             sides = {_on_host(x) for x in given if x.dim() > 0}
             if sides == {True, False} and name not in ("copy_",):

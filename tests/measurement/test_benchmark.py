@@ -5,6 +5,9 @@ import json
 import pytest
 import torch
 
+from deqdet.decoders import DecodingGraphs
+from deqdet.errors import UserError
+from deqdet.measurement import benchmark as module
 from deqdet.measurement.benchmark import Setting, Timing, _Operations, benchmark, interleave
 from deqdet.tools import benchmark as tool
 
@@ -52,25 +55,48 @@ def test_a_step(small_model, layer, precision):
 
 def test_a_recorded_step_has_a_recorded_floor(small_model, monkeypatch):
     """The recorder is one of the tests' own, since there is no CUDA."""
-    recorded = []
+    recorded, starts, solve = [], [], module.solve
 
     def record(function):
         recorded.append(function)
         return function(), function
 
-    monkeypatch.setattr("deqdet.measurement.benchmark.record_cuda_graph", record)
+    def seen_solve(function, initial, **options):
+        starts.append(initial.sum().item())
+        return solve(function, initial, **options)
+
+    monkeypatch.setattr(module, "record_cuda_graph", record)
+    monkeypatch.setattr(module, "solve", seen_solve)
     found = benchmark(small_model(), Setting(task="step", graph=True, **SMALL))
+    assert len(set(starts[2:])) == 4  # a replay gets new inputs
     assert len(recorded) == 2 and 0 < found["floor_ms"] < found["median_ms"]
     assert "simple_ms" not in found and found["peak_mb"] is None
 
 
-def test_tf32_is_on_for_the_measurement_alone(small_model, monkeypatch):
+@pytest.mark.parametrize("task", ["decoder", "inference"])
+def test_a_decoder_is_replayed_only_where_a_graph_is_asked_for(small_model, monkeypatch, task):
+    recorded = []
+
+    def record(function):
+        recorded.append(function)
+        return function(), lambda: None
+
+    monkeypatch.setattr(module, "DecodingGraphs", lambda most: DecodingGraphs(most, record))
+    benchmark(small_model("MODEL.DEQDET.CUDA_GRAPHS", 4), Setting(task=task, **SMALL))
+    assert recorded == []
+    assert benchmark(small_model(), Setting(task=task, graph=True, **SMALL))["peak_mb"] is None
+    assert len(recorded) == 1
+    with pytest.raises(UserError, match="with MODEL.DEQDET.SOLVER.RTOL above 0 it cannot be"):
+        benchmark(small_model("MODEL.DEQDET.SOLVER.RTOL", 0.1), Setting(task=task, graph=True, **SMALL))
+
+
+def test_tf32_is_on_for_the_measurement_alone(small_model):
     seen, precision = [], torch.get_float32_matmul_precision()
     model = small_model().eval()
     model.backbone.register_forward_hook(lambda *x: seen.append(torch.get_float32_matmul_precision()))
-    for name in ("tf32", "float32"):
+    for name in ("float32", "tf32"):
         benchmark(model, Setting(task="inference", **SMALL | {"precision": name}))
-    assert set(seen[: len(seen) // 2]) == {"high"} and set(seen[len(seen) // 2 :]) == {"highest"}
+    assert set(seen[: len(seen) // 2]) == {"highest"} and set(seen[len(seen) // 2 :]) == {"high"}
     assert torch.get_float32_matmul_precision() == precision
 
 
@@ -110,6 +136,7 @@ def test_the_tool(tmp_path, small_cfg, capsys, monkeypatch):
     (["--device", "cuda"], "there is no CUDA here"),
     (["--mode", "graph"], "--mode graph needs a GPU, and the model is on cpu"),
     (["--precision", "tf32"], "--precision tf32 needs a GPU"),
+    (["FLOAT32_PRECISION", "high"], "FLOAT32_PRECISION is 'high': --precision float32 or tf32 takes its place"),
     (["--mode", "compiled-graph", "--task", "training"], "a CUDA graph is for detection, not for --task training"),
     (["--steps", "3", "MODEL.DEQDET.DECODER", "StackedDecoder"], "a StackedDecoder takes MODEL.DEQDET.NUM_LAYERS"),
 ])  # fmt: skip

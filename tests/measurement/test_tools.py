@@ -19,6 +19,7 @@ from deqdet import Predictor
 from deqdet.checkpoints import write_model_file
 from deqdet.data import ShapesConfig, read_image, register_shapes
 from deqdet.data.shapes import CLASSES
+from deqdet.decoders import DecodingGraphs
 from deqdet.measurement.accuracy import Evaluation
 from deqdet.measurement.speed_accuracy import Way, measure_ways
 from deqdet.tools import analyze_model, evaluate_steps, report, speed_accuracy
@@ -166,6 +167,30 @@ def test_speed_and_accuracy_in_every_way(trained, small_cfg, stir, tmp_path, mon
     assert cv2.imread(str(tmp_path / "out" / "speed_accuracy.png")).std() > 5
     table = (tmp_path / "out" / "speed_accuracy.md").read_text()
     assert "AP is that of 3 images of shapes_seed43_3" in table and "    deqdet-speed-accuracy " in table
+
+
+def test_graphs_are_replayed_or_refused(trained, tmp_path, monkeypatch):
+    """The recorder is one of the tests' own, since there is no GPU."""
+    recorded = []
+
+    def record(function):
+        recorded.append(function)
+        return function(), lambda: None
+
+    class Recording(DecodingGraphs):
+        def __init__(self, most):
+            super().__init__(most, record)
+
+    words = [trained["file"][1], "--output", str(tmp_path / "out"), "--modes", "graph", "--precisions", "float32"]
+    words += ["--steps", "1", "4"]
+    monkeypatch.setattr(speed_accuracy, "_check_device", lambda *args: None)
+    with pytest.raises(SystemExit, match="--modes graph: no recording, since .* has a tolerance, or the images"):
+        speed_accuracy.main(words)
+    monkeypatch.setattr(speed_accuracy, "DecodingGraphs", Recording)
+    speed_accuracy.main(words)
+    rows = json.loads((tmp_path / "out" / "speed_accuracy.json").read_text())["rows"]
+    assert [(row["steps"], row["mode"]) for row in rows] == [("1 steps", "graph"), ("4 steps", "graph")]
+    assert len(recorded) == 2
 
 
 @pytest.mark.parametrize("words, message", [

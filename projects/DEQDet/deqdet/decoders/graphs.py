@@ -49,6 +49,7 @@ class DecodingGraphs:
         self._record = record
         self._recordings: dict[Hashable, _Recording] = {}
         self._usable = True
+        self.replays = 0  # calls that were answered by a recording
 
     def __call__(
         self,
@@ -78,6 +79,7 @@ class DecodingGraphs:
         for kept, new in zip(recording.inputs, inputs, strict=True):
             kept.copy_(new)
         recording.replay()
+        self.replays += 1
         return _map_tensors(recording.outputs, Tensor.clone)
 
     def _add(self, key: Hashable, decode: Callable[[QueryState, Features], Decoded], inputs: list[Tensor]) -> None:

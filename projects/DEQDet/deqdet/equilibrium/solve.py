@@ -19,7 +19,7 @@ from .records import FixedRecord, Solution, StoppingRecord
 Map = Callable[[Tensor], Tensor]
 
 
-# Asked once: torch.compile cannot follow the question in every release of torch.
+# Computed at import, since not every release of torch can trace is_autocast_available for torch.compile.
 _AUTOCAST_DEVICES = frozenset(x for x in ("cpu", "cuda", "mps") if torch.amp.is_autocast_available(x))
 
 

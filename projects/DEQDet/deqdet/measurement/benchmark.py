@@ -24,12 +24,13 @@ from ..boxes import encode_boxes
 from ..decoders import DecodingGraphs, compile_refinement, prepare_features, record_cuda_graph
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, solve
+from ..errors import UserError
 from ..structures import Features, QueryState, packing_units
 from .memory import training_memory
 from .timing import peak_memory, timed
 
 TASKS = ("step", "decoder", "inference", "training", "memory")
-# Of autocast. tf32 is float32 whose matrix products a GPU computes with 10 bits of mantissa.
+# The dtype of autocast, None without it. tf32 is float32 whose matrix products a GPU computes with 10 bits of mantissa.
 PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 STEPS = 5  # steps of one timed solve, by which its time is divided
@@ -83,18 +84,22 @@ def interleave(
 def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
     """Measure one task of a model.
 
+    A graph takes the place of what MODEL.DEQDET.CUDA_GRAPHS says.
+
     Returns:
         For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most that tensors took beside the
         weights, in MiB, but None for a recorded graph. For a step also floor_ms and, of the eager one, simple_ms, the
         same step from features that were not prepared; on CUDA kernels, moved_mb and bandwidth_ms as well. For training
         also forward_ms, backward_ms, optimizer_ms. For memory there are no times, but `memory`, a list with points,
         recomputed, saved_mb and, if both passes were computed, peak_mb (see TrainingMemory).
+
+    Raises:
+        UserError: the decoder cannot be recorded as a graph.
     """
     torch.manual_seed(0)
-    if setting.compiled and setting.task != "step":  # whose products are looked for before
+    if setting.compiled and setting.task != "step":  # _step looks for the eager step's products first
         compile_refinement(model.decoder)
-    if setting.graph:
-        model.graphs = DecodingGraphs(2)  # two kinds of inputs, as below
+    model.graphs = DecodingGraphs(1) if setting.graph else None  # all inputs have one size
     run = {"step": _step, "decoder": _decoder, "inference": _inference, "training": _training, "memory": _memory}
     trains = setting.task in ("training", "memory")
     with torch.set_grad_enabled(trains), _matrix_precision(setting):
@@ -258,6 +263,8 @@ def _memory(model: DEQDet, setting: Setting) -> dict[str, Any]:
 
 def _time_one(call: Call, model: DEQDet, setting: Setting) -> dict[str, Any]:
     times = interleave({"task": call}, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
+    if setting.graph and not model.graphs.replays:
+        raise UserError("the decoder was not recorded as a graph: with MODEL.DEQDET.SOLVER.RTOL above 0 it cannot be")
     found = _report({"task": Timing.of(times["task"])}, "task")
     return found | {"peak_mb": _peak_mb(call, model, setting)}
 

@@ -69,6 +69,8 @@ def measure(args: argparse.Namespace) -> None:
     if "graph" in args.mode and args.task in ("training", "memory"):
         raise UserError(f"--mode {args.mode}: a CUDA graph is for detection, not for --task {args.task}")
     cfg = load_config(args)
+    if cfg.get("FLOAT32_PRECISION", ""):
+        raise UserError(f"FLOAT32_PRECISION is {cfg.FLOAT32_PRECISION!r}: --precision float32 or tf32 takes its place")
     if args.device:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: there is no CUDA here")

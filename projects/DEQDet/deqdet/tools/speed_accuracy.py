@@ -24,6 +24,7 @@ import torch
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.structures import Boxes, Instances
 
+from ..decoders import DecodingGraphs
 from ..engine import add_plugin_argument, exit_on_user_error, parse_arguments
 from ..errors import UserError
 from ..measurement.accuracy import Evaluation
@@ -36,7 +37,7 @@ STEPS = (5, 8, 25)
 PRECISIONS = ("float32", "bfloat16")  # those of TEST.PRECISION
 MODES = ("eager", "compiled", "graph", "onnx")
 DEFAULT_MODES = ("eager", "compiled", "onnx")
-RECORDINGS = 16  # of --modes graph, for the sizes of images and the numbers of steps that come first
+RECORDINGS = 16  # of --modes graph, for each number of steps: one for a padded size of images
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -108,16 +109,28 @@ def _names(models: Sequence[Path]) -> dict[str, Path]:
 
 def _torch_ways(name: str, path: Path, precision: str, mode: str, args: argparse.Namespace) -> Iterator[Way]:
     overrides = [*args.opts, "TEST.PRECISION", precision, "MODEL.DEQDET.COMPILE", str(mode == "compiled")]
-    overrides += ["MODEL.DEQDET.CUDA_GRAPHS", str(RECORDINGS if mode == "graph" else 0)]
     predictor = Predictor.from_file(path, overrides=overrides, threshold=0.0)
-    if mode == "graph" and predictor.model.device.type != "cuda":
-        raise UserError(f"--modes graph needs a GPU, and {path} runs on the device {predictor.model.device.type}")
+    if mode == "graph":
+        _check_device(predictor, path)
 
-    def detect(image: np.ndarray, steps: int | None) -> Instances:
-        return predictor(image, steps=steps).instances
+    def detect(image: np.ndarray, steps: int | None, graphs: DecodingGraphs | None) -> Instances:
+        predictor.model.graphs = graphs
+        before = graphs.replays if graphs else 0
+        found = predictor(image, steps=steps).instances
+        if graphs and graphs.replays == before:
+            raise UserError(f"--modes graph: no recording, since {path} has a tolerance, or the images have more than "
+                            f"{RECORDINGS} padded sizes")  # fmt: skip
+        return found
 
     for label, steps in _step_choices(predictor, args.steps):
-        yield Way(name, label, precision, mode, partial(detect, steps=steps))
+        graphs = DecodingGraphs(RECORDINGS) if mode == "graph" else None
+        yield Way(name, label, precision, mode, partial(detect, steps=steps, graphs=graphs))
+
+
+def _check_device(predictor: Predictor, path: Path) -> None:
+    device = predictor.model.device.type
+    if device != "cuda":
+        raise UserError(f"--modes graph needs a GPU, and {path} runs on the device {device}")
 
 
 def _onnx_ways(name: str, path: Path, folder: Path, args: argparse.Namespace) -> Iterator[Way]:
