@@ -18,15 +18,11 @@ from deqdet.decoders import DecodingGraphs, compile_refinement
 from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
 
 from helpers.batches import strip, total
+from helpers.paths import ROOT
+from helpers.six_detectors import DECODERS, LAYERS, detector_keys
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: run these alone, where there is one")
 
-ROOT = Path(__file__).resolve().parents[2]
-DECODERS = ("StackedDecoder", "RecurrentDecoder", "EquilibriumDecoder")
-LAYERS = {
-    "AdaMixerLayer": "build_basic_resnet_channel_mapper_backbone",
-    "SparseRCNNLayer": "build_basic_resnet_fpn_backbone",
-}
 QUICK = ("adamixer", "rnndet", "deqdet", "sparse_rcnn", "rnn_sparse_rcnn", "deq_sparse_rcnn")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 detectors = pytest.mark.parametrize("layer", LAYERS), pytest.mark.parametrize("decoder", DECODERS)
@@ -43,9 +39,7 @@ def build(small_model):
     """build(decoder, layer, "KEY", value, ...), on the GPU"""
 
     def make(decoder: str, layer: str, *overrides) -> nn.Module:
-        keys = "MODEL.DEQDET.DECODER", decoder, "MODEL.DEQDET.REFINEMENT_LAYER", layer
-        keys += "MODEL.BACKBONE.NAME", LAYERS[layer], "MODEL.DEQDET.NUM_LAYERS", 3
-        return small_model(*keys, *overrides).cuda()
+        return small_model(*detector_keys(decoder, layer), *overrides).cuda()
 
     return make
 

@@ -9,12 +9,8 @@ from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
 
 from helpers.batches import total
 from helpers.device_log import DeviceLog
+from helpers.six_detectors import DECODERS, LAYERS, detector_keys
 
-DECODERS = ("StackedDecoder", "RecurrentDecoder", "EquilibriumDecoder")
-LAYERS = {
-    "AdaMixerLayer": "build_basic_resnet_channel_mapper_backbone",
-    "SparseRCNNLayer": "build_basic_resnet_fpn_backbone",
-}
 SOLVERS = [FixedPointIteration(), FixedPointIteration(damping=0.5), Anderson(history_size=3), Broyden(history_size=2)]
 NOISE = "MODEL.DEQDET.PERTURBATION.KIND", "multi-step"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,8 +21,7 @@ def build(small_model):
     """build(decoder, layer, "KEY", value, ...)"""
 
     def make(decoder: str, layer: str, *overrides) -> nn.Module:
-        keys = "MODEL.DEQDET.DECODER", decoder, "MODEL.DEQDET.REFINEMENT_LAYER", layer
-        return small_model(*keys, "MODEL.BACKBONE.NAME", LAYERS[layer], "MODEL.DEQDET.NUM_LAYERS", 3, *overrides)
+        return small_model(*detector_keys(decoder, layer), *overrides)
 
     return make
 

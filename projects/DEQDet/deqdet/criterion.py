@@ -128,7 +128,7 @@ class Criterion(nn.Module):
     def _focal_loss(self, logits: Tensor, labels: Tensor, matches: Matches) -> Tensor:
         """Compute the focal loss (R, N, K); its target is 1 for the class of a matched query, and 0 for all else."""
         one_hot = torch.zeros_like(logits)
-        # Not `= 1`, which would copy the number from the host, and wait.
+        # Assigning the number 1 would copy it from the host to the device, and the host would wait for the copy.
         one_hot.index_put_((matches.rows, matches.queries, labels), torch.ones_like(labels, dtype=logits.dtype))
         return sigmoid_focal_loss(logits, one_hot, self.focal_alpha, self.focal_gamma, reduction="none")
 
@@ -174,7 +174,10 @@ def giou_loss(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def _area(sides: Tensor) -> Tensor:
-    """Width times height, (P, 2) to (P,). The gradient of Tensor.prod waits for the device, to look for zeros."""
+    """Width times height, (P, 2) to (P,).
+
+    This is not Tensor.prod, since its gradient looks for zeros, for which the host waits for the device.
+    """
     return sides[:, 0] * sides[:, 1]
 
 

@@ -256,7 +256,7 @@ class DEQDet(nn.Module):
             return decode(initial, features)
         options = ()
         if self.decoder.has_equilibrium:
-            # These options tell recordings apart: the decoder's own may be changed after a recording.
+            # Each recording belongs to one choice of options. The decoder's own may change between two calls.
             steps, rtol, solver = self.decoder.options(steps, rtol, solver)
             if rtol > 0:
                 return decode(initial, features)

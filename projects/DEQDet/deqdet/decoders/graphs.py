@@ -103,8 +103,8 @@ class DecodingGraphs:
 def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Replay]:
     """Record a function as a CUDA graph, after it has run WARM_UP times on a stream of its own.
 
-    Under autocast, a replay casts each weight once, as the first step of the recorded function does: the copies that
-    autocast keeps of the weights are then made by the recording itself, in its own memory.
+    Under autocast, each weight is cast once, and all steps of the function read the copy. A replay makes the copies
+    anew from what the weights are then, in the recording's own memory.
 
     Returns:
         What the function returned, in tensors that a replay overwrites; and the replay.
@@ -119,8 +119,8 @@ def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Replay]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Copies that were made outside of the recording would be freed while it still reads them, and copies that it
-    # makes must not be read outside of it.
+    # Autocast keeps the copies of the weights that it has cast. Those from before the recording would be freed while
+    # replays still read them. Those of the recording have no values until it is replayed.
     torch.clear_autocast_cache()
     try:
         with torch.cuda.graph(graph):

@@ -86,7 +86,7 @@ class PyramidTable(PreparedFeatures):
 
 
 def _is_joined(table: Tensor) -> bool:
-    """Whether torch.compile makes one kernel of `sum_rows`: on a GPU, and without the gradient, which it would sort."""
+    """Whether `sum_rows` is to be used: in compiled code for a GPU, and without gradient, which would be slow."""
     return torch.compiler.is_compiling() and table.is_cuda and not torch.is_grad_enabled()
 
 

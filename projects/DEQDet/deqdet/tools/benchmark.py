@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> None:
     if "graph" in args.mode and args.task in ("training", "memory"):
         raise UserError(f"--mode {args.mode}: a CUDA graph is for detection, not for --task {args.task}")
     cfg = load_config(args)
-    if cfg.get("FLOAT32_PRECISION", ""):
+    if cfg.FLOAT32_PRECISION:
         raise UserError(f"FLOAT32_PRECISION is {cfg.FLOAT32_PRECISION!r}: --precision float32 or tf32 takes its place")
     if args.device:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -78,10 +78,10 @@ def measure(args: argparse.Namespace) -> None:
     adapt_device(cfg)
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = build_model(cfg)
     for flag, value in (("--mode", args.mode), ("--precision", args.precision)):
-        if value in ("graph", "compiled-graph", "tf32") and model.device.type != "cuda":
-            raise UserError(f"{flag} {value} needs a GPU, and the model is on {model.device.type}: see --device")
+        if value in ("graph", "compiled-graph", "tf32") and not cfg.MODEL.DEVICE.startswith("cuda"):
+            raise UserError(f"{flag} {value} needs a GPU, and the model is on {cfg.MODEL.DEVICE}: see --device")
+    model = build_model(cfg)
     if args.steps is not None and not model.decoder.has_equilibrium:
         raise UserError(f"--steps: a {type(model.decoder).__name__} takes MODEL.DEQDET.NUM_LAYERS steps")
     setting = Setting(
