@@ -3,9 +3,12 @@
 B: rows of the state, N: queries, C: channels.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..boxes import embed_position, embedding_waves, pairwise_intersection
 
@@ -36,8 +39,19 @@ class SelfAttention(nn.MultiheadAttention):
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.num_heads, -1))
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, heads, N, C / heads) each
         bias = None if bias is None else bias.to(query.dtype)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        with _fastest(query):
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+def _fastest(query: Tensor) -> AbstractContextManager:
+    """The kernel of attention for a few hundred queries, where torch's own choice is not the fastest.
+
+    That is in compiled code for a GPU, in float32 and without gradient. There torch takes the memory-efficient kernel,
+    which uses a third of an H100: 39 us for 300 queries with a bias, where two products and a softmax take 23.
+    """
+    compiled = torch.compiler.is_compiling() and query.is_cuda and not torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if compiled and query.dtype == torch.float32 else nullcontext()
 
 
 class PositionalAttention(nn.Module):
