@@ -1,14 +1,16 @@
 """TEST.PRECISION and MODEL.DEQDET.COMPILE."""
 
+import functools
 import logging
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deqdet.errors import UserError
-from deqdet.layers import RefinementLayer, compile_layer
+from deqdet.layers import RefinementLayer, attention, cast_once, compile_layer
 from deqdet.structures import Prediction, QueryState
 
 from helpers.batches import strip
@@ -54,25 +56,21 @@ def test_an_unknown_precision_is_an_error(small_model):
         small_model("TEST.PRECISION", "int8")
 
 
-def make_layer(name: str) -> tuple[RefinementLayer, RefinementLayer]:
-    """A layer twice: as it is, and traced into one graph, but without a code generator, which would take a minute."""
-    layers = CASES[name].make(), CASES[name].make()
-    names = set(layers[1].state_dict())
-    compile_layer(layers[1])
-    assert set(layers[1].state_dict()) == names
-    layers[1]._compiled_call_impl._compiled = torch.compile(
-        layers[1]._call_impl, backend="eager", fullgraph=True, dynamic=True
-    )
-    return layers
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile traces, but generates no code, which would take a minute."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
-def test_one_graph_serves_all_sizes(name, caplog):
+def test_one_graph_serves_all_sizes(name, traced, caplog):
     """fullgraph=True would raise at a graph break. The first two sizes may each make a graph, the others none."""
-    torch._dynamo.reset()
-    eager, compiled = make_layer(name)
     case, graphs = CASES[name], []
+    eager, compiled = case.make(), case.make()
+    compile_layer(compiled)
+    assert set(compiled.state_dict()) == set(eager.state_dict())
     for scale, images in ((1, 2), (2, 3), (3, 2), (4, 5)):
         sizes = [(x.shape[1], x.shape[2] * scale + 1, x.shape[3] * scale) for x in case.features()]
         features = [torch.randn(images, *size) for size in sizes]
@@ -104,6 +102,85 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is(caplog):
             assert layer(state, []).content.tolist() == [[[2.0] * 3] * 2]
     (record,) = caplog.records  # it says so once
     assert record.getMessage().startswith("HostLayer cannot be compiled and runs as it is: ")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_the_steps_of_a_compiled_layer_do_not_cast_its_weights(name, traced, stir):
+    """The copy has the layer's results, also after the weights have changed, and after a call in inference mode."""
+    case = CASES[name]
+    layer, features, state = case.make(), case.features(), case.state()
+    stir(layer, size=0.3)
+    compile_layer(layer)
+    assert cast_once(layer) is layer  # without autocast, there is nothing to cast
+    for context in (torch.inference_mode, torch.no_grad):
+        with context(), torch.autocast("cpu", dtype=torch.bfloat16):
+            copy = cast_once(layer)
+            found, expected = (x(state, layer.prepare(features)) for x in (copy, layer))
+        torch.testing.assert_close(found.content, expected.content, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.position, expected.position, rtol=0, atol=1e-5)
+        stir(layer, size=0.3)
+    weights = dict(copy.named_parameters())
+    assert weights["feedforward.0.weight"].dtype == weights["box_branch.0.weight"].dtype == torch.bfloat16
+    assert weights["feedforward_norm.weight"].dtype == torch.float32
+    assert {x.dtype for x in layer.parameters()} == {torch.float32} and set(weights) == set(layer.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+        assert cast_once(layer) is layer
+
+
+class ExactLayer(RefinementLayer):
+    """Computes in float32 whatever autocast says, so that weights in bfloat16 do not fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
+        with torch.autocast("cpu", enabled=False):
+            return QueryState(state.position, self.linear(state.content))
+
+    def predict(self, state: QueryState) -> Prediction:
+        return Prediction(state.content, state.position)
+
+
+@torch.no_grad()
+def test_a_layer_whose_weights_must_not_be_cast_keeps_them(traced, caplog):
+    layer, state = ExactLayer(), QueryState(torch.zeros(1, 2, 4), torch.ones(1, 2, 3))
+    compile_layer(layer)
+    expected = layer.linear(state.content)
+    with torch.autocast("cpu", dtype=torch.bfloat16), caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(cast_once(layer)(state, []).content, expected)
+        assert cast_once(layer) is layer
+    assert not caplog.records
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_attention_for_a_gpu_is_that_of_eager_code(name, monkeypatch):
+    """The kernel is chosen by hand, since there is no GPU."""
+    torch._dynamo.reset()
+    case = CASES[name]
+    layer, state = case.make(), case.state()
+    expected = layer(state, layer.prepare(case.features()))
+    monkeypatch.setattr(attention, "_fastest", lambda query: sdpa_kernel(SDPBackend.MATH))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found = compiled(state, layer.prepare(case.features()))
+    torch.testing.assert_close(found.content, expected.content, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", ["EquilibriumDecoder", "RecurrentDecoder"])
+def test_a_compiled_decoder_casts_once(small_model, make_inputs, decoder, traced):
+    found, inputs = [], strip(make_inputs(0))
+    for compiled in (False, True):
+        model = small_model("MODEL.DEQDET.DECODER", decoder, "TEST.PRECISION", "bfloat16",
+                            "MODEL.DEQDET.COMPILE", compiled).eval()  # fmt: skip
+        found.append(model.decode(inputs)[0].prediction)
+        refinement = model.decoder.refinement
+    assert list(refinement._compiled_call_impl._copies) == [(torch.device("cpu"), torch.bfloat16)]
+    torch.testing.assert_close(found[1].boxes, found[0].boxes, rtol=0, atol=0.05)
+    torch.testing.assert_close(found[1].logits, found[0].logits, rtol=0, atol=0.01)
 
 
 def test_the_key_compiles_f_alone(small_model):

@@ -138,7 +138,9 @@ def test_the_tool(tmp_path, small_cfg, capsys, monkeypatch):
     (["--precision", "tf32"], "--precision tf32 needs a GPU"),
     (["FLOAT32_PRECISION", "high"], "FLOAT32_PRECISION is 'high': --precision float32 or tf32 takes its place"),
     (["--mode", "compiled-graph", "--task", "training"], "a CUDA graph is for detection, not for --task training"),
-    (["--steps", "3", "MODEL.DEQDET.DECODER", "StackedDecoder"], "a StackedDecoder takes MODEL.DEQDET.NUM_LAYERS"),
+    (["--steps", "0"], "--steps must be at least 1, got 0"),
+    (["--steps", "3", "--task", "decoder", "MODEL.DEQDET.DECODER", "StackedDecoder"],
+     "a StackedDecoder takes MODEL.DEQDET.NUM_LAYERS"),
 ])  # fmt: skip
 def test_errors_of_the_command_line(tmp_path, small_cfg, capsys, monkeypatch, words, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
 from ..equilibrium import FixedPointIteration, Map, Phantom, Solver, solve
-from ..layers import RefinementLayer, build_refinement_layer
+from ..layers import RefinementLayer, build_refinement_layer, cast_once
 from ..perturbation import Perturbation
 from ..structures import Decoded, Features, Prediction, QueryState, packing_units, select_images
 from .base import DECODER_REGISTRY, Decoder, Execution, prepare_features, run_layers
@@ -141,7 +141,11 @@ class EquilibriumDecoder(Decoder):
         return initial if self.initialization is None else self.initialization(initial, features)
 
     def packed_refinement(
-        self, features: Features, num_queries: int, perturbation: Perturbation | None = None
+        self,
+        features: Features,
+        num_queries: int,
+        perturbation: Perturbation | None = None,
+        layer: RefinementLayer | None = None,
     ) -> Map:
         """f as a map of packed states, (S * B, N * (4 + C)) for the features of B images, prepared or not.
 
@@ -149,14 +153,15 @@ class EquilibriumDecoder(Decoder):
 
         Args:
             perturbation: perturbs each state before f.
+            layer: in place of f, such as `cast_once` makes of it.
         """
-        units = packing_units(features[0].device)
+        layer, units = self.refinement if layer is None else layer, packing_units(features[0].device)
 
         def function(flat: Tensor) -> Tensor:
             state = QueryState.unpack(flat, num_queries, units).detach_position()
             if perturbation is not None:
                 state = perturbation(state)
-            return self.refinement.refine_segments(state, features).pack(units)
+            return layer.refine_segments(state, features).pack(units)
 
         return function
 
@@ -193,11 +198,12 @@ class EquilibriumDecoder(Decoder):
         features = prepare_features([self.initialization, self.refinement], features)
         start = self.initialize(initial, features)
         num_queries = start.content.shape[1]
-        refine = self.packed_refinement(features, num_queries)
+        layer = cast_once(self.refinement)
+        refine = self.packed_refinement(features, num_queries, layer=layer)
         steps, rtol, solver = self.options(steps, rtol, solver)
 
         def restrict(rows: Tensor) -> Map:
-            return self.packed_refinement(select_images(features, rows), num_queries)
+            return self.packed_refinement(select_images(features, rows), num_queries, layer=layer)
 
         solution = solve(
             refine,
@@ -261,8 +267,9 @@ class EquilibriumDecoder(Decoder):
     def _perturbed_points(self, start: QueryState, features: Features) -> list[Tensor]:
         """The states of the solving path at the steps in Omega, perturbed, each (B, N * (4 + C)) packed."""
         kind, steps, num_queries = self.perturbation.kind, self.supervision.steps, start.content.shape[1]
-        refine = self.packed_refinement(features, num_queries)
-        perturb_and_refine = self.packed_refinement(features, num_queries, self.perturbation)
+        layer = cast_once(self.refinement)
+        refine = self.packed_refinement(features, num_queries, layer=layer)
+        perturb_and_refine = self.packed_refinement(features, num_queries, self.perturbation, layer)
 
         def perturb(flat: Tensor) -> Tensor:
             return self.perturbation(QueryState.unpack(flat, num_queries)).pack()

@@ -7,7 +7,7 @@ from torch import Tensor
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
-from ..layers import RefinementLayer, build_refinement_layer
+from ..layers import RefinementLayer, build_refinement_layer, cast_once
 from ..structures import Decoded, Prediction, QueryState
 from .base import DECODER_REGISTRY, Decoder, Execution, decode_last, run_layers
 
@@ -60,5 +60,5 @@ class RecurrentDecoder(Decoder):
         return {f"step{i}" if i else "init": layer.predict(state) for i, (layer, state) in states}
 
     def _run(self, initial: QueryState, features: list[Tensor]) -> Iterator[tuple[RefinementLayer, QueryState]]:
-        layers = [self.initialization] + [self.refinement] * (self.num_layers - 1)
+        layers = [self.initialization] + [cast_once(self.refinement)] * (self.num_layers - 1)
         return run_layers(layers, initial, features)

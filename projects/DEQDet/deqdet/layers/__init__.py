@@ -8,7 +8,7 @@ from .base import (
     look_up,
     set_class_prior,
 )
-from .compiled import compile_layer
+from .compiled import cast_once, compile_layer
 from .sparse_rcnn import SparseRCNNLayer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "RefinementLayer",
     "SparseRCNNLayer",
     "build_refinement_layer",
+    "cast_once",
     "compile_layer",
     "look_up",
     "set_class_prior",

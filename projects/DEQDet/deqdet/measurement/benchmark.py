@@ -25,6 +25,7 @@ from ..decoders import DecodingGraphs, compile_refinement, prepare_features, rec
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, solve
 from ..errors import UserError
+from ..layers import cast_once
 from ..structures import Features, QueryState, packing_units
 from .memory import training_memory
 from .timing import peak_memory, timed
@@ -33,7 +34,7 @@ TASKS = ("step", "decoder", "inference", "training", "memory")
 # The dtype of autocast, None without it. tf32 is float32 whose matrix products a GPU computes with 10 bits of mantissa.
 PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
-STEPS = 5  # steps of one timed solve, by which its time is divided
+STEPS = 5  # of one timed solve, by which its time is divided, if the setting does not say how many
 BOXES = 10  # of each image in training
 Call = Callable[[], Any]
 
@@ -62,7 +63,7 @@ class Setting:
     width: int
     batch: int
     precision: str
-    steps: int | None = None  # of the decoder; None: its own number
+    steps: int | None = None  # of the decoder, None: its own number; or of the solve in which a step is timed, None: 5
     compiled: bool = False
     graph: bool = False  # replay a recorded CUDA graph, see DecodingGraphs; not in training
     compute: bool = True  # for memory: run both passes for the peak
@@ -158,30 +159,33 @@ def _random_state(initial: QueryState, setting: Setting) -> QueryState:
 def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
     layer, solver = model.decoder.execution().refinement, FixedPointIteration()
     initial, plain = _encoded(model, setting)
+    steps = STEPS if setting.steps is None else setting.steps
     queries, units = initial.content.shape[1], packing_units(model.device)
     states = cycle([_random_state(initial, setting).pack() for _ in range(4)])
     with _autocast(model, setting):
         prepared = prepare_features([layer], plain)
 
-    def refine(features: Features) -> Callable[[Tensor], Tensor]:
-        return lambda flat: layer.refine_segments(QueryState.unpack(flat, queries, units), features).pack(units)
-
-    def walk(features: Features, steps: int, start: Tensor) -> None:
+    def walk(features: Features, count: int, start: Tensor) -> None:
         with _autocast(model, setting):
-            solve(refine(features), start, solver=solver, max_steps=steps, guarded=not layer.accepts_nonfinite)
+            cast = cast_once(layer)
+
+            def refine(flat: Tensor) -> Tensor:
+                return cast.refine_segments(QueryState.unpack(flat, queries, units), features).pack(units)
+
+            solve(refine, start, solver=solver, max_steps=count, guarded=not layer.accepts_nonfinite)
 
     with _Operations() as seen:  # of the eager step: a compiled one shows no operations
         walk(prepared, 1, next(states))
     calls = {
-        "step": lambda: walk(prepared, STEPS, next(states)),
-        "floor": lambda: [seen.products() for _ in range(STEPS)],
+        "step": lambda: walk(prepared, steps, next(states)),
+        "floor": lambda: [seen.products() for _ in range(steps)],
     }
     if setting.compiled:
         compile_refinement(model.decoder)
     if setting.graph:
         kept = next(states).clone()
         with _autocast(model, setting):
-            replay = record_cuda_graph(lambda: walk(prepared, STEPS, kept))[1]
+            replay = record_cuda_graph(lambda: walk(prepared, steps, kept))[1]
 
         def walk_again() -> None:
             kept.copy_(next(states))
@@ -189,12 +193,12 @@ def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
 
         calls = {"step": walk_again, "floor": record_cuda_graph(calls["floor"])[1]}
     elif not setting.compiled:
-        calls["simple"] = lambda: walk(plain, STEPS, next(states))
+        calls["simple"] = lambda: walk(plain, steps, next(states))
     times = interleave(calls, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
-    found = _report({name: Timing.of(x, parts=STEPS) for name, x in times.items()}, "step")
+    found = _report({name: Timing.of(x, parts=steps) for name, x in times.items()}, "step")
     found["peak_mb"] = _peak_mb(calls["step"], model, setting)
     if model.device.type == "cuda":
-        bandwidth, kernels = _copy_bandwidth(model.device), _count_kernels(calls["step"]) / STEPS
+        bandwidth, kernels = _copy_bandwidth(model.device), _count_kernels(calls["step"]) / steps
         found |= {"kernels": kernels, "moved_mb": seen.moved / 2**20, "bandwidth_ms": 1e3 * seen.moved / bandwidth}
     return found
 

@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--precision", choices=list(PRECISIONS), default="float32", help="of autocast; tf32: float32 with a GPU's TF32"
     )
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="images at once")
-    parser.add_argument("--steps", type=int, metavar="T", help="steps of the decoder; by default the config's")
+    parser.add_argument("--steps", type=int, metavar="T", help="of the decoder; or of the timed solve in --task step")
     parser.add_argument("--mode", choices=MODES, default="eager", help="graph: replay a recorded CUDA graph")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default torch's choice")
     parser.add_argument("--height", type=int, default=800, help="of the images, pixels")
@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def measure(args: argparse.Namespace) -> None:
     """Measure what the command line asks for, print it, and write it if it says where."""
-    for name in ("batch", "height", "width", "threads"):
+    for name in ("batch", "height", "width", "threads", *(["steps"] if args.task == "step" else [])):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.repeats < 2:
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> None:
         if value in ("graph", "compiled-graph", "tf32") and not cfg.MODEL.DEVICE.startswith("cuda"):
             raise UserError(f"{flag} {value} needs a GPU, and the model is on {cfg.MODEL.DEVICE}: see --device")
     model = build_model(cfg)
-    if args.steps is not None and not model.decoder.has_equilibrium:
+    if args.steps is not None and args.task != "step" and not model.decoder.has_equilibrium:
         raise UserError(f"--steps: a {type(model.decoder).__name__} takes MODEL.DEQDET.NUM_LAYERS steps")
     setting = Setting(
         task=args.task,
