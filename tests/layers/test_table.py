@@ -8,10 +8,9 @@ from torch import Tensor
 
 from deqdet.boxes import decode_boxes, encode_boxes
 from deqdet.decoders import prepare_features
-from deqdet.layers import table as tables
 from deqdet.layers.regions import pool_regions
 from deqdet.layers.sampling import sample_pyramid, sample_table
-from deqdet.layers.table import build_table, sum_rows
+from deqdet.layers.table import build_table
 from deqdet.structures import QueryState, count_images, select_images
 
 from helpers.small_layers import ADAMIXER, CASES, SPARSE_RCNN, STRIDES, make_sparse_rcnn
@@ -29,23 +28,6 @@ def draw_points(rows: int, reach: float, groups: int = 3) -> Tensor:
     low = torch.tensor([-reach, -reach, -3.0])
     size = torch.tensor([96.0 + 2 * reach, 64.0 + 2 * reach, 12.0])
     return (torch.rand(rows, 5, groups, 7, 3, generator=generator) * size + low).requires_grad_()
-
-
-def test_the_compiled_sum_of_rows_is_that_of_embedding_bag():
-    table = build_table(draw_levels([8, 16]), [8, 16], torch.float32, groups=3)
-    generator = torch.Generator().manual_seed(6)
-    index = torch.randint(0, table.rows.flatten(0, 2).shape[0], (50, 8), dtype=torch.int32, generator=generator)
-    weight = torch.randn(50, 8, generator=generator)
-    torch.testing.assert_close(sum_rows(table.rows.flatten(0, 2), index, weight), table.gather(index, weight))
-
-
-@torch.no_grad()
-def test_compiled_code_for_a_gpu_has_the_samples_of_eager_code(monkeypatch):
-    """The branch is chosen by hand, since there is no GPU."""
-    monkeypatch.setattr(tables, "_is_joined", lambda table: torch.compiler.is_compiling())
-    table, points = build_table(draw_levels([8, 16]), [8, 16], torch.float32, groups=3), draw_points(2, 60.0)
-    compiled = torch.compile(sample_table, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(table, points), sample_table(table, points))
 
 
 @pytest.mark.parametrize("strides", [[4, 8, 16, 32], [8, 16], [4], [3, 7, 20], [64, 128]])  # 128: levels of one cell

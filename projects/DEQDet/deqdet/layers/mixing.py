@@ -6,6 +6,8 @@ B: rows of the state, N: queries, G: groups of channels, P: sampled points, P_ou
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .table import kernels
+
 
 class AdaptiveMixing(nn.Module):
     """Mixes the samples of each query with matrices that are made from the query's content.
@@ -29,21 +31,27 @@ class AdaptiveMixing(nn.Module):
         nn.init.zeros_(self.generator.weight)
         nn.init.xavier_uniform_(self.out.weight)
 
-    def forward(self, content: Tensor, samples: Tensor) -> Tensor:
+    def forward(self, content: Tensor, samples: Tensor, use_kernels: bool = False) -> Tensor:
         """Mix the samples of each query.
 
         Args:
             content: (B, N, C).
             samples: (B, N, G, P, C / G).
+            use_kernels: let kernels.py do the norms, if it can: on a GPU, where no gradient is recorded.
 
         Returns:
             (B, N, C), to be added to the content.
         """
         generated = self.generator(content).unflatten(2, (self.num_groups, -1))
         channel, point = generated.split([self.group_dim**2, generated.shape[3] - self.group_dim**2], dim=3)
-        mixed = _norm_relu(samples @ channel.unflatten(3, self.channel_shape))  # (B, N, G, P, C / G)
-        mixed = _norm_relu(point.unflatten(3, self.point_shape) @ mixed)  # (B, N, G, P_out, C / G)
+        norm_relu = kernels.norm_relu if use_kernels and self._fits_kernel else _norm_relu
+        mixed = norm_relu(samples @ channel.unflatten(3, self.channel_shape))  # (B, N, G, P, C / G)
+        mixed = norm_relu(point.unflatten(3, self.point_shape) @ mixed)  # (B, N, G, P_out, C / G)
         return self.out(mixed.flatten(2))
+
+    @property
+    def _fits_kernel(self) -> bool:
+        return max(self.point_shape) * self.group_dim <= kernels.MOST
 
 
 def _norm_relu(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .table import PyramidTable
+from .table import PyramidTable, kernels
 
 
 class SamplingPoints(nn.Module):
@@ -67,7 +67,7 @@ class SamplingPoints(nn.Module):
 
 
 def sample_table(table: PyramidTable, points: Tensor) -> Tensor:
-    """The same as `sample_pyramid`, by one gather from a table of all levels.
+    """The same as `sample_pyramid`, by one gather from a table of all levels; on a GPU, if possible, by one kernel.
 
     All levels are handled at once, with the points in the last dimension, where the arithmetic is contiguous.
 
@@ -78,6 +78,9 @@ def sample_table(table: PyramidTable, points: Tensor) -> Tensor:
     Returns:
         (S * B, N, G, P, C / G), in the dtype of the table.
     """
+    if table.uses_kernels and points.dtype == torch.float32:
+        numbers = (table.scale, table.shift, table.last, table.line, table.corners[0, 0].contiguous())
+        return kernels.sample(table.rows.flatten(0, 2), points.contiguous(), *numbers)
     shape = (len(points) // table.num_images, table.num_images, *points.shape[1:4])  # S, B, N, G, P
     points = points.reshape(-1, 3).t().contiguous()  # (3, K), K = S B N G P
     # The square of the depth is the same for all levels, so that the softmax does not need it:

@@ -8,6 +8,8 @@ around each of the 4 points in a cell of RoIAlign in Sparse R-CNN.
 S: states of each image, B: images, L: levels, C: channels, G: groups of channels.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..structures import PreparedFeatures, to_device
+
+try:
+    from . import kernels
+except ImportError:  # Triton is missing, or torch 2.5, which cannot register a kernel of Triton
+    kernels = None
+
+logger = logging.getLogger(__name__)
 
 # Of cells around each level. A sample reads a cell and the next one, so that two cells keep one outside from the level.
 BORDER = 2
@@ -45,6 +54,7 @@ class PyramidTable(PreparedFeatures):
     start: Tensor  # (L, b, G)  where a group's channels of cell (0, 0) lie in the flattened table; int32
     corners: Tensor  # (2, 2, L, b, G)  the same for the first two cells of the border's first two lines
     near: Tensor  # (2, 2, 1, 1, 1)  [1, 0], [-1, 1]: the weights of two neighbouring cells, as a + b * fraction
+    has_kernels: bool  # whether kernels.py can read it
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -79,24 +89,30 @@ class PyramidTable(PreparedFeatures):
             (bags, C / G), in the dtype of the table.
         """
         table = self.rows.flatten(0, 2)
-        weight = weight.to(table.dtype)
-        if _is_joined(table):
-            return sum_rows(table, index, weight)
-        return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+        if self.uses_kernels:
+            return kernels.sum_rows(table, index.contiguous(), weight.contiguous())
+        return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight.to(table.dtype))
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether a sample is read by a kernel of kernels.py: on a GPU, where no gradient is recorded."""
+        return self.has_kernels and not torch.is_grad_enabled()
 
 
-def _is_joined(table: Tensor) -> bool:
-    """Whether `sum_rows` is to be used: in compiled code for a GPU, and without gradient, which would be slow."""
-    return torch.compiler.is_compiling() and table.is_cuda and not torch.is_grad_enabled()
-
-
-def sum_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """What embedding_bag computes, in operations of which torch.compile makes one kernel.
-
-    On an H100, embedding_bag's own kernel takes 0.19 ms of a step of 300 queries. Not compiled, this writes out every
-    row that is read.
-    """
-    return (table[index] * weight[..., None]).sum(1)
+@functools.cache
+def _kernels_work() -> bool:
+    """Whether the kernels of kernels.py run on this machine: Triton builds them, with a C compiler, when first used."""
+    if kernels is None or not torch.cuda.is_available():
+        return False
+    try:
+        table, zeros = torch.zeros(1, 16, device="cuda"), torch.zeros(1, 1, device="cuda")
+        with torch.no_grad():
+            kernels.sum_rows(table, zeros.int(), zeros)
+    except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        logger.warning("Sampling on the GPU is slower than it could be, since Triton does not work here: %s", reason)
+        return False
+    return True
 
 
 def build_table(
@@ -157,6 +173,7 @@ def build_table(
         start=corners[0, 0] + (border * (line + 1))[:, None, None],
         corners=corners,
         near=near.view(2, 2, 1, 1, 1),
+        has_kernels=device.type == "cuda" and dtype != torch.float64 and _kernels_work(),
     )
 
 

@@ -1,0 +1,104 @@
+"""Run the kernels for GPUs on a CPU, in Triton's interpreter, and print how far they are from what they stand for.
+
+The interpreter is chosen by TRITON_INTERPRET=1, which must be set before Triton is imported.
+"""
+
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deqdet.layers import kernels
+from deqdet.layers.sampling import sample_pyramid
+from deqdet.layers.table import PyramidTable, build_table
+
+
+def draw_table(strides: list[int], channels: int, groups: int, dtype: torch.dtype = torch.float32) -> PyramidTable:
+    """Of two images of 64 x 96 pixels."""
+    sizes = [(-(-64 // s), -(-96 // s)) for s in strides]
+    return build_table([torch.randn(2, channels * groups, *size) for size in sizes], strides, dtype, groups)
+
+
+def draw_points(rows: int, groups: int, reach: float) -> Tensor:
+    """(rows, 5, G, 7, 3), some of them `reach` pixels beyond the image."""
+    low, size = torch.tensor([-reach, -reach, -3.0]), torch.tensor([96.0 + 2 * reach, 64.0 + 2 * reach, 12.0])
+    return torch.rand(rows, 5, groups, 7, 3) * size + low
+
+
+def sample(table: PyramidTable, points: Tensor) -> Tensor:
+    numbers = table.scale, table.shift, table.last, table.line, table.corners[0, 0].contiguous()
+    return kernels.sample(table.rows.flatten(0, 2), points, *numbers)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def samples(strides: list[int], channels: int, groups: int, rows: int, reach: float) -> float:
+    table, points = draw_table(strides, channels, groups), draw_points(rows, groups, reach)
+    return relative(sample(table, points), sample_pyramid(table.levels, strides, points))
+
+
+def samples_of_one_image() -> float:
+    """As when the other image has converged and left the batch."""
+    table, points = draw_table([8, 16], 16, 2), draw_points(1, 2, 9.0)
+    levels = [level[1:] for level in table.levels]
+    return relative(sample(table.select(torch.tensor([1])), points), sample_pyramid(levels, [8, 16], points))
+
+
+def samples_in_bfloat16() -> float:
+    table, points = draw_table([8, 16], 16, 2, torch.bfloat16), draw_points(2, 2, 9.0)
+    return relative(sample(table, points), sample_pyramid(table.levels, [8, 16], points))
+
+
+def samples_beside_nonfinite_ones() -> float:
+    """How far the other samples change when some points become infinite or NaN."""
+    table, points = draw_table([8, 16], 16, 2), draw_points(2, 2, 9.0)
+    before = sample(table, points)
+    others = torch.ones(points.shape[:4], dtype=torch.bool)
+    for i, value in enumerate((math.nan, math.inf, -math.inf, 1e30, -1e30)):
+        points[0, i, 1, 2, :2] = value
+        others[0, i, 1, 2] = False
+    return (sample(table, points)[others] - before[others]).abs().max().item()
+
+
+def sums(bags: int, length: int, channels: int, dtype: torch.dtype = torch.float32) -> float:
+    table, weight = torch.randn(200, channels).to(dtype), torch.randn(bags, length)
+    index = torch.randint(0, 200, (bags, length), dtype=torch.int32)
+    expected = F.embedding_bag(index, table.float(), mode="sum", per_sample_weights=weight)
+    return relative(kernels.sum_rows(table, index, weight), expected)
+
+
+def norms(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> float:
+    x = (scale * torch.randn(shape) + 1).to(dtype)
+    return relative(kernels.norm_relu(x), F.layer_norm(x.float(), shape[-2:]).relu())
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.manual_seed(0)
+    found = {
+        "four levels": samples([4, 8, 16, 32], channels=16, groups=4, rows=2, reach=9.0),
+        "three states of two images": samples([4, 8, 16, 32], channels=16, groups=2, rows=6, reach=60.0),
+        "one level": samples([8], channels=64, groups=1, rows=2, reach=9.0),
+        "levels of one cell": samples([64, 128], channels=16, groups=1, rows=2, reach=40.0),
+        "channels that are no power of two": samples([3, 7, 20], channels=6, groups=3, rows=2, reach=9.0),
+        "one image of two": samples_of_one_image(),
+        "bfloat16": samples_in_bfloat16(),
+        "nonfinite": samples_beside_nonfinite_ones(),
+        "sums": sums(50, 16, 64),
+        "sums of wide rows": sums(3, 16, 300),
+        "sums of short bags": sums(33, 5, 3),
+        "sums in bfloat16": sums(50, 16, 32, torch.bfloat16),
+        "norms": norms(2, 3, 4, 64, 16),
+        "norms of a size that is no power of two": norms(5, 7, 3),
+        "norms of large numbers": norms(2, 32, 64, scale=1e4),
+        "norms in bfloat16": norms(3, 128, 64, dtype=torch.bfloat16),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

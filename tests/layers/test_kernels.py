@@ -1,0 +1,116 @@
+"""The kernels for GPUs, run by Triton's interpreter on the CPU, and what happens where they cannot run."""
+
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deqdet.layers import kernels
+from deqdet.layers import table as tables
+from deqdet.layers.sampling import sample_table
+
+from helpers import interpreted_kernels
+from helpers.interpreted_kernels import draw_points, draw_table
+
+
+@pytest.fixture(scope="module")
+def differences() -> dict[str, float]:
+    """In a process of its own: with the interpreter, no kernel of this process could be compiled any more."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, interpreted_kernels.__file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "name, within",
+    [
+        ("four levels", 1e-5),
+        ("three states of two images", 1e-5),
+        ("one level", 1e-5),
+        ("levels of one cell", 1e-5),
+        ("channels that are no power of two", 1e-5),
+        ("one image of two", 1e-5),
+        ("bfloat16", 4e-3),
+        ("nonfinite", 0.0),
+        ("sums", 1e-6),
+        ("sums of wide rows", 1e-6),
+        ("sums of short bags", 1e-6),
+        ("sums in bfloat16", 4e-3),
+        ("norms", 1e-6),
+        ("norms of a size that is no power of two", 1e-6),
+        ("norms of large numbers", 1e-6),
+        ("norms in bfloat16", 4e-3),
+    ],
+)
+def test_a_kernel_computes_what_the_operations_do(differences, name, within):
+    assert differences[name] <= within
+
+
+@pytest.fixture
+def works(monkeypatch):
+    """works(error) asks whether the kernels work on a machine with a GPU, on which they raise the error, if any."""
+
+    def ask(error: Exception | None = None) -> bool:
+        def sum_rows(*tensors: torch.Tensor) -> torch.Tensor:
+            if error is not None:
+                raise error
+            return tensors[0]
+
+        monkeypatch.setattr(tables.kernels, "sum_rows", sum_rows)
+        monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.ones(size))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        return tables._kernels_work.__wrapped__()
+
+    return ask
+
+
+def test_without_a_compiler_a_warning_says_so_and_the_operations_are_used(works, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert works() and not caplog.records
+        assert not works(RuntimeError("Failed to find C compiler.\nSet CC."))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "Sampling on the GPU is slower than it could be, since Triton does not work here: "
+        "RuntimeError: Failed to find C compiler."
+    )
+
+
+def test_without_a_gpu_or_triton_there_are_no_kernels(monkeypatch):
+    assert not tables._kernels_work()  # the tests hide the GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tables, "kernels", None)
+    assert not tables._kernels_work.__wrapped__()
+
+
+def test_the_kernels_are_used_without_a_gradient_alone(monkeypatch):
+    called = []
+
+    def sample(table: torch.Tensor, points: torch.Tensor, *numbers: torch.Tensor) -> torch.Tensor:
+        called.append("sample")
+        return table.new_zeros(*points.shape[:4], table.shape[1])
+
+    def sum_rows(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        called.append("sum_rows")
+        return table.new_zeros(len(index), table.shape[1])
+
+    monkeypatch.setattr(kernels, "sample", sample)
+    monkeypatch.setattr(kernels, "sum_rows", sum_rows)
+    table, points = draw_table([8, 16], 16, 2), draw_points(2, 2, 9.0)
+    index, weight = torch.zeros(3, 4, dtype=torch.int32), torch.ones(3, 4)
+    for has_kernels in (False, True):
+        table = dataclasses.replace(table, has_kernels=has_kernels)
+        for gradient in (False, True):
+            with torch.set_grad_enabled(gradient):
+                sample_table(table, points)
+                table.gather(index, weight)
+            assert called == (["sample", "sum_rows"] if has_kernels else [])
+    with torch.no_grad():
+        sample_table(table, points.double())  # the kernel reads float32 points alone
+    assert called[2:] == ["sum_rows"]
