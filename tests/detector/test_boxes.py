@@ -12,6 +12,7 @@ from deqdet.boxes import (
     embed_position,
     encode_boxes,
     geometry_exponents,
+    pairwise_intersection,
     pairwise_iof,
     refine_position,
     refine_position_by_deltas,
@@ -145,6 +146,11 @@ def test_iof_floors_the_area():
     torch.testing.assert_close(pairwise_iof(boxes)[0, 0], torch.tensor([0.01, 0.01], dtype=torch.float64))
     loose = pairwise_iof(boxes, min_area=1e-9)[0, 0]
     torch.testing.assert_close(loose, torch.ones(2, dtype=torch.float64))
+
+
+def test_overlaps_have_the_layout_of_a_bias_that_the_fast_kernels_of_attention_take():
+    boxes = decode_boxes(random_positions(2, 50))
+    assert pairwise_intersection(boxes).is_contiguous()
 
 
 def test_iof_of_each_image_alone():

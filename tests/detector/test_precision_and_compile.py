@@ -2,6 +2,8 @@
 
 import functools
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from deqdet.layers import RefinementLayer, attention, cast_once, compile_layer
 from deqdet.structures import Prediction, QueryState
 
 from helpers.batches import strip
-from helpers.small_layers import CASES
+from helpers.small_layers import ADAMIXER, CASES
 
 LAYERS = {"AdaMixerLayer": (), "SparseRCNNLayer": ("MODEL.BACKBONE.NAME", "build_basic_resnet_fpn_backbone")}
 
@@ -109,7 +111,7 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is(caplog):
 def test_the_steps_of_a_compiled_layer_do_not_cast_its_weights(name, traced, stir):
     """The copy has the layer's results, also after the weights have changed, and after a call in inference mode."""
     case = CASES[name]
-    layer, features, state = case.make(), case.features(), case.state()
+    layer, features, state = case.make().eval(), case.features(), case.state()
     stir(layer, size=0.3)
     compile_layer(layer)
     assert cast_once(layer) is layer  # without autocast, there is nothing to cast
@@ -123,9 +125,12 @@ def test_the_steps_of_a_compiled_layer_do_not_cast_its_weights(name, traced, sti
     weights = dict(copy.named_parameters())
     assert weights["feedforward.0.weight"].dtype == weights["box_branch.0.weight"].dtype == torch.bfloat16
     assert weights["feedforward_norm.weight"].dtype == torch.float32
+    assert {x.dtype for name, x in weights.items() if "in_proj" in name} == {torch.bfloat16}
     assert {x.dtype for x in layer.parameters()} == {torch.float32} and set(weights) == set(layer.state_dict())
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
-        assert cast_once(layer) is layer
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.enable_grad():
+            assert cast_once(layer) is layer
+        assert cast_once(layer.train()) is layer
 
 
 class ExactLayer(RefinementLayer):
@@ -145,14 +150,79 @@ class ExactLayer(RefinementLayer):
 
 @torch.no_grad()
 def test_a_layer_whose_weights_must_not_be_cast_keeps_them(traced, caplog):
-    layer, state = ExactLayer(), QueryState(torch.zeros(1, 2, 4), torch.ones(1, 2, 3))
+    layer, state = ExactLayer().eval(), QueryState(torch.zeros(1, 2, 4), torch.ones(1, 2, 3))
     compile_layer(layer)
     expected = layer.linear(state.content)
-    with torch.autocast("cpu", dtype=torch.bfloat16), caplog.at_level(logging.WARNING):
+    with torch.autocast("cpu", dtype=torch.bfloat16), caplog.at_level(logging.INFO, "deqdet"):
         for _ in range(2):
             assert torch.equal(cast_once(layer)(state, []).content, expected)
         assert cast_once(layer) is layer
-    assert not caplog.records
+    (message,) = [x.getMessage() for x in caplog.records if x.name.startswith("deqdet")]
+    assert message.startswith("ExactLayer, compiled, casts its weights to torch.bfloat16 in every step, since a copy ")
+
+
+class AttentiveLayer(RefinementLayer):
+    """Holds what a user's layer may hold: attention without biases, and a tensor that cannot be deep-copied."""
+
+    def __init__(self, copies: bool):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, kdim=4, vdim=4, batch_first=True)
+        self.kept = None if copies else (torch.ones(3, requires_grad=True) * 2)
+
+    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
+        keys = state.content[..., :4]
+        return QueryState(state.position, self.attention(state.content, keys, keys, need_weights=False)[0])
+
+    def predict(self, state: QueryState) -> Prediction:
+        return Prediction(state.content, state.position)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copies", [True, False])
+def test_the_layer_of_a_user_is_copied_or_left_alone(copies, traced):
+    with torch.enable_grad():
+        layer = AttentiveLayer(copies).eval()
+    state = QueryState(torch.zeros(1, 2, 4), torch.ones(1, 2, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(state, []).content
+        compile_layer(layer)
+        used = cast_once(layer)
+        assert (used is not layer) == copies
+        torch.testing.assert_close(used(state, []).content, expected, rtol=0, atol=1e-2)
+        if copies:
+            assert {x.dtype for x in used.parameters()} == {torch.bfloat16}
+            layer.attention = nn.MultiheadAttention(8, 2, batch_first=True, kdim=4, vdim=4)
+            assert len(list(cast_once(layer).parameters())) == len(list(layer.parameters()))  # another copy
+
+
+@torch.no_grad()
+def test_a_lack_of_memory_does_not_give_the_copy_up(traced):
+    layer = ADAMIXER.make().eval()
+    compile_layer(layer)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("as large an image as this")
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        copy = cast_once(layer)
+        call = copy._compiled_call_impl
+        copy._compiled_call_impl = functools.partial(call.func, fail, *call.args[1:])
+        with pytest.raises(torch.OutOfMemoryError):
+            copy(ADAMIXER.state(), ADAMIXER.features())
+        assert cast_once(layer) is copy
+
+
+@torch.no_grad()
+def test_a_compiled_layer_in_a_larger_graph(traced):
+    """As in torch.compile or torch.export of a whole decoder: the layer is a part of it, and nothing is copied."""
+    layer, state = ADAMIXER.make().eval(), ADAMIXER.state()
+    prepared = layer.prepare(ADAMIXER.features())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(state, prepared).content
+        compile_layer(layer)
+        found = torch.compile(lambda x: cast_once(layer)(x, prepared).content, fullgraph=True)(state)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert layer._compiled_call_impl._copies == {}
 
 
 @torch.no_grad()
@@ -163,10 +233,22 @@ def test_compiled_attention_for_a_gpu_is_that_of_eager_code(name, monkeypatch):
     case = CASES[name]
     layer, state = case.make(), case.state()
     expected = layer(state, layer.prepare(case.features()))
-    monkeypatch.setattr(attention, "_fastest", lambda query: sdpa_kernel(SDPBackend.MATH))
+    monkeypatch.setattr(attention, "_attention_kernel", lambda query: sdpa_kernel(SDPBackend.MATH))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     found = compiled(state, layer.prepare(case.features()))
     torch.testing.assert_close(found.content, expected.content, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("changed, chosen", [
+    ({}, True), ({"dtype": torch.bfloat16}, False), ({"shape": (2, 8, 300, 32)}, False), ({"is_cuda": False}, False),
+])  # fmt: skip
+def test_one_image_in_float32_on_a_gpu_is_attended_to_by_products(monkeypatch, changed, chosen):
+    query = SimpleNamespace(**{"is_cuda": True, "dtype": torch.float32, "shape": (1, 8, 300, 32)} | changed)
+    with torch.no_grad():
+        assert isinstance(attention._attention_kernel(query), nullcontext)  # in eager code
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert isinstance(attention._attention_kernel(query), nullcontext) != chosen
+    assert isinstance(attention._attention_kernel(query), nullcontext)
 
 
 @torch.no_grad()
@@ -181,6 +263,25 @@ def test_a_compiled_decoder_casts_once(small_model, make_inputs, decoder, traced
     assert list(refinement._compiled_call_impl._copies) == [(torch.device("cpu"), torch.bfloat16)]
     torch.testing.assert_close(found[1].boxes, found[0].boxes, rtol=0, atol=0.05)
     torch.testing.assert_close(found[1].logits, found[0].logits, rtol=0, atol=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rtol", [0.0, 1e-9])
+def test_all_steps_of_a_compiled_decode_run_the_copy(small_model, make_inputs, rtol, traced):
+    """Also when images leave the batch; and what is computed on the path later runs the layer itself."""
+    keys = "TEST.PRECISION", "bfloat16", "MODEL.DEQDET.COMPILE", True, "MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 3
+    model = small_model(*keys, "MODEL.DEQDET.SOLVER.RTOL", rtol).eval()
+    called, layer = [], model.decoder.refinement
+    layer.register_forward_pre_hook(lambda module, _: called.append(module is layer))  # copied with the layer
+    torch.compiler.set_stance("force_eager")
+    try:
+        path = model.walk(strip(make_inputs(0, 0))).trajectory
+        assert called == [False] * 3
+        with model.autocast():
+            path.refine(path.start.pack())
+    finally:
+        torch.compiler.set_stance("default")
+    assert called == [False] * 3 + [True]
 
 
 def test_the_key_compiles_f_alone(small_model):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from deqdet.structures import QueryState
 from helpers.batches import strip
 from helpers.engine_toy import IN_PROCESS, parse
 from helpers.paths import SHAPES_CONFIG
+from helpers.six_detectors import LAYERS, detector_keys
 from helpers.two_ranks import run_two_ranks
 
 NAMES = ("residual_step1", "residual", "steps_to_rtol0.05", "spectral_radius")
@@ -59,6 +61,21 @@ def test_figures_of_the_training_iteration(small_model, make_inputs):
     assert found["residual_step1"] == pytest.approx(median(residuals[0]), rel=1e-5)
     assert found["residual"] == pytest.approx(median(residuals[2]), rel=1e-5)
     assert min(residuals[2]) < found["residual"] < max(residuals[2])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_figures_in_bfloat16(small_model, make_inputs, monkeypatch, layer, compiled):
+    """They are near those in float32, and leave the layer that a compiled decode casts in use."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    keys, batch = detector_keys("EquilibriumDecoder", layer), strip(make_inputs(1))
+    exact = measure_equilibrium(small_model(*keys), batch, power_iterations=10)
+    model = small_model(*keys, "TEST.PRECISION", "bfloat16", "MODEL.DEQDET.COMPILE", compiled)
+    found = measure_equilibrium(model, batch, power_iterations=10)
+    assert found == pytest.approx(exact, rel=0.15) and found != exact
+    if compiled:
+        assert None not in model.decoder.refinement._compiled_call_impl._copies.values()
 
 
 def test_the_radius_is_that_of_the_contents_jacobian_after_the_training_steps(small_model, make_inputs):

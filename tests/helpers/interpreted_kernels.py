@@ -3,6 +3,7 @@
 The interpreter is chosen by TRITON_INTERPRET=1, which must be set before Triton is imported.
 """
 
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from deqdet.layers import kernels
 from deqdet.layers.sampling import sample_pyramid
 from deqdet.layers.table import PyramidTable, build_table
+
+from helpers.small_layers import CASES
 
 
 def draw_table(strides: list[int], channels: int, groups: int, dtype: torch.dtype = torch.float32) -> PyramidTable:
@@ -76,9 +79,42 @@ def norms(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -
     return relative(kernels.norm_relu(x), F.layer_norm(x.float(), shape[-2:]).relu())
 
 
+def norms_of_nonfinite_rows() -> float:
+    """How many numbers differ in kind, or in value, from those of the operations."""
+    x = torch.randn(4, 5, 8)
+    x[0, 1, 2], x[1, 1, 2], x[2, 1, 2] = math.nan, math.inf, -math.inf
+    found, expected = kernels.norm_relu(x), F.layer_norm(x, x.shape[1:]).relu()
+    return float((~torch.isclose(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)).sum())
+
+
+def samples_at_extreme_depths() -> float:
+    table, points = draw_table([8, 16], 16, 2), draw_points(2, 2, 9.0)
+    points[..., 2] *= 1e4
+    points[0, 0, 0, 0, 2] = math.nan
+    found, expected = sample(table, points), sample_pyramid(table.levels, [8, 16], points)
+    assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any()
+    return relative(found.nan_to_num(), expected.nan_to_num())
+
+
+def layers(name: str, broken: bool = False) -> float:
+    """A whole layer with the kernels, and without them."""
+    case = CASES[name]
+    layer, state, features = case.make(), case.state(), case.features()
+    for parameter in layer.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    if broken:
+        features[0][0] = math.nan
+    table = layer.prepare(features)
+    expected = layer(state, table).content
+    found = layer(state, dataclasses.replace(table, has_kernels=True)).content
+    assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any() == broken
+    return relative(found.nan_to_num(), expected.nan_to_num())
+
+
 @torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
+    kernels.try_all(torch.device("cpu"))
     found = {
         "four levels": samples([4, 8, 16, 32], channels=16, groups=4, rows=2, reach=9.0),
         "three states of two images": samples([4, 8, 16, 32], channels=16, groups=2, rows=6, reach=60.0),
@@ -96,6 +132,11 @@ def main() -> None:
         "norms of a size that is no power of two": norms(5, 7, 3),
         "norms of large numbers": norms(2, 32, 64, scale=1e4),
         "norms in bfloat16": norms(3, 128, 64, dtype=torch.bfloat16),
+        "norms of nonfinite rows": norms_of_nonfinite_rows(),
+        "extreme depths": samples_at_extreme_depths(),
+        "AdaMixer's layer": layers("AdaMixerLayer"),
+        "AdaMixer's layer, NaN in an image": layers("AdaMixerLayer", broken=True),
+        "Sparse R-CNN's layer": layers("SparseRCNNLayer"),
     }
     print(json.dumps(found))
 

@@ -223,7 +223,7 @@ class DEQDet(nn.Module):
     ) -> tuple[Decoded, list[Instances]]:
         """The decoder's last states and predictions, and the detections made from them; arguments as of `infer`."""
         images = self.preprocess(batched_inputs)
-        with self._autocast():
+        with self.autocast():
             features, initial = self.encode(images)
             decoded = self.decode_queries(initial, features, steps=steps, rtol=rtol, solver=solver)
         sizes = _original_sizes(batched_inputs, images.image_sizes)
@@ -287,13 +287,13 @@ class DEQDet(nn.Module):
         """
         images = self.preprocess(batched_inputs)
         options = {"steps": steps, "rtol": rtol, "solver": solver, "record": record, "record_iterates": record_iterates}
-        with self._autocast():
+        with self.autocast():
             features, initial = self.encode(images)
             trajectory = self.decoder.walk(initial, features, **options)
         sizes = _original_sizes(batched_inputs, images.image_sizes)
         return BatchTrajectory(trajectory, images, sizes, self.max_detections)
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
         """Autocast in the precision of test time; with float32 whatever the caller has chosen."""
         if self.precision == "float32":
             return nullcontext()

@@ -199,14 +199,13 @@ class EquilibriumDecoder(Decoder):
         start = self.initialize(initial, features)
         num_queries = start.content.shape[1]
         layer = cast_once(self.refinement)
-        refine = self.packed_refinement(features, num_queries, layer=layer)
         steps, rtol, solver = self.options(steps, rtol, solver)
 
         def restrict(rows: Tensor) -> Map:
             return self.packed_refinement(select_images(features, rows), num_queries, layer=layer)
 
         solution = solve(
-            refine,
+            self.packed_refinement(features, num_queries, layer=layer),
             start.pack(),
             solver=solver,
             max_steps=steps,
@@ -217,6 +216,7 @@ class EquilibriumDecoder(Decoder):
             guarded=not (self.refinement.accepts_nonfinite and isinstance(solver, FixedPointIteration)),
             restrict=restrict,
         )
+        refine = self.packed_refinement(features, num_queries)  # not the copy, which serves this walk alone
         return Trajectory(initial, start, solution, refine, self.initialization, self.refinement)
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
@@ -267,9 +267,8 @@ class EquilibriumDecoder(Decoder):
     def _perturbed_points(self, start: QueryState, features: Features) -> list[Tensor]:
         """The states of the solving path at the steps in Omega, perturbed, each (B, N * (4 + C)) packed."""
         kind, steps, num_queries = self.perturbation.kind, self.supervision.steps, start.content.shape[1]
-        layer = cast_once(self.refinement)
-        refine = self.packed_refinement(features, num_queries, layer=layer)
-        perturb_and_refine = self.packed_refinement(features, num_queries, self.perturbation, layer)
+        refine = self.packed_refinement(features, num_queries)
+        perturb_and_refine = self.packed_refinement(features, num_queries, self.perturbation)
 
         def perturb(flat: Tensor) -> Tensor:
             return self.perturbation(QueryState.unpack(flat, num_queries)).pack()

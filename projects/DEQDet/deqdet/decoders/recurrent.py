@@ -48,7 +48,8 @@ class RecurrentDecoder(Decoder):
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
         """The prediction of the last step."""
-        return decode_last(self._run(initial, features))
+        states = self._run(cast_once(self.refinement), initial, features)
+        return decode_last((self.refinement, state) for _, state in states)
 
     def execution(self) -> Execution:
         """g once, then f T - 1 times."""
@@ -56,9 +57,10 @@ class RecurrentDecoder(Decoder):
 
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
         """The predictions of all steps: "init" of g, then "step1" to "step<T - 1>"."""
-        states = enumerate(self._run(initial, features))
+        states = enumerate(self._run(self.refinement, initial, features))
         return {f"step{i}" if i else "init": layer.predict(state) for i, (layer, state) in states}
 
-    def _run(self, initial: QueryState, features: list[Tensor]) -> Iterator[tuple[RefinementLayer, QueryState]]:
-        layers = [self.initialization] + [cast_once(self.refinement)] * (self.num_layers - 1)
-        return run_layers(layers, initial, features)
+    def _run(
+        self, refinement: RefinementLayer, initial: QueryState, features: list[Tensor]
+    ) -> Iterator[tuple[RefinementLayer, QueryState]]:
+        return run_layers([self.initialization] + [refinement] * (self.num_layers - 1), initial, features)

@@ -111,7 +111,8 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
         path = model.walk(batch, **options, record=[train_steps], record_iterates=True).trajectory
         generator = torch.Generator(model.device).manual_seed(0)
         end = path.solution.outputs[train_steps]
-        radius = spectral_radius(path.refine, end, iterations=power_iterations, generator=generator)
+        with model.autocast():
+            radius = spectral_radius(path.refine, end, iterations=power_iterations, generator=generator)
     residuals = path.solution.residuals
     return {
         "residual_step1": _median(residuals[0]),

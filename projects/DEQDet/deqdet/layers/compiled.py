@@ -2,6 +2,8 @@
 
 import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,17 +25,18 @@ def compile_layer(layer: RefinementLayer) -> None:
 
 
 def cast_once(layer: RefinementLayer) -> RefinementLayer:
-    """What a decode applies in its steps in place of a layer: the same function, with the weights that it has now.
+    """Return the layer that a decode should apply in its steps: the same function, with the weights of now.
 
     Under autocast, eager code casts each weight once for a batch, but compiled code in every step. Therefore the
-    steps without a gradient of a compiled layer get a copy of it, whose linear layers have been cast beforehand. The
-    cast is done in each call of this function, so that it is part of what a CUDA graph records.
+    steps of a compiled layer at test time get a copy of it, whose linear layers have been cast beforehand. The cast is
+    done in each call of this function, so that it is part of what a CUDA graph records. The copy is kept for the next
+    decode. It follows the parameters and buffers of the layer, but not hooks that the layer gets later.
     """
     call, parameter = layer._compiled_call_impl, next(layer.parameters(), None)
-    if not isinstance(call, _CompiledCall) or parameter is None or torch.is_grad_enabled():
+    if not isinstance(call, _CompiledCall) or parameter is None or layer.training or torch.is_grad_enabled():
         return layer
     device = parameter.device
-    if not torch.is_autocast_enabled(device.type):
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
         return layer
     return call.cast(device, torch.get_autocast_dtype(device.type))
 
@@ -41,55 +44,70 @@ def cast_once(layer: RefinementLayer) -> RefinementLayer:
 class _CompiledCall:
     """What a compiled layer calls in place of its forward."""
 
-    def __init__(self, layer: RefinementLayer, original: RefinementLayer | None = None):
-        """
-        Args:
-            original: if the layer is a cast copy, the layer of which it is one, to be used where the copy fails.
-        """
-        self._layer, self._original = layer, original
+    def __init__(self, layer: RefinementLayer):
+        self._layer = layer
         self._compiled = torch.compile(layer._call_impl, fullgraph=True, dynamic=True)
-        self._copies: dict[tuple[torch.device, torch.dtype], RefinementLayer] = {}
-        self.works = True
+        self._copies: dict[tuple[torch.device, torch.dtype], RefinementLayer | None] = {}  # None: it does not work
+        self._works = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # as part of a larger graph
-            return self._layer._call_impl(*args, **kwargs)
-        # A copy may also fail because something in it needs float32. If the reason is another, the original fails too.
-        expected = TorchDynamoException if self._original is None else RuntimeError
-        if self.works:
+        if self._works and not torch.compiler.is_compiling():  # else it is part of a larger graph
             try:
                 return self._compiled(*args, **kwargs)
-            except expected as error:  # what the code generator raises is a TorchDynamoException, too
-                self.works = False
-                if self._original is None:
-                    reason = str(error).strip().split("\n")[0]
-                    logger.warning("%s cannot be compiled and runs as it is: %s", type(self._layer).__name__, reason)
-                    self._layer._compiled_call_impl = None
-        return (self._layer if self._original is None else self._original)(*args, **kwargs)
+            except TorchDynamoException as error:  # what the code generator raises is one, too
+                self._works = False
+                name, reason = type(self._layer).__name__, _reason(error)
+                logger.warning("%s cannot be compiled and runs as it is: %s", name, reason)
+        return self._layer._call_impl(*args, **kwargs)
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> RefinementLayer:
-        """A copy of the layer with linear layers of this dtype, or the layer itself if its copy has failed before."""
-        found = self._copies.get((device, dtype))
-        if found is None:
-            found = self._copies[device, dtype] = _cast_copy(self._layer, dtype)
-        if not found._compiled_call_impl.works:
+        """A copy of the layer with linear layers of this dtype, or the layer itself if that does not work."""
+        key = device, dtype
+        found = self._copies.get(key, self._layer)
+        if found is None or not self._works:
             return self._layer
+        sources = _tensors(self._layer)
+        if found is self._layer or [x.shape for x in _tensors(found)] != [x.shape for x in sources]:
+            try:
+                found = _cast_copy(self._layer, dtype)
+            except Exception as error:  # a layer of the user's may hold anything
+                return self._give_up(key, error)
+            call = torch.compile(found._call_impl, fullgraph=True, dynamic=True)
+            found._compiled_call_impl = partial(self._call_copy, call, key)
+            self._copies[key] = found
         with torch.no_grad():
-            torch._foreach_copy_(_tensors(found), _tensors(self._layer))
+            torch._foreach_copy_(_tensors(found), sources)
         return found
+
+    def _call_copy(self, compiled: Callable, key: tuple[torch.device, torch.dtype], *args: Any, **kwargs: Any) -> Any:
+        if self._copies[key] is not None:
+            try:
+                return compiled(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # something in it may need float32
+                self._give_up(key, error)
+        return self._layer(*args, **kwargs)
+
+    def _give_up(self, key: tuple[torch.device, torch.dtype], error: Exception) -> RefinementLayer:
+        self._copies[key], dtype = None, key[1]
+        text = "%s, compiled, casts its weights to %s in every step, since a copy cast beforehand does not work: %s"
+        logger.info(text, type(self._layer).__name__, dtype, _reason(error))
+        return self._layer
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _cast_copy(layer: RefinementLayer, dtype: torch.dtype) -> RefinementLayer:
-    """A compiled copy of a layer, whose linear layers hold their weights in a dtype."""
+    """A copy of a layer, whose linear layers hold their weights in a dtype."""
     with torch.inference_mode(False):  # in which no later call could write to the copy outside of it
         found = copy.deepcopy(layer).requires_grad_(False)
         for module in found.modules():
-            if isinstance(module, nn.Linear):
-                module.to(dtype)
-            elif isinstance(module, nn.MultiheadAttention):  # its output layer is an nn.Linear
-                module.in_proj_weight.data = module.in_proj_weight.to(dtype)
-                module.in_proj_bias.data = module.in_proj_bias.to(dtype)
-    found._compiled_call_impl = _CompiledCall(found, original=layer)
+            if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.to(dtype)
     return found
 
 

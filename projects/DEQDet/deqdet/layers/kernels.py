@@ -1,9 +1,9 @@
 """Kernels for GPUs, in Triton, which comes with torch for Linux: for samples of a pyramid's table, and for mixing.
 
 They compute what the operations of sampling.py, table.py and mixing.py do, with sums in float32, and record no
-gradient. A sample reads 16 short rows at places of its own. torch's embedding_bag and the code that torch.compile makes
-of a gather take four to ten times as long for that, since they do not keep enough reads under way. The norm reads its
-numbers once, where PyTorch's operations read them three times or more.
+gradient. A sample reads 16 short rows at places of its own. torch's embedding_bag, and the code that torch.compile
+makes of a gather, take four to ten times as long for that (docs/benchmarks.md). The norm reads its numbers once, where
+PyTorch's operations write intermediate results and read them again.
 
 S: states of each image, B: images, L: levels, N: queries, G: groups of channels, P: points, C: channels.
 """
@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-MOST = 2**15  # numbers in a row of norm_relu, which are all kept in registers
-NUMBERS = 256  # of a program's results, which one warp computes: 8 a thread, which it reads in 16 or 32 bytes
+LONGEST_ROW = 2**15  # of norm_relu, whose numbers are all kept in registers
+TILE = 256  # results of a program, which one warp computes: 8 a thread, which it reads in 16 or 32 bytes
 
 
 @triton.jit
@@ -92,18 +92,31 @@ def _norm_relu(x, out, numbers, SIZE: tl.constexpr):
     values = tl.load(x + begin + place, mask=exists, other=0).to(tl.float32)
     centered = tl.where(exists, values - tl.sum(values, 0) / numbers, 0.0)
     normed = centered / tl.sqrt(tl.sum(centered * centered, 0) / numbers + 1e-5)
-    tl.store(out + begin + place, tl.maximum(normed, 0.0).to(out.dtype.element_ty), mask=exists)
+    # tl.maximum would make 0 of NaN, and so hide a broken image.
+    tl.store(out + begin + place, tl.where(normed < 0.0, 0.0, normed).to(out.dtype.element_ty), mask=exists)
 
 
 def _tile(channels: int) -> tuple[int, int]:
     """How many sums a program computes at once, and the power of two that holds their channels."""
     power = triton.next_power_of_2(channels)
-    return max(1, NUMBERS // power), power
+    return max(1, TILE // power), power
 
 
 def _on_device(x: Tensor) -> AbstractContextManager:
     """Triton starts a kernel on the current device, which need not be the one where its tensors are."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def try_all(device: torch.device) -> None:
+    """Run each kernel once on a device; what is raised says why they cannot be used there."""
+    x = torch.zeros(1, 1, 1, 1, 16, device=device)
+    integers = x[..., :1].int()
+    with torch.no_grad():
+        sum_rows(x.flatten(0, 3), integers.flatten(1), x[..., :1].flatten(1))
+        # One point, one level, and a table of which all cells that are read are the first row.
+        numbers = x[0, 0, 0, 0, :3, None], x[0, 0, 0, 0, :3, None], integers.view(1, 1).repeat(2, 1), integers.view(1)
+        sample(torch.zeros(4, 16, device=device), x[..., :3].contiguous(), *numbers, integers.view(1, 1, 1))
+        norm_relu(x)
 
 
 @triton_op("deqdet::sum_rows", mutates_args=())
@@ -163,7 +176,7 @@ def norm_relu(x: Tensor) -> Tensor:
     """A LayerNorm of the last two dimensions, without affine part, then ReLU, with its sums in float32.
 
     Args:
-        x: (..., P, C), contiguous, of at most MOST numbers in the last two dimensions; float32, bfloat16 or float16.
+        x: (..., P, C), contiguous, with P C at most LONGEST_ROW; float32, bfloat16 or float16.
 
     Returns:
         The same shape and dtype.

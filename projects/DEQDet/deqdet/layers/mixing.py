@@ -51,7 +51,7 @@ class AdaptiveMixing(nn.Module):
 
     @property
     def _fits_kernel(self) -> bool:
-        return max(self.point_shape) * self.group_dim <= kernels.MOST
+        return max(self.point_shape) * self.group_dim <= kernels.LONGEST_ROW
 
 
 def _norm_relu(x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 The table is made once for a batch of images; the steps of the iteration only compute which of its rows they read, and
 with which weights. A sample is then one bag of rows, summed by torch's embedding_bag, whose gradients reach both the
-table and the weights. With the usual settings a bag has 16 rows: 4 cells of each of 4 levels in AdaMixer, 4 cells
-around each of the 4 points in a cell of RoIAlign in Sparse R-CNN.
+table and the weights, or on a GPU without a gradient by a kernel of kernels.py. With the usual settings a bag has 16
+rows: 4 cells of each of 4 levels in AdaMixer, 4 cells around each of the 4 points in a cell of RoIAlign in Sparse
+R-CNN.
 
 S: states of each image, B: images, L: levels, C: channels, G: groups of channels.
 """
@@ -105,9 +106,7 @@ def _kernels_work() -> bool:
     if kernels is None or not torch.cuda.is_available():
         return False
     try:
-        table, zeros = torch.zeros(1, 16, device="cuda"), torch.zeros(1, 1, device="cuda")
-        with torch.no_grad():
-            kernels.sum_rows(table, zeros.int(), zeros)
+        kernels.try_all(torch.device("cuda"))
     except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         logger.warning("Sampling on the GPU is slower than it could be, since Triton does not work here: %s", reason)

@@ -34,7 +34,7 @@ TASKS = ("step", "decoder", "inference", "training", "memory")
 # The dtype of autocast, None without it. tf32 is float32 whose matrix products a GPU computes with 10 bits of mantissa.
 PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
-STEPS = 5  # of one timed solve, by which its time is divided, if the setting does not say how many
+STEPS = 5  # of a solve in which a step is timed, by default
 BOXES = 10  # of each image in training
 Call = Callable[[], Any]
 
@@ -63,7 +63,7 @@ class Setting:
     width: int
     batch: int
     precision: str
-    steps: int | None = None  # of the decoder, None: its own number; or of the solve in which a step is timed, None: 5
+    steps: int | None = None  # of the decoder, by default its own; or of a solve in which a step is timed, by default 5
     compiled: bool = False
     graph: bool = False  # replay a recorded CUDA graph, see DecodingGraphs; not in training
     compute: bool = True  # for memory: run both passes for the peak

@@ -44,7 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--precision", choices=list(PRECISIONS), default="float32", help="of autocast; tf32: float32 with a GPU's TF32"
     )
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="images at once")
-    parser.add_argument("--steps", type=int, metavar="T", help="of the decoder; or of the timed solve in --task step")
+    steps = "of the decoder, by default the config's; or of the solve in which --task step times a step, by default 5"
+    parser.add_argument("--steps", type=int, metavar="T", help=steps)
     parser.add_argument("--mode", choices=MODES, default="eager", help="graph: replay a recorded CUDA graph")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default torch's choice")
     parser.add_argument("--height", type=int, default=800, help="of the images, pixels")
