@@ -123,6 +123,6 @@ def decode_last(states: Iterable[tuple[RefinementLayer, QueryState]]) -> Decoded
     return Decoded(
         prediction=layer.predict(state),
         steps=torch.full_like(state.content[:, 0, 0], len(earlier), dtype=torch.int64),
-        finite=state.pack().isfinite().all(dim=1),
+        finite=torch.cat([state.position, state.content], dim=2).isfinite().flatten(1).all(dim=1),
         state=state,
     )

@@ -146,6 +146,7 @@ class EquilibriumDecoder(Decoder):
         num_queries: int,
         perturbation: Perturbation | None = None,
         layer: RefinementLayer | None = None,
+        units: Tensor | None = None,
     ) -> Map:
         """f as a map of packed states, (S * B, N * (4 + C)) for the features of B images, prepared or not.
 
@@ -154,8 +155,10 @@ class EquilibriumDecoder(Decoder):
         Args:
             perturbation: perturbs each state before f.
             layer: in place of f, such as `cast_once` makes of it.
+            units: what `packing_units` returns, if the caller has kept it.
         """
-        layer, units = self.refinement if layer is None else layer, packing_units(features[0].device)
+        layer = self.refinement if layer is None else layer
+        units = packing_units(features[0].device) if units is None else units
 
         def function(flat: Tensor) -> Tensor:
             state = QueryState.unpack(flat, num_queries, units).detach_position()
@@ -198,15 +201,15 @@ class EquilibriumDecoder(Decoder):
         features = prepare_features([self.initialization, self.refinement], features)
         start = self.initialize(initial, features)
         num_queries = start.content.shape[1]
-        layer = cast_once(self.refinement)
+        layer, units = cast_once(self.refinement), packing_units(features[0].device)
         steps, rtol, solver = self.options(steps, rtol, solver)
 
         def restrict(rows: Tensor) -> Map:
-            return self.packed_refinement(select_images(features, rows), num_queries, layer=layer)
+            return self.packed_refinement(select_images(features, rows), num_queries, layer=layer, units=units)
 
         solution = solve(
-            self.packed_refinement(features, num_queries, layer=layer),
-            start.pack(),
+            self.packed_refinement(features, num_queries, layer=layer, units=units),
+            start.pack(units),
             solver=solver,
             max_steps=steps,
             rtol=rtol,
@@ -216,8 +219,8 @@ class EquilibriumDecoder(Decoder):
             guarded=not (self.refinement.accepts_nonfinite and isinstance(solver, FixedPointIteration)),
             restrict=restrict,
         )
-        refine = self.packed_refinement(features, num_queries)  # not the copy, which serves this walk alone
-        return Trajectory(initial, start, solution, refine, self.initialization, self.refinement)
+        refine = self.packed_refinement(features, num_queries, units=units)  # f, not a copy that serves this walk alone
+        return Trajectory(initial, start, solution, refine, self.initialization, self.refinement, units)
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
         """The predictions at the end of the walk.

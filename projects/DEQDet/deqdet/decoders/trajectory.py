@@ -40,6 +40,7 @@ class Trajectory:
     refine: Map  # f on packed states (B, D), with these images' features
     initialization: RefinementLayer | None  # g
     refinement: RefinementLayer  # f
+    units: Tensor  # (4,) of packing_units
 
     def state(self, step: int | None = None) -> QueryState:
         """The state after `step` applications of f, or after the last one.
@@ -50,7 +51,7 @@ class Trajectory:
         if step == 0:
             return self.start
         flat = self.solution.value if step is None else _recorded(self.solution.recorded, step, "record")
-        return QueryState.unpack(flat, self.start.content.shape[1])
+        return QueryState.unpack(flat, self.start.content.shape[1], self.units)
 
     def predict(self, step: int | None = None) -> Prediction:
         """Read the state of a step out: by g at step 0 if there is a g, else by f."""
@@ -66,7 +67,7 @@ class Trajectory:
 
     def initialization_residual(self) -> Tensor:
         """(B,) the relative change from the initial queries to y_0."""
-        return relative_residual(self.initial.pack(), self.start.pack())
+        return relative_residual(self.initial.pack(self.units), self.start.pack(self.units))
 
     def application(self, step: int) -> tuple[QueryState, QueryState]:
         """The iterate to which step `step` applied f, and f's output.
@@ -80,13 +81,13 @@ class Trajectory:
         needed = "record_iterates=True and record"
         iterate = _recorded(self.solution.iterates, step, needed)
         output = _recorded(self.solution.outputs, step, needed)
-        return QueryState.unpack(iterate, queries), QueryState.unpack(output, queries)
+        return QueryState.unpack(iterate, queries, self.units), QueryState.unpack(output, queries, self.units)
 
     def residual_parts(self, step: int) -> ResidualParts:
         """How much step `step` changed content and position; for the steps and errors see `application`."""
         iterate, output = self.application(step)
         before, after = iterate.content.flatten(1), output.content.flatten(1)
-        positions = (QueryState(x.position, x.content[..., :0]).pack() for x in (iterate, output))
+        positions = (QueryState(x.position, x.content[..., :0]).pack(self.units) for x in (iterate, output))
         return ResidualParts(
             content=relative_residual(before, after),
             position=relative_residual(*positions),

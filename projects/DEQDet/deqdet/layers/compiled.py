@@ -14,6 +14,8 @@ from .base import RefinementLayer
 
 logger = logging.getLogger(__name__)
 
+_Key = tuple[torch.device, torch.dtype]  # where a copy is, and the dtype of its linear layers
+
 
 def compile_layer(layer: RefinementLayer) -> None:
     """Let torch.compile make one graph of a layer's forward, for images of any size; it does so at the first call.
@@ -47,7 +49,8 @@ class _CompiledCall:
     def __init__(self, layer: RefinementLayer):
         self._layer = layer
         self._compiled = torch.compile(layer._call_impl, fullgraph=True, dynamic=True)
-        self._copies: dict[tuple[torch.device, torch.dtype], RefinementLayer | None] = {}  # None: it does not work
+        self._copies: dict[_Key, _CastCopy] = {}
+        self._broken: set[_Key] = set()  # of which a copy does not work
         self._works = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,24 +66,22 @@ class _CompiledCall:
     def cast(self, device: torch.device, dtype: torch.dtype) -> RefinementLayer:
         """A copy of the layer with linear layers of this dtype, or the layer itself if that does not work."""
         key = device, dtype
-        found = self._copies.get(key, self._layer)
-        if found is None or not self._works:
+        if key in self._broken or not self._works:
             return self._layer
-        sources = _tensors(self._layer)
-        if found is self._layer or [x.shape for x in _tensors(found)] != [x.shape for x in sources]:
+        if key not in self._copies or not self._copies[key].is_current():
             try:
-                found = _cast_copy(self._layer, dtype)
+                found = _CastCopy(self._layer, dtype)
             except Exception as error:  # a layer of the user's may hold anything
-                return self._give_up(key, error)
-            call = torch.compile(found._call_impl, fullgraph=True, dynamic=True)
-            found._compiled_call_impl = partial(self._call_copy, call, key)
+                self._give_up(key, error)
+                return self._layer
+            call = torch.compile(found.layer._call_impl, fullgraph=True, dynamic=True)
+            found.layer._compiled_call_impl = partial(self._call_copy, call, key)
             self._copies[key] = found
-        with torch.no_grad():
-            torch._foreach_copy_(_tensors(found), sources)
-        return found
+        self._copies[key].update()
+        return self._copies[key].layer
 
-    def _call_copy(self, compiled: Callable, key: tuple[torch.device, torch.dtype], *args: Any, **kwargs: Any) -> Any:
-        if self._copies[key] is not None:
+    def _call_copy(self, compiled: Callable, key: _Key, *args: Any, **kwargs: Any) -> Any:
+        if key not in self._broken:
             try:
                 return compiled(*args, **kwargs)
             except torch.OutOfMemoryError:
@@ -89,27 +90,46 @@ class _CompiledCall:
                 self._give_up(key, error)
         return self._layer(*args, **kwargs)
 
-    def _give_up(self, key: tuple[torch.device, torch.dtype], error: Exception) -> RefinementLayer:
-        self._copies[key], dtype = None, key[1]
+    def _give_up(self, key: _Key, error: Exception) -> None:
+        self._broken.add(key)
         text = "%s, compiled, casts its weights to %s in every step, since a copy cast beforehand does not work: %s"
-        logger.info(text, type(self._layer).__name__, dtype, _reason(error))
-        return self._layer
+        logger.info(text, type(self._layer).__name__, key[1], _reason(error))
 
 
 def _reason(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _cast_copy(layer: RefinementLayer, dtype: torch.dtype) -> RefinementLayer:
-    """A copy of a layer, whose linear layers hold their weights in a dtype."""
-    with torch.inference_mode(False):  # in which no later call could write to the copy outside of it
-        found = copy.deepcopy(layer).requires_grad_(False)
-        for module in found.modules():
-            if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.to(dtype)
-    return found
+class _CastCopy:
+    """A copy of a layer that shares all tensors with it but those of its linear layers, which it holds in a dtype."""
+
+    def __init__(self, layer: RefinementLayer, dtype: torch.dtype):
+        # Whatever the layer is made of: (where it stands, under which name, what it is).
+        self._parts = [
+            (parts, name, value)
+            for module in layer.modules()
+            for parts in (module._parameters, module._buffers, module._modules)
+            for name, value in parts.items()
+        ]
+        self._sources = _linear_tensors(layer)
+        cast = {id(x) for x in self._sources}
+        shared = {id(x): x for x in (*layer.parameters(), *layer.buffers()) if id(x) not in cast}
+        with torch.inference_mode(False):  # in which no later call could write to the copy outside of it
+            self.layer = copy.deepcopy(layer, shared)
+            self._targets = _linear_tensors(self.layer)
+            for x in self._targets:
+                x.requires_grad_(False).data = x.to(dtype)
+
+    def is_current(self) -> bool:
+        """Whether the layer is still made of what it was: a new module, and a move to a device, replace parts."""
+        return all(parts.get(name) is value for parts, name, value in self._parts)
+
+    def update(self) -> None:
+        """Take over the values that the linear layers have now."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._targets, self._sources)
 
 
-def _tensors(layer: nn.Module) -> list[Tensor]:
-    return [*layer.parameters(), *layer.buffers()]
+def _linear_tensors(layer: nn.Module) -> list[Tensor]:
+    linear = [x for x in layer.modules() if isinstance(x, (nn.Linear, nn.MultiheadAttention))]
+    return [tensor for module in linear for tensor in module.parameters(recurse=False)]
