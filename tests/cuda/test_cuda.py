@@ -183,6 +183,8 @@ def test_the_kernels_compute_what_the_operations_do(dtype):
     for found, expected in pairs:
         assert found.dtype == dtype and found.shape == expected.shape
         assert (found.float() - expected).norm() <= within * expected.norm()
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = float("nan"), float("inf")
+    assert torch.equal(kernels.norm_relu(x).isnan(), F.layer_norm(x, x.shape[-2:]).relu().isnan())
 
 
 @torch.no_grad()
