@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deqdet.layers import kernels
-from deqdet.layers.sampling import sample_pyramid
+from deqdet.layers.sampling import sample_pyramid, sample_table
 from deqdet.layers.table import PyramidTable, build_table
 
 from helpers.small_layers import CASES
@@ -31,8 +31,7 @@ def draw_points(rows: int, groups: int, reach: float) -> Tensor:
 
 
 def sample(table: PyramidTable, points: Tensor) -> Tensor:
-    numbers = table.scale, table.shift, table.last, table.line, table.corners[0, 0].contiguous()
-    return kernels.sample(table.rows.flatten(0, 2), points, *numbers)
+    return sample_table(dataclasses.replace(table, has_kernels=True), points)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

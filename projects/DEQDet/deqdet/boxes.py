@@ -130,8 +130,8 @@ def pairwise_intersection(boxes: Tensor) -> Tensor:
     """Compute the areas (B, N, N), in square pixels, in which boxes (B, N, 4) xyxy overlap each other."""
     # (2 corners, 2 axes, B, N): the axes first, and the loops over boxes contiguous.
     corners = boxes.unflatten(-1, (2, 2)).movedim((-2, -1), (0, 1))
-    # On each axis the overlap begins and ends at the corners of box i, moved into box j. In this order, j comes last in
-    # memory too, as the fast kernels of attention need it.
+    # On each axis the overlap begins and ends at the corners of box i, moved into box j. Were i and j exchanged, the
+    # result would have the same values but not be contiguous, and fast kernels of attention refuse such a bias.
     start, end = corners[..., None].clamp(corners[0, ..., None, :], corners[1, ..., None, :])  # (2, B, N_i, N_j) each
     width, height = end - start
     return width * height

@@ -154,7 +154,7 @@ class EquilibriumDecoder(Decoder):
 
         Args:
             perturbation: perturbs each state before f.
-            layer: in place of f, such as `cast_once` makes of it.
+            layer: applied in place of f, for example the copy of f that `cast_once` returns.
             units: what `packing_units` returns, if the caller has kept it.
         """
         layer = self.refinement if layer is None else layer
@@ -219,7 +219,7 @@ class EquilibriumDecoder(Decoder):
             guarded=not (self.refinement.accepts_nonfinite and isinstance(solver, FixedPointIteration)),
             restrict=restrict,
         )
-        refine = self.packed_refinement(features, num_queries, units=units)  # f, not a copy that serves this walk alone
+        refine = self.packed_refinement(features, num_queries, units=units)  # of f: a cast copy serves this walk alone
         return Trajectory(initial, start, solution, refine, self.initialization, self.refinement, units)
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:

@@ -103,8 +103,8 @@ class DecodingGraphs:
 def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Replay]:
     """Record a function as a CUDA graph, after it has run WARM_UP times on a stream of its own.
 
-    Under autocast, each weight is cast once, and all steps of the function read the copy. A replay makes the copies
-    anew from what the weights are then, in the recording's own memory.
+    Under autocast, each weight is cast once, and all steps of the function read the copy. The casts are part of the
+    recording, so that a replay reads the values that the weights have then.
 
     Returns:
         What the function returned, in tensors that a replay overwrites; and the replay.

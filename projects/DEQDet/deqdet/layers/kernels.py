@@ -16,8 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-LONGEST_ROW = 2**15  # of norm_relu, whose numbers are all kept in registers
-TILE = 256  # results of a program, which one warp computes: 8 a thread, which it reads in 16 or 32 bytes
+# norm_relu keeps all numbers of a row in registers, so that a row can have at most so many.
+LONGEST_ROW = 2**15
+# The gathering kernels run on warps of 32 threads. A warp computes so many results, and each thread 8 of them, which
+# lie side by side: it reads them in one go.
+TILE = 256
 
 
 @triton.jit

@@ -34,7 +34,7 @@ TASKS = ("step", "decoder", "inference", "training", "memory")
 # The dtype of autocast, None without it. tf32 is float32 whose matrix products a GPU computes with 10 bits of mantissa.
 PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
-STEPS = 5  # of a solve in which a step is timed, by default
+STEPS = 5  # A step is timed in a solve of so many steps, if the setting does not say how many.
 BOXES = 10  # of each image in training
 Call = Callable[[], Any]
 
@@ -63,7 +63,8 @@ class Setting:
     width: int
     batch: int
     precision: str
-    steps: int | None = None  # of the decoder, by default its own; or of a solve in which a step is timed, by default 5
+    # Of the decoder, or of the solve in which a step is timed. None is the decoder's own number, or STEPS.
+    steps: int | None = None
     compiled: bool = False
     graph: bool = False  # replay a recorded CUDA graph, see DecodingGraphs; not in training
     compute: bool = True  # for memory: run both passes for the peak
