@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deqdet.errors import UserError
-from deqdet.layers import RefinementLayer, attention, cast_once, compile_layer
+from deqdet.layers import AdaMixerLayer, RefinementLayer, attention, cast_once, compile_layer
 from deqdet.structures import Prediction, QueryState
 
 from helpers.batches import strip
@@ -265,6 +265,18 @@ def test_a_compiled_decoder_casts_once(small_model, make_inputs, decoder, traced
     assert list(refinement._compiled_call_impl._copies) == [(torch.device("cpu"), torch.bfloat16)]
     torch.testing.assert_close(found[1].boxes, found[0].boxes, rtol=0, atol=0.05)
     torch.testing.assert_close(found[1].logits, found[0].logits, rtol=0, atol=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", ["EquilibriumDecoder", "RecurrentDecoder"])
+def test_the_layer_itself_reads_a_compiled_decode_out(small_model, make_inputs, decoder, traced, monkeypatch):
+    """And not its cast copy, for which only the steps have a fallback."""
+    read, predict = [], AdaMixerLayer.predict
+    monkeypatch.setattr(AdaMixerLayer, "predict", lambda layer, state: read.append(layer) or predict(layer, state))
+    keys = "MODEL.DEQDET.DECODER", decoder, "TEST.PRECISION", "bfloat16", "MODEL.DEQDET.COMPILE", True
+    model = small_model(*keys).eval()
+    model.decode(strip(make_inputs(0)))
+    assert len(read) == 1 and read[0] is model.decoder.refinement
 
 
 @torch.no_grad()
