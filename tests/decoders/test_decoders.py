@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqdet.decoders import DECODER_REGISTRY, Supervision, build_decoder
+from deqdet.decoders import DECODER_REGISTRY, Supervision, build_decoder, packed_map
 from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, Phantom, solve
 from deqdet.layers import RefinementLayer
 from deqdet.perturbation import Perturbation
@@ -250,7 +250,7 @@ def test_the_best_iterate_of_an_image(small_decoder):
     start = decoder.initialize(initial, prepared)
     found = decoder.walk(initial, features, steps=9).solution
     every = solve(
-        decoder.packed_refinement(prepared, 6), start.pack(), solver=decoder.solver, max_steps=9, record=range(10)
+        packed_map(decoder.refinement, prepared, 6), start.pack(), solver=decoder.solver, max_steps=9, record=range(10)
     )
     best = every.residuals.argmin(dim=0) + 1
     assert (best < 9).any()  # else the last one is best, and the test shows nothing

@@ -83,9 +83,9 @@ def test_a_tolerance_waits_once_a_step(build, make_inputs, layer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer, most", [("AdaMixerLayer", 59), ("SparseRCNNLayer", 106)])
+@pytest.mark.parametrize("layer, most", [("AdaMixerLayer", 56), ("SparseRCNNLayer", 102)])
 def test_kernels_of_a_step(build, make_inputs, layer, most):
-    """One more step starts so many kernels; one more is allowed for the norms, computed for 16 steps at once."""
+    """One more step starts so many kernels; two more are allowed for what is computed for 16 steps at once."""
     model, counts = build("EquilibriumDecoder", layer).eval(), []
     features, initial = model.encode(model.preprocess(make_inputs(1, 0)))
     for steps, record in ((5, ()), (6, ()), (38, ()), (38, range(39))):
@@ -93,7 +93,7 @@ def test_kernels_of_a_step(build, make_inputs, layer, most):
             model.decoder.walk(initial, features, steps=steps, record=record)
         counts.append(log.count)
     assert 50 < counts[1] - counts[0] <= most
-    assert counts[2] - counts[1] <= 32 * (most + 1)
+    assert counts[2] - counts[1] <= 32 * (most + 2)
     assert counts[3] - counts[2] <= 38 * 3  # each recorded step is tested for inf and nan by itself
 
 
@@ -101,7 +101,7 @@ PAPER = ("MODEL.DEQDET.EQUILIBRIUM.TRAIN_STEPS", 20, "MODEL.DEQDET.EQUILIBRIUM.S
          "MODEL.DEQDET.EQUILIBRIUM.SUPERVISION_INTERVAL", 3)  # fmt: skip
 
 
-@pytest.mark.parametrize("layer, most", [("AdaMixerLayer", 3465), ("SparseRCNNLayer", 4261)])
+@pytest.mark.parametrize("layer, most", [("AdaMixerLayer", 3386), ("SparseRCNNLayer", 4182)])
 def test_kernels_of_a_training_iteration(build, make_inputs, layer, most):
     """With the paper's numbers of steps; the small backbone is a part of it."""
     model, inputs = build("EquilibriumDecoder", layer, *NOISE, *PAPER).train(), make_inputs(2, 1)

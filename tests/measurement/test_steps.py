@@ -15,8 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from deqdet.data import build_test_loader
-from deqdet.decoders import SOLVER_REGISTRY
-from deqdet.decoders.base import prepare_features
+from deqdet.decoders import SOLVER_REGISTRY, packed_map, prepare_features
 from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, first_below, solve
 from deqdet.errors import UserError
 from deqdet.measurement.cost import count_multiply_adds
@@ -69,7 +68,7 @@ def residuals_alone(model: nn.Module, inputs: dict, solver: object, steps: int) 
     features, initial = model.encode(model.preprocess([inputs]))
     features = prepare_features((model.decoder.initialization, model.decoder.refinement), features)
     start = model.decoder.initialize(initial, features)
-    refine = model.decoder.packed_refinement(features, start.content.shape[1])
+    refine = packed_map(model.decoder.refinement, features, start.content.shape[1])
     return solve(refine, start.pack(), solver=solver, max_steps=steps).residuals[:, 0]
 
 

@@ -95,8 +95,19 @@ class QueryState:
         """Join states along their rows."""
         return cls(torch.cat([x.position for x in states]), torch.cat([x.content for x in states]))
 
+    @classmethod
+    def stack(cls, states: Sequence["QueryState"]) -> "QueryState":
+        """Join t states of B rows in a new first dimension: (t, B, N, 4) and (t, B, N, C)."""
+        return cls(torch.stack([x.position for x in states]), torch.stack([x.content for x in states]))
+
+    def to(self, dtype: torch.dtype) -> "QueryState":
+        """The same values in another dtype."""
+        return QueryState(self.position.to(dtype), self.content.to(dtype))
+
     def pack(self, units: Tensor | None = None) -> Tensor:
         """The state as the solvers take it: a flat vector for each row, (B, N * (4 + C)), positions in packing units.
+
+        A stack of t states becomes (t, B, N * (4 + C)).
 
         CENTER_UNIT and SCALE_UNIT make the four numbers of a position no larger than a content's entries, which a
         LayerNorm keeps near 1. They decide how much a moving box adds to a relative residual, and so what a tolerance
@@ -107,7 +118,7 @@ class QueryState:
             units: what `packing_units` returns, if the caller has kept it.
         """
         units = packing_units(self.position.device).to(self.position.dtype) if units is None else units
-        return torch.cat([self.position / units, self.content], dim=2).flatten(1)
+        return torch.cat([self.position / units, self.content], dim=-1).flatten(-2)
 
     @classmethod
     def unpack(cls, flat: Tensor, num_queries: int, units: Tensor | None = None) -> "QueryState":

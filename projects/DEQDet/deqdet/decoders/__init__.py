@@ -7,6 +7,7 @@ equilibrium also has `walk`.
 from .base import DECODER_REGISTRY, Decoder, Execution, build_decoder, compile_refinement, prepare_features
 from .equilibrium import EquilibriumDecoder, Supervision
 from .graphs import DecodingGraphs, record_cuda_graph
+from .iteration import iterate, packed_map
 from .recurrent import RecurrentDecoder
 from .solvers import SOLVER_REGISTRY, build_solver
 from .stacked import StackedDecoder
@@ -27,6 +28,8 @@ __all__ = [
     "build_decoder",
     "build_solver",
     "compile_refinement",
+    "iterate",
+    "packed_map",
     "prepare_features",
     "record_cuda_graph",
 ]

@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
-from ..equilibrium import FixedPointIteration, Map, Phantom, Solver, solve
-from ..layers import RefinementLayer, build_refinement_layer, cast_once
+from ..equilibrium import FixedPointIteration, Phantom, Solver, solve
+from ..layers import RefinementLayer, build_refinement_layer
 from ..perturbation import Perturbation
-from ..structures import Decoded, Features, Prediction, QueryState, packing_units, select_images
+from ..structures import Decoded, Features, Prediction, QueryState, packing_units
 from .base import DECODER_REGISTRY, Decoder, Execution, prepare_features, run_layers
+from .iteration import iterate, packed_map
 from .solvers import build_solver
 from .trajectory import Trajectory
 
@@ -106,6 +107,7 @@ class EquilibriumDecoder(Decoder):
         self.estimator = estimator
         self.perturbation = perturbation
         self.checkpoint_segments = checkpoint_segments
+        self.register_buffer("units", packing_units(torch.device("cpu")), persistent=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shapes: list[ShapeSpec]) -> dict:
@@ -140,34 +142,6 @@ class EquilibriumDecoder(Decoder):
         """y_0 = g(x, y_0-) (Eq. 7); without a g, the initial queries themselves."""
         return initial if self.initialization is None else self.initialization(initial, features)
 
-    def packed_refinement(
-        self,
-        features: Features,
-        num_queries: int,
-        perturbation: Perturbation | None = None,
-        layer: RefinementLayer | None = None,
-        units: Tensor | None = None,
-    ) -> Map:
-        """f as a map of packed states, (S * B, N * (4 + C)) for the features of B images, prepared or not.
-
-        The position is detached first, as between any two layers, so that the Jacobian of this map is the content's.
-
-        Args:
-            perturbation: perturbs each state before f.
-            layer: applied in place of f, for example the copy of f that `cast_once` returns.
-            units: what `packing_units` returns, if the caller has kept it.
-        """
-        layer = self.refinement if layer is None else layer
-        units = packing_units(features[0].device) if units is None else units
-
-        def function(flat: Tensor) -> Tensor:
-            state = QueryState.unpack(flat, num_queries, units).detach_position()
-            if perturbation is not None:
-                state = perturbation(state)
-            return layer.refine_segments(state, features).pack(units)
-
-        return function
-
     def options(self, steps: int | None, rtol: float | None, solver: Solver | None) -> tuple[int, float, Solver]:
         """The options of a walk, with the decoder's own value in place of each None."""
         return (
@@ -200,27 +174,21 @@ class EquilibriumDecoder(Decoder):
         """
         features = prepare_features([self.initialization, self.refinement], features)
         start = self.initialize(initial, features)
-        num_queries = start.content.shape[1]
-        layer, units = cast_once(self.refinement), packing_units(features[0].device)
         steps, rtol, solver = self.options(steps, rtol, solver)
-
-        def restrict(rows: Tensor) -> Map:
-            return self.packed_refinement(select_images(features, rows), num_queries, layer=layer, units=units)
-
-        solution = solve(
-            self.packed_refinement(features, num_queries, layer=layer, units=units),
-            start.pack(units),
+        solution = iterate(
+            self.refinement,
+            start,
+            features,
             solver=solver,
-            max_steps=steps,
+            steps=steps,
             rtol=rtol,
+            best=self.return_best,
             record=record,
             record_iterates=record_iterates,
-            best=self.return_best,
-            guarded=not (self.refinement.accepts_nonfinite and isinstance(solver, FixedPointIteration)),
-            restrict=restrict,
+            units=self.units,
         )
-        refine = self.packed_refinement(features, num_queries, units=units)  # of f: a cast copy serves this walk alone
-        return Trajectory(initial, start, solution, refine, self.initialization, self.refinement, units)
+        refine = packed_map(self.refinement, features, start.content.shape[1], units=self.units)
+        return Trajectory(initial, start, solution, refine, self.initialization, self.refinement, self.units)
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
         """The predictions at the end of the walk.
@@ -254,10 +222,10 @@ class EquilibriumDecoder(Decoder):
         num_queries = start.content.shape[1]
         with torch.no_grad():
             points = self._perturbed_points(start, features)
-        refine = self.packed_refinement(features, num_queries)
+        refine = packed_map(self.refinement, features, num_queries, units=self.units)
 
         def segment(flat: Tensor) -> Prediction:
-            return self.refinement.predict(QueryState.unpack(self.estimator(refine, flat), num_queries))
+            return self.refinement.predict(QueryState.unpack(self.estimator(refine, flat), num_queries, self.units))
 
         names = [f"step{t}" for t in self.supervision.steps]
         if self.checkpoint_segments:
@@ -270,17 +238,20 @@ class EquilibriumDecoder(Decoder):
     def _perturbed_points(self, start: QueryState, features: Features) -> list[Tensor]:
         """The states of the solving path at the steps in Omega, perturbed, each (B, N * (4 + C)) packed."""
         kind, steps, num_queries = self.perturbation.kind, self.supervision.steps, start.content.shape[1]
-        refine = self.packed_refinement(features, num_queries)
-        perturb_and_refine = self.packed_refinement(features, num_queries, self.perturbation)
+        refine = packed_map(self.refinement, features, num_queries, units=self.units)
+        perturb_and_refine = packed_map(
+            self.refinement, features, num_queries, perturbation=self.perturbation, units=self.units
+        )
 
         def perturb(flat: Tensor) -> Tensor:
-            return self.perturbation(QueryState.unpack(flat, num_queries)).pack()
+            return self.perturbation(QueryState.unpack(flat, num_queries, self.units)).pack(self.units)
 
         # Eq. 15, multi-step: noise enters before every application of f, and travels on with the path.
         function = perturb_and_refine if kind == "multi-step" else refine
         record = [t - 1 for t in steps] if kind == "one-step" else steps
         plain = FixedPointIteration()
-        path = solve(function, start.pack(), solver=plain, max_steps=steps[-1], record=record, residuals=False)
+        first, last = start.pack(self.units), steps[-1]
+        path = solve(function, first, solver=plain, max_steps=last, record=record, residuals=False)
         points = [path.recorded[t] for t in record]
         if kind == "one-step":  # Eq. 14: the path stays clean; noise passes f once, right before the supervised state
             points = [perturb_and_refine(x) for x in points]

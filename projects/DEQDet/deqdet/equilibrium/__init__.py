@@ -8,6 +8,7 @@ from .records import Solution, Status
 from .residuals import first_below, relative_residual
 from .solve import Map, Solver, solve
 from .solvers import Anderson, Broyden, FixedPointIteration
+from .unroll import conclude, unroll
 
 __all__ = [
     "Anderson",
@@ -20,7 +21,9 @@ __all__ = [
     "Solver",
     "Status",
     "Unrolled",
+    "conclude",
     "first_below",
     "relative_residual",
     "solve",
+    "unroll",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .residuals import is_finite, norms, quotient
@@ -42,8 +43,8 @@ class Solution:
     residual: Tensor
     status: Tensor  # (B,)  int64, constants of Status
     steps: Tensor  # (B,)  int64, applications of f that the row took part in
-    # (t, B)  relative residual of the iterate of each step; a row that has stopped repeats its last one. t < T if all
-    # rows stopped early
+    # (t, B)  relative residual of the iterate of each step; inf from the first output on that is not finite. A row that
+    # has stopped at the tolerance repeats its last one. t < T if all rows stopped early
     residuals: Tensor
     recorded: dict[int, Tensor]  # step -> (B, D), what `value` was after that step; step 0 has the initial value
     # step >= 1 -> (B, D), the iterate y to which that step applied f; a row that has stopped has the iterate of the
@@ -83,100 +84,93 @@ class _Record:
 
 
 class FixedRecord(_Record):
-    """The record of a solve with a fixed number of steps, in which every row takes part in every step.
+    """The record of a solve with a fixed number of steps, in which every row takes part in every step."""
 
-    No step needs to know of the steps before it, so that most is computed for many steps at once.
-    """
-
-    def __init__(self, initial: Tensor, *, keep_iterates: bool, residuals: bool, guarded: bool):
+    def __init__(self, initial: Tensor, *, keep_iterates: bool, residuals: bool):
         """
         Args:
             initial: (B, D) y_0.
-            keep_iterates, residuals, guarded: see solve(). Only a guarded record can keep steps.
+            keep_iterates, residuals: see solve().
         """
         super().__init__(initial, keep_iterates)
         self._with_residuals = residuals
-        self._guarded = guarded
-        self._pending: list[tuple[Tensor, Tensor]] = []  # iterates and outputs, (B, D) each, of the steps that wait
-        self._steps = 0
-        self._finite: list[Tensor] = []  # If guarded, an entry for each step: (B,) whether its output is finite.
-        # If not guarded: how many steps each row took before its first output that is not finite, (B,).
-        self._good = torch.zeros_like(initial[:, 0], dtype=torch.int64)
+        self._pending: list[tuple[Tensor, Tensor]] = []  # iterates and outputs of the steps that have no residual yet
+        self._finite: list[Tensor] = []  # of each step, (B,) whether its output is finite
         self._residuals: list[Tensor] = []  # each entry stands for t successive steps, (t, B)
 
     def add(self, iterate: Tensor, output: Tensor, proposal: Tensor) -> Tensor:
         """Take in one step, and return the next iterate (B, D).
+
+        A row whose output is not finite keeps its iterate. Nothing marks the row as failed: a deterministic f fails
+        again at the same iterate. With noise, as in training, the next step may succeed, and the row goes on.
 
         Args:
             iterate: (B, D) y.
             output: (B, D) f(y).
             proposal: (B, D) what the solver makes of them.
         """
-        self._steps += 1
-        if self._with_residuals or not self._guarded:
-            self._pending.append((iterate, output))
-        following = self._guard(iterate, output, proposal) if self._guarded else proposal
-        if len(self._pending) == STEPS_AT_ONCE:
-            self._catch_up()
-        if self._application is not None:
-            self._application = iterate, output
-        return following
-
-    def _guard(self, iterate: Tensor, output: Tensor, proposal: Tensor) -> Tensor:
-        """Let a row whose output is not finite keep its iterate.
-
-        Nothing marks the row as failed: a deterministic f fails again at the same iterate. With noise, as in training,
-        the next step may succeed, and the row goes on.
-        """
         finite = is_finite(output)
         self._finite.append(finite)
         self._value = torch.where(finite[:, None], output, self._value)
+        if self._with_residuals:
+            self._pending.append((iterate, output))
+            if len(self._pending) == STEPS_AT_ONCE:
+                self._catch_up()
+        if self._application is not None:
+            self._application = iterate, output
         if proposal is output:
             return self._value  # plain iteration: every iterate is the output before it
         return torch.where(finite[:, None], proposal, iterate)
 
     def _catch_up(self) -> None:
-        """Compute the residuals of the pending steps; if unguarded, also which outputs are finite, and the value."""
-        if not self._pending:
-            return
-        iterates, outputs = zip(*self._pending, strict=True)
+        """Compute the residuals of the pending steps."""
+        iterates, outputs = map(torch.stack, zip(*self._pending, strict=True))
+        change, size, _ = norms(iterates, outputs)
+        self._residuals.append(quotient(change, size, outputs.dtype))
         self._pending = []
-        chain = [self._value, *outputs]
-        states = torch.stack(chain)  # (1 + t, B, D)
-        if self._with_residuals:
-            # In plain iteration each iterate is the output before it, and need not be copied a second time.
-            plain = all(iterate is output for iterate, output in zip(iterates, chain, strict=False))
-            change, size, finite = norms(states[:-1] if plain else torch.stack(iterates), states[1:])
-            self._residuals.append(quotient(change, size, states.dtype))
-        else:
-            finite = is_finite(states[1:])
-        if not self._guarded:
-            finite = finite & (self._good == self._steps - len(outputs))  # once a row has failed, it stays out
-            last = finite.cumprod(dim=0).sum(dim=0)  # (B,)
-            self._good = self._good + last
-            self._value = states[last, _rows(last)]
 
     def finish(self, record: Collection[int]) -> Solution:
         """Return the Solution after the last step."""
-        self._catch_up()
-        good = torch.stack(self._finite).cumprod(dim=0).sum(dim=0) if self._finite else self._good
-        steps = (good + 1).clamp(max=self._steps)
-        status = torch.full_like(steps, Status.MAX_STEPS).masked_fill(good < self._steps, Status.NONFINITE)
-        dtype = torch.promote_types(self._value.dtype, torch.float32)
-        residual = torch.full_like(good, torch.inf, dtype=dtype)
-        residuals = residual.expand(self._steps, -1)
-        if self._residuals:
-            of_steps = torch.cat([residual[None], *self._residuals])  # (1 + T, B) that of step t in row t
-            residual = of_steps[good, _rows(good)].nan_to_num(nan=torch.inf, posinf=torch.inf)
-            # A row that has stopped repeats its last residual.
-            last = torch.arange(1, len(of_steps), device=good.device)[:, None].minimum(steps)
-            residuals = of_steps.gather(0, last)
-        return self._solution(record, residual=residual, status=status, steps=steps, residuals=residuals)
+        if self._pending:
+            self._catch_up()
+        if not self._finite:
+            return self._solution(record, **numbers_of_no_step(self._value))
+        good = torch.stack(self._finite).cumprod(dim=0)
+        residuals = torch.cat(self._residuals) if self._with_residuals else None
+        return self._solution(record, **numbers_of_fixed(good, residuals, self._value.dtype))
 
 
-def _rows(numbers: Tensor) -> Tensor:
-    """The indices 0 to B - 1 of the batch rows, for a tensor (B,)."""
-    return torch.arange(len(numbers), device=numbers.device)
+def numbers_of_fixed(good: Tensor, residuals: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The numbers of a Solution in which each row took part in all T steps, or in those up to its first failure.
+
+    Args:
+        good: (T, B) int64, 1 for the steps before the first output of a row that is not finite, 0 from then on.
+        residuals: (T, B) the relative residuals; those after a failure do not matter. None: they are inf.
+        dtype: of the states.
+
+    Returns:
+        residual, status, steps and residuals, as in Solution.
+    """
+    usable = good.sum(dim=0)
+    if residuals is None:
+        residuals = torch.full_like(good, torch.inf, dtype=torch.promote_types(dtype, torch.float32))
+    else:
+        residuals = residuals.masked_fill(good == 0, torch.inf)
+    from_start = F.pad(residuals, (0, 0, 1, 0), value=torch.inf)  # (1 + T, B)  row 0: no step was usable
+    return {
+        "residual": from_start.gather(0, usable[None])[0],
+        "status": torch.where(usable < len(good), Status.NONFINITE, Status.MAX_STEPS),
+        "steps": (usable + 1).clamp(max=len(good)),
+        "residuals": residuals,
+    }
+
+
+def numbers_of_no_step(value: Tensor) -> dict[str, Tensor]:
+    """The numbers of a Solution without any step, for the states (B, D)."""
+    steps = torch.zeros_like(value[:, 0], dtype=torch.int64)
+    residual = torch.full_like(steps, torch.inf, dtype=torch.promote_types(value.dtype, torch.float32))
+    status = torch.full_like(steps, Status.MAX_STEPS)
+    return {"residual": residual, "status": status, "steps": steps, "residuals": residual[None][:0]}
 
 
 class StoppingRecord(_Record):
@@ -219,7 +213,7 @@ class StoppingRecord(_Record):
             proposal: (b, D) what the solver makes of them. A row whose output is not finite stays at its iterate.
         """
         change, size, finite = norms(iterate, output)
-        active, residual = self.active, quotient(change, size, iterate.dtype)
+        active, residual = self.active, quotient(change, size, iterate.dtype).masked_fill(~finite, torch.inf)
         taken = usable = active & finite
         if self._application is not None:
             self._application = tuple(

@@ -1,4 +1,4 @@
-"""solve(): the only iteration loop, which applies the map f.
+"""solve(): the iteration of a map f, with any solver, and with or without a tolerance.
 
 Symbols: y is an iterate, f(y) its output; B batch rows of D numbers each, T steps. What happens to one batch row never
 depends on another one, so that an image's detections do not depend on the images beside it in the batch.
@@ -54,7 +54,6 @@ def solve(
     record_iterates: bool = False,
     best: bool = False,
     residuals: bool = True,
-    guarded: bool = True,
     restrict: Callable[[Tensor], Map] | None = None,
 ) -> Solution:
     """Iterate towards the fixed point y* = f(y*) (Eq. 6), where f is `function`.
@@ -72,9 +71,6 @@ def solve(
         best: return the output of the iterate with the lowest residual so far instead of the last one.
         residuals: compute them. A path of a fixed number of steps that only records states can do without: then they
             are inf.
-        guarded: test each output before the next step, so that f and the solver are given finite iterates only. False
-            is for an f and a solver that accept inf and nan, and saves time: 16 outputs are then tested at once. It has
-            no effect with a tolerance, with best, or where steps are recorded: then every step is tested.
         restrict: given the indices (b,) of some batch rows, return f for a batch of these rows alone. With it, rows
             that have stopped leave the batch and cost nothing any more.
 
@@ -84,13 +80,12 @@ def solve(
     """
     _check(max_steps, rtol, record)
     if rtol == 0 and not best:
-        guarded = guarded or len(record) > 0
-        results = FixedRecord(initial, keep_iterates=record_iterates, residuals=residuals, guarded=guarded)
+        results = FixedRecord(initial, keep_iterates=record_iterates, residuals=residuals)
     elif residuals:
         results = StoppingRecord(initial, keep_iterates=record_iterates, rtol=rtol, best=best)
     else:
         raise ValueError("a tolerance, and the choice of the best iterate, need the residuals")
-    iterate, state, full_precision = initial, solver.init(initial), _full_precision(initial.device)
+    iterate, state, precisely = initial, solver.init(initial), full_precision(initial.device)
     for step in range(1, max_steps + 1):
         if rtol > 0 and step > 1:
             remaining = int(results.active.sum())  # the one place where the host waits for the device
@@ -101,7 +96,7 @@ def solve(
                 function = restrict(results.rows)
                 iterate, state = iterate[kept], tuple(part[kept] for part in state)
         output = function(iterate).to(iterate.dtype)
-        with full_precision:
+        with precisely:
             proposal, state = solver.step(iterate, output, state)
             iterate = results.add(iterate, output, proposal)
         if step in record:
@@ -116,7 +111,7 @@ def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
         raise ValueError(f"recorded steps must lie in 0..{max_steps} (max_steps), got {sorted(outside)}")
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """Switch autocast off where it is on, so that a solver computes in the precision that it asks for."""
     if device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -26,6 +26,12 @@ def compile_layer(layer: RefinementLayer) -> None:
     layer._compiled_call_impl = _CompiledCall(layer)
 
 
+def is_compiled(layer: RefinementLayer) -> bool:
+    """Whether a layer runs compiled, as far as is known: whether it can be compiled shows at its first call."""
+    call = layer._compiled_call_impl
+    return isinstance(call, _CompiledCall) and call.works
+
+
 def cast_once(layer: RefinementLayer) -> RefinementLayer:
     """Return the layer that a decode should apply in its steps: the same function, with the weights of now.
 
@@ -34,39 +40,54 @@ def cast_once(layer: RefinementLayer) -> RefinementLayer:
     done in each call of this function, so that it is part of what a CUDA graph records. The copy is kept for the next
     decode. It follows the parameters and buffers of the layer, but not hooks that the layer gets later.
     """
-    call, parameter = layer._compiled_call_impl, next(layer.parameters(), None)
-    if not isinstance(call, _CompiledCall) or parameter is None or layer.training or torch.is_grad_enabled():
+    call = layer._compiled_call_impl
+    if not isinstance(call, _CompiledCall) or layer.training or torch.is_grad_enabled():
+        return layer
+    parameter = next(layer.parameters(), None)
+    if parameter is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled(parameter.device.type):
         return layer
     device = parameter.device
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
-        return layer
     return call.cast(device, torch.get_autocast_dtype(device.type))
 
 
-class _CompiledCall:
-    """What a compiled layer calls in place of its forward."""
+class CompiledFunction:
+    """A function that torch.compile makes one graph of, for tensors of any size, at its first call.
 
-    def __init__(self, layer: RefinementLayer):
-        self._layer = layer
-        self._compiled = torch.compile(layer._call_impl, fullgraph=True, dynamic=True)
-        self._copies: dict[_Key, _CastCopy] = {}
-        self._broken: set[_Key] = set()  # of which a copy does not work
-        self._works = True
+    Where it cannot be compiled, a warning says so once, and the function runs as it is.
+    """
+
+    def __init__(self, function: Callable, name: str):
+        """
+        Args:
+            name: for the warning.
+        """
+        self.works = True
+        self._function, self._name = function, name
+        self._compiled = torch.compile(function, fullgraph=True, dynamic=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._works and not torch.compiler.is_compiling():  # else it is part of a larger graph
+        if self.works and not torch.compiler.is_compiling():  # else it is part of a larger graph
             try:
                 return self._compiled(*args, **kwargs)
             except TorchDynamoException as error:  # what the code generator raises is one, too
-                self._works = False
-                name, reason = type(self._layer).__name__, _reason(error)
-                logger.warning("%s cannot be compiled and runs as it is: %s", name, reason)
-        return self._layer._call_impl(*args, **kwargs)
+                self.works = False
+                logger.warning("%s cannot be compiled and runs as it is: %s", self._name, _reason(error))
+        return self._function(*args, **kwargs)
+
+
+class _CompiledCall(CompiledFunction):
+    """What a compiled layer calls in place of its forward."""
+
+    def __init__(self, layer: RefinementLayer):
+        super().__init__(layer._call_impl, type(layer).__name__)
+        self._layer = layer
+        self._copies: dict[_Key, _CastCopy] = {}
+        self._broken: set[_Key] = set()  # of which a copy does not work
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> RefinementLayer:
         """A copy of the layer with linear layers of this dtype, or the layer itself if that does not work."""
         key = device, dtype
-        if key in self._broken or not self._works:
+        if key in self._broken or not self.works:
             return self._layer
         if key not in self._copies or not self._copies[key].is_current():
             try:

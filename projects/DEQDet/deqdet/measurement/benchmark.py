@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detectron2.structures import Boxes, Instances
 
 from ..boxes import encode_boxes
-from ..decoders import DecodingGraphs, compile_refinement, prepare_features, record_cuda_graph
+from ..decoders import DecodingGraphs, compile_refinement, iterate, prepare_features, record_cuda_graph
 from ..detector import DEQDet
-from ..equilibrium import FixedPointIteration, solve
+from ..equilibrium import FixedPointIteration
 from ..errors import UserError
-from ..layers import cast_once
 from ..structures import Features, QueryState, packing_units
 from .memory import training_memory
 from .timing import peak_memory, timed
@@ -158,22 +157,16 @@ def _random_state(initial: QueryState, setting: Setting) -> QueryState:
 
 
 def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
-    layer, solver = model.decoder.execution().refinement, FixedPointIteration()
+    layer, units = model.decoder.execution().refinement, packing_units(model.device)
     initial, plain = _encoded(model, setting)
     steps = STEPS if setting.steps is None else setting.steps
-    queries, units = initial.content.shape[1], packing_units(model.device)
-    states = cycle([_random_state(initial, setting).pack() for _ in range(4)])
+    states = cycle([_random_state(initial, setting) for _ in range(4)])
     with _autocast(model, setting):
         prepared = prepare_features([layer], plain)
 
-    def walk(features: Features, count: int, start: Tensor) -> None:
+    def walk(features: Features, count: int, start: QueryState) -> None:
         with _autocast(model, setting):
-            cast = cast_once(layer)
-
-            def refine(flat: Tensor) -> Tensor:
-                return cast.refine_segments(QueryState.unpack(flat, queries, units), features).pack(units)
-
-            solve(refine, start, solver=solver, max_steps=count, guarded=not layer.accepts_nonfinite)
+            iterate(layer, start, features, solver=FixedPointIteration(), steps=count, units=units)
 
     with _Operations() as seen:  # of the eager step: a compiled one shows no operations
         walk(prepared, 1, next(states))
@@ -184,12 +177,14 @@ def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
     if setting.compiled:
         compile_refinement(model.decoder)
     if setting.graph:
-        kept = next(states).clone()
+        kept = QueryState.cat([next(states)])  # a copy
         with _autocast(model, setting):
             replay = record_cuda_graph(lambda: walk(prepared, steps, kept))[1]
 
         def walk_again() -> None:
-            kept.copy_(next(states))
+            state = next(states)
+            kept.position.copy_(state.position)
+            kept.content.copy_(state.content)
             replay()
 
         calls = {"step": walk_again, "floor": record_cuda_graph(calls["floor"])[1]}

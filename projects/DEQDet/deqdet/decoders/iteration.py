@@ -1,0 +1,106 @@
+"""How a refinement layer is iterated from a state y_0, as a map f of the equilibrium package.
+
+B: images, N: queries, C: channels.
+"""
+
+import functools
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..equilibrium import FixedPointIteration, Map, Solution, Solver, conclude, solve, unroll
+from ..layers import CompiledFunction, RefinementLayer, cast_once, is_compiled
+from ..perturbation import Perturbation
+from ..structures import Features, QueryState, packing_units, select_images
+
+
+def packed_map(
+    layer: RefinementLayer,
+    features: Features,
+    num_queries: int,
+    *,
+    perturbation: Perturbation | None = None,
+    units: Tensor | None = None,
+) -> Map:
+    """f as a map of packed states, (S * B, N * (4 + C)) for the features of B images, prepared or not.
+
+    The position is detached first, as between any two layers, so that the Jacobian of this map is the content's.
+
+    Args:
+        layer: f.
+        perturbation: perturbs each state before f.
+        units: what `packing_units` returns, if the caller has kept it.
+    """
+    units = packing_units(features[0].device) if units is None else units
+
+    def function(flat: Tensor) -> Tensor:
+        state = QueryState.unpack(flat, num_queries, units).detach_position()
+        if perturbation is not None:
+            state = perturbation(state)
+        return layer.refine_segments(state, features).pack(units)
+
+    return function
+
+
+def iterate(
+    layer: RefinementLayer,
+    start: QueryState,
+    features: Features,
+    *,
+    solver: Solver,
+    steps: int,
+    rtol: float = 0.0,
+    best: bool = False,
+    record: Collection[int] = (),
+    record_iterates: bool = False,
+    units: Tensor | None = None,
+) -> Solution:
+    """Iterate f from y_0, without noise; the Solution holds packed states.
+
+    Plain iteration of a fixed number of steps, where only its end is asked for, and where f accepts inf and nan, takes
+    no time beside that of f.
+
+    Args:
+        layer: f, of which a copy with cast weights may be applied (see `cast_once`).
+        start: y_0.
+        features: as `prepare_features` returns them.
+        solver, rtol, best, record, record_iterates: as for solve().
+        steps: the most applications of f.
+        units: as for packed_map.
+    """
+    units = packing_units(features[0].device) if units is None else units
+    compiled = is_compiled(layer) and not torch.is_grad_enabled()
+    layer = cast_once(layer)
+    undamped = isinstance(solver, FixedPointIteration) and solver.damping == 1
+    if undamped and layer.accepts_nonfinite and rtol == 0 and not best and len(record) == 0:
+        dtype = torch.promote_types(start.position.dtype, start.content.dtype)
+
+        def refine(state: QueryState) -> QueryState:
+            return layer.refine_segments(state.detach_position(), features).to(dtype)
+
+        def pack(states: Sequence[QueryState]) -> Tensor:
+            return QueryState.stack(states).pack(units)
+
+        return unroll(refine, start, steps=steps, pack=pack, finish=_compiled_conclude() if compiled else None)
+
+    def restrict(rows: Tensor) -> Map:
+        return packed_map(layer, select_images(features, rows), num_queries, units=units)
+
+    num_queries = start.content.shape[1]
+    return solve(
+        packed_map(layer, features, num_queries, units=units),
+        start.pack(units),
+        solver=solver,
+        max_steps=steps,
+        rtol=rtol,
+        record=record,
+        record_iterates=record_iterates,
+        best=best,
+        restrict=restrict,
+    )
+
+
+@functools.cache
+def _compiled_conclude() -> CompiledFunction:
+    return CompiledFunction(conclude, "the record of an iteration")
