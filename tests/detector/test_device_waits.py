@@ -94,7 +94,7 @@ def test_kernels_of_a_step(build, make_inputs, layer, most):
         counts.append(log.count)
     assert 50 < counts[1] - counts[0] <= most
     assert counts[2] - counts[1] <= 32 * (most + 2)
-    assert counts[3] - counts[2] <= 38 * 3  # each recorded step is tested for inf and nan by itself
+    assert counts[3] - counts[2] <= 38 * 7  # where steps are recorded, each is packed and tested by itself
 
 
 PAPER = ("MODEL.DEQDET.EQUILIBRIUM.TRAIN_STEPS", 20, "MODEL.DEQDET.EQUILIBRIUM.SUPERVISION_COUNT", 4,

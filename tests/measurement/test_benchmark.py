@@ -55,20 +55,20 @@ def test_a_step(small_model, layer, precision):
 
 def test_a_recorded_step_has_a_recorded_floor(small_model, monkeypatch):
     """The recorder is one of the tests' own, since there is no CUDA."""
-    recorded, starts, solve = [], [], module.solve
+    recorded, starts, iterate = [], [], module.iterate
 
     def record(function):
         recorded.append(function)
         return function(), function
 
-    def seen_solve(function, initial, **options):
-        starts.append(initial.sum().item())
-        return solve(function, initial, **options)
+    def seen_iterate(layer, start, features, **options):
+        starts.append((start.position.sum().item(), start.content.sum().item()))
+        return iterate(layer, start, features, **options)
 
     monkeypatch.setattr(module, "record_cuda_graph", record)
-    monkeypatch.setattr(module, "solve", seen_solve)
+    monkeypatch.setattr(module, "iterate", seen_iterate)
     found = benchmark(small_model(), Setting(task="step", graph=True, **SMALL))
-    assert len(set(starts[2:])) == 4  # a replay gets new inputs
+    assert [len(set(numbers)) for numbers in zip(*starts[2:], strict=True)] == [4, 4]  # a replay gets new inputs
     assert len(recorded) == 2 and 0 < found["floor_ms"] < found["median_ms"]
     assert "simple_ms" not in found and found["peak_mb"] is None
 
