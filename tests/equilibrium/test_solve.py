@@ -522,3 +522,6 @@ def test_the_residual_of_a_failure_is_infinite(options):
     expected = [1.0, 0.5] + [math.inf] * (1 if "rtol" in options else 3)
     assert found.residuals.flatten().tolist() == expected
     assert found.residual.item() == 0.5
+    repaired = solve(torch.nan_to_num, torch.tensor([[math.nan, 1.0]]), solver=PLAIN, max_steps=1, **options)
+    assert repaired.value.tolist() == [[0.0, 1.0]]
+    assert repaired.residual.item() == repaired.residuals.item() == math.inf

@@ -35,7 +35,7 @@ def assert_equal(found, expected) -> None:
 
 
 def test_by_hand():
-    # 0 -> 1 -> 2 -> 3 and 0 -> 1 -> NaN, with the residuals 1, 1/2, 1/3 and 1; the limit, 0 here, adds nothing to them.
+    # 0 -> 1 -> 2 -> 3 and 0 -> 1 -> NaN, with the residuals 1, 1/2, 1/3 and 1.
     def function(flat):
         return torch.where(flat < torch.tensor([[5.0], [1.0]]), flat + 1, math.nan)
 
@@ -89,7 +89,7 @@ def test_what_finishes_gets_the_last_steps():
     calls = []
 
     def finish(states, earlier):
-        calls.append((states.shape, None if earlier is None else earlier.good.shape))
+        calls.append((states.shape, None if earlier is None else earlier.usable.shape))
         return conclude(states, earlier)
 
     for steps in (4, 16, 17, 35):
@@ -100,13 +100,25 @@ def test_what_finishes_gets_the_last_steps():
 
 
 def test_it_can_be_differentiated():
+    """The value, and also the residuals: f(y) - y over f(y), for f(y) = w y + 1."""
     weight = torch.tensor(0.5, requires_grad=True)
     found = unroll(lambda y: weight * y + 1, torch.ones(1, 1), steps=18, pack=pack)
-    (gradient,) = torch.autograd.grad(found.value.sum(), weight)
+    of_value, of_residual = (
+        torch.autograd.grad(x.sum(), weight, retain_graph=True)[0] for x in (found.value, found.residuals[2])
+    )
     y, slope = 1.0, 0.0
-    for _ in range(18):
+    for step in range(18):
+        before, slope_before = y, slope
         y, slope = 0.5 * y + 1, y + 0.5 * slope
-    assert gradient.item() == pytest.approx(slope, rel=1e-5)
+        if step == 2:
+            residual_slope = (before * slope - slope_before * y) / y**2
+    assert of_value.item() == pytest.approx(slope, rel=1e-5)
+    assert of_residual.item() == pytest.approx(residual_slope, rel=1e-4)
+
+
+def test_a_negative_number_of_steps_is_an_error():
+    with pytest.raises(ValueError, match="steps must not be negative, got -1"):
+        unroll(lambda y: y, torch.ones(1, 1), steps=-1, pack=pack)
 
 
 def test_autocast_does_not_reach_the_numbers():

@@ -1,4 +1,4 @@
-"""How a refinement layer is iterated from a state y_0, as a map f of the equilibrium package.
+"""Iterate a refinement layer f from a state y_0, with the solvers of the equilibrium package.
 
 B: images, N: queries, C: channels.
 """
@@ -58,8 +58,8 @@ def iterate(
 ) -> Solution:
     """Iterate f from y_0, without noise; the Solution holds packed states.
 
-    Plain iteration of a fixed number of steps, where only its end is asked for, and where f accepts inf and nan, takes
-    no time beside that of f.
+    Where only the last state is wanted, no gradient is recorded, and f accepts inf and nan, plain iteration of a fixed
+    number of steps runs through unroll(): between two steps nothing but f is computed.
 
     Args:
         layer: f, of which a copy with cast weights may be applied (see `cast_once`).
@@ -70,11 +70,13 @@ def iterate(
         units: as for packed_map.
     """
     units = packing_units(features[0].device) if units is None else units
-    compiled = is_compiled(layer) and not torch.is_grad_enabled()
+    compiled = is_compiled(layer) and not torch.compiler.is_compiling()
     layer = cast_once(layer)
-    undamped = isinstance(solver, FixedPointIteration) and solver.damping == 1
-    if undamped and layer.accepts_nonfinite and rtol == 0 and not best and len(record) == 0:
-        dtype = torch.promote_types(start.position.dtype, start.content.dtype)
+    plain = solver == FixedPointIteration() and rtol == 0 and not best and len(record) == 0
+    if plain and layer.accepts_nonfinite and not torch.is_grad_enabled():
+        # The first state has the layout and dtype of the others, so that a compiled f is compiled once.
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (start.position, start.content, units)))
+        start = QueryState(start.position.contiguous(), start.content.contiguous()).to(dtype)
 
         def refine(state: QueryState) -> QueryState:
             return layer.refine_segments(state.detach_position(), features).to(dtype)
@@ -103,4 +105,4 @@ def iterate(
 
 @functools.cache
 def _compiled_conclude() -> CompiledFunction:
-    return CompiledFunction(conclude, "the record of an iteration")
+    return CompiledFunction(conclude, "the computation of the residuals")

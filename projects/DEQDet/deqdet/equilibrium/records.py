@@ -134,39 +134,36 @@ class FixedRecord(_Record):
         if self._pending:
             self._catch_up()
         if not self._finite:
-            return self._solution(record, **numbers_of_no_step(self._value))
-        good = torch.stack(self._finite).cumprod(dim=0)
+            return self._solution(record, **statistics_without_steps(self._value))
+        usable = torch.stack(self._finite).cumprod(dim=0)
         residuals = torch.cat(self._residuals) if self._with_residuals else None
-        return self._solution(record, **numbers_of_fixed(good, residuals, self._value.dtype))
+        return self._solution(record, **statistics(usable, residuals, self._value.dtype))
 
 
-def numbers_of_fixed(good: Tensor, residuals: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The numbers of a Solution in which each row took part in all T steps, or in those up to its first failure.
+def statistics(usable: Tensor, residuals: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Compute residual, status, steps and residuals of a Solution after T steps without a tolerance.
 
     Args:
-        good: (T, B) int64, 1 for the steps before the first output of a row that is not finite, 0 from then on.
-        residuals: (T, B) the relative residuals; those after a failure do not matter. None: they are inf.
+        usable: (T, B) int64, 1 for the steps before the first output of a row that is not finite, 0 from then on.
+        residuals: (T, B) the relative residuals; those after a failure do not matter. With None, all are inf.
         dtype: of the states.
-
-    Returns:
-        residual, status, steps and residuals, as in Solution.
     """
-    usable = good.sum(dim=0)
+    count = usable.sum(dim=0)
     if residuals is None:
-        residuals = torch.full_like(good, torch.inf, dtype=torch.promote_types(dtype, torch.float32))
+        residuals = torch.full_like(usable, torch.inf, dtype=torch.promote_types(dtype, torch.float32))
     else:
-        residuals = residuals.masked_fill(good == 0, torch.inf)
+        residuals = residuals.masked_fill(usable == 0, torch.inf)
     from_start = F.pad(residuals, (0, 0, 1, 0), value=torch.inf)  # (1 + T, B)  row 0: no step was usable
     return {
-        "residual": from_start.gather(0, usable[None])[0],
-        "status": torch.where(usable < len(good), Status.NONFINITE, Status.MAX_STEPS),
-        "steps": (usable + 1).clamp(max=len(good)),
+        "residual": from_start.gather(0, count[None])[0],
+        "status": torch.where(count < len(usable), Status.NONFINITE, Status.MAX_STEPS),
+        "steps": (count + 1).clamp(max=len(usable)),
         "residuals": residuals,
     }
 
 
-def numbers_of_no_step(value: Tensor) -> dict[str, Tensor]:
-    """The numbers of a Solution without any step, for the states (B, D)."""
+def statistics_without_steps(value: Tensor) -> dict[str, Tensor]:
+    """The same where no step was taken from the states (B, D)."""
     steps = torch.zeros_like(value[:, 0], dtype=torch.int64)
     residual = torch.full_like(steps, torch.inf, dtype=torch.promote_types(value.dtype, torch.float32))
     status = torch.full_like(steps, Status.MAX_STEPS)
@@ -213,7 +210,7 @@ class StoppingRecord(_Record):
             proposal: (b, D) what the solver makes of them. A row whose output is not finite stays at its iterate.
         """
         change, size, finite = norms(iterate, output)
-        active, residual = self.active, quotient(change, size, iterate.dtype).masked_fill(~finite, torch.inf)
+        active, residual = self.active, quotient(change, size, iterate.dtype)
         taken = usable = active & finite
         if self._application is not None:
             self._application = tuple(

@@ -14,8 +14,8 @@ def relative_residual(iterate: Tensor, output: Tensor) -> Tensor:
         output: (B, D) f(y).
 
     Returns:
-        (B,) float32, or float64 for a float64 state. It is 0 where y and f(y) are both 0, and very large or inf where
-        only f(y) is 0.
+        (B,) float32, or float64 for a float64 state. It is 0 where y and f(y) are both 0, very large or inf where only
+        f(y) is 0, and inf where y or f(y) is not finite.
     """
     change, size, _ = norms(iterate, output)
     return quotient(change, size, iterate.dtype)
@@ -63,5 +63,5 @@ def is_finite(output: Tensor) -> Tensor:
 
 def quotient(change: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
     """The relative residual for the norms of norms and the dtype of the state."""
-    residual = change / size.clamp(min=torch.finfo(size.dtype).tiny)
+    residual = (change / size.clamp(min=torch.finfo(size.dtype).tiny)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return residual.to(torch.promote_types(dtype, torch.float32))

@@ -85,7 +85,7 @@ def solve(
         results = StoppingRecord(initial, keep_iterates=record_iterates, rtol=rtol, best=best)
     else:
         raise ValueError("a tolerance, and the choice of the best iterate, need the residuals")
-    iterate, state, precisely = initial, solver.init(initial), full_precision(initial.device)
+    iterate, state, in_own_precision = initial, solver.init(initial), without_autocast(initial.device)
     for step in range(1, max_steps + 1):
         if rtol > 0 and step > 1:
             remaining = int(results.active.sum())  # the one place where the host waits for the device
@@ -96,7 +96,7 @@ def solve(
                 function = restrict(results.rows)
                 iterate, state = iterate[kept], tuple(part[kept] for part in state)
         output = function(iterate).to(iterate.dtype)
-        with precisely:
+        with in_own_precision:
             proposal, state = solver.step(iterate, output, state)
             iterate = results.add(iterate, output, proposal)
         if step in record:
@@ -111,7 +111,7 @@ def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
         raise ValueError(f"recorded steps must lie in 0..{max_steps} (max_steps), got {sorted(outside)}")
 
 
-def full_precision(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """Switch autocast off where it is on, so that a solver computes in the precision that it asks for."""
     if device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -10,19 +10,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .records import STEPS_AT_ONCE, Solution, numbers_of_fixed, numbers_of_no_step
+from .records import STEPS_AT_ONCE, Solution, statistics, statistics_without_steps
 from .residuals import norms, quotient
-from .solve import full_precision
+from .solve import without_autocast
 
 State = TypeVar("State")
 
 
 @dataclass(frozen=True)
-class Path:
-    """What is known after t steps."""
+class Progress:
+    """What is known of B batch rows after t steps."""
 
     value: Tensor  # (B, D)  the last finite output, or y_0
-    good: Tensor  # (t, B)  int64, 1 for the steps before a row's first output that is not finite, 0 from then on
+    usable: Tensor  # (t, B)  int64, 1 for the steps before a row's first output that is not finite, 0 from then on
     residuals: Tensor  # (t, B)  relative residual of each step
 
 
@@ -32,7 +32,7 @@ def unroll(
     *,
     steps: int,
     pack: Callable[[Sequence[State]], Tensor],
-    finish: Callable[[Tensor, Path | None], Solution] | None = None,
+    finish: Callable[[Tensor, Progress | None], Solution] | None = None,
 ) -> Solution:
     """Apply f, which is `function`, again and again. f must accept inf and nan.
 
@@ -42,46 +42,58 @@ def unroll(
 
     Args:
         initial: y_0, in any form that f and `pack` understand.
-        steps: T, at least 0.
-        pack: makes of t states one tensor (t, B, D).
+        steps: T.
+        pack: stacks t states into one tensor (t, B, D).
         finish: computes the same as `conclude`, and is called in its place: compiled, for example.
+
+    Raises:
+        ValueError: steps is negative.
     """
-    chain, path = [initial], None
-    if steps == 0:
-        value = pack(chain)[0]
-        return Solution(value=value, recorded={}, iterates={}, outputs={}, **numbers_of_no_step(value))
+    if steps < 0:
+        raise ValueError(f"steps must not be negative, got {steps}")
+    states, progress = [initial], None
     for step in range(1, steps):
-        chain.append(function(chain[-1]))
+        states.append(function(states[-1]))
         if step % STEPS_AT_ONCE == 0:
-            path = extend(pack(chain), path)
-            chain = chain[-1:]
-    chain.append(function(chain[-1]))
-    return (conclude if finish is None else finish)(pack(chain), path)
+            packed = pack(states)
+            with without_autocast(packed.device):
+                progress = extend(packed, progress)
+            states = states[-1:]
+    if steps > 0:
+        states.append(function(states[-1]))
+    packed = pack(states)
+    with without_autocast(packed.device):
+        if steps == 0:
+            return _solution(packed[0], statistics_without_steps(packed[0]))
+        return (conclude if finish is None else finish)(packed, progress)
 
 
-def conclude(states: Tensor, earlier: Path | None) -> Solution:
+def conclude(states: Tensor, earlier: Progress | None) -> Solution:
     """Make the Solution after the last t steps.
 
     Args:
-        states: (1 + t, B, D) the first of their iterates, and their outputs; it may be overwritten.
-        earlier: of the steps before these, if there are any.
+        states: (1 + t, B, D) y of the first of these t steps, then the t outputs.
+        earlier: what is known of the steps before these; None if there are none.
     """
-    path = extend(states, earlier)
-    numbers = numbers_of_fixed(path.good, path.residuals, path.value.dtype)
-    return Solution(value=path.value, recorded={}, iterates={}, outputs={}, **numbers)
+    progress = extend(states, earlier)
+    return _solution(progress.value, statistics(progress.usable, progress.residuals, states.dtype))
 
 
-def extend(states: Tensor, earlier: Path | None) -> Path:
-    """The path after t more steps; for the arguments see `conclude`."""
-    with full_precision(states.device):
-        change, size, finite = norms(states[:-1], states[1:])
-        residuals = quotient(change, size, states.dtype)
-        if earlier is not None:
-            finite = finite * earlier.good[-1]  # once a row has failed, it stays out
-            states[0] = earlier.value
-        good = finite.cumprod(dim=0)
-        last = good.sum(dim=0)
-        value = states[last, torch.arange(len(last), device=last.device)]
+def extend(states: Tensor, earlier: Progress | None) -> Progress:
+    """What is known after t more steps; for the arguments see `conclude`."""
+    change, size, finite = norms(states[:-1], states[1:])
+    residuals = quotient(change, size, states.dtype)
+    values = states
     if earlier is not None:
-        good, residuals = torch.cat([earlier.good, good]), torch.cat([earlier.residuals, residuals])
-    return Path(value, good, residuals)
+        finite = finite * earlier.usable[-1]  # once a row has failed, it stays out
+        values = torch.cat([earlier.value[None], states[1:]])
+    usable = finite.cumprod(dim=0)
+    count = usable.sum(dim=0)
+    value = values[count, torch.arange(len(count), device=count.device)]
+    if earlier is not None:
+        usable, residuals = torch.cat([earlier.usable, usable]), torch.cat([earlier.residuals, residuals])
+    return Progress(value, usable, residuals)
+
+
+def _solution(value: Tensor, numbers: dict[str, Tensor]) -> Solution:
+    return Solution(value=value, recorded={}, iterates={}, outputs={}, **numbers)

@@ -39,7 +39,7 @@ class RefinementLayer(nn.Module, ABC):
     # all images' first states, then all images' second states, and so on.
     accepts_segments = False
     # True: forward also accepts inf and nan: it raises no error, and they do not change the results of the other rows.
-    # Then plain iteration need not test each state before it hands it on, which saves time.
+    # Then plain iteration without damping need not test each state before it hands it on, which saves time.
     accepts_nonfinite = False
 
     def prepare(self, features: Features) -> Features:

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import exc
 from torch._dynamo.exc import TorchDynamoException
 
 from .base import RefinementLayer
 
 logger = logging.getLogger(__name__)
 
+# torch.compile makes another graph for each new kind of input, up to a limit, beyond which it raises one of these.
+_LIMIT_REACHED = tuple(
+    getattr(exc, name) for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit") if hasattr(exc, name)
+)
 _Key = tuple[torch.device, torch.dtype]  # where a copy is, and the dtype of its linear layers
 
 
@@ -53,7 +58,8 @@ def cast_once(layer: RefinementLayer) -> RefinementLayer:
 class CompiledFunction:
     """A function that torch.compile makes one graph of, for tensors of any size, at its first call.
 
-    Where it cannot be compiled, a warning says so once, and the function runs as it is.
+    Where it cannot be compiled, a warning says so once, and the function runs as it is; so it does for inputs beyond
+    the number of graphs that torch.compile keeps of a function.
     """
 
     def __init__(self, function: Callable, name: str):
@@ -63,7 +69,7 @@ class CompiledFunction:
         """
         self.works = True
         self._function, self._name = function, name
-        self._compiled = torch.compile(function, fullgraph=True, dynamic=True)
+        self._compiled = _compile(function, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.works and not torch.compiler.is_compiling():  # else it is part of a larger graph
@@ -95,7 +101,7 @@ class _CompiledCall(CompiledFunction):
             except Exception as error:  # a layer of the user's may hold anything
                 self._give_up(key, error)
                 return self._layer
-            call = torch.compile(found.layer._call_impl, fullgraph=True, dynamic=True)
+            call = _compile(found.layer._call_impl, self._name)
             found.layer._compiled_call_impl = partial(self._call_copy, call, key)
             self._copies[key] = found
         self._copies[key].update()
@@ -115,6 +121,27 @@ class _CompiledCall(CompiledFunction):
         self._broken.add(key)
         text = "%s, compiled, casts its weights to %s in every step, since a copy cast beforehand does not work: %s"
         logger.info(text, type(self._layer).__name__, key[1], _reason(error))
+
+
+def _compile(function: Callable, name: str) -> Callable:
+    """torch.compile, but beyond its limit of graphs the function runs as it is, unless one of its graphs fits."""
+    compiled, full = torch.compile(function, fullgraph=True, dynamic=True), False
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal full
+        if not full:
+            try:
+                return compiled(*args, **kwargs)
+            except _LIMIT_REACHED:
+                full = True
+                text = "%s runs as it is where none of its graphs fits: torch.compile makes no more of them (see "
+                logger.warning(text + "torch._dynamo.config.recompile_limit)", name)
+        if not hasattr(torch.compiler, "set_stance"):  # before PyTorch 2.6
+            return function(*args, **kwargs)
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def _reason(error: Exception) -> str:

@@ -177,7 +177,8 @@ def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
     if setting.compiled:
         compile_refinement(model.decoder)
     if setting.graph:
-        kept = QueryState.cat([next(states)])  # a copy
+        state = next(states)
+        kept = QueryState(state.position.clone(), state.content.clone())
         with _autocast(model, setting):
             replay = record_cuda_graph(lambda: walk(prepared, steps, kept))[1]
 
@@ -237,7 +238,7 @@ def _training(model: DEQDet, setting: Setting) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    def iterate() -> None:
+    def iteration() -> None:
         forward()
         backward()
         update()
@@ -246,7 +247,7 @@ def _training(model: DEQDet, setting: Setting) -> dict[str, Any]:
     times = interleave(calls, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
     times["iteration"] = [sum(parts) for parts in zip(*times.values(), strict=True)]
     found = _report({name: Timing.of(x) for name, x in times.items()}, "iteration")
-    return found | {"peak_mb": peak_memory(iterate, model.device) / 2**20}
+    return found | {"peak_mb": peak_memory(iteration, model.device) / 2**20}
 
 
 def _memory(model: DEQDet, setting: Setting) -> dict[str, Any]:
