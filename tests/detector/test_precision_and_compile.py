@@ -18,6 +18,7 @@ from deqdet.structures import Prediction, QueryState
 from helpers.batches import strip
 from helpers.small_layers import ADAMIXER, CASES
 
+CPU = torch.device("cpu")
 LAYERS = {"AdaMixerLayer": (), "SparseRCNNLayer": ("MODEL.BACKBONE.NAME", "build_basic_resnet_fpn_backbone")}
 
 
@@ -114,10 +115,10 @@ def test_the_steps_of_a_compiled_layer_do_not_cast_its_weights(name, traced, sti
     layer, features, state = case.make().eval(), case.features(), case.state()
     stir(layer, size=0.3)
     compile_layer(layer)
-    assert cast_once(layer) is layer  # without autocast, there is nothing to cast
+    assert cast_once(layer, CPU) is layer  # without autocast, there is nothing to cast
     for context in (torch.inference_mode, torch.no_grad):
         with context(), torch.autocast("cpu", dtype=torch.bfloat16):
-            copy = cast_once(layer)
+            copy = cast_once(layer, CPU)
             found, expected = (x(state, layer.prepare(features)) for x in (copy, layer))
         torch.testing.assert_close(found.content, expected.content, rtol=0, atol=1e-6)
         torch.testing.assert_close(found.position, expected.position, rtol=0, atol=1e-5)
@@ -129,8 +130,8 @@ def test_the_steps_of_a_compiled_layer_do_not_cast_its_weights(name, traced, sti
     assert {x.dtype for x in layer.parameters()} == {torch.float32} and set(weights) == set(layer.state_dict())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.enable_grad():
-            assert cast_once(layer) is layer
-        assert cast_once(layer.train()) is layer
+            assert cast_once(layer, CPU) is layer
+        assert cast_once(layer.train(), CPU) is layer
 
 
 class ExactLayer(RefinementLayer):
@@ -157,8 +158,8 @@ def test_a_layer_whose_weights_must_not_be_cast_keeps_them(traced, monkeypatch, 
     expected = layer.linear(state.content)
     with torch.autocast("cpu", dtype=torch.bfloat16), caplog.at_level(logging.INFO, "deqdet"):
         for _ in range(2):
-            assert torch.equal(cast_once(layer)(state, []).content, expected)
-        assert cast_once(layer) is layer
+            assert torch.equal(cast_once(layer, CPU)(state, []).content, expected)
+        assert cast_once(layer, CPU) is layer
     (message,) = [x.getMessage() for x in caplog.records if x.name.startswith("deqdet")]
     assert message.startswith("ExactLayer, compiled, casts its weights to torch.bfloat16 in every step, since a copy ")
 
@@ -188,13 +189,13 @@ def test_the_layer_of_a_user_is_copied_or_left_alone(copies, traced):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = layer(state, []).content
         compile_layer(layer)
-        used = cast_once(layer)
+        used = cast_once(layer, CPU)
         assert (used is not layer) == copies
         torch.testing.assert_close(used(state, []).content, expected, rtol=0, atol=1e-2)
         if copies:
             assert {x.dtype for x in used.parameters()} == {torch.bfloat16}
             layer.attention = nn.MultiheadAttention(8, 2, batch_first=True, kdim=4, vdim=4)
-            assert len(list(cast_once(layer).parameters())) == len(list(layer.parameters()))  # another copy
+            assert len(list(cast_once(layer, CPU).parameters())) == len(list(layer.parameters()))  # another copy
 
 
 @torch.no_grad()
@@ -206,12 +207,12 @@ def test_a_lack_of_memory_does_not_give_the_copy_up(traced):
         raise torch.OutOfMemoryError("as large an image as this")
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        copy = cast_once(layer)
+        copy = cast_once(layer, CPU)
         call = copy._compiled_call_impl
         copy._compiled_call_impl = functools.partial(call.func, fail, *call.args[1:])
         with pytest.raises(torch.OutOfMemoryError):
             copy(ADAMIXER.state(), ADAMIXER.features())
-        assert cast_once(layer) is copy
+        assert cast_once(layer, CPU) is copy
 
 
 @torch.no_grad()
@@ -222,7 +223,7 @@ def test_a_compiled_layer_in_a_larger_graph(traced):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = layer(state, prepared).content
         compile_layer(layer)
-        found = torch.compile(lambda x: cast_once(layer)(x, prepared).content, fullgraph=True)(state)
+        found = torch.compile(lambda x: cast_once(layer, CPU)(x, prepared).content, fullgraph=True)(state)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert layer._compiled_call_impl._copies == {}
 

@@ -89,7 +89,7 @@ def test_what_finishes_gets_the_last_steps():
     calls = []
 
     def finish(states, earlier):
-        calls.append((states.shape, None if earlier is None else earlier.usable.shape))
+        calls.append((states.shape, None if earlier is None else earlier.residuals.shape))
         return conclude(states, earlier)
 
     for steps in (4, 16, 17, 35):

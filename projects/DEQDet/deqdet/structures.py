@@ -101,7 +101,9 @@ class QueryState:
         return cls(torch.stack([x.position for x in states]), torch.stack([x.content for x in states]))
 
     def to(self, dtype: torch.dtype) -> "QueryState":
-        """The same values in another dtype."""
+        """The same values in this dtype."""
+        if self.position.dtype == self.content.dtype == dtype:
+            return self
         return QueryState(self.position.to(dtype), self.content.to(dtype))
 
     def pack(self, units: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..equilibrium import FixedPointIteration, Map, Solution, Solver, conclude, solve, unroll
 from ..layers import CompiledFunction, RefinementLayer, cast_once, is_compiled
 from ..perturbation import Perturbation
-from ..structures import Features, QueryState, packing_units, select_images
+from ..structures import Features, QueryState, count_images, packing_units, select_images
 
 
 def packed_map(
@@ -69,17 +69,19 @@ def iterate(
         steps: the most applications of f.
         units: as for packed_map.
     """
-    units = packing_units(features[0].device) if units is None else units
+    device = start.content.device
+    units = packing_units(device) if units is None else units
     compiled = is_compiled(layer) and not torch.compiler.is_compiling()
-    layer = cast_once(layer)
+    layer = cast_once(layer, device)
     plain = solver == FixedPointIteration() and rtol == 0 and not best and len(record) == 0
     if plain and layer.accepts_nonfinite and not torch.is_grad_enabled():
         # The first state has the layout and dtype of the others, so that a compiled f is compiled once.
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (start.position, start.content, units)))
-        start = QueryState(start.position.contiguous(), start.content.contiguous()).to(dtype)
+        start = QueryState(start.position.contiguous(), start.content.contiguous()).to(dtype).detach()
+        apply = layer if len(start.content) == count_images(features) else layer.refine_segments
 
         def refine(state: QueryState) -> QueryState:
-            return layer.refine_segments(state.detach_position(), features).to(dtype)
+            return apply(state, features).to(dtype)
 
         def pack(states: Sequence[QueryState]) -> Tensor:
             return QueryState.stack(states).pack(units)

@@ -48,7 +48,7 @@ class RecurrentDecoder(Decoder):
 
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
         """The prediction of the last step."""
-        states = self._run(cast_once(self.refinement), initial, features)
+        states = self._run(cast_once(self.refinement, initial.content.device), initial, features)
         return decode_last((self.refinement, state) for _, state in states)
 
     def execution(self) -> Execution:

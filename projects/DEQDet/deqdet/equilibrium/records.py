@@ -135,29 +135,35 @@ class FixedRecord(_Record):
             self._catch_up()
         if not self._finite:
             return self._solution(record, **statistics_without_steps(self._value))
-        usable = torch.stack(self._finite).cumprod(dim=0)
-        residuals = torch.cat(self._residuals) if self._with_residuals else None
-        return self._solution(record, **statistics(usable, residuals, self._value.dtype))
+        count = count_usable(torch.stack(self._finite))
+        if self._with_residuals:
+            residuals = torch.cat(self._residuals)
+        else:
+            dtype = torch.promote_types(self._value.dtype, torch.float32)
+            residuals = torch.full_like(count, torch.inf, dtype=dtype).expand(len(self._finite), -1)
+        return self._solution(record, **statistics(count, residuals))
 
 
-def statistics(usable: Tensor, residuals: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def count_usable(finite: Tensor) -> Tensor:
+    """Count the steps before the first failure of each batch row: (t, B) whether a step did not fail, to (B,) int64."""
+    return torch.where(finite, len(finite), torch.arange(len(finite), device=finite.device)[:, None]).amin(dim=0)
+
+
+def statistics(count: Tensor, residuals: Tensor) -> dict[str, Tensor]:
     """Compute residual, status, steps and residuals of a Solution after T steps without a tolerance.
 
     Args:
-        usable: (T, B) int64, 1 for the steps before the first output of a row that is not finite, 0 from then on.
-        residuals: (T, B) the relative residuals; those after a failure do not matter. With None, all are inf.
-        dtype: of the states.
+        count: (B,) int64, the steps of each row before its first output that is not finite.
+        residuals: (T, B) the relative residuals; those after a failure do not matter.
     """
-    count = usable.sum(dim=0)
-    if residuals is None:
-        residuals = torch.full_like(usable, torch.inf, dtype=torch.promote_types(dtype, torch.float32))
-    else:
-        residuals = residuals.masked_fill(usable == 0, torch.inf)
+    total = len(residuals)
+    failed = torch.arange(total, device=count.device)[:, None] >= count
+    residuals = residuals.masked_fill(failed, torch.inf)
     from_start = F.pad(residuals, (0, 0, 1, 0), value=torch.inf)  # (1 + T, B)  row 0: no step was usable
     return {
         "residual": from_start.gather(0, count[None])[0],
-        "status": torch.where(count < len(usable), Status.NONFINITE, Status.MAX_STEPS),
-        "steps": (count + 1).clamp(max=len(usable)),
+        "status": torch.where(count < total, Status.NONFINITE, Status.MAX_STEPS),
+        "steps": (count + 1).clamp(max=total),
         "residuals": residuals,
     }
 

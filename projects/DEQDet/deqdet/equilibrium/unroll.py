@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .records import STEPS_AT_ONCE, Solution, statistics, statistics_without_steps
+from .records import STEPS_AT_ONCE, Solution, count_usable, statistics, statistics_without_steps
 from .residuals import norms, quotient
 from .solve import without_autocast
 
@@ -22,7 +22,7 @@ class Progress:
     """What is known of B batch rows after t steps."""
 
     value: Tensor  # (B, D)  the last finite output, or y_0
-    usable: Tensor  # (t, B)  int64, 1 for the steps before a row's first output that is not finite, 0 from then on
+    count: Tensor  # (B,)  int64, the steps before a row's first output that is not finite
     residuals: Tensor  # (t, B)  relative residual of each step
 
 
@@ -76,23 +76,21 @@ def conclude(states: Tensor, earlier: Progress | None) -> Solution:
         earlier: what is known of the steps before these; None if there are none.
     """
     progress = extend(states, earlier)
-    return _solution(progress.value, statistics(progress.usable, progress.residuals, states.dtype))
+    return _solution(progress.value, statistics(progress.count, progress.residuals))
 
 
 def extend(states: Tensor, earlier: Progress | None) -> Progress:
     """What is known after t more steps; for the arguments see `conclude`."""
     change, size, finite = norms(states[:-1], states[1:])
     residuals = quotient(change, size, states.dtype)
-    values = states
     if earlier is not None:
-        finite = finite * earlier.usable[-1]  # once a row has failed, it stays out
-        values = torch.cat([earlier.value[None], states[1:]])
-    usable = finite.cumprod(dim=0)
-    count = usable.sum(dim=0)
-    value = values[count, torch.arange(len(count), device=count.device)]
+        finite = finite & (earlier.count == len(earlier.residuals))  # once a row has failed, it stays out
+        states = torch.cat([earlier.value[None], states[1:]])
+    count = count_usable(finite)
+    value = states[count, torch.arange(len(count), device=count.device)]
     if earlier is not None:
-        usable, residuals = torch.cat([earlier.usable, usable]), torch.cat([earlier.residuals, residuals])
-    return Progress(value, usable, residuals)
+        count, residuals = earlier.count + count, torch.cat([earlier.residuals, residuals])
+    return Progress(value, count, residuals)
 
 
 def _solution(value: Tensor, numbers: dict[str, Tensor]) -> Solution:

@@ -37,21 +37,22 @@ def is_compiled(layer: RefinementLayer) -> bool:
     return isinstance(call, _CompiledCall) and call.works
 
 
-def cast_once(layer: RefinementLayer) -> RefinementLayer:
+def cast_once(layer: RefinementLayer, device: torch.device) -> RefinementLayer:
     """Return the layer that a decode should apply in its steps: the same function, with the weights of now.
 
     Under autocast, eager code casts each weight once for a batch, but compiled code in every step. Therefore the
     steps of a compiled layer at test time get a copy of it, whose linear layers have been cast beforehand. The cast is
     done in each call of this function, so that it is part of what a CUDA graph records. The copy is kept for the next
     decode. It follows the parameters and buffers of the layer, but not hooks that the layer gets later.
+
+    Args:
+        device: where the layer is.
     """
     call = layer._compiled_call_impl
     if not isinstance(call, _CompiledCall) or layer.training or torch.is_grad_enabled():
         return layer
-    parameter = next(layer.parameters(), None)
-    if parameter is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled(parameter.device.type):
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
         return layer
-    device = parameter.device
     return call.cast(device, torch.get_autocast_dtype(device.type))
 
 
@@ -174,8 +175,9 @@ class _CastCopy:
 
     def update(self) -> None:
         """Take over the values that the linear layers have now."""
-        with torch.no_grad():
-            torch._foreach_copy_(self._targets, self._sources)
+        if self._targets:
+            with torch.no_grad():
+                torch._foreach_copy_(self._targets, self._sources)
 
 
 def _linear_tensors(layer: nn.Module) -> list[Tensor]:
