@@ -5,12 +5,13 @@ import logging
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from deqdet.decoders import iterate, iteration, prepare_features
 from deqdet.equilibrium import Anderson, FixedPointIteration, Status
-from deqdet.layers import CompiledFunction, compile_layer
-from deqdet.structures import QueryState
+from deqdet.layers import CompiledFunction, RefinementLayer, compile_layer
+from deqdet.structures import Prediction, QueryState
 
 from helpers.small_layers import ADAMIXER
 
@@ -76,14 +77,45 @@ def test_it_is_what_a_slow_loop_finds(case, steps):
     assert found.residual[0].item() == found.residuals[-1, 0].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+class HalfLayer(RefinementLayer):
+    """A layer of a user's whose content is bfloat16; it keeps what it was given."""
+
+    accepts_nonfinite = True
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
+        self.seen.append((state.content.dtype, len(state.content), state.content.is_contiguous()))
+        return QueryState(state.position + 1, (0.5 * state.content).bfloat16())
+
+    def predict(self, state: QueryState) -> Prediction:
+        raise NotImplementedError
+
+
 @torch.no_grad()
-def test_a_start_of_another_dtype_and_layout(case):
-    """The content of an untrained model is one row for all images, and g of a user's may return bfloat16."""
-    layer, features, state = case
-    content = state.content[:1, :, :].bfloat16().expand(2, -1, -1)
-    start, plain = QueryState(state.position, content), QueryState(state.position, content.float().clone())
-    options = {"solver": PLAIN, "steps": 3}
-    assert_close(iterate(layer, start, features, **options), iterate(layer, plain, features, **options))
+@pytest.mark.parametrize("record", [(), [3]], ids=["unrolled", "recorded"])
+def test_a_layer_gets_float32_whatever_was_returned_before(record):
+    """Also from a start of bfloat16, such as a g of the user's may return, and of one row for all images."""
+    layer, content = HalfLayer(), torch.ones(1, 4, 8, dtype=torch.bfloat16).expand(2, -1, -1)
+    found = iterate(layer, QueryState(torch.zeros(2, 4, 4), content), [torch.zeros(2, 8, 2, 2)], solver=PLAIN, steps=3,
+                    record=record)  # fmt: skip
+    assert [dtype for dtype, *_ in layer.seen] == [torch.float32] * 3
+    assert record or all(contiguous for *_, contiguous in layer.seen)
+    state = QueryState.unpack(found.value, 4)
+    assert found.value.dtype == torch.float32 and state.position.unique().tolist() == [3.0]
+    assert state.content.unique().tolist() == [0.125]
+
+
+@torch.no_grad()
+def test_several_states_of_an_image():
+    """A layer that cannot take them at once gets those of all images one after the other."""
+    layer = HalfLayer()
+    start = QueryState(torch.zeros(6, 4, 4), torch.arange(6.0)[:, None, None].expand(6, 4, 8))
+    found = iterate(layer, start, [torch.zeros(2, 8, 2, 2)], solver=PLAIN, steps=2)
+    assert [rows for _, rows, _ in layer.seen] == [2] * 6
+    assert QueryState.unpack(found.value, 4).content[:, 0, 0].tolist() == [0, 0.25, 0.5, 0.75, 1, 1.25]
 
 
 @torch.no_grad()

@@ -125,8 +125,12 @@ def test_autocast_does_not_reach_the_numbers():
     def function(flat):
         return (flat @ torch.eye(2) * 0.75).float() + 1
 
+    def finish(states, earlier):
+        assert not torch.is_autocast_enabled("cpu")
+        return conclude(states, earlier)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = unroll(function, torch.ones(3, 2), steps=4, pack=pack)
+        found = unroll(function, torch.ones(3, 2), steps=4, pack=pack, finish=finish)
         expected = solve(function, torch.ones(3, 2), solver=PLAIN, max_steps=4)
     assert_equal(found, expected)
     assert found.residuals.dtype == torch.float32
