@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .residuals import is_finite, norms, quotient
 
-# Where no step needs the residuals of the steps before it, they are computed for this many steps at once. So many
-# iterates and outputs are kept until then.
+# Where no step needs the residuals of the steps before it, the residuals of this many steps are computed at once. Until
+# then, the iterates and outputs of these steps are kept in memory.
 STEPS_AT_ONCE = 16
 
 
@@ -145,7 +145,14 @@ class FixedRecord(_Record):
 
 
 def count_usable(finite: Tensor) -> Tensor:
-    """Count the steps before the first failure of each batch row: (t, B) whether a step did not fail, to (B,) int64."""
+    """Count the steps of each batch row before its first output that is not finite.
+
+    Args:
+        finite: (t, B) whether the output of each of t >= 1 steps is finite.
+
+    Returns:
+        (B,) int64, t where every output is finite.
+    """
     return torch.where(finite, len(finite), torch.arange(len(finite), device=finite.device)[:, None]).amin(dim=0)
 
 
@@ -169,11 +176,9 @@ def statistics(count: Tensor, residuals: Tensor) -> dict[str, Tensor]:
 
 
 def statistics_without_steps(value: Tensor) -> dict[str, Tensor]:
-    """The same where no step was taken from the states (B, D)."""
-    steps = torch.zeros_like(value[:, 0], dtype=torch.int64)
-    residual = torch.full_like(steps, torch.inf, dtype=torch.promote_types(value.dtype, torch.float32))
-    status = torch.full_like(steps, Status.MAX_STEPS)
-    return {"residual": residual, "status": status, "steps": steps, "residuals": residual[None][:0]}
+    """Compute the `statistics` of a Solution with T = 0, whose value is y_0, (B, D)."""
+    count = torch.zeros_like(value[:, 0], dtype=torch.int64)
+    return statistics(count, value.new_empty(0, len(value), dtype=torch.promote_types(value.dtype, torch.float32)))
 
 
 class StoppingRecord(_Record):

@@ -80,7 +80,7 @@ def conclude(states: Tensor, earlier: Progress | None) -> Solution:
 
 
 def extend(states: Tensor, earlier: Progress | None) -> Progress:
-    """What is known after t more steps; for the arguments see `conclude`."""
+    """Compute what is known after t more steps. The arguments are those of `conclude`."""
     change, size, finite = norms(states[:-1], states[1:])
     residuals = quotient(change, size, states.dtype)
     if earlier is not None:

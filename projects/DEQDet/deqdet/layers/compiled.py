@@ -32,7 +32,10 @@ def compile_layer(layer: RefinementLayer) -> None:
 
 
 def is_compiled(layer: RefinementLayer) -> bool:
-    """Whether a layer runs compiled, as far as is known: whether it can be compiled shows at its first call."""
+    """Return True if compile_layer was called for this layer, and no attempt to compile it has failed so far.
+
+    The first attempt is made when the layer is called for the first time.
+    """
     call = layer._compiled_call_impl
     return isinstance(call, _CompiledCall) and call.works
 
@@ -121,11 +124,15 @@ class _CompiledCall(CompiledFunction):
     def _give_up(self, key: _Key, error: Exception) -> None:
         self._broken.add(key)
         text = "%s, compiled, casts its weights to %s in every step, since a copy cast beforehand does not work: %s"
-        logger.info(text, type(self._layer).__name__, key[1], _reason(error))
+        logger.info(text, self._name, key[1], _reason(error))
 
 
 def _compile(function: Callable, name: str) -> Callable:
-    """torch.compile, but beyond its limit of graphs the function runs as it is, unless one of its graphs fits."""
+    """Compile a function so that torch.compile's limit of graphs is no error.
+
+    Once the limit is reached, a call uses one of the graphs that exist if it fits the inputs, and runs the function
+    uncompiled otherwise.
+    """
     compiled, full = torch.compile(function, fullgraph=True, dynamic=True), False
 
     def call(*args: Any, **kwargs: Any) -> Any:
