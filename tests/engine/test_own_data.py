@@ -61,7 +61,7 @@ def weights(folder: str = "output/animals") -> dict:
 def test_a_folder_becomes_a_model_file(animals, capsys):
     train_net.main(["--data", "animals", "--num-gpus", "1", *TINY, "SOLVER.MAX_ITER", "2"])
     printed = capsys.readouterr().out
-    assert "animals: VOC's form" in printed
+    assert "animals: VOC format" in printed
     assert "4 to train on and 1 to evaluate on" in printed
     assert "== animals-train\nimages: 4, 1 of them without boxes" in printed
     assert "derived: the classes of the data" in printed
@@ -97,6 +97,22 @@ def test_resume_finds_the_same_split_and_settings(animals, capsys):
     assert Path("output/animals/data/config.yaml").read_text() == before
     expected, found = weights("whole"), weights()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("folder, flags, message", [
+    ("animals", {"size": "small"}, "--size small: .* with --size quick, which stays"),
+    ("animals", {"val_fraction": 0.5}, "--val-fraction 0.5: .* with --val-fraction 0.2, which stays"),
+    ("animals", {"data_format": "coco"}, "--data-format coco: .* with --data-format voc, which stays"),
+    ("other", {}, "--data .*other: .* with --data .*animals, which stays"),
+])  # fmt: skip
+def test_other_flags_than_those_of_the_beginning_are_refused(animals, folder, flags, message):
+    output, same = ("OUTPUT_DIR", "output/animals"), {"size": "quick", "val_fraction": 0.2, "data_format": "voc"}
+    use_own_data(arguments("animals"))
+    for way in ({"resume": True}, {"eval_only": True}):
+        use_own_data(arguments("animals", **way))
+        use_own_data(arguments(animals, *output, **same, **way))
+        with pytest.raises(UserError, match=message):
+            use_own_data(arguments(folder, *output, **flags, **way))
 
 
 def test_evaluating_another_set_afterwards_leaves_the_trainings_files(animals):
@@ -213,11 +229,11 @@ def test_a_fault_in_the_labels_names_their_folder(animals):
 
 
 @pytest.mark.parametrize("others, words", [
-    ({"config_file": "deqdet_shapes"}, "--data chooses a config by --size: leave --config-file deqdet_shapes out"),
-    ({"model": "a.safetensors"}, "leave --model a.safetensors out; --init FILE starts from its weights"),
-    ({"opts": ["DATASETS.TRAIN", "('a',)"]}, "DATASETS.TRAIN is what --data sets"),
-    ({"data": "nowhere"}, "nowhere is no folder"),
-    ({"data": "", "size": "r50"}, "--size belongs to --data FOLDER, which is missing"),
+    ({"config_file": "deqdet_shapes"}, "--data chooses a config by --size: omit --config-file deqdet_shapes"),
+    ({"model": "a.safetensors"}, "omit --model a.safetensors; --init FILE starts from its weights"),
+    ({"opts": ["DATASETS.TRAIN", "('a',)"]}, "--data sets DATASETS.TRAIN: give only one of them"),
+    ({"data": "nowhere"}, "nowhere is not a folder"),
+    ({"data": "", "size": "r50"}, "--size needs --data FOLDER, which is missing"),
     ({"opts": ["SOLVER.IMS_PER_BATCH", "0"]}, "SOLVER.IMS_PER_BATCH is 0: it must be"),
     ({"num_gpus": 0}, "--num-gpus is 0: it must be an integer of at least 1"),
     ({"num_gpus": 2, "num_machines": 0}, "--num-machines is 0: it must be an integer of at least 1"),
@@ -232,6 +248,6 @@ def test_command_lines_that_cannot_be(others, words, animals):
 
 def test_another_training_is_not_touched(animals):
     write(Path("output/animals/model_final.pth"), "weights")
-    with pytest.raises(UserError, match="holds a training already"):
+    with pytest.raises(UserError, match="already contains a training"):
         use_own_data(arguments(animals))
     assert not Path("output/animals/data").exists()

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Sampler
 
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
@@ -18,7 +20,15 @@ from deqdet.data.randomness import mix_seed, random_state_kept, seed_all
 from deqdet.data.train_loader import BatchStream, assemble_train_loader
 from deqdet.engine import UserError, setup
 from deqdet.engine.hooks import BestCheckpointer, WeightsCheckpointer
-from deqdet.engine.resume import MetricsWriter, describe_changes, dump_config, restore_storage, storage_state
+from deqdet.engine.optimizer import parameter_groups
+from deqdet.engine.resume import (
+    KEPT_KEYS,
+    MetricsWriter,
+    describe_changes,
+    dump_config,
+    restore_storage,
+    storage_state,
+)
 
 from helpers.engine_toy import IN_PROCESS, parse
 
@@ -149,7 +159,7 @@ def write_checkpoints(folder, *iterations):
 
 @pytest.mark.parametrize("tag, warning", [
     (b"", "last_checkpoint is empty"),
-    (b"\xff\xfe\x00\x81", "last_checkpoint cannot be read .it is no text"),
+    (b"\xff\xfe\x00\x81", "last_checkpoint cannot be read .it is not text"),
     (b"gone.pth", "last_checkpoint names gone.pth, which is missing"),
     (b"../x/model_0000001.pth", "last_checkpoint names no checkpoint"),
     (None, "last_checkpoint is missing"),
@@ -162,7 +172,7 @@ def test_without_a_good_last_checkpoint_the_newest_whole_one_counts(tmp_path, ta
     found = find_checkpoint(tmp_path)
     assert found.content["iteration"] == 7
     assert warning.split(" .")[0] in found.warnings[0]
-    assert found.warnings[-1] == f"going on from {tmp_path}/model_0000007.pth, the newest checkpoint that is whole"
+    assert found.warnings[-1] == f"continuing from {tmp_path}/model_0000007.pth, the newest complete checkpoint"
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
@@ -172,7 +182,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     found = find_checkpoint(tmp_path)
     assert found.content["iteration"] == 3 and "model_0000007.pth is damaged" in found.warnings[0]
     (tmp_path / "model_0000003.pth").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read .*start anew with --overwrite"):
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read .*start again with --overwrite"):
         find_checkpoint(tmp_path)
     assert find_checkpoint(tmp_path / "nothing") is None
 
@@ -193,6 +203,30 @@ def test_what_the_checkpoint_decides_is_said(toy_config):
     message = "the checkpoint decides SOLVER.BASE_LR 0.1 (not 0.2); the new config decides SOLVER.MAX_ITER 9 (was 4)"
     assert describe_changes(old, new) == message
     assert describe_changes(dump_config(new, old), new) == "the checkpoint decides SOLVER.BASE_LR 0.1 (not 0.2)"
+
+
+def test_all_keys_of_the_optimizers_groups_are_the_checkpoints(toy_config):
+    """A resumed optimizer keeps its groups, whatever of these keys the new config changes."""
+    read, solver = set(), setup(parse(toy_config)).SOLVER
+
+    class Noting:
+        def __getattr__(self, name: str) -> object:
+            read.add(f"SOLVER.{name}")
+            return getattr(solver, name)
+
+    parameter_groups(SimpleNamespace(SOLVER=Noting()), nn.Linear(1, 1))
+    assert "SOLVER.BASE_LR" in read and "SOLVER.BACKBONE_LR_MULTIPLIER" in read
+    assert read <= set(KEPT_KEYS)
+
+
+def test_a_learning_rate_that_was_scaled_to_another_batch_stays(toy_config):
+    rule = ["SOLVER.LR_RULE", "linear", "SOLVER.REFERENCE_BATCH", 4]
+    old = dump_config(setup(parse(toy_config, *rule)))
+    new = setup(parse(toy_config, "--overwrite", *rule, "SOLVER.IMS_PER_BATCH", 4))
+    assert describe_changes(old, new) == (
+        "the new config decides SOLVER.IMS_PER_BATCH 4 (was 2); "
+        "the learning rate stays as it was scaled to the batch of the checkpoint"
+    )
 
 
 class Begun:
@@ -228,5 +262,5 @@ def test_the_record_of_the_best_model(tmp_path, weights, record, best, caplog):
 
 def test_a_checkpoint_of_nothing_to_go_on_from(tmp_path):
     torch.save({"model": {}}, tmp_path / "model_0000001.pth")
-    with pytest.raises(UserError, match="holds no state of a training"):
+    with pytest.raises(UserError, match="contains no training state"):
         find_checkpoint(tmp_path)

@@ -29,14 +29,17 @@ def weights_of(out) -> dict[str, torch.Tensor]:
 def test_a_training_is_not_written_over(finished, tmp_path):
     out = tmp_path / "out"
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    message = "out holds a training already .last_checkpoint, metrics.json, model_0000001.pth and 3 more.: --resume"
+    message = "out already contains a training .last_checkpoint, metrics.json, model_0000001.pth and 3 more.: --resume"
     with pytest.raises(UserError, match=message):
         setup(parse(finished))
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(UserError, match="give one of them"):
         setup(parse(finished, "--resume", "--overwrite"))
-    with pytest.raises(UserError, match="--overwrite would delete MODEL.WEIGHTS .*model_final.pth"):
-        setup(parse(finished, "--overwrite", "MODEL.WEIGHTS", out / "model_final.pth"))
+    for query in ("", "?matching_heuristics=True"):
+        with pytest.raises(UserError, match="--overwrite would delete MODEL.WEIGHTS .*model_final.pth"):
+            setup(parse(finished, "--overwrite", "MODEL.WEIGHTS", f"{out / 'model_final.pth'}{query}"))
+    with pytest.raises(UserError, match="--overwrite would delete --init .*model_final.pth"):
+        setup(parse(finished, "--overwrite", "--init", out / "model_final.pth"))
     work(parse(finished, "--eval-only", "MODEL.WEIGHTS", out / "model_final.pth"))  # as ever
 
 
@@ -44,10 +47,34 @@ def test_overwrite_deletes_what_the_training_left_and_nothing_else(finished, tmp
     out = tmp_path / "out"
     (out / "notes.txt").write_text("mine")
     (out / "my_model.pth").write_bytes(b"mine")
+    stale = [out / "inference/coco_instances_results.json", out / "ema/inference/set/instances_predictions.pth"]
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("old")
+    (out / "inference" / "mine.json").write_text("mine")
     work(parse(finished, "--overwrite", "SOLVER.MAX_ITER", 1))
     assert [path.name for path in sorted(out.glob("model_*.pth"))] == ["model_final.pth"]
-    assert (out / "notes.txt").read_text() == (out / "my_model.pth").read_text() == "mine"
+    assert {(out / name).read_text() for name in ("notes.txt", "my_model.pth", "inference/mine.json")} == {"mine"}
+    assert not any(path.is_file() and path.read_bytes() == b"old" for path in stale)
     assert len((out / "metrics.json").read_text().splitlines()) == 2  # iteration 0 and the evaluation
+
+
+@pytest.mark.parametrize("words, message", [
+    (["DATASETS.TRAIN", "('nope',)"], "'nope' of DATASETS.TRAIN is not registered"),
+    (["MODEL.WEIGHTS", "missing.pth"], "missing.pth does not exist"),
+    (["MODEL.WEIGHTS", "damaged.pth"], "damaged.pth"),
+    (["MODEL.META_ARCHITECTURE", "Nothing"], "Nothing"),
+])  # fmt: skip
+def test_overwrite_deletes_nothing_before_the_new_training_begins(finished, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.pth").write_bytes(b"no checkpoint")
+    out = tmp_path / "out"
+    before = {path.name for path in out.glob("model_*")}
+    with pytest.raises(UserError, match=message):
+        work(parse(finished, "--overwrite", *words))
+    assert {path.name for path in out.glob("model_*")} == before != set()
+    work(parse(finished, "--resume"))  # which is not taken for the overwriting one
+    assert {path.name for path in out.glob("model_*")} == before
 
 
 @pytest.mark.parametrize("name, content, free", [

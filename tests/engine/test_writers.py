@@ -136,8 +136,7 @@ def test_a_resumed_training_goes_on_with_its_runs(toy_config, tmp_path, wandb, m
     # Iteration 20 came after the checkpoint, and is sent again, since nothing can be taken back there.
     assert found == [*EVALUATED[:3], *EVALUATED[2:]]
     # A new training in the folder is a new run.
-    run_folder.claim_folder(tmp_path / "out", overwrite=True)
-    train(toy_config, *words, ap=by_iteration)
+    train(toy_config, "--overwrite", *words, ap=by_iteration)
     assert wandb.calls[2]["id"] is None and list(mlflow.runs) == ["out-0", "out-1"]
 
 

@@ -100,6 +100,18 @@ class TestKindsOfImages:
             assert_same(predictor(reversed_channels, channels="BGR"), expected)
         assert not torch.equal(predictor(image[:, :, ::-1]).instances.scores, expected.instances.scores)
 
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_a_picture_of_a_turned_camera(self, predictor, tmp_path, orientation):
+        """Its file and the PIL image that was opened from it are the same upright picture, in a drawing too."""
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(noise()).save(tmp_path / "x.png", exif=exif)
+        expected = predictor(tmp_path / "x.png")
+        assert expected.instances.image_size == ((60, 80) if orientation < 5 else (80, 60))
+        with Image.open(tmp_path / "x.png") as image:
+            assert_same(predictor(image), expected)
+            assert np.array_equal(expected.draw(image), expected.draw(tmp_path / "x.png"))
+
     def test_a_float_tensor_is_rounded(self, predictor):
         values = torch.full((3, 64, 64), 100.6 / 255)
         assert (predictor.prepare(values)["image"] == 101).all()
@@ -393,6 +405,28 @@ class TestLoading:
         )
         assert_same(shorter(noise()), predictor(noise(), steps=2))
 
+    def test_weights_that_are_not_finite_are_refused(self, small_model, make_cfg, tmp_path):
+        model = small_model(*SIZES)
+        with torch.no_grad():
+            model.decoder.refinement.mixing_norm.weight[0] = torch.nan
+        path = tmp_path / "model.safetensors"
+        write_model_file(path, weights=model.state_dict(), cfg=make_cfg(), class_names=NAMES)
+        message = "model.safetensors has infinite values or NaN in decoder.refinement.mixing_norm.weight"
+        for load in (Predictor.from_file, lambda path: Predictor.from_config(make_cfg(), path)):
+            with pytest.raises(UserError, match=message):
+                load(path)
+
+    def test_a_device_that_is_not_there_is_refused(self, make_cfg, model_file, monkeypatch):
+        """Only the config's own MODEL.DEVICE falls back to the CPU."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        for device in ("cuda", "cuda:3", torch.device("cuda")):
+            message = f"device {device}: this machine has no CUDA"
+            with pytest.raises(UserError, match=message):
+                Predictor.from_file(model_file, device=device)
+            with pytest.raises(UserError, match=message):
+                Predictor.from_config(make_cfg(), model_file, device=device)
+        assert Predictor.from_file(model_file, overrides=["MODEL.DEVICE", "cuda"]).model.device.type == "cpu"
+
     def test_a_model_file_as_the_weights_of_a_config(self, predictor, make_cfg, model_file):
         """Its class names are known too."""
         loaded = Predictor.from_config(make_cfg(), model_file, device="cpu", threshold=0.0)
@@ -436,7 +470,7 @@ class TestLoading:
         (["INPUT.FORMAT", "L"], "INPUT.FORMAT is 'L': it must be RGB or BGR"),
         (["MODEL.DEQDET.NUM_QUERIES", 7], "the checkpoint does not fit the model"),
         (["MODEL.DEQDET.NUM_QUERYS", 7], "unknown config key MODEL.DEQDET.NUM_QUERYS; did you mean"),
-        (["MODEL.WEIGHTS"], "overrides are pairs of KEY VALUE"),
+        (["MODEL.WEIGHTS"], "overrides must be KEY VALUE pairs"),
     ])  # fmt: skip
     def test_errors(self, make_cfg, weights, overrides, message):
         cfg = make_cfg("MODEL.WEIGHTS", weights)

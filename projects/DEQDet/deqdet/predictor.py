@@ -28,10 +28,11 @@ from detectron2.utils.file_io import PathManager
 from . import drawing
 from .checkpoints import ModelFile, check_complete, is_model_file, load_model_config, read_model_file, resolve_file
 from .data import find_class_names, read_image
-from .data.images import to_rgb
+from .data.images import to_rgb, turn_upright
 from .decoders import build_solver
 from .detector import BatchTrajectory, DEQDet
 from .engine import adapt_device, build_model, check_options, load_weights
+from .engine.health import check_finite_model
 from .equilibrium import Solver
 from .errors import UserError, one_line
 from .model_zoo import get_config, put_overrides
@@ -150,7 +151,7 @@ class Predictor:
             device: "cpu", "cuda", "cuda:1", ... or a torch.device; by default CUDA if there is one.
 
         Raises:
-            UserError: the file is missing, damaged or no model file, or an override is wrong.
+            UserError: the file is missing, damaged or no model file, an override is wrong, or the device is not there.
         """
         file = read_model_file(resolve_file(os.fspath(path)))
         cfg = load_model_config(file)
@@ -179,7 +180,7 @@ class Predictor:
             weights: the checkpoint (.pth, .safetensors); by default the config's MODEL.WEIGHTS.
             overrides: config keys and values in turn.
             class_names: by default those in the checkpoint if it is a model file, else those of the first set of
-                DATASETS.TEST, or "class 0", ... where it has none.
+                DATASETS.TRAIN, or of DATASETS.TEST, or "class 0", ... where neither has them.
             device: see `from_file`.
 
         Raises:
@@ -220,8 +221,9 @@ class Predictor:
 
         Args:
             images: an image or a list or tuple of images. An image is a file's path, a PIL image, an array (H, W, 3) or
-                (H, W) uint8, or a tensor (3, H, W), uint8 or float from 0 to 1. Files are turned upright by their EXIF
-                data. All arrays and tensors of a call are taken as RGB, unless `channels` says "BGR" (OpenCV's order).
+                (H, W) uint8, or a tensor (3, H, W), uint8 or float from 0 to 1. Files and PIL images are turned upright
+                by their EXIF data. All arrays and tensors of a call are taken as RGB, unless `channels` says "BGR"
+                (OpenCV's order).
             steps: the most applications of f; by default MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS. Fewer are faster.
             rtol: stop where the relative residual falls below it; by default MODEL.DEQDET.SOLVER.RTOL; 0: never.
             solver: "plain", "anderson", "broyden", "anderson4", "Anderson(history_size=4)", a registered name of your
@@ -454,12 +456,17 @@ def _find_weights(cfg: CfgNode) -> ModelFile | None:
 def _load_state(model: DEQDet, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """Load all of the model's weights; half precision becomes the model's own on the way."""
     model.load_state_dict(check_complete(path, weights, model.state_dict()), strict=False)  # without unread counters
+    check_finite_model(model, str(path))
 
 
-def _set_device(cfg: CfgNode, device: str | None) -> None:
-    if device is not None:
-        cfg.MODEL.DEVICE = str(device)
-    adapt_device(cfg)
+def _set_device(cfg: CfgNode, device: str | torch.device | None) -> None:
+    """Put the model on the device that the caller names, or else on that of the config if it is there."""
+    if device is None:
+        adapt_device(cfg)
+        return
+    cfg.MODEL.DEVICE = str(device)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device}: this machine has no CUDA; leave device out to detect on the CPU")
 
 
 def _is_number(value: object) -> bool:
@@ -488,7 +495,7 @@ def _to_array(image: ImageLike, channels: str) -> np.ndarray:
         return read_image(image)
     if isinstance(image, Image.Image):
         try:
-            return np.array(to_rgb(image))
+            return np.array(to_rgb(turn_upright(image)))
         except (ValueError, OSError) as error:
             raise UserError(f"the PIL image cannot be converted to RGB: {one_line(error)}") from error
     if isinstance(image, Tensor):

@@ -30,7 +30,7 @@ from .launcher import count_cores
 from .options import check_options, check_processes, check_ranges, read
 from .run_folder import check_folder, refuse_folder_in_use
 
-FOLDER, CONFIG = "data", "config.yaml"  # within OUTPUT_DIR
+FOLDER, CONFIG, FLAGS = "data", "config.yaml", "flags.json"  # the folder within OUTPUT_DIR, and its files
 _OURS = ("DATASETS.REGISTER", "DATASETS.TRAIN")  # keys that --data sets
 _SEED = 1
 
@@ -55,7 +55,7 @@ def use_own_data(args: argparse.Namespace) -> None:
             ("--val-fraction", args.val_fraction),
         ):
             if value:
-                raise UserError(f"{flag} belongs to --data FOLDER, which is missing")
+                raise UserError(f"{flag} needs --data FOLDER, which is missing")
         args.num_gpus = 1 if args.num_gpus is None else args.num_gpus
         return
     _check_flags(args)
@@ -65,6 +65,7 @@ def use_own_data(args: argparse.Namespace) -> None:
     base = get_config(SIZES[args.size or "quick"].config, _with_defaults(args))
     file = Path(base.OUTPUT_DIR, FOLDER, CONFIG)
     if (args.resume or args.eval_only) and file.is_file():
+        _compare_flags(args, file.parent)
         _say(args, f"the settings and the split are those of {file}")
         cfg = get_config(str(file), args.opts)
         _choose_processes(args, cfg, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE)
@@ -76,14 +77,34 @@ def use_own_data(args: argparse.Namespace) -> None:
     args.config_file = str(file)
 
 
+def _compare_flags(args: argparse.Namespace, folder: Path) -> None:
+    """See that the flags of a training that goes on are those with which it began, as OUTPUT_DIR/data knows them.
+
+    Raises:
+        UserError: one says something else, which would be ignored.
+    """
+    try:
+        begun = json.loads((folder / FLAGS).read_text())
+    except (OSError, ValueError):  # an older version has not written it
+        return
+    given = {"--size": args.size, "--val-fraction": args.val_fraction, "--data-format": args.data_format}
+    given = {"--data": os.path.realpath(args.data)} | {flag: value for flag, value in given.items() if value}
+    for flag, value in given.items():
+        if value != begun.get(flag, value):
+            raise UserError(
+                f"{flag} {value}: the training in {folder.parent} was begun with {flag} {begun[flag]}, which stays; "
+                "give that, begin anew with --overwrite, or choose another OUTPUT_DIR"
+            )
+
+
 def _check_flags(args: argparse.Namespace) -> None:
     for flag, value in (("--config-file", args.config_file), ("--model", args.model)):
         if value:
             advice = "--init FILE starts from its weights" if flag == "--model" else "KEY VALUE pairs change its values"
-            raise UserError(f"--data chooses a config by --size: leave {flag} {value} out; {advice}")
+            raise UserError(f"--data chooses a config by --size: omit {flag} {value}; {advice}")
     for key in _OURS:
         if key in args.opts[::2]:
-            raise UserError(f"{key} is what --data sets: give one of them")
+            raise UserError(f"--data sets {key}: give only one of them")
 
 
 def _with_defaults(args: argparse.Namespace) -> list[str]:
@@ -96,7 +117,7 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace, file: Path) -> None:
     """Read, split, check, derive, and write OUTPUT_DIR/data."""
     fraction = 0.2 if args.val_fraction is None else args.val_fraction
     data = complete_splits(read_folder(Path(args.data), args.data_format), seed=cfg.SEED, val_fraction=fraction)
-    _say(args, f"{args.data}: {data.format.upper()}'s form", *(f"  {remark}" for remark in data.remarks))
+    _say(args, f"{args.data}: {data.format.upper()} format", *(f"  {remark}" for remark in data.remarks))
     name = Path(_with_defaults(args)[1]).name
     names = _write_sets(data, name, file.parent)
     given = {key: read(cfg, key) for key in args.opts[::2]}
@@ -110,7 +131,7 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace, file: Path) -> None:
         evaluate = (
             f"--eval-only DATASETS.TEST \"('{names['test']}',)\" MODEL.WEIGHTS {file.parent.parent}/model_best.pth"
         )
-        _say(args, f"  the test set is left for the end: deqdet-train --data {args.data} {evaluate}")
+        _say(args, f"  evaluate on the test set after training: deqdet-train --data {args.data} {evaluate}")
     checked = _check(cfg, data, names)
     for each in cfg.DATASETS.TRAIN + tuple(cfg.DATASETS.TEST):
         if each in checked:
@@ -131,7 +152,7 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace, file: Path) -> None:
         on_cuda=on_cuda,
     )  # fmt: skip
     if "SEED" not in given:
-        settings.append(Setting("SEED", _SEED, "so that the split and the training can be repeated"))
+        settings.append(Setting("SEED", _SEED, "makes the split and the training reproducible"))
     known = {setting.key for setting in settings}
     settings += [Setting(key, value, "") for key, value in given.items() if key not in known]
     for setting in settings:
@@ -142,11 +163,16 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace, file: Path) -> None:
         node[last] = setting.value
     check_options(cfg)
     flags = [
-        Setting("--size", args.size or "quick", "" if args.size else f"the default, which begins with {rules.config}"),
-        Setting("--num-gpus", args.num_gpus, "" if counted else "processes on the CPU, or GPUs"),
+        Setting("--size", args.size or "quick", "" if args.size else f"the default, based on {rules.config}"),
+        Setting("--num-gpus", args.num_gpus, "" if counted else "GPUs, or processes on the CPU"),
     ]
     table = format_settings([*flags, *settings])
     _say(args, "== settings; a flag, or KEY VALUE at the end of the command line, overrides each", table)
+    begun = {
+        "--data": os.path.realpath(args.data), "--data-format": data.format, "--size": args.size or "quick",
+        "--val-fraction": fraction,
+    }  # fmt: skip
+    write_text(json.dumps(begun, indent=2), file.with_name(FLAGS))
     cfg = cfg.clone()
     cfg.MODEL.TRUST_PICKLE = False  # which counts on the command line only
     write_text("".join(f"# {line}\n" for line in table.splitlines()) + cfg.dump(), file)

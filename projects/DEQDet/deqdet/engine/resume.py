@@ -36,8 +36,8 @@ CLOCK_FIGURES = frozenset({"time", "data_time", "rank_data_time", "eta_seconds",
 KEPT_KEYS = (
     "SOLVER.BASE_LR", "SOLVER.LR_RULE", "SOLVER.REFERENCE_BATCH", "SOLVER.BIAS_LR_FACTOR", "SOLVER.WEIGHT_DECAY",
     "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.DECODER_LR_MULTIPLIER",
-    "SOLVER.DECODER_DECAY_MULTIPLIER", "SOLVER.BACKBONE_NORM_LR_MULTIPLIER", "SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER",
-    "MODEL.WEIGHTS",
+    "SOLVER.DECODER_DECAY_MULTIPLIER", "SOLVER.BACKBONE_LR_MULTIPLIER", "SOLVER.BACKBONE_NORM_LR_MULTIPLIER",
+    "SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER", "MODEL.WEIGHTS",
 )  # fmt: skip
 # Keys of the machine, and of where a run lies.
 LOCAL_KEYS = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VIS_PERIOD", "WRITERS")
@@ -77,7 +77,8 @@ class MetricsWriter(JSONWriter):
 
     def state_dict(self) -> dict[str, int]:
         """The number of lines, and the last iteration that is among them."""
-        return {"lines": self._path.read_bytes().count(b"\n"), "last_write": self.last_write}
+        lines = self._path.read_bytes().count(b"\n") if self._path.is_file() else 0  # --overwrite has deleted it
+        return {"lines": lines, "last_write": self.last_write}
 
     def go_back(self, state: Mapping[str, int] | None, iteration: int) -> None:
         """Drop the lines that were written after a checkpoint, and what is no whole line.
@@ -168,6 +169,8 @@ def describe_changes(saved: str, cfg: CfgNode) -> str:
     taken = [f"{key} {new.get(key)} (was {old.get(key)})" for key in changed if key not in KEPT_KEYS]
     parts = [f"the checkpoint decides {', '.join(kept)}"] if kept else []
     parts += [f"the new config decides {', '.join(taken)}"] if taken else []
+    if "SOLVER.IMS_PER_BATCH" in changed and old.get("SOLVER.LR_RULE", "none") != "none":
+        parts.append("the learning rate stays as it was scaled to the batch of the checkpoint")
     return "; ".join(parts)
 
 

@@ -13,6 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..checkpoints.files import UNFINISHED
+from ..checkpoints.publish import AVERAGE
 from ..errors import UserError, describe_os_error
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,11 @@ _RESULTS = re.compile(
     r"|nonfinite_\d+(_rank\d+)?\.pth"
 )
 _FOREIGN = re.compile(r".*\.(pth|pt|pkl|safetensors)")  # weights under other names
+# What evaluations write into inference/ and ema/inference/, or into a folder there for each data set.
+_DETECTIONS = re.compile(r"coco_instances_results\.json|instances_predictions\.pth")
 
 _locks: dict[str, int] = {}  # folder: file descriptor; the lock ends with the process, however that ends
+_overwritten: set[str] = set()  # folders whose earlier training is deleted when that of this process begins
 
 
 def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -34,18 +38,20 @@ def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
 
     Raises:
         UserError: the folder holds another training's results, or weights, and neither --resume nor --overwrite is
-            given; says what was found. Or both are given, or --overwrite would delete MODEL.WEIGHTS.
+            given; says what was found. Or both are given, or --overwrite would delete MODEL.WEIGHTS or the file of
+            --init.
     """
     if args.eval_only:
         return
     if args.resume and args.overwrite:
-        raise UserError("--resume goes on with a training, --overwrite deletes it: give one of them")
+        raise UserError("--resume continues a training, --overwrite deletes it: give only one of them")
     folder = Path(cfg.OUTPUT_DIR)
     results = find_results(folder)
     if args.overwrite:
-        weights = Path(cfg.MODEL.WEIGHTS)
-        if cfg.MODEL.WEIGHTS and any(weights.resolve() == path.resolve() for path in results):
-            raise UserError(f"--overwrite would delete MODEL.WEIGHTS {weights}: choose another OUTPUT_DIR")
+        for what, name in (("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS), ("--init", getattr(args, "init", None))):
+            weights = Path((name or "").split("?")[0])  # detectron2's ?matching_heuristics=True
+            if name and any(weights.resolve() == path.resolve() for path in results):
+                raise UserError(f"--overwrite would delete {what} {weights}: choose another OUTPUT_DIR")
         return
     if args.resume:
         return
@@ -54,7 +60,7 @@ def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
     if found:
         names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise UserError(
-            f"OUTPUT_DIR {folder} holds a training already ({names}): --resume goes on with it, "
+            f"OUTPUT_DIR {folder} already contains a training ({names}): --resume continues it, "
             "--overwrite deletes it, or choose another folder"
         )
 
@@ -83,7 +89,7 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
     The lock is the operating system's: it ends with the process, even if that is killed.
 
     Args:
-        overwrite: delete the results of the training that is there, too.
+        overwrite: `delete_overwritten` is to delete the training that is there.
 
     Raises:
         UserError: another process holds the lock, or the folder cannot be written.
@@ -94,13 +100,33 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
     try:
         for path in folder.glob(f"{UNFINISHED}*"):
             path.unlink()
-        results = find_results(folder) if overwrite else []
-        for path in results:
+    except OSError as error:
+        raise _cannot_delete(error) from error
+    (_overwritten.add if overwrite else _overwritten.discard)(key)
+
+
+def delete_overwritten(folder: Path) -> None:
+    """Delete the training and its detections in a folder that was claimed with `overwrite`; in others nothing.
+
+    Call it when the new training begins: if a config, a data set or weights turn out to be wrong before, the old
+    training is still there.
+
+    Raises:
+        UserError: a file cannot be deleted.
+    """
+    key = str(folder.resolve())
+    if key not in _overwritten:
+        return
+    results, detections = find_results(folder), _find_detections(folder)
+    try:
+        for path in (*results, *detections):
             path.unlink()
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be deleted ({describe_os_error(error)})") from error
-    if results:
-        logger.warning("--overwrite: deleted %s in %s", ", ".join(path.name for path in results), folder)
+        raise _cannot_delete(error) from error
+    _overwritten.remove(key)
+    if results or detections:
+        names = ", ".join(str(path.relative_to(folder)) for path in (*results, *detections))
+        logger.warning("--overwrite: deleted %s in %s", names, folder)
 
 
 def find_results(folder: Path) -> list[Path]:
@@ -124,6 +150,16 @@ def _find_foreign(folder: Path) -> list[Path]:
     return [
         path for path in _files(folder) if _FOREIGN.fullmatch(path.name) and not path.name.startswith(UNFINISHED)
     ]
+
+
+def _find_detections(folder: Path) -> list[Path]:
+    """The files of detections that evaluations of a training have left, of its averaged weights too."""
+    places = [folder / "inference", folder / AVERAGE / "inference"]
+    return [path for place in places for path in sorted(place.rglob("*")) if _DETECTIONS.fullmatch(path.name)]
+
+
+def _cannot_delete(error: OSError) -> UserError:
+    return UserError(f"{error.filename} cannot be deleted ({describe_os_error(error)})")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -64,7 +64,7 @@ from .resume import (
     restore_storage,
     storage_state,
 )
-from .run_folder import has_other_test_sets
+from .run_folder import delete_overwritten, has_other_test_sets
 from .signals import StopOnSignal
 from .step import PRECISIONS, StepTrainer
 from .validation import build_validation_loss
@@ -178,8 +178,13 @@ class Trainer(DefaultTrainer, EndableTrainer):
             train_log.removeFilter(_has_unknown_cause)
 
     def before_train(self) -> None:
-        """Call the hooks, put the metrics back, and do what was left to do of the iteration that a checkpoint is of."""
+        """Call the hooks, put the metrics back, and do what was left to do of the iteration that a checkpoint is of.
+
+        With --overwrite, the earlier training in OUTPUT_DIR is deleted now that nothing can be wrong any more.
+        """
         self._ready = False
+        if comm.is_main_process():
+            delete_overwritten(Path(self.cfg.OUTPUT_DIR))
         super().before_train()
         if self._resuming:
             self._go_back_to_checkpoint()
@@ -391,8 +396,8 @@ def _disk_errors(folder: str) -> Iterator[None]:
             raise
         path = error.filename or folder
         raise UserError(
-            f"{path} cannot be written ({describe_os_error(error)}): the checkpoints that are there are whole, and "
-            "--resume goes on from the last one"
+            f"{path} cannot be written ({describe_os_error(error)}): the existing checkpoints are complete, and "
+            "--resume continues from the last one"
         ) from error
 
 
