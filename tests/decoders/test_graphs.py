@@ -7,6 +7,7 @@ import torch
 
 from deqdet.decoders import DecodingGraphs
 from deqdet.equilibrium import Anderson
+from deqdet.errors import UserError
 from deqdet.structures import Decoded, Prediction, QueryState
 
 from helpers.batches import strip
@@ -142,3 +143,16 @@ def test_the_decoders_own_choice_may_change(small_model, make_inputs):
         model.infer(batch, steps=model.decoder.test_steps)  # the same walk
         model.infer(batch, steps=0)
     assert recorder.recorded == 7  # four walks; without a step the first two are the same
+
+
+@torch.no_grad()
+def test_options_of_a_solver_are_refused_where_there_is_no_equilibrium(small_model, make_inputs):
+    """Also once the decoder's own walk is recorded."""
+    model, recorder = small_model(KEY, 2, "MODEL.DEQDET.DECODER", "StackedDecoder").eval(), Recorder()
+    model.graphs = DecodingGraphs(2, recorder)
+    batch = strip(make_inputs(0))
+    model(batch)
+    assert recorder.recorded == 1
+    for options in ({"steps": 3}, {"rtol": 0.1}, {"solver": Anderson()}):
+        with pytest.raises(UserError, match="number of steps is fixed"):
+            model.infer(batch, **options)

@@ -49,7 +49,12 @@ def test_a_walk_without_steps_ends_at_the_initialization_layer(small_decoder):
     assert_equal(path.state(), start)
     expected = relative_residual(initial.pack(), start.pack())
     torch.testing.assert_close(path.initialization_residual(), expected, rtol=1e-12, atol=0)
-    assert path.decoded().steps.tolist() == [0, 0]
+    decoded = path.decoded()
+    assert decoded.steps.tolist() == [0, 0]
+    expected = decoder.initialization.predict(start)  # g reads out its own output
+    for found in (decoded.prediction, path.predict(), path.predict(0)):
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-11)
+        torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=1e-9)
 
 
 @torch.no_grad()

@@ -179,8 +179,12 @@ class DEQDet(nn.Module):
         The losses of the parts of a batch, each from a `forward` with this normalizer, add up to those of the batch. A
         collective operation, as `mean_matches` is.
         """
+        return mean_matches(self.count_matches(batched_inputs), self.device)
+
+    def count_matches(self, batched_inputs: list[dict]) -> int:
+        """The number of boxes of a batch that are matched: of an image with more boxes than queries, one per query."""
         queries = self.queries.content.num_embeddings
-        return mean_matches(sum(min(len(x["instances"]), queries) for x in batched_inputs), self.device)
+        return sum(min(len(x["instances"]), queries) for x in batched_inputs)
 
     def infer(
         self,
@@ -252,7 +256,8 @@ class DEQDet(nn.Module):
                 return self.decoder.decode(initial, features)
             return self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
 
-        if self.graphs is None or torch.is_grad_enabled():
+        refused = chosen and not self.decoder.has_equilibrium  # decode says so
+        if self.graphs is None or torch.is_grad_enabled() or refused:
             return decode(initial, features)
         options = ()
         if self.decoder.has_equilibrium:

@@ -54,8 +54,9 @@ class Trajectory:
         return QueryState.unpack(flat, self.start.content.shape[1], self.units)
 
     def predict(self, step: int | None = None) -> Prediction:
-        """Read the state of a step out: by g at step 0 if there is a g, else by f."""
-        layer = self.initialization if step == 0 and self.initialization is not None else self.refinement
+        """Read the state of a step out, or of the last one: by g after 0 steps if there is a g, else by f."""
+        at_start = step == 0 or (step is None and len(self.solution.residuals) == 0)
+        layer = self.initialization if at_start and self.initialization is not None else self.refinement
         return layer.predict(self.state(step))
 
     def decoded(self) -> Decoded:
@@ -63,7 +64,7 @@ class Trajectory:
         solution, state = self.solution, self.state()
         # int(): torch.compile would take a comparison of a tensor with an enumeration's member for False.
         finite = solution.status != int(Status.NONFINITE)
-        return Decoded(self.refinement.predict(state), solution.steps, finite, solution.residual, state)
+        return Decoded(self.predict(), solution.steps, finite, solution.residual, state)
 
     def initialization_residual(self) -> Tensor:
         """(B,) the relative change from the initial queries to y_0."""
