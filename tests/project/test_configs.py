@@ -120,13 +120,14 @@ def test_a_child_lists_only_what_differs(path):
 
 @pytest.mark.parametrize("path", COMPLETE)
 def test_it_begins_with_its_command(path):
-    assert any(f"tools/train_net.py --config-file {path} " in line + " " for line in header(path))
+    name = str(Path(path).relative_to("configs").with_suffix(""))
+    assert any(f"deqdet-train --config-file {name} " in line + " " for line in header(path))
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_it_begins_with_the_papers_row(name):
     comment = comment_of(f"configs/{name}.yaml")
-    assert "Train it on 8 GPUs with 2 images each: python" in comment
+    assert "Train it on 8 GPUs with 2 images each: deqdet-train" in comment
     if ROWS[name] is None:
         assert "The paper has no such row" in comment and "we have not trained it" in comment
         return
@@ -144,13 +145,13 @@ def test_an_ablation_begins_with_the_papers_row(name):
     comment = comment_of(f"configs/ablations/{name}.yaml")
     assert comment.startswith(f"Table 4{part}, ")
     result = f"AP {ap} on COCO val2017 after 12 epochs (paper; not trained by us)."
-    assert f"{result} Train it on 8 GPUs with 2 images each: python" in comment
+    assert f"{result} Train it on 8 GPUs with 2 images each: deqdet-train" in comment
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if load(path).MODEL.WEIGHTS == SHAPES_BACKBONE])
 def test_a_pretrained_backbone_says_how_it_is_made(path):
     assert Path(path).stem.endswith("_pretrained")
-    assert f"#   python tools/pretrain_backbone.py --output {SHAPES_BACKBONE}" in header(path)
+    assert f"#   deqdet-pretrain-backbone --output {SHAPES_BACKBONE}" in header(path)
 
 
 def test_every_quick_detector_has_the_pretrained_start():
@@ -192,7 +193,7 @@ def test_a_converted_backbone_says_how_it_is_made(path):
     if not weights.startswith("weights/"):
         assert weights == "" or weights.startswith("detectron2://ImageNetPretrained/torchvision/R-50.pkl")
         return
-    (command,) = [line for line in header(path) if "tools/convert_checkpoint.py" in line]
+    (command,) = [line for line in header(path) if "deqdet-convert-checkpoint" in line]
     source, result = command.split()[-2:]
     assert result == weights
     assert any(line.endswith("/" + source) and "https://" in line for line in header(path))
@@ -202,7 +203,7 @@ def test_a_converted_backbone_says_how_it_is_made(path):
 def test_weights_of_timm_say_how_they_are_fetched(path):
     """In the file that names them, for the model that the config names."""
     weights = yaml.safe_load((ROOT / path).read_text())["MODEL"]["TIMM"].get("WEIGHTS", "")
-    commands = [line for line in header(path) if "tools/fetch_weights.py" in line]
+    commands = [line for line in header(path) if "deqdet-fetch-weights" in line]
     if not weights:
         assert not commands
         return
