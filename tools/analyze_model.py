@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Parameters and multiply-adds of a detector. See deqdet/tools/analyze_model.py."""
+"""Count the parameters and multiply-adds of a detector. See --help, or deqdet/tools/analyze_model.py."""
 
 from deqdet.tools.analyze_model import main
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The time of a step, a decoder, a detection or a training iteration. See deqdet/tools/benchmark.py."""
+"""Time a step, the decoder, a detection or a training iteration. See --help, or deqdet/tools/benchmark.py."""
 
 from deqdet.tools.benchmark import main
 

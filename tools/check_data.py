@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check data sets before training, and report what they hold: see --help, or deqdet/tools/check_data.py."""
+"""Check data sets before training, and report what they contain. See --help, or deqdet/tools/check_data.py."""
 
 from deqdet.tools.check_data import main
 

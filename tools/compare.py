@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train several detectors on equal terms, and write one table. See deqdet/tools/compare.py."""
+"""Train several detectors with the same budget, and write one table. See --help, or deqdet/tools/compare.py."""
 
 from deqdet.tools.compare import main
 

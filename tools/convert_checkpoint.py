@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make a checkpoint of another implementation one of ours: see --help, or deqdet/tools/convert_checkpoint.py."""
+"""Convert a checkpoint of another implementation. See --help, or deqdet/tools/convert_checkpoint.py."""
 
 from deqdet.tools.convert_checkpoint import main
 

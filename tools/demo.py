@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Detect in images, a video or a camera's pictures: see deqdet/tools/demo.py, or --help."""
+"""Detect objects in images, a video or a camera stream. See --help, or deqdet/tools/demo.py."""
 
 from deqdet.tools.demo import main
 

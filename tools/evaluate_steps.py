@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""AP and more of a trained detector against steps, solver and tolerance. See deqdet/tools/evaluate_steps.py."""
+"""Evaluate a detector for several solvers, steps and tolerances. See --help, or deqdet/tools/evaluate_steps.py."""
 
 from deqdet.tools.evaluate_steps import main
 

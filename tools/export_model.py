@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a trained detector as ONNX or torch.export files: see --help, or deqdet/tools/export_model.py."""
+"""Export a trained detector to ONNX or torch.export files. See --help, or deqdet/tools/export_model.py."""
 
 from deqdet.tools.export_model import main
 

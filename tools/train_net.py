@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector: see --help, or deqdet/tools/train_net.py."""
+"""Train or evaluate a detector. See --help, or deqdet/tools/train_net.py."""
 
 from deqdet.tools.train_net import main
 

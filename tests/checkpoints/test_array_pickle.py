@@ -74,7 +74,7 @@ def forged_type():
 def test_anything_else_is_refused(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pkl").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"a.pkl is damaged, or no pickle of NumPy arrays alone \(\w+: "):
+    with pytest.raises(CheckpointError, match=r"a.pkl is damaged, or not a pickle of only NumPy arrays \(\w+: "):
         read_array_pickle(tmp_path / "a.pkl")
     assert not (tmp_path / "canary").exists()
 

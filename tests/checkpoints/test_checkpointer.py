@@ -82,7 +82,7 @@ def numbers(folder):
 
 @pytest.mark.parametrize("damage, message", [
     (a_list, "bad.pth holds a list: a checkpoint is a dict of tensors"),
-    (numbers, "bad.pth is no dict of tensors: its entry '0.weight' is a int"),
+    (numbers, "bad.pth is not a dict of tensors: its entry '0.weight' is a int"),
     (truncated, "bad.pth is damaged"),
     (text, "bad.pth is damaged, or was not written by torch.save"),
     (code, r"bad.pth holds (\S+\.)?print, which is not loaded"),
@@ -99,7 +99,7 @@ def test_a_bad_file_is_one_clear_error(saved, capsys, kind, damage, message):
 @pytest.mark.parametrize("content", ["no weights here", ""])
 def test_a_bad_pickle_is_one_clear_error(tmp_path, content):
     (tmp_path / "bad.pkl").write_text(content)
-    with pytest.raises(CheckpointError, match="bad.pkl is damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match="bad.pkl is damaged or not a checkpoint"):
         Checkpointer(make_model(), trust_pickle=True).load(str(tmp_path / "bad.pkl"))
 
 
@@ -152,9 +152,9 @@ def test_the_model_zoo_loads_without_trust(model_zoo, prefix):
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"model": Code(), "__author__": "x"}, r"no pickle of NumPy arrays alone \(UnpicklingError: it holds \w+.print"),
-    ({"model": [1], "__author__": "x"}, "a.pkl is no dict of arrays"),
-    ({"blobs": 3}, "a.pkl is no dict of arrays"),
+    ({"model": Code(), "__author__": "x"}, r"not a pickle of only NumPy arrays \(UnpicklingError: it holds \w+.print"),
+    ({"model": [1], "__author__": "x"}, "a.pkl is not a dict of arrays"),
+    ({"blobs": 3}, "a.pkl is not a dict of arrays"),
     ({"0.weight": "text"}, "its entry '0.weight' is a str"),
     ([1], "a.pkl holds a list"),
 ])  # fmt: skip

@@ -367,7 +367,7 @@ def test_another_numbering_of_positions_is_refused(stir):
 
 
 def test_a_backbone_has_no_classes(stir):
-    with pytest.raises(CheckpointError, match="a backbone has no classes: leave --num-classes out"):
+    with pytest.raises(CheckpointError, match="a backbone has no classes: omit --num-classes"):
         convert(make_swin(stir, unfolding=False).state_dict(), num_classes=80)
 
 
@@ -462,5 +462,5 @@ def test_a_registered_kind_is_converted(mine):
 
 def test_the_name_of_a_kind_is_taken_once(mine):
     for taken in (mine, DEQDET):
-        with pytest.raises(ValueError, match=f"there is a kind '{taken.name}' already: give this one another name"):
+        with pytest.raises(ValueError, match=f"a kind '{taken.name}' already exists: use another name"):
             register_kind(taken)

@@ -210,7 +210,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         "the keys are of no known kind (adamixer, deqdet, sparse_rcnn, swin, torchvision), they begin with "
         "encoder.weight",
     ),
-    "no.safetensors": (lambda path: path.write_text("hello world"), "is damaged or no safetensors file"),
+    "no.safetensors": (lambda path: path.write_text("hello world"), "is damaged or not a safetensors file"),
 }
 
 
@@ -287,7 +287,7 @@ def with_classes(weights: dict, count: int, layers: tuple[int, ...] = (0, 1)) ->
     ),
     (
         lambda x: [x.pop(key) for key in list(x) if key.startswith("backbone.layer4.2")],
-        "its backbone is no ResNet-50, 101 or 152: the four stages have (3, 4, 6, 2) blocks",
+        "its backbone is not a ResNet-50, 101 or 152: the four stages have (3, 4, 6, 2) blocks",
     ),
     (
         lambda x: x.update({"rpn_head.init_proposal_features.weight": torch.zeros(11, 32)}),
@@ -330,9 +330,9 @@ def test_a_wrong_kind_is_refused_by_names(tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("missing/model.pth", "is no folder, create it first"),
-    ("file/model.pth", "is no folder"),
-    ("folder", "it is no plain file"),
+    ("missing/model.pth", "is not a folder, create it first"),
+    ("file/model.pth", "is not a folder"),
+    ("folder", "it is not a regular file"),
     ("model.pkl", "detectron2 reads .pkl files in a way of its own"),
     ("link.pth", "is the checkpoint to be converted"),
     ("source.pth", "is the checkpoint to be converted"),

@@ -191,7 +191,7 @@ def test_other_files(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     assert not is_model_file(path) and not is_model_file(tmp_path)
-    message = "without a config" if content and b"{}" in content else "is damaged or no safetensors file"
+    message = "without a config" if content and b"{}" in content else "is damaged or not a safetensors file"
     message = "x.safetensors does not exist: correct its path" if content is None else message
     with pytest.raises(CheckpointError, match=message):
         read_model_file(path)
@@ -200,7 +200,7 @@ def test_other_files(tmp_path, content):
 def test_a_checkpoint_is_no_model_file(tmp_path):
     path = tmp_path / "model_final.pth"
     torch.save({"model": {}}, path)
-    with pytest.raises(CheckpointError, match="model_final.pth is no model file .*--config-file.*deqdet-publish"):
+    with pytest.raises(CheckpointError, match="model_final.pth is not a model file .*--config-file.*deqdet-publish"):
         read_model_file(path)
 
 
@@ -209,9 +209,9 @@ def test_a_truncated_file(written):
     assert is_model_file(path)
     path.write_bytes(path.read_bytes()[:-100])
     assert not is_model_file(path)
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged or no safetensors file"):
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged or not a safetensors file"):
         read_model_file(path)
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged or no safetensors file"):
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged or not a safetensors file"):
         Checkpointer(torch.nn.Linear(2, 2)).load(str(path))
 
 
@@ -224,10 +224,10 @@ def test_weights_without_a_config(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"format": "2"}, "has format 2, but this version of deqdet reads formats up to 1: update deqdet"),
-    ({"format": "two"}, "is no model file that deqdet wrote .its format is 'two'"),
-    ({"classes": None}, "is no model file that deqdet wrote"),
-    ({"classes": "[1, "}, "is no model file that deqdet wrote"),
-    ({"config": None}, "is no model file that deqdet wrote"),
+    ({"format": "two"}, "is not a model file that deqdet wrote .its format is 'two'"),
+    ({"classes": None}, "is not a model file that deqdet wrote"),
+    ({"classes": "[1, "}, "is not a model file that deqdet wrote"),
+    ({"config": None}, "is not a model file that deqdet wrote"),
     ({"pixel_format": "YUV"}, "its pixel format is 'YUV'"),
 ])  # fmt: skip
 def test_other_metadata(written, changes, message):
@@ -238,10 +238,10 @@ def test_other_metadata(written, changes, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("A: !!python/object/apply:os.mkdir [{trap}]", "is no YAML of plain values: .*python/object/apply:os.mkdir"),
-    ("MODEL: !!python/name:os.mkdir", "is no YAML of plain values"),
-    ("MODEL: [1", "is no YAML of plain values"),
-    ("- 1", "is no YAML mapping"),
+    ("A: !!python/object/apply:os.mkdir [{trap}]", "is not YAML with plain values: .*python/object/apply:os.mkdir"),
+    ("MODEL: !!python/name:os.mkdir", "is not YAML with plain values"),
+    ("MODEL: [1", "is not YAML with plain values"),
+    ("- 1", "is not a YAML mapping"),
     ("MODEL:\n  DEQDET:\n    WINGS: 2", "has the unknown key MODEL.DEQDET.WINGS: a newer version of deqdet wrote"),
     ("_BASE_: other.yaml", "has the unknown key _BASE_"),
     ("MODEL:\n  DEQDET:\n    NUM_QUERIES: many", "has a value that does not fit: .*NUM_QUERIES"),

@@ -376,7 +376,7 @@ def test_report_of_the_tool(tmp_path, capsys):
     assert "images: 4, 0 of them without boxes; 0 left out" in said
     assert "images: 3, 0 of them without boxes; 1 left out" in said
     assert "boxes: 8" in said and "  red    3\n  green  3\n  blue   2\n" in said
-    assert "boxes an image (the model has 100 queries): smallest 2, 5% 2, median 2, 95% 2, largest 2" in said
+    assert "boxes per image (the model has 100 queries): smallest 2, 5% 2, median 2, 95% 2, largest 2" in said
     assert "image width, pixels: smallest 96" in said and "8 small, 0 medium, 0 large" in said
     assert "left out: image 2.png is missing" in said and "they are matched by name" in said
     sheets = sorted(path.name for path in tmp_path.glob("s-*.png"))
@@ -389,7 +389,7 @@ def test_the_tool_remembers(tmp_path, capsys):
     s = saved(tmp_path / "a")
     for expected in (False, True):
         check_data.main([str(s.json_file), str(s.image_root)])
-        assert ("remembered from an earlier check" in capsys.readouterr().out) == expected
+        assert ("cached from an earlier check" in capsys.readouterr().out) == expected
         for catalog in (DatasetCatalog, MetadataCatalog):
             catalog.remove("1-a-boxes")  # as in another process
 
@@ -400,7 +400,7 @@ def test_errors_of_the_tool_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         check_data.main([str(s.json_file), str(s.image_root)])
     assert str(end.value).startswith("error: DATASETS.REGISTER[0]") and "2.png is missing" in str(end.value)
-    with pytest.raises(SystemExit, match="error: each annotation file needs the folder of its images behind it"):
+    with pytest.raises(SystemExit, match="error: each annotation file must be followed by its image folder"):
         check_data.main([str(s.json_file)])
 
 

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 
 from deqdet.data import CheckOptions, check_coco_file
-from deqdet.data.folders import FoundSet, complete_splits, read_folder, write_coco_folder, write_yolo_folder
+from deqdet.data.folders import FolderData, FoundSet, complete_splits, read_folder, write_coco_folder, write_yolo_folder
 from deqdet.data.folders.splits import divide
 from deqdet.data.registration import load_records
 from deqdet.errors import UserError
 
 from helpers.folders import (
     CLASSES,
+    HEIGHT,
     PICTURES,
+    WIDTH,
     coco_content,
     draw,
     voc_xml,
@@ -132,7 +134,13 @@ def single_coco(folder: Path) -> None:
     write_coco(folder, "annotations/instances_default.json", "images/default", PICTURES)
 
 
-@pytest.mark.parametrize("make", [write_voc, flat_voc, labelimg_yolo, single_coco])
+def utf16_voc(folder: Path) -> None:
+    write_voc(folder)
+    for path in (folder / "annotations").iterdir():
+        path.write_bytes(f'<?xml version="1.0" encoding="utf-16"?>{path.read_text()}'.encode("utf-16"))
+
+
+@pytest.mark.parametrize("make", [write_voc, flat_voc, utf16_voc, labelimg_yolo, single_coco])
 def test_layouts_without_splits(make, tmp_path):
     make(tmp_path)
     data = read_folder(tmp_path)
@@ -189,6 +197,24 @@ def test_three_formats_give_the_same_training_set(write_as, tmp_path):
             ]
             for box, same in zip(one["annotations"], other["annotations"], strict=True):
                 assert same["bbox"] == pytest.approx(box["bbox"], abs=1e-8)
+
+
+@pytest.mark.parametrize("write_as", [write_coco_folder, write_yolo_folder])
+@pytest.mark.parametrize("name, left", [
+    ("../../a.png", "set/images"), ("{folder}/a.png", "set/images"), ("", "set/images"),
+    ("../../set/images/a.png", "out/images/train"), ("{folder}/set/images/a.png", "out/images/train"),
+])  # fmt: skip
+def test_names_that_lead_out_of_a_folder_are_not_written(write_as, name, left, tmp_path):
+    """Out of the one that the images are read from, or of the one they are written to."""
+    for place in (tmp_path, tmp_path / "set" / "images"):
+        draw(place / "a.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    image = {"id": 1, "file_name": name.format(folder=tmp_path), "width": WIDTH, "height": HEIGHT}
+    content = {**coco_content({}), "images": [image]}
+    data = FolderData("coco", (FoundSet("train", Path("a.json"), tmp_path / "set" / "images", content),))
+    with pytest.raises(UserError, match=f"a.json: an image has file_name '.*', which leaves {tmp_path}/{left}: "):
+        write_as(data, tmp_path / "out")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def voc_outside(folder: Path) -> None:
@@ -286,6 +312,13 @@ def entities(folder: Path) -> None:
     write(write_voc(folder) / "annotations" / "b.xml", head + voc_xml("b", PICTURES["b"]))
 
 
+def entities_in_utf16(folder: Path) -> None:
+    """The document type of `entities`, whose bytes are not those of ASCII, before an object with such an entity."""
+    head = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE lolz [<!ENTITY lol "emu">]>'
+    text = head + voc_xml("b", PICTURES["b"]).replace("emu", "&lol;")
+    (write_voc(folder) / "annotations" / "b.xml").write_bytes(text.encode("utf-16"))
+
+
 def another_xml(folder: Path) -> None:
     write(write_voc(folder) / "annotations" / "b.xml", "<html></html>")
 
@@ -325,13 +358,14 @@ def code_in_yaml(folder: Path) -> None:
     (no_images, r"none of its images is there, the first one is a.png \(looked in "),
     (bad_xml, "b.xml is no XML"),
     (entities, "b.xml has a document type of its own"),
-    (another_xml, "b.xml is no file of Pascal VOC: it begins with <html>"),
+    (entities_in_utf16, "b.xml has a document type of its own"),
+    (another_xml, "b.xml is not a Pascal VOC file: it begins with <html>"),
     (two_years, "ambiguous: it holds VOC2007 and VOC2012"),
     (wrong_count, "nc is 4, but names has 3 classes"),
     (no_such_folder, "val names images/dev, which is not there"),
     (no_labels, "no image of train has a label file: the first one would be .*labels/train/a.txt"),
     (twice_the_name, "must have different names"),
-    (code_in_yaml, "data.yaml is no YAML of plain values"),
+    (code_in_yaml, "data.yaml is not YAML with plain values"),
 ])  # fmt: skip
 def test_folders_that_cannot_be_read(make, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -68,7 +68,7 @@ def test_ids_are_those_of_the_users_own_file(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     ("{", "found.json is not valid JSON"),
-    ('{"image_id": 1}', "found.json is no list of detections"),
+    ('{"image_id": 1}', "found.json is not a list of detections"),
     ("[7]", "detection 0 lacks one of image_id, category_id, bbox, score"),
     ([detection(), {"image_id": 1}], "detection 1 lacks one of"),
     ([detection(image_id=9)], "detection 0 has image_id 9, which the data set lacks: give the set it is of"),

@@ -165,7 +165,7 @@ class TestImages:
         source = save(tmp_path / "x.png")
         before = source.read_bytes()
         code, lines, _ = demo("--input", source, "--output", tmp_path)
-        assert not lines and f"the input {source} would be written over" in code
+        assert not lines and f"the input {source} would be overwritten" in code
         assert source.read_bytes() == before
 
     def test_a_picture_that_cannot_be_written(self, demo, tmp_path):
@@ -265,7 +265,7 @@ class TestErrors:
     """Each is one line that names the argument or key."""
 
     @pytest.mark.parametrize("words, message", [
-        (["--input", "X", "--refinement-gif"], "--refinement-gif: say with --output where to"),
+        (["--input", "X", "--refinement-gif"], "--refinement-gif: --output is needed"),
         (["--video-input", "X", *EXTRAS[1:]], "--refinement-strip, --convergence-plot: only with --input"),
         (["--input", "X", "--output", "o", "--confidence-threshold", "1.5"], "must lie between 0 and 1, got 1.5"),
         (["--input", "X", "--output", "o", "--steps", "0"], "steps must be at least 1 and a whole number, got 0"),

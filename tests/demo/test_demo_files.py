@@ -143,13 +143,13 @@ class TestDestinations:
             ([picture], tmp_path / "new" / ".." / "x.jpg", []),
             ([strip, Path("z.jpg")], tmp_path / "new" / "..", ENDINGS),
         ):
-            with pytest.raises(UserError, match="the input .* would be written over"):
+            with pytest.raises(UserError, match="the input .* would be overwritten"):
                 plan_pictures(sources, output, endings)
 
     def test_nor_another_file_in_its_folder(self, tmp_path):
         picture, video, *others = touch(*(tmp_path / name for name in ("a.webp", "v.avi", "a.png", "v.mp4")))
         for plan in (lambda: plan_pictures([picture], tmp_path), lambda: plan_video(video, tmp_path)):
-            with pytest.raises(UserError, match="beside the input, would be written over"):
+            with pytest.raises(UserError, match="beside the input, would be overwritten"):
                 plan()
         assert plan_pictures([picture], others[0]) == [others[0]]  # a file that was named
         assert plan_video(video, others[1]) == others[1]
@@ -175,5 +175,5 @@ class TestDestinations:
         assert plan_video(None, tmp_path) == tmp_path / "webcam.mp4"
         touch(tmp_path / "webcam.mp4", tmp_path / "webcam_2.mp4", tmp_path / "film.mp4")
         assert plan_video(None, tmp_path) == tmp_path / "webcam_3.mp4"
-        with pytest.raises(UserError, match="film.mp4 would be written over"):
+        with pytest.raises(UserError, match="film.mp4 would be overwritten"):
             plan_video(tmp_path / "film.mp4", tmp_path)

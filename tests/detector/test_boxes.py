@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from detectron2.modeling.box_regression import Box2BoxTransform
 
@@ -13,10 +14,10 @@ from deqdet.boxes import (
     encode_boxes,
     geometry_exponents,
     pairwise_intersection,
-    pairwise_iof,
     refine_position,
     refine_position_by_deltas,
 )
+from deqdet.layers.attention import PositionalAttention
 
 
 def random_positions(*shape):
@@ -126,10 +127,17 @@ def test_geometry_is_that_of_the_single_functions():
     torch.testing.assert_close(found.area, box_sizes(position).prod(-1))
 
 
+def log_iof(boxes: Tensor) -> Tensor:
+    """The bias that the attention gets in a head with tau = 1: log(IoF + 1e-7), (B, N, N)."""
+    attention = PositionalAttention(dim=8, num_heads=1).to(boxes.dtype)
+    torch.nn.init.ones_(attention.iof_scale)
+    return attention._overlap_bias(boxes, (boxes[..., 2:] - boxes[..., :2]).prod(-1))[:, 0]
+
+
 def test_iof_by_hand():
     big, small, within = [0.0, 0.0, 4.0, 4.0], [2.0, 1.0, 5.0, 2.0], [1.0, 1.0, 2.0, 3.0]
     far, point = [10.0, 0.0, 12.0, 9.0], [3.0, 3.0, 3.0, 3.0]
-    iof = pairwise_iof(torch.tensor([[big, small, far, point, within]]))
+    iof = log_iof(torch.tensor([[big, small, far, point, within]], dtype=torch.float64)).exp() - 1e-7
     expected = [
         [1.0, 2 / 16, 0.0, 0.0, 2 / 16],  # how much of the big one (16) lies in each
         [2 / 3, 1.0, 0.0, 0.0, 0.0],  # small (3) sticks out by a third, and touches `within` at an edge
@@ -137,15 +145,14 @@ def test_iof_by_hand():
         [0.0, 0.0, 0.0, 0.0, 0.0],  # a point: 0 / 1e-6, not 0 / 0
         [1.0, 0.0, 0.0, 0.0, 1.0],  # contained
     ]
-    torch.testing.assert_close(iof, torch.tensor([expected]))
+    torch.testing.assert_close(iof, torch.tensor([expected], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_iof_floors_the_area():
     tiny, big = [0.0, 0.0, 1e-4, 1e-4], [-1.0, -1.0, 1.0, 1.0]  # areas 1e-8, 4
     boxes = torch.tensor([[tiny, big]], dtype=torch.float64)
-    torch.testing.assert_close(pairwise_iof(boxes)[0, 0], torch.tensor([0.01, 0.01], dtype=torch.float64))
-    loose = pairwise_iof(boxes, min_area=1e-9)[0, 0]
-    torch.testing.assert_close(loose, torch.ones(2, dtype=torch.float64))
+    iof = log_iof(boxes).exp()[0, 0] - 1e-7
+    torch.testing.assert_close(iof, torch.tensor([0.01, 0.01], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_overlaps_have_the_layout_of_a_bias_that_the_fast_kernels_of_attention_take():
@@ -155,10 +162,10 @@ def test_overlaps_have_the_layout_of_a_bias_that_the_fast_kernels_of_attention_t
 
 def test_iof_of_each_image_alone():
     boxes = decode_boxes(random_positions(3, 4))
-    together = pairwise_iof(boxes)
+    together = log_iof(boxes)
     assert together.shape == (3, 4, 4)
     for image in range(3):
-        assert torch.equal(together[image], pairwise_iof(boxes[image : image + 1])[0])
+        assert torch.equal(together[image], log_iof(boxes[image : image + 1])[0])
 
 
 def test_embedding_by_hand():
@@ -193,7 +200,7 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(encode_boxes, boxes)
     assert torch.autograd.gradcheck(refine_position, (position, delta))
     assert torch.autograd.gradcheck(refine_position_by_deltas, (position, delta))
-    assert torch.autograd.gradcheck(pairwise_iof, boxes)
+    assert torch.autograd.gradcheck(log_iof, boxes)
     assert torch.autograd.gradcheck(lambda x: embed_position(x, 16), position)
 
 
@@ -209,7 +216,7 @@ def test_gradients_of_degenerate_boxes_are_finite(boxes):
     corners = torch.tensor([boxes], requires_grad=True)
     position = encode_boxes(corners)
     decoded = decode_boxes(position)
-    outputs = [(pairwise_iof(x) + 1e-7).log() for x in (corners, decoded)]
+    outputs = [log_iof(x) for x in (corners, decoded)]
     for output in (*outputs, decoded, position, embed_position(position, 16)):
         (gradient,) = torch.autograd.grad(output.sum(), corners, retain_graph=True)
         assert output.isfinite().all() and gradient.isfinite().all()

@@ -20,7 +20,7 @@ pytestmark = IN_PROCESS
         (["MODEL.NUM_QUERIES", 3], r"unknown config key MODEL.NUM_QUERIES; .*MODEL.DEQDET.NUM_QUERIES"),
         (["XYZ.QWERTY", 3], r"unknown config key XYZ.QWERTY; the known ones are in "),
         (["SOLVER.MAX_ITER", "many"], r"the command line: Type mismatch .* for config key: SOLVER.MAX_ITER"),
-        (["SOLVER.MAX_ITER=3"], r"pairs of KEY VALUE, a space between, but got SOLVER.MAX_ITER=3"),
+        (["SOLVER.MAX_ITER=3"], r"must be KEY VALUE pairs separated by spaces, but got SOLVER.MAX_ITER=3"),
         (["SOLVER.MAX_ITER", 3, "--eval-only"], r"--eval-only must come before the KEY VALUE pairs"),
     ],
 )

@@ -139,7 +139,7 @@ def test_the_steps_until_convergence_are_in_the_summary(toy_config, capsys):
     assert results["steps"] == pytest.approx({"mean": 2.5, "p50": 2.5, "p95": 3.85})
     assert results["bbox"]["AP"] >= 0
     printed = capsys.readouterr().out
-    assert "Steps that 4 images took: mean 2.50, median 2.5, 95th percentile 3.8, most 4" in printed
+    assert "Steps that 4 images took: mean 2.50, median 2.5, 95th percentile 3.8, maximum 4" in printed
     assert "copypaste: Task: steps" in printed
 
 

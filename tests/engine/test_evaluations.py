@@ -1,6 +1,7 @@
 """What evaluations in training leave behind: all their figures, the end of the training, the checkpoints that stay."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from deqdet.checkpoints.files import read_torch, write_torch
 from deqdet.checkpoints.latest import delete_older
 from deqdet.engine import UserError, check_options, run, setup
-from deqdet.engine.early_stop import EarlyStop
+from deqdet.engine.early_stop import build_early_stop
 from deqdet.engine.resume import CLOCK_FIGURES
 
 from helpers.engine_toy import IN_PROCESS, parse, write_dataset
@@ -150,18 +151,36 @@ def test_a_training_that_ended_early_does_not_go_on(toy_config, tmp_path, capsys
 
 
 @pytest.mark.parametrize("metric, min_delta, values, waited", [
-    ("bbox/AP", 0.0, [10, 10, 11], [0, 1, 0]),
-    ("bbox/AP", 0.5, [10, 10.5, 10.6, 10.7, 11.2], [0, 1, 0, 1, 0]),  # from the best, not from the one before
-    ("bbox/AP", 0.0, [math.nan, 1, math.nan, 2], [1, 0, 1, 0]),
-    ("validation/total_loss", 0.1, [5, 4, 4.5, 3.95, 3.8], [0, 0, 1, 2, 0]),
+    ("AP", 0.0, [10, 10, 11], [0, 1, 0]),
+    ("AP", 0.5, [10, 10.5, 10.6, 10.7, 11.2], [0, 1, 0, 1, 0]),  # from the best, not from the one before
+    ("AP", 0.0, [math.nan, 1, math.nan, 2], [1, 0, 1, 0]),
+    ("validation_loss", 0.1, [5, 4, 4.5, 3.95, 3.8], [0, 0, 1, 2, 0]),
 ])  # fmt: skip
-def test_what_counts_as_an_improvement(metric, min_delta, values, waited):
-    hook = EarlyStop(9, metric, min_delta, 1)
+@pytest.mark.parametrize("sets", [("val",), ("hairloss_val", "val")])  # the name of a set is part of the metric's name
+def test_what_counts_as_an_improvement(small_cfg, sets, metric, min_delta, values, waited):
+    stop = "SOLVER.EARLY_STOP.PATIENCE", 9, "SOLVER.EARLY_STOP.METRIC", metric, "SOLVER.EARLY_STOP.MIN_DELTA", min_delta
+    (hook,) = build_early_stop(small_cfg("DATASETS.TEST", sets, *stop))
     found = []
     for value in values:
         hook._take(value)
         found.append(hook.state_dict()["waited"])
     assert found == waited
+
+
+@pytest.mark.parametrize("change", [("SOLVER.EARLY_STOP.METRIC", "AP50"), ("SOLVER.EMA.ENABLED", True)])
+def test_the_best_of_another_metric_does_not_count(small_cfg, change, caplog):
+    """A resumed training may watch another metric, whose values have nothing to do with the old best."""
+    stop = "DATASETS.TEST", ("val",), "SOLVER.EARLY_STOP.PATIENCE", 9
+    caplog.set_level(logging.INFO)
+    (before,), (same,), (other,) = (build_early_stop(small_cfg(*stop, *more)) for more in ((), (), change))
+    for value in (40.0, 30.0):
+        before._take(value)
+    for hook in (same, other):
+        hook.load_state_dict(before.state_dict())
+        hook._take(35.0)
+    assert [(hook._best, hook._waited) for hook in (same, other)] == [(40.0, 2), (35.0, 0)]
+    (line,) = caplog.messages
+    assert line.startswith("SOLVER.EARLY_STOP watched bbox/AP before and begins anew with ")
 
 
 def test_an_evaluation_without_the_metric_is_one_clear_error(toy_config):

@@ -69,6 +69,16 @@ def test_classes_that_both_know_by_name_keep_their_weights(small_model, small_cf
     assert "cat, emu keep their weights, 1 begin anew" in caplog.text
 
 
+def test_a_hidden_layer_with_as_many_rows_as_there_are_classes(small_model, stir):
+    """Of the 32 classes in another order, only the rows of the last layers change places, not the 32 features."""
+    source, model = (small_model("MODEL.DEQDET.NUM_CLASSES", 32) for _ in range(2))
+    stir(source)
+    others = [f"class {i}" for i in range(32)]
+    found = adapt(model.state_dict(), source.state_dict(), others[::-1], others).weights
+    for name, value in source.state_dict().items():
+        assert torch.equal(found[name], value.flip(0) if name in CLASS_LAYERS else value), name
+
+
 def test_queries_of_another_number(small_model):
     source, model = small_model("MODEL.DEQDET.NUM_QUERIES", 4), small_model()
     state = model.state_dict()
@@ -137,10 +147,10 @@ def test_names_of_detectron2s_model_zoo():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"eval_only": True}, "and so does --eval-only"),
-    ({"model": "m.safetensors"}, "and so does --model"),
-    ({"opts": ["MODEL.WEIGHTS", "x.pth"]}, "and so does MODEL.WEIGHTS"),
-    ({"init": "nowhere.pth"}, "--init nowhere.pth is no file, no URL and no name of detectron2's model zoo"),
+    ({"eval_only": True}, "--init and --eval-only both set the weights"),
+    ({"model": "m.safetensors"}, "--init and --model both set the weights"),
+    ({"opts": ["MODEL.WEIGHTS", "x.pth"]}, "--init and MODEL.WEIGHTS both set the weights"),
+    ({"init": "nowhere.pth"}, "--init nowhere.pth is not a file, a URL or a name in detectron2's model zoo"),
 ])  # fmt: skip
 def test_command_lines_that_cannot_be(change, words, tmp_path):
     (tmp_path / "x.pth").touch()

@@ -56,7 +56,7 @@ def test_every_way_ends_well(runs):
 def test_a_rank_is_killed_and_torchrun_starts_both_again(runs):
     folders, done = runs
     assert said(done["torchrun"][0]) == ["error: a collective operation failed in iteration 10, probably because "
-                                         "another rank is gone: --resume goes on"]  # fmt: skip
+                                         "another rank is gone: --resume continues"]  # fmt: skip
     log = (folders["torchrun"] / "log.txt").read_text()
     assert "Starting training from iteration 0" in log and "Starting training from iteration 8" in log
 
@@ -111,7 +111,7 @@ def test_sigterm_to_torchrun_ends_with_a_checkpoint(toy_config, tmp_path):
     done = run_together([start], [{}], kill="LAUNCHER-SIGTERM@9")[0]
     path = tmp_path / "out" / "model_0000009.pth"
     lines = [line for line in said(done) if not line.startswith("Traceback")]  # torchrun prints one of its own
-    assert lines == [f"stopped by SIGTERM after iteration 9: saved {path}, --resume goes on from there"]
+    assert lines == [f"stopped by SIGTERM after iteration 9: saved {path}; --resume continues from there"]
     assert path.exists()
 
 
@@ -131,7 +131,7 @@ def test_a_rank_without_progress_ends(monkeypatch, capsys, phase, words):
     monkeypatch.setattr(joined, "end_process", end_with)
     with pytest.raises(Ended, match="1"):
         joined._watch([0.0, 1.0, 7.0, phase, 3.0], 0.1, joined._Voice(PLACE))
-    line = f"error: rank 1 has made no progress for 0.1 s in iteration 7 {words} (--rank-timeout): --resume goes on\n"
+    line = f"error: rank 1 has made no progress for 0.1 s in iteration 7 {words} (--rank-timeout): --resume continues\n"
     assert capsys.readouterr().err == line
 
 

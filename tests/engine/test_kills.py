@@ -59,12 +59,12 @@ def test_a_resumed_training_ends_as_the_uninterrupted_one(whole, tmp_path, proce
     assert killed.returncode == code
     lines = said(killed)
     if code == 1:
-        assert lines == ["error: rank 1 died (killed by SIGKILL) in iteration 10: the others were ended too; "
-                         "--resume goes on"]  # fmt: skip
+        assert lines == ["error: rank 1 died (killed by SIGKILL) in iteration 10: the others were stopped too; "
+                         "--resume continues"]  # fmt: skip
     elif code > 0:
         name = "SIGTERM" if code == 143 else "SIGINT"
         path = tmp_path / "out" / "model_0000009.pth"
-        assert lines == [f"stopped by {name} after iteration 9: saved {path}, --resume goes on from there"]
+        assert lines == [f"stopped by {name} after iteration 9: saved {path}; --resume continues from there"]
     resumed = run_toy(config, "--resume", *words, "DATALOADER.NUM_WORKERS", 2 if processes == 1 else 0)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert same(end_of(tmp_path / "out"), ends[processes])
@@ -77,7 +77,7 @@ def test_a_rank_that_hangs_ends_the_others(toy_config, kill, rank):
     done = run_toy(toy_config, "--num-gpus", 2, "--rank-timeout", 8, *LONG, kill=kill)
     assert done.returncode == 1
     assert said(done) == [f"error: rank {rank} stopped responding for 8 s in iteration 5 (--rank-timeout): all ranks "
-                          "were ended; --resume goes on"]  # fmt: skip
+                          "were stopped; --resume continues"]  # fmt: skip
     assert time.monotonic() - start < 60
 
 
@@ -127,4 +127,4 @@ def test_a_port_that_is_taken(toy_config):
         url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         done = run_toy(toy_config, "--num-gpus", 2, "--dist-url", url)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "another port is taken instead" in done.stderr
+    assert "another port is used instead" in done.stderr

@@ -1,9 +1,9 @@
 """Pictures of detections in TensorBoard, which training does not notice."""
 
 import io
+import os
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -63,11 +63,14 @@ def bounds(changed: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def test_boxes_on_the_left_and_detections_on_the_right(tmp_path):
-    """An image of 1,000 x 800 pixels is shrunk to 640 x 512; the label of a box is above its lower side."""
-    grey = np.full((800, 1000, 3), 128, dtype=np.uint8)
-    cv2.imwrite(str(tmp_path / "a.png"), grey)
+    """An image of 1,000 x 800 pixels is shrunk to 640 x 512; the label of a box is above its lower side.
+
+    Its name is not UTF-8, which TensorBoard does not take.
+    """
+    path = tmp_path / os.fsdecode(b"a\xff.png")
+    Image.new("RGB", (1000, 800), (128, 128, 128)).save(path)
     truth = {"bbox": [100, 400, 300, 200], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
-    inputs = {"file_name": str(tmp_path / "a.png"), "height": 800, "width": 1000, "annotations": [truth]}
+    inputs = {"file_name": str(path), "height": 800, "width": 1000, "annotations": [truth]}
     model = Finds([500.0, 300.0, 900.0, 700.0])
     hook = DetectionPictures(2, model, lambda: [inputs], ["cell"])
     with EventStorage() as storage:
@@ -75,7 +78,7 @@ def test_boxes_on_the_left_and_detections_on_the_right(tmp_path):
             hook.trainer = SimpleNamespace(iter=iteration, max_iter=9, storage=storage)
             hook.after_step()
     ((name, picture, _),) = storage._vis_data
-    assert name == "detections/a.png" and picture.shape == (3, 512, 1280) and picture.dtype == np.uint8
+    assert name == r"detections/a\udcff.png" and picture.shape == (3, 512, 1280) and picture.dtype == np.uint8
     changed = (picture != 128).any(0)
     for part, (left, right, bottom) in ((changed[:, :640], (64, 256, 384)), (changed[:, 640:], (320, 576, 448))):
         assert np.allclose(bounds(part), (left, right, bottom), atol=6)

@@ -33,7 +33,7 @@ def test_a_training_is_not_written_over(finished, tmp_path):
     with pytest.raises(UserError, match=message):
         setup(parse(finished))
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="give only one of them"):
         setup(parse(finished, "--resume", "--overwrite"))
     for query in ("", "?matching_heuristics=True"):
         with pytest.raises(UserError, match="--overwrite would delete MODEL.WEIGHTS .*model_final.pth"):

@@ -8,16 +8,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from deqdet.data import build_validation_loader
-from deqdet.engine import UserError
+from deqdet.data import build_mapper, build_validation_loader
+from deqdet.engine import UserError, setup
 from deqdet.engine.early_stop import EarlyStop
 from deqdet.engine.validation import compute_losses
 
-from helpers.engine_toy import IN_PROCESS
+from helpers.engine_toy import IN_PROCESS, parse
 from helpers.short_training import in_metrics, in_tensorboard, train
 from helpers.two_ranks import run_two_ranks
 
@@ -51,10 +52,11 @@ def test_images_count_by_their_boxes():
     assert model.training and model.inner.training
 
 
-def test_it_is_the_loss_of_one_large_batch(small_model, make_inputs):
-    """Without noise, and with BatchNorm fixed, training divides the sum over all images by all boxes."""
+@pytest.mark.parametrize("boxes", [(2, 1, 3), (40, 2)])  # the model has 6 queries
+def test_it_is_the_loss_of_one_large_batch(small_model, make_inputs, boxes):
+    """Without noise, and with BatchNorm fixed, training divides the sum over all images by all matched boxes."""
     model = small_model("MODEL.DEQDET.FIX_BN_STATISTICS", True)
-    batch = [{**record, "image_id": i + 1} for i, record in enumerate(make_inputs(2, 1, 3))]
+    batch = [{**record, "image_id": i + 1} for i, record in enumerate(make_inputs(*boxes))]
     expected = {name: loss.item() for name, loss in model(batch).items()}
     found = compute_losses(model, [[record] for record in batch])
     total = found.pop("total_loss")
@@ -97,6 +99,16 @@ def test_the_losses_are_written_and_the_training_is_the_same(toy_config, tmp_pat
     assert with_it.keys() == without.keys()
     assert all(torch.equal(with_it[name], without[name]) for name in without)
     assert in_metrics(tmp_path / "out", "total_loss") == in_metrics(tmp_path / "without", "total_loss") != []
+
+
+@pytest.mark.parametrize("flip", ["none", "horizontal", "vertical", "both"])
+def test_its_images_are_not_flipped(toy_config, flip):
+    """Neither the flips of training nor an error for "both", which detectron2's own mapper does not know."""
+    cfg = setup(parse(toy_config, "INPUT.RANDOM_FLIP", flip))
+    plain = [build_mapper(cfg, is_train=False)(x) for x in DatasetCatalog.get(cfg.DATASETS.TEST[0])]
+    found = [record for (record,) in build_validation_loader(cfg, cfg.DATASETS.TEST[0])]
+    for record, expected in zip(found, plain, strict=True):
+        assert torch.equal(record["image"], expected["image"]) and "instances" in record
 
 
 def test_it_can_end_the_training(toy_config, tmp_path):

@@ -377,6 +377,7 @@ def test_compiled_verdicts():
 def test_first_below_by_hand():
     residuals = torch.tensor([[0.5, 0.04, 0.06, math.nan], [0.04, 0.3, 0.05, 0.2], [0.6, 0.01, 0.2, 0.3]])
     assert first_below(residuals, 0.05).tolist() == [2, 1, 3, 3]  # 0.05 is not below
+    assert first_below(residuals[:0], 0.05).tolist() == [0, 0, 0, 0]  # no step was taken
 
 
 @pytest.mark.parametrize("rtol", [0.0, 1e-2])

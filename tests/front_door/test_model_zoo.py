@@ -43,7 +43,7 @@ def test_overrides():
     ("quick/deqdet_shape", [], "did you mean quick/deqdet_shapes"),
     ("zzz", [], r"list_configs\(\) lists them"),
     ("deqdet_shapes", ["MODEL.DEQDET.NUM_QUERY", "3"], "unknown config key MODEL.DEQDET.NUM_QUERY; did you"),
-    ("deqdet_shapes", ["SEED"], "overrides are pairs of KEY VALUE"),
+    ("deqdet_shapes", ["SEED"], "overrides must be KEY VALUE pairs"),
     ("deqdet_shapes", ["SEED", "'a'"], "the command line: .*SEED"),
     ("deqdet_shapes", ["SEED", "1", "--resume", "x"], "--resume must come before the KEY VALUE pairs"),
 ])  # fmt: skip

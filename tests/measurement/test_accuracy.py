@@ -30,7 +30,7 @@ class TestEvaluation:
         write_dataset(tmp_path, "steps")
         register_coco_instances(tmp_path.name, {"thing_classes": ["half"]}, f"{tmp_path}/boxes.json", str(tmp_path))
         DatasetCatalog.get(tmp_path.name)  # detectron2 learns the categories' ids
-        return Evaluation(tmp_path.name)
+        return Evaluation(tmp_path.name, max_detections=100)
 
     def test_each_image_counts_with_its_own_step(self, evaluation, capfd):
         paths = [
@@ -55,12 +55,29 @@ class TestEvaluation:
         assert counted == [{"img_ids": [3]}] * 2
 
     def test_sets_that_cannot_be_evaluated(self, tmp_path):
-        with pytest.raises(UserError, match="no_such_set of DATASETS.TEST is not in COCO's format"):
-            Evaluation("no_such_set")
+        with pytest.raises(UserError, match="no_such_set of DATASETS.TEST is not in COCO format"):
+            Evaluation("no_such_set", max_detections=100)
         write_dataset(tmp_path, "bare")
         whole = json.loads((tmp_path / "boxes.json").read_text())
         del whole["annotations"]
         (tmp_path / "boxes.json").write_text(json.dumps(whole))
         register_coco_instances(tmp_path.name, {"thing_classes": ["half"]}, f"{tmp_path}/boxes.json", str(tmp_path))
         with pytest.raises(UserError, match="has no annotations"):
-            Evaluation(tmp_path.name)([make_path(1, [1.0], {1: detect(self.LEFT)})], [(1,)])
+            Evaluation(tmp_path.name, max_detections=100)([make_path(1, [1.0], {1: detect(self.LEFT)})], [(1,)])
+
+    @pytest.mark.parametrize("limit, ap", [(16, 100 * 67 / 101), (100, 100 * 67 / 101), (150, 100.0), (300, 100.0)])
+    def test_as_many_detections_count_as_the_model_may_return(self, tmp_path, capfd, limit, ap):
+        """All of 150 objects are found. COCO's limit leaves 100: precision 1 at the recalls 0, 0.01, ..., 0.66."""
+        corners = [(26.0 * (i % 15), 26.0 * (i // 15)) for i in range(150)]
+        annotations = [
+            {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [*corner, 20, 20], "area": 400, "iscrowd": 0}
+            for i, corner in enumerate(corners)
+        ]
+        whole = {"images": [{"id": 1, "file_name": "0.png", "height": 400, "width": 400}], "annotations": annotations}
+        (tmp_path / "boxes.json").write_text(json.dumps({**whole, "categories": [{"id": 1, "name": "half"}]}))
+        register_coco_instances(tmp_path.name, {"thing_classes": ["half"]}, f"{tmp_path}/boxes.json", str(tmp_path))
+        DatasetCatalog.get(tmp_path.name)
+        found = detect(*((x, y, x + 20, y + 20) for x, y in corners), scores=tuple(1 - i / 200 for i in range(150)))
+        (accuracy,) = Evaluation(tmp_path.name, max_detections=limit)([make_path(1, [1.0], {1: found})], [(1,)])
+        assert (accuracy.AP, accuracy.AP50) == pytest.approx((ap, ap))
+        assert capfd.readouterr().out == ""

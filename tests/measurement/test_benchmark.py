@@ -133,10 +133,13 @@ def test_the_tool(tmp_path, small_cfg, capsys, monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (["--repeats", "1"], "quartiles need several"), (["--batch", "0"], "--batch must be at least 1"),
-    (["--device", "cuda"], "there is no CUDA here"),
+    (["--device", "cuda"], "CUDA is not available on this machine"),
     (["--mode", "graph"], "--mode graph needs a GPU, and the model is on cpu"),
     (["--precision", "tf32"], "--precision tf32 needs a GPU"),
     (["FLOAT32_PRECISION", "high"], "FLOAT32_PRECISION is 'high': --precision float32 or tf32 takes its place"),
+    (["TEST.PRECISION", "bfloat16"], "TEST.PRECISION is 'bfloat16': --precision takes its place"),
+    (["MODEL.DEQDET.COMPILE", "True"], "MODEL.DEQDET.COMPILE is True: --mode compiled takes its place"),
+    (["MODEL.DEQDET.CUDA_GRAPHS", "4"], "MODEL.DEQDET.CUDA_GRAPHS is 4: --mode graph takes its place"),
     (["--mode", "compiled-graph", "--task", "training"], "a CUDA graph is for detection, not for --task training"),
     (["--steps", "0"], "--steps must be at least 1, got 0"),
     (["--steps", "3", "--task", "decoder", "MODEL.DEQDET.DECODER", "StackedDecoder"],

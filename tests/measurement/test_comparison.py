@@ -190,12 +190,12 @@ time.sleep(300)"""
         with open(lock) as file:
             assert wait_for(lambda: is_free(file))
 
-    @pytest.mark.parametrize("now, error", [(0.9, None), (0.5, "SOLVER.MOMENTUM 0.9, which is 0.5 now")])
+    @pytest.mark.parametrize("now, error", [(0.9, None), (0.5, "SOLVER.MOMENTUM 0.9, which is now 0.5")])
     def test_a_key_that_is_newer_than_the_run_had_its_default(self, run, train, now, error):
         """SOLVER.MOMENTUM stands for it, which is 0.9 by default."""
         complete(run, train, lambda run: MEASURED)
         later = Run(run.name, run.seed, run.folder, run.arguments, {**run.settings, "SOLVER.MOMENTUM": now})
-        with nullcontext() if error is None else pytest.raises(UserError, match=f"x-seed1 was begun with {error}"):
+        with nullcontext() if error is None else pytest.raises(UserError, match=f"x-seed1 was started with {error}"):
             check_record(later)
 
     @pytest.mark.parametrize("key, now", [("SOLVER.BASE_LR", 0.2), ("SOLVER.NEW", 0.2)])
@@ -204,7 +204,7 @@ time.sleep(300)"""
         check_record(run)
         was = run.settings.get(key)
         changed = Run(run.name, run.seed, run.folder, run.arguments, {**run.settings, key: now})
-        with pytest.raises(UserError, match=f"x-seed1 was begun with {key} {was}, which is {now} now"):
+        with pytest.raises(UserError, match=f"x-seed1 was started with {key} {was}, which is now {now}"):
             check_record(changed)
 
 
@@ -292,7 +292,7 @@ class TestPreparation:
         run.folder.mkdir()
         (run.folder / "run.json").write_text(json.dumps(run.settings))
         assert prepare(write_config("x.yaml"), seeds=[1]) == [run]
-        with pytest.raises(UserError, match="begun with SOLVER.BASE_LR 0.001, which is 0.002 now"):
+        with pytest.raises(UserError, match="started with SOLVER.BASE_LR 0.001, which is now 0.002"):
             prepare(write_config("x.yaml", "SOLVER: {BASE_LR: 0.002}"), seeds=[1])
 
 

@@ -146,7 +146,7 @@ def test_a_run_at_a_scale_is_recognised(prepare):
     run.folder.mkdir(parents=True)
     (run.folder / "run.json").write_text(json.dumps(run.settings))
     assert prepare("rag_1") == [run]
-    with pytest.raises(UserError, match="rag_1-seed1 was begun with SOLVER.BASE_LR 0.001, which is 0.002 now"):
+    with pytest.raises(UserError, match="rag_1-seed1 was started with SOLVER.BASE_LR 0.001, which is now 0.002"):
         prepare("rag_1", opts="SOLVER.BASE_LR 0.002")
 
 

@@ -143,6 +143,17 @@ def test_an_image_is_padded_as_the_model_pads_it(small_model):
     assert replace(padded, image_size=(64, 96)) == count_multiply_adds(model, height=64, width=96)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_compiled_model_costs_the_same(small_model, precision):
+    """What torch.compile makes of a layer shows a tracer no operations; in bfloat16 the steps run a copy of it."""
+    counts = []
+    for compiled in (False, True):
+        model = small_model("MODEL.DEQDET.COMPILE", compiled, "TEST.PRECISION", precision).eval()
+        whole = trace(Detector(model), torch.zeros(3, 64, 96))[""]
+        counts.append((count_multiply_adds(model, height=64, width=96), whole))
+    assert counts[0] == counts[1]
+
+
 def test_it_leaves_the_model_and_torch_as_they_were(small_model):
     model = small_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -338,7 +349,7 @@ def test_overrides_may_follow_the_tasks(tool, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--tasks", "parameter", "--steps", "3"], "--steps is for the task flop"),
+    (["--tasks", "parameter", "--steps", "3"], "--steps is only for the task flop"),
     (["--steps", "3", "MODEL.DEQDET.DECODER", "StackedDecoder"], "a StackedDecoder of 6 layers takes 5"),
     (["--tasks", "parameter", "MODEL.DEQDET.DECODER", "Stack"], "MODEL.DEQDET.DECODER is 'Stack': it must be one of"),
     (["MODEL.DEQDET.NUM_QUERYS", "3"], "did you mean MODEL.DEQDET.NUM_QUERIES?"),

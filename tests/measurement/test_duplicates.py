@@ -41,7 +41,7 @@ def counter(tmp_path) -> DuplicateCounter:
     (tmp_path / "set.json").write_text(json.dumps(whole))
     register_coco_instances(tmp_path.name, {}, f"{tmp_path}/set.json", str(tmp_path))
     DatasetCatalog.get(tmp_path.name)
-    return DuplicateCounter(tmp_path.name, Evaluation(tmp_path.name))
+    return DuplicateCounter(tmp_path.name, Evaluation(tmp_path.name, max_detections=100))
 
 
 def see(image_id: int, *found: tuple[tuple[float, ...], int, float], contents: list[list[float]]) -> Seen:

@@ -5,23 +5,18 @@ import numpy as np
 import pytest
 import torch
 
-from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from deqdet.measurement.plots import (
-    MARGIN,
-    contact_sheet,
-    draw_pair,
-    plot_curves,
-    plot_losses,
-    plot_residuals,
-    read_metrics,
-)
+from deqdet.errors import UserError
+from deqdet.measurement.plots import MARGIN, contact_sheet, draw_pair, plot_curves, plot_losses, plot_residuals
 
 
 @pytest.fixture
 def pair(tmp_path):
-    """A grey image with one true box at the left; two detections at the right, one of them below the threshold."""
+    """A grey image with one true box at the left; two detections at the right, one of them below the threshold.
+
+    The names of the classes would be wrong formulas to matplotlib.
+    """
     file_name = str(tmp_path / "grey.png")
     cv2.imwrite(file_name, np.full((60, 80, 3), 128, np.uint8))
     annotation = {"bbox": [4, 20, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
@@ -29,14 +24,13 @@ def pair(tmp_path):
     detections.pred_boxes = Boxes(torch.tensor([[50.0, 20.0, 70.0, 40.0], [4.0, 20.0, 24.0, 40.0]]))
     detections.scores = torch.tensor([0.9, 0.1])
     detections.pred_classes = torch.tensor([1, 0])
-    record = {"file_name": file_name, "annotations": [annotation]}
-    metadata = Metadata(name="test", thing_classes=["left", "right"])
-    return draw_pair(record, detections, metadata, width=160, threshold=0.5)
+    record = {"file_name": file_name, "height": 60, "width": 80, "annotations": [annotation]}
+    return draw_pair(record, detections, ["$_$", "$_$ right"], width=160, threshold=0.5)
 
 
 def drawn_columns(half: np.ndarray) -> tuple[int, int]:
-    """The first and last column in which the grey was drawn over, in rows above any label."""
-    columns = np.abs(half[45:75].astype(int) - 128).max(axis=(0, 2)).nonzero()[0]
+    """The first and last column in which the grey was drawn over, in rows of the box below its label."""
+    columns = np.abs(half[62:75].astype(int) - 128).max(axis=(0, 2)).nonzero()[0]
     return columns.min(), columns.max()
 
 
@@ -55,6 +49,11 @@ def test_sheet_holds_every_pair(pair, tmp_path):
     for y, x in places:
         assert np.array_equal(sheet[y : y + pair.shape[0], x : x + pair.shape[1]], pair)
     assert (sheet[places[2][0] :, places[1][1] :] == 255).all()  # no fourth one
+
+
+def test_a_sheet_that_cannot_be_written(pair, tmp_path):
+    with pytest.raises(UserError, match="nowhere/sheet.png cannot be written"):
+        contact_sheet([pair], columns=2, path=tmp_path / "nowhere" / "sheet.png")
 
 
 def test_plots_draw_what_they_are_given(tmp_path):
@@ -79,18 +78,6 @@ def test_a_later_run_replaces_the_iterations_that_it_repeats(tmp_path):
         plot_losses(tmp_path / f"{name}.json", tmp_path / f"{name}.png")
     both, second = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("both", "second"))
     assert np.array_equal(both, second)
-
-
-def test_lines_of_metrics_json(tmp_path):
-    """An evaluation's own line stays beside the training's of the same iteration; a second run replaces the first's."""
-    first = [{"iteration": i, "total_loss": float(i)} for i in (1, 2, 3)]
-    evaluation = {"iteration": 3, "bbox/AP": 5.0}
-    file = tmp_path / "metrics.json"
-    file.write_text("\n".join(map(json.dumps, [*first, evaluation])))
-    assert read_metrics(file) == [*first, evaluation]
-    second = [{"iteration": 2, "total_loss": 9.0}, {"iteration": 4, "total_loss": 8.0}]
-    file.write_text("\n".join(map(json.dumps, [*first, evaluation, *second])))
-    assert read_metrics(file) == [first[0], *second]
 
 
 def test_curves_show_losses_and_every_ap(tmp_path, monkeypatch):

@@ -316,7 +316,7 @@ class TestTool:
         (["--solvers", "newton"], "unknown solver newton: choose plain, "),
         (["--steps", "4", "0"], "--steps or --rtols: a number of steps must be at least 1, got 0"),
         (["--rtols", "-1"], "--steps or --rtols: an rtol must be a number above 0, got -1.0"),
-        (["--limit", "0"], "the number of images must be at least 1, got 0"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["MODEL.DEQDET.DECODER", "RecurrentDecoder"], "MODEL.DEQDET.DECODER is RecurrentDecoder"),
         (["MODEL.META_ARCHITECTURE", "EngineToy"], "MODEL.META_ARCHITECTURE is EngineToy: it must be DEQDet"),
         (["MODEL.DEQDET.DECODER", "Stack"], "MODEL.DEQDET.DECODER is 'Stack'"),

@@ -1,5 +1,6 @@
 """The tools' command lines: a model file in place of a config, as main() and as scripts get it."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from deqdet.checkpoints import write_model_file
 from deqdet.data import ShapesConfig, read_image, register_shapes
 from deqdet.data.shapes import CLASSES
 from deqdet.decoders import DecodingGraphs
+from deqdet.errors import UserError
 from deqdet.measurement.accuracy import Evaluation
 from deqdet.measurement.speed_accuracy import Way, measure_ways
-from deqdet.tools import analyze_model, evaluate_steps, report, speed_accuracy
+from deqdet.tools import analyze_model, evaluate_steps, report, residual_signal, speed_accuracy
 
 from helpers.engine_toy import IN_PROCESS
 from helpers.paths import TOOLS
@@ -89,7 +91,7 @@ def test_a_report_of_a_detector_without_an_equilibrium_has_no_residuals(trained,
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model_final.pth")
     report.main(["--config-file", str(tmp_path / "stacked.yaml"), "--images", "2"])
     printed = capsys.readouterr().out
-    assert f"Pictures: {tmp_path}/detections.png\nReport: {tmp_path}/report.md\n" in printed
+    assert f"Images: {tmp_path}/detections.png\nReport: {tmp_path}/report.md\n" in printed
     assert (tmp_path / "report.md").is_file() and not (tmp_path / "residual.png").exists()
 
 
@@ -119,8 +121,8 @@ def test_ways_are_evaluated_and_timed_in_turns(datasets, monkeypatch):
         found = found if name == "right" else (found + 1) % len(CLASSES)
         return Instances(image.shape[:2], pred_boxes=Boxes(corners), scores=torch.ones(len(found)), pred_classes=found)
 
-    ways = [Way(name, "", "", "", partial(detect, name=name)) for name in ("right", "wrong")]
-    right, wrong = measure_ways(ways, records, Evaluation("shapes_seed43_3"), images=2)
+    ways = [Way(name, "", "", "", 100, partial(detect, name=name)) for name in ("right", "wrong")]
+    right, wrong = measure_ways(ways, records, Evaluation("shapes_seed43_3", max_detections=100), images=2)
     assert right.accuracy.AP == pytest.approx(100) and wrong.accuracy.AP < 50
     # Each image in every way, once untimed and once timed, then the next.
     assert order[-8:] == ["right", "right", "wrong", "wrong"] * 2
@@ -169,6 +171,17 @@ def test_speed_and_accuracy_in_every_way(trained, small_cfg, stir, tmp_path, mon
     assert "AP is that of 3 images of shapes_seed43_3" in table and "    deqdet-speed-accuracy " in table
 
 
+@pytest.mark.parametrize("tool", [evaluate_steps, residual_signal, speed_accuracy])
+def test_ap_counts_as_many_detections_as_the_model_may_return(trained, tmp_path, monkeypatch, tool):
+    def stop(dataset: str, *, max_detections: int):
+        raise UserError(f"AP of {max_detections} detections")
+
+    monkeypatch.setattr(tool, "Evaluation", stop)
+    words = trained["config"] if tool is not speed_accuracy else [trained["file"][1], "--modes", "eager"]
+    with pytest.raises(SystemExit, match="AP of 300 detections"):
+        tool.main([*words, "--output", str(tmp_path / "out"), "TEST.DETECTIONS_PER_IMAGE", "300"])
+
+
 def test_graphs_are_replayed_or_refused(trained, tmp_path, monkeypatch):
     """The recorder is one of the tests' own, since there is no GPU."""
     recorded = []
@@ -198,12 +211,34 @@ def test_graphs_are_replayed_or_refused(trained, tmp_path, monkeypatch):
     (["--limit", "1"], "--limit or shapes_seed43_3 leaves one image: quartiles of times need at least two"),
     (["FILE"], "two model files have the same name and the same folder's name, "),
     (["--modes", "graph"], "--modes graph needs a GPU, and .* runs on the device cpu"),
+    (["TEST.PRECISION", "bfloat16"], "TEST.PRECISION cannot be overridden here: use --precisions"),
+    (["MODEL.DEQDET.COMPILE", "True"], "MODEL.DEQDET.COMPILE cannot be overridden here: use --modes compiled"),
+    (["MODEL.DEQDET.CUDA_GRAPHS", "4"], "MODEL.DEQDET.CUDA_GRAPHS cannot be overridden here: use --modes graph"),
+    (["FLOAT32_PRECISION", "high"], "FLOAT32_PRECISION is 'high': set it to '', so that the rows of float32 are exact"),
+    (["--modes", "onnx", "--precisions", "bfloat16"], "--modes onnx runs in float32 only"),
 ])  # fmt: skip
 def test_one_line_says_what_is_wrong_with_ways(trained, tmp_path, words, message):
     file = trained["file"][1]
     words = [file if word == "FILE" else word for word in words]
     with pytest.raises(SystemExit, match=message):
-        speed_accuracy.main([file, *words, "--output", str(tmp_path / "out")])
+        speed_accuracy.main(["--output", str(tmp_path / "out"), file, *words])
+
+
+@pytest.mark.parametrize("name, words", [
+    ("analyze_model", []), ("benchmark", []), ("check_data", []), ("convert_checkpoint", ["in.pth", "out.pth"]),
+    ("demo", ["--input", "x.png"]), ("evaluate_steps", ["--output", "out"]), ("export_model", ["--output", "out.onnx"]),
+    ("predict", ["--input", "images", "--output", "out"]), ("pretrain_backbone", ["--output", "out.pth"]),
+    ("publish", ["in.pth", "--output", "out.safetensors"]), ("report", []), ("residual_signal", ["--output", "out"]),
+    ("speed_accuracy", ["in.safetensors", "--output", "out"]),
+])  # fmt: skip
+def test_one_line_says_that_a_tool_works_in_one_process(monkeypatch, name, words):
+    """torchrun has started two of it."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for key, value in {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(key, value)
+    tool = importlib.import_module(f"deqdet.tools.{name}")
+    with pytest.raises(SystemExit, match="^error: this command works in one process, but torchrun has started 2"):
+        tool.main(words)
 
 
 TOOLS_HERE = ["analyze_model", "compare", "evaluate_steps", "report", "residual_signal", "speed_accuracy"]

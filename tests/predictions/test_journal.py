@@ -56,7 +56,7 @@ def test_images_are_kept_up_to_the_group_of_the_first_other_one(tmp_path):
         assert journal.done == IMAGES[:kept]
         journal.close()
     journal = open_journal(tmp_path)
-    with pytest.raises(UserError, match="is of an unfinished run on other images: choose another --output"):
+    with pytest.raises(UserError, match="is from an unfinished run on other images: choose another --output"):
         journal.keep([["other.png", 1, 1]])
     journal.keep([["other.png", 1, 1]], overwrite=True)
     assert journal.done == []
@@ -65,7 +65,7 @@ def test_images_are_kept_up_to_the_group_of_the_first_other_one(tmp_path):
 
 def test_other_settings(tmp_path):
     write(tmp_path)
-    with pytest.raises(UserError, match="unfinished run with another --steps: take the same as before"):
+    with pytest.raises(UserError, match="unfinished run with another --steps: use the same as before"):
         open_journal(tmp_path, **{"--steps": 3})
     journal = open_journal(tmp_path, overwrite=True, **{"--steps": 3})
     assert journal.done == []

@@ -147,11 +147,74 @@ class TestFormats:
         found = json.loads((tmp_path / "out" / "predictions.json").read_text())
         assert code is None and [x["score"] for x in found] == pytest.approx(scores[:3].tolist(), abs=1e-6)
 
-    def test_a_list_of_paths(self, run, images, tmp_path):
-        (tmp_path / "list.txt").write_text(f"{images}/3.png\n\n{images}/[12].png\n")
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # with a byte order mark, as some editors write it
+    def test_a_list_of_paths(self, run, images, tmp_path, encoding):
+        (tmp_path / "list.txt").write_text(f"{images}/3.png\n\n{images}/[12].png\n", encoding=encoding)
         assert run("--input-list", "list.txt", "--output", "out")[0] is None
         listed = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
         assert [Path(x["file_name"]).name for x in listed] == ["3.png", "1.png", "2.png"]
+
+
+class TestOverwrite:
+    def test_labels_of_the_run_before_are_deleted(self, run, images, tmp_path):
+        """Those of other images, and those of an image that is skipped this time."""
+        words = "--output", "out", "--format", "yolo"
+        run("--input", *(images / f"{i}.png" for i in range(4)), *words)
+        (tmp_path / "out" / "labels" / "3.txt").write_bytes(b"")  # as of an image without detections
+        (images / "2.png").write_text("no image")
+        code, out, _ = run("--input", images / "1.png", images / "2.png", *words, "--overwrite", "--skip-broken")
+        assert code == 1 and "6 detections in 2 images" in out
+        assert sorted(contents(tmp_path / "out")) == ["classes.txt", "labels/1.txt"]
+        code, out, _ = run("--input", images / "1.png", *words, "--overwrite")
+        assert code is None and "6 detections in 1 image\n" in out
+
+    @pytest.mark.parametrize("files", [
+        {"3.txt": "0 0.5 0.5 0.1 0.2\n"},  # for training: without a score
+        {"3.txt": "0 0.5 0.5 0.1 0.2 0.9\n"},  # of another program
+        {"3.txt": "0 0.500000 0.500000 0.100000 0.200000 0.900000\nlook at this one\n"},
+        {"classes.txt": "ox\nass\nhen\n", "3.txt": ""},  # an image without boxes, beside files of others
+        {"deeper/3.txt": "0 0.500000 0.500000 0.100000 0.200000 0.900000\n"},
+        {"3.label": "0 0.500000 0.500000 0.100000 0.200000 0.900000\n"},
+        {"3.txt": "\xff"},
+    ])  # fmt: skip
+    def test_labels_of_others_stay(self, run, images, tmp_path, files):
+        words = "--output", "out", "--format", "yolo"
+        run("--input", images / "0.png", images / "1.png", *words)
+        for name, text in files.items():
+            path = tmp_path / "out" / "labels" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(text.encode("latin-1"))
+        assert run("--input", images / "1.png", *words, "--overwrite")[0] is None
+        left = contents(tmp_path / "out" / "labels")
+        assert sorted(left) == sorted(["1.txt", *files])
+        assert all(left[name] == text.encode("latin-1") for name, text in files.items())
+
+    def test_a_folder_of_empty_labels_stays(self, run, images, tmp_path):
+        (tmp_path / "out" / "labels").mkdir(parents=True)
+        (tmp_path / "out" / "labels" / "a.txt").touch()
+        assert run("--input", images / "1.png", "--output", "out", "--format", "yolo", "--overwrite")[0] is None
+        assert sorted(x.name for x in (tmp_path / "out" / "labels").iterdir()) == ["1.txt", "a.txt"]
+
+    def test_a_stale_images_file_is_deleted(self, run, images, tmp_path):
+        run("--input", images / "1.png", "--output", "out")
+        info = write_info(tmp_path / "info.json", ["5.png"])
+        assert run("--input", images, "--images-from", info, "--output", "out", "--overwrite")[0] is None
+        assert sorted(contents(tmp_path / "out")) == ["predictions.json"]
+
+    def test_an_images_file_that_is_needed_stays(self, run, images, tmp_path):
+        """This run has its ids from the one that the run before wrote."""
+        words = "--input", images, "--output", "out"
+        assert run(*words)[0] is None
+        before = contents(tmp_path / "out")
+        assert run(*words, "--images-from", "out/images.json", "--overwrite")[0] is None
+        assert contents(tmp_path / "out") == before
+
+    def test_an_images_file_of_others_stays(self, run, images, tmp_path):
+        (tmp_path / "out").mkdir()
+        write_info(tmp_path / "out" / "images.json", ["1.png"])
+        info = write_info(tmp_path / "info.json", ["5.png"])
+        assert run("--input", images, "--images-from", info, "--output", "out", "--overwrite")[0] is None
+        assert sorted(contents(tmp_path / "out")) == ["images.json", "predictions.json"]
 
 
 class TestImageInfo:
@@ -222,7 +285,7 @@ class TestInterruptions:
 
         monkeypatch.setattr(DEQDet, "infer", infer)
         code, _, lines = run(*words, "--output", "part")
-        assert code == 130 and lines == ["interrupted: the same command goes on from here"]
+        assert code == 130 and lines == ["interrupted: run the same command again to continue"]
         calls[0] = 10
         code, out, _ = run(*words, "--output", "part")
         assert code is None and "8 of 10 images" in out
@@ -252,7 +315,7 @@ class TestInterruptions:
         self.interrupt(run, monkeypatch, "--input", images, "--output", "out")
         Image.new("RGB", (64, 48), "red").save(images / "2.png")
         code, out, _ = run("--batch-size", 1, "--input", images, "--output", "out")
-        assert str(code).startswith("error: out/.predictions.unfinished is of an unfinished run on other images")
+        assert str(code).startswith("error: out/.predictions.unfinished is from an unfinished run on other images")
         code, out, _ = run("--batch-size", 1, "--input", images, "--output", "out", "--overwrite")
         assert code is None and "an earlier run" not in out
         run("--batch-size", 1, "--input", images, "--output", "anew")
@@ -273,13 +336,13 @@ class TestInterruptions:
     def test_other_settings_are_refused_and_named(self, run, images, monkeypatch, words, name):
         self.interrupt(run, monkeypatch, "--input", images, "--output", "out")
         code, _, _ = run("--batch-size", 1, "--input", images, "--output", "out", *words)
-        message = f"error: out/{NAME} is of an unfinished run with another {name}: take the same as before"
+        message = f"error: out/{NAME} is from an unfinished run with another {name}: use the same as before"
         assert str(code).startswith(message)
 
     def test_finished_files_are_replaced_only_if_told_so(self, run, images):
         assert run("--input", images / "0.png", "--output", "out")[0] is None
         code, _, _ = run("--input", images / "0.png", "--output", "out")
-        assert str(code) == "error: out/predictions.json is there already: choose another --output, or give --overwrite"
+        assert str(code) == "error: out/predictions.json already exists: choose another --output, or give --overwrite"
         assert run("--input", images / "0.png", "--output", "out", "--overwrite")[0] is None
 
     def test_two_runs_at_once_are_refused(self, run, images, tmp_path, model_file, monkeypatch):
@@ -301,7 +364,7 @@ class TestBrokenImages:
     def test_the_first_one_ends_the_run_with_one_line(self, run, images, tmp_path):
         (images / "5.png").write_text("no image")
         code, _, lines = run("--input", images, "--output", "out", "--batch-size", 1)
-        assert str(code).startswith(f"error: {images}/5.png: not an image") and "--skip-broken goes on" in str(code)
+        assert str(code).startswith(f"error: {images}/5.png: not an image") and "--skip-broken continues" in str(code)
         (images / "5.png").unlink()  # and what was done before it is not lost
         code, out, _ = run("--input", images, "--output", "out", "--batch-size", 1)
         assert code is None and "done 4 of 9 images" in out
@@ -323,7 +386,7 @@ class TestBrokenImages:
     def test_a_path_that_is_not_there(self, run, images, tmp_path):
         words = ["--input", images / "0.png", "nowhere", "--output", "out"]
         code, _, _ = run(*words)
-        assert str(code) == "error: nowhere: does not exist; --skip-broken goes on without it"
+        assert str(code) == "error: nowhere: does not exist; --skip-broken continues without it"
         code, _, lines = run(*words, "--skip-broken")
         assert code == 1 and lines == ["error: nowhere: does not exist"]
         assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 6

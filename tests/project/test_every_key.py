@@ -1,4 +1,4 @@
-"""The tables of docs/training.md, "Every key", against the configs."""
+"""The tables of docs/config.md against the configs."""
 
 import re
 from collections import Counter
@@ -11,8 +11,8 @@ from deqdet import add_deqdet_config
 from helpers.config_files import load, value_of
 from helpers.paths import ROOT
 
-SECTION = (ROOT / "docs" / "training.md").read_text().partition("\n## Every key\n")[2].partition("\n## ")[0]
-OURS, DETECTRON2S = SECTION.split("\n### Detectron2's keys that matter most\n")
+PAGE = (ROOT / "docs" / "config.md").read_text()
+OURS, DETECTRON2S = PAGE.split("\n## Detectron2's keys that matter most\n")
 
 
 def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -58,7 +58,7 @@ def test_each_key_of_ours_has_one_row_with_its_default():
 
 
 def test_each_row_ends_in_a_sentence():
-    for row in rows(SECTION):
+    for row in rows(PAGE):
         assert len(row) in (3, 5) and len(row[-1].split()) >= 3 and row[-1].endswith((".", ".)")), row
 
 

@@ -210,7 +210,7 @@ def test_an_installed_detectron2_is_left_alone(tmp_path, version, shown):
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: detectron2\nVersion: {version}\n")
     done = run_script(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"left alone: detectron2 {shown} in {package}\n"
+    assert done.stdout == f"left unchanged: detectron2 {shown} in {package}\n"
 
 
 def test_a_bare_folder_of_that_name_is_not_an_installation(tmp_path):

@@ -240,9 +240,9 @@ def model_file_with_a_tag(good: Path) -> str:
 
 
 MODEL_FILES = {
-    model_file_with_a_tag: "the config in tagged.safetensors is no YAML of plain values: .*python/object/apply",
+    model_file_with_a_tag: "the config in tagged.safetensors is not YAML with plain values: .*python/object/apply",
     pickle_named_safetensors: "evil.safetensors is damaged",
-    torch_file_with_code: "evil.pth is no model file",
+    torch_file_with_code: "evil.pth is not a model file",
 }
 
 # The tools: from the words that say which model, and the KEY VALUE pairs, to the command line.

@@ -137,23 +137,6 @@ def pairwise_intersection(boxes: Tensor) -> Tensor:
     return width * height
 
 
-def pairwise_iof(boxes: Tensor, min_area: float = 1e-6) -> Tensor:
-    """Compute the intersection over foreground (IoF) of all pairs of boxes (AdaMixer, Sec. 3.4).
-
-    Entry (i, j) is |b_i & b_j| / |b_i|, the fraction of box i that lies within box j. Unlike the IoU it is not
-    symmetric: it is 1 for a part inside a whole, and small for the whole with respect to its part.
-
-    Args:
-        boxes: (B, N, 4) xyxy.
-        min_area: the smallest |b_i| to divide by, in square pixels.
-
-    Returns:
-        (B, N, N).
-    """
-    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)  # (B, N)
-    return pairwise_intersection(boxes) / area.clamp(min=min_area)[:, :, None]
-
-
 def embed_position(
     position: Tensor, dim: int, temperature: float = 10000.0, waves: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:

@@ -11,8 +11,8 @@ OPEN_SECTIONS = ("MODEL.DEQDET.SOLVER.OPTIONS", "MODEL.DEQDET.PLUGIN")
 def add_deqdet_config(cfg: CN) -> None:
     """Add DEQDet's keys to a detectron2 config in place, with the values of the paper's Table 5.
 
-    Where Table 1's DEQDet has another value, which is NUM_POINTS_INIT alone, that one is taken. docs/training.md
-    ("Every key") says of each key why its default is what it is.
+    Where Table 1's DEQDet has another value, which is NUM_POINTS_INIT alone, that one is taken. docs/config.md
+    says of each key why its default is what it is.
     """
     _add_model_keys(cfg)
     _add_timm_keys(cfg)

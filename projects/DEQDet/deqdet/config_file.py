@@ -56,7 +56,7 @@ def _identity(path: str) -> str:
 def _check_place(file: str, named: str, *, allow_remote: bool) -> None:
     if not is_remote(file):
         if not os.path.isfile(file):
-            raise UserError(f"{named} does not exist, or is no plain file")
+            raise UserError(f"{named} does not exist, or is not a regular file")
     elif not (allow_remote or file.startswith(MODEL_ZOO)):
         raise UserError(
             f"{named} comes from the network: download it and look at it first, or allow it with --allow-remote-config "
@@ -79,7 +79,7 @@ def _read_bases(file: str) -> Iterator[str]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: {one_line(error)}") from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{file} is no config: it must be a YAML mapping of keys to values")
+        raise UserError(f"{file} is not a config: it must be a YAML mapping of keys to values")
     bases = loaded.get(BASE, [])
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):

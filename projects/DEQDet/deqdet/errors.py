@@ -14,6 +14,11 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def plural(count: int, noun: str) -> str:
+    """A number with its noun: "1 image", "2 images"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def describe_os_error(error: OSError) -> str:
     """The operating system's own words for an error ("No space left on device"), without the path and the number."""
     return error.strerror or one_line(error)

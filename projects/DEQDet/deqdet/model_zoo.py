@@ -76,7 +76,7 @@ def put_overrides(cfg: CfgNode, pairs: Sequence[str]) -> None:
         if option.startswith("--"):
             raise UserError(f"{option} must come before the KEY VALUE pairs")
     if len(pairs) % 2:
-        raise UserError(f"overrides are pairs of KEY VALUE, a space between, but got {' '.join(pairs)}")
+        raise UserError(f"overrides must be KEY VALUE pairs separated by spaces, but got {' '.join(pairs)}")
     with explained(cfg, "the command line"):
         merge_overrides(cfg, pairs)
 
@@ -93,7 +93,7 @@ def find_config(name: str | os.PathLike) -> str:
     stem, known = text.removeprefix("configs/").removesuffix(".yaml"), list_configs()
     found = [config for config in known if config == stem] or [x for x in known if x.rpartition("/")[2] == stem]
     if len(found) > 1:
-        raise UserError(f"config {text} is ambiguous: say {' or '.join(found)}")
+        raise UserError(f"config {text} is ambiguous: give {' or '.join(found)}")
     if found:
         return str(config_folder() / f"{found[0]}.yaml")
     last_parts = {config.rpartition("/")[2]: config for config in known}

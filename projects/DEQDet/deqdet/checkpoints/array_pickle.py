@@ -101,7 +101,7 @@ def read_array_pickle(path: Path) -> dict:
             loaded = _plain(_Unpickler(file, encoding="latin1").load())
     except Exception as error:  # depending on the bytes that it meets, the unpickler raises any exception
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(f"{path} is damaged, or no pickle of NumPy arrays alone ({reason})") from error
+        raise CheckpointError(f"{path} is damaged, or not a pickle of only NumPy arrays ({reason})") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}: a checkpoint is a dict of arrays")
     return loaded

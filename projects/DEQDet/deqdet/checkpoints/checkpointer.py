@@ -16,6 +16,7 @@ from detectron2.utils import comm
 
 from .array_pickle import read_array_pickle
 from .files import (
+    COUNTER,
     CheckpointError,
     check_weights,
     read_safetensors,
@@ -132,7 +133,7 @@ class Checkpointer(DetectionCheckpointer):
         try:
             return super()._load_file(filename)
         except (pickle.UnpicklingError, EOFError, KeyError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{filename} is damaged or no checkpoint ({type(error).__name__})") from error
+            raise CheckpointError(f"{filename} is damaged or not a checkpoint ({type(error).__name__})") from error
 
     def _torch_load(self, f: str) -> dict:
         path = Path(f)
@@ -149,7 +150,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> Any:
         incompatible = super()._load_model(checkpoint)
         missing = incompatible.missing_keys
-        missing[:] = [name for name in missing if not name.endswith(".num_batches_tracked")]
+        missing[:] = [name for name in missing if not name.endswith(COUNTER)]
         return incompatible
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
@@ -169,7 +170,7 @@ class Checkpointer(DetectionCheckpointer):
     def _log_part(self, incompatible: Any) -> None:
         """Say which part of the model the file has, if it is only a part, such as a pretrained backbone."""
         without = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
-        names = [name for name in self.model.state_dict() if not name.endswith(".num_batches_tracked")]
+        names = [name for name in self.model.state_dict() if not name.endswith(COUNTER)]
         loaded = [name for name in names if name not in without]
         if len(loaded) == len(names):
             return
@@ -208,10 +209,10 @@ def _as_checkpoint(filename: str, loaded: dict) -> dict:
     own_format = "model" in loaded and "__author__" in loaded
     arrays = loaded["model"] if own_format else loaded.get("blobs", loaded)  # Caffe2's detectors have "blobs"
     if not isinstance(arrays, dict):
-        raise CheckpointError(f"{filename} is no dict of arrays")
+        raise CheckpointError(f"{filename} is not a dict of arrays")
     for name, value in arrays.items():
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
-            raise CheckpointError(f"{filename} is no dict of arrays: its entry {name!r} is a {type(value).__name__}")
+            raise CheckpointError(f"{filename} is not a dict of arrays: its entry {name!r} is a {type(value).__name__}")
     if own_format:
         return loaded
     weights = {name: value for name, value in arrays.items() if not name.endswith("_momentum")}

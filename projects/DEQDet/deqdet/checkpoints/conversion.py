@@ -19,14 +19,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from .. import detector  # noqa: F401  registers the detector by its name
 from ..config import add_deqdet_config
 from ..errors import one_line
-from .files import CheckpointError, check_target, read_checkpoint, write_checkpoint
+from .files import COUNTER, CheckpointError, check_target, read_checkpoint, write_checkpoint
 from .implied import BODY, Config, Given
 from .kinds import KINDS, Kind, Rule
 
 WITH_BACKGROUND = 81  # outputs of a softmax over COCO's classes
 LISTED = 5  # names in an error
 COMPUTED = ".relative_position_index"  # buffers of Swin that depend on the window's size alone
-COUNTER = ".num_batches_tracked"  # buffers of BatchNorm, for an average that nobody takes
 # What has no part in names and shapes: nothing frozen, no drop path (which needs timm), heads that divide any C.
 NEUTRAL = {
     "MODEL.BACKBONE.FREEZE_AT": 0,
@@ -129,7 +128,7 @@ def guess_kind(names: Iterable[str]) -> Kind:
         if any(fnmatchcase(name, kind.sign) for name in names):
             return kind
     raise CheckpointError(
-        f"the keys are of no known kind ({', '.join(sorted(KINDS))}), they begin with {', '.join(names[:3])}: say "
+        f"the keys are of no known kind ({', '.join(sorted(KINDS))}), they begin with {', '.join(names[:3])}: use "
         "--from KIND if it is one nevertheless"
     )
 
@@ -250,11 +249,11 @@ def build_empty(cfg: CfgNode, *, backbone_only: bool = False) -> nn.Module:
 
 def _check_classes(found: int | None, wanted: int | None) -> None:
     if wanted is not None and found is None:
-        raise CheckpointError("a backbone has no classes: leave --num-classes out")
+        raise CheckpointError("a backbone has no classes: omit --num-classes")
     if wanted is None and found == WITH_BACKGROUND:
         raise CheckpointError(
             f"the classification layers have {found} outputs, COCO's 80 classes and a background class: ours have one "
-            f"sigmoid for each class and none for the background (if these are {found} classes, say "
+            f"sigmoid for each class and none for the background (if these are {found} classes, use "
             f"--num-classes {found})"
         )
     if wanted not in (None, found):

@@ -23,6 +23,8 @@ ENTRIES = ("state_dict", "model")
 AUTHOR = "deqdet.checkpoints"
 PICKLES = (".pkl", ".pyth")  # the names of files that detectron2 reads as pickles
 UNFINISHED = ".unfinished."  # how the names of files begin that are not whole yet
+# The ends of the names of BatchNorm's counters, which nothing reads, and which files of weights need not have.
+COUNTER = ".num_batches_tracked"
 CHECKSUM = "sha256"  # the entry of a .pth file with the checksum of its other entries
 
 
@@ -110,7 +112,7 @@ def check_weights(path: Path, weights: object, entries: Sequence[str]) -> None:
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path} is no dict of tensors: its entry {name!r} is a {type(value).__name__} "
+                f"{path} is not a dict of tensors: its entry {name!r} is a {type(value).__name__} "
                 f"(the weights are sought in {' or '.join(entries)}, else at the top)"
             )
 
@@ -130,13 +132,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def not_safetensors(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that the safetensors package refuses, or that is not there."""
     if isinstance(error, OSError) and not path.is_file():
-        return CheckpointError(f"{path} {'is no plain file' if path.exists() else 'does not exist'}: correct its path")
+        fault = "is not a regular file" if path.exists() else "does not exist"
+        return CheckpointError(f"{path} {fault}: correct its path")
     if path.suffix != ".safetensors":
         return CheckpointError(
-            f"{path} is no model file (.safetensors): give a checkpoint with its config (--config-file and "
+            f"{path} is not a model file (.safetensors): give a checkpoint with its config (--config-file and "
             "MODEL.WEIGHTS, or Predictor.from_config), or make a model file of it with deqdet-publish"
         )
-    return CheckpointError(f"{path} is damaged or no safetensors file ({_first_sentence(error)})")
+    return CheckpointError(f"{path} is damaged or not a safetensors file ({_first_sentence(error)})")
 
 
 def read_torch(path: Path) -> object:
@@ -204,9 +207,9 @@ def check_target(path: Path, source: Path) -> None:
             that detectron2 reads in another way.
     """
     if not path.parent.is_dir():
-        raise CheckpointError(f"{path} cannot be written: {path.parent} is no folder, create it first")
+        raise CheckpointError(f"{path} cannot be written: {path.parent} is not a folder, create it first")
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} cannot be written: it is no plain file")
+        raise CheckpointError(f"{path} cannot be written: it is not a regular file")
     if path.exists() and source.exists() and path.samefile(source):
         raise CheckpointError(f"{path} is the checkpoint to be converted: give the output another name")
     if path.suffix in PICKLES:
@@ -237,13 +240,13 @@ def write_torch(content: dict, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text file as UTF-8, whole or not at all.
+    """Write a text file as UTF-8, whole or not at all; bytes of a file name that are not UTF-8 become escapes.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_safetensors(weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -95,7 +95,7 @@ def imply_resnet(look: Shapes) -> Config:
     """
     blocks = tuple(look.count(f"{BODY}{stage}.") for stage in LEVELS)
     if blocks not in RESNETS:
-        raise CheckpointError(f"its backbone is no ResNet-50, 101 or 152: the four stages have {blocks} blocks")
+        raise CheckpointError(f"its backbone is not a ResNet-50, 101 or 152: the four stages have {blocks} blocks")
     width = look.size(f"{BODY}res2.*.conv2.weight", axis=1)  # of a group
     return {
         "MODEL.RESNETS.DEPTH": RESNETS[blocks],

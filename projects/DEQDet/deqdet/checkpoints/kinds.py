@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from .files import COUNTER
 from .implied import BODY, Config, Given, ImplyLayers, Shapes, has_swin, imply_detector, imply_resnet, imply_swin, vote
 
 # A name in the file and ours. Each * stands for a number, the same in both names. A rule that ends with a dot renames
@@ -71,7 +72,7 @@ def register_kind(kind: Kind) -> Kind:
         ValueError: another kind has its name.
     """
     if kind.name in KINDS:
-        raise ValueError(f"there is a kind {kind.name!r} already: give this one another name")
+        raise ValueError(f"a kind {kind.name!r} already exists: use another name")
     KINDS[kind.name] = kind
     return kind
 
@@ -103,7 +104,7 @@ TORCHVISION = Kind(
     sign="layer1.0.*",
     rules=lambda names: resnet_rules(""),
     # The classifier, and BatchNorm's counters of batches, which nothing reads and FrozenBatchNorm would not take.
-    dead=("fc.*", "*.num_batches_tracked"),
+    dead=("fc.*", f"*{COUNTER}"),
     config=IMAGES,
     resnet_config=STRIDE,
 )

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from ..backbones import import_timm
 from ..errors import one_line
-from .files import CheckpointError, write_safetensors
-
-COUNTER = ".num_batches_tracked"  # of BatchNorm, which no inference reads
+from .files import COUNTER, CheckpointError, write_safetensors
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,12 @@ def find_checkpoint(folder: Path) -> Found | None:
             warnings.append(str(error))
             continue
         if path != tagged:
-            warnings.append(f"going on from {path}, the newest checkpoint that is whole")
+            warnings.append(f"continuing from {path}, the newest complete checkpoint")
         return Found(path, content, tuple(warnings))
     if not candidates:
         return None
     raise CheckpointError(
-        f"no checkpoint in {folder} can be read ({'; '.join(warnings)}): start anew with --overwrite "
+        f"no checkpoint in {folder} can be read ({'; '.join(warnings)}): start again with --overwrite "
         "or in another folder"
     )
 
@@ -93,7 +93,7 @@ def _read_tag(folder: Path, warnings: list[str]) -> Path | None:
             warnings.append(f"{tag} is missing")
         return None
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        reason = describe_os_error(error) if isinstance(error, OSError) else "it is no text"
+        reason = describe_os_error(error) if isinstance(error, OSError) else "it is not text"
         warnings.append(f"{tag} cannot be read ({reason})")
         return None
     if not name or "/" in name or "\0" in name:
@@ -124,7 +124,7 @@ def _read_whole(path: Path) -> dict:
     refuse_pickle(str(path))
     content = read_torch(path)
     if not isinstance(content, dict) or not {"model", "trainer", "iteration"} <= content.keys():
-        raise CheckpointError(f"{path} holds no state of a training")
+        raise CheckpointError(f"{path} contains no training state")
     return content
 
 

@@ -129,9 +129,9 @@ def read_model_file(path: str | Path) -> ModelFile:
         class_names = tuple(map(str, json.loads(metadata.pop(f"{OURS}classes"))))
         pixel_format = metadata.pop(f"{OURS}pixel_format")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no model file that deqdet wrote ({one_line(error)})") from error
+        raise CheckpointError(f"{path} is not a model file that deqdet wrote ({one_line(error)})") from error
     if pixel_format not in PIXEL_FORMATS:
-        raise CheckpointError(f"{path} is no model file that deqdet wrote (its pixel format is {pixel_format!r})")
+        raise CheckpointError(f"{path} is not a model file that deqdet wrote (its pixel format is {pixel_format!r})")
     weights = {name: x.float() if x.dtype == torch.float16 else x for name, x in weights.items()}
     return ModelFile(weights, config, class_names, pixel_format, metadata, str(path))
 
@@ -152,15 +152,15 @@ def load_model_config(model_file: ModelFile) -> CfgNode:
     that a tag names.
 
     Raises:
-        CheckpointError: the text is no YAML of plain values, or it has a key or value that this version does not know.
+        CheckpointError: the text is not YAML with plain values, or has a key or value that this version does not know.
     """
     source = model_file.source
     try:
         loaded = yaml.safe_load(model_file.config)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"the config in {source} is no YAML of plain values: {one_line(error)}") from error
+        raise CheckpointError(f"the config in {source} is not YAML with plain values: {one_line(error)}") from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"the config in {source} is no YAML mapping")
+        raise CheckpointError(f"the config in {source} is not a YAML mapping")
     cfg = get_cfg()
     add_deqdet_config(cfg)
     defaults = cfg.clone()
@@ -225,7 +225,7 @@ def _check_format(path: str | Path, metadata: Mapping[str, str]) -> None:
     if found is None:
         raise CheckpointError(f"{path} holds weights without a config: give --config-file with it")
     if not found.isdecimal():
-        raise CheckpointError(f"{path} is no model file that deqdet wrote (its format is {found!r})")
+        raise CheckpointError(f"{path} is not a model file that deqdet wrote (its format is {found!r})")
     if int(found) > FORMAT:
         raise CheckpointError(
             f"{path} has format {found}, but this version of deqdet reads formats up to {FORMAT}: update deqdet"

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 
-from .conversion import COUNTER, build_empty, describe, describe_shapes
-from .files import CheckpointError, check_target, check_weights, find_weights, read_file
+from .conversion import build_empty, describe, describe_shapes
+from .files import COUNTER, CheckpointError, check_target, check_weights, find_weights, read_file
 from .model_file import is_model_file, read_model_file, resolve_file, write_model_file
 
 AVERAGE = "ema"  # the entry of a checkpoint with the exponential moving average of the weights

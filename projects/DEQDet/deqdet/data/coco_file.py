@@ -135,7 +135,6 @@ def read_images(
     """
     if not whole["images"]:
         raise UserError(f'{where} lists no "images": a data set needs at least one')
-    root = os.path.abspath(image_root).rstrip(os.sep) + os.sep
     found, seen = [], {}
     for index, record in enumerate(whole["images"]):
         _require(where, "image", index, record, ("id", "file_name"))
@@ -146,7 +145,7 @@ def read_images(
             raise UserError(f"{where}: image {record['id']!r} has file_name {name!r}: give the name of a file")
         _note_id(findings, f"image {name}", record["id"], number)
         path = os.path.join(image_root, name)
-        if not (allow_outside_root or os.path.abspath(path).startswith(root)):
+        if not (allow_outside_root or lies_below(path, image_root)):
             raise UserError(
                 f"{where}: image {record['id']!r} has file_name {name!r}, which leaves the image root {image_root}: "
                 "correct it, or set DATASETS.ALLOW_OUTSIDE_ROOT True if you trust the file"
@@ -159,6 +158,11 @@ def read_images(
         found.append(ImageRecord(number, name, *sides, path))
     _refuse_twice(where, "image", "id", [image.id for image in found])
     return found
+
+
+def lies_below(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Whether a path leads into a folder once each ".." in it is resolved; links are taken for what they say."""
+    return os.path.abspath(path).startswith(os.path.abspath(folder).rstrip(os.sep) + os.sep)
 
 
 def read_id(value: object) -> int | str | None:

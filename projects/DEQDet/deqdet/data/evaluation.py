@@ -28,9 +28,10 @@ class OriginalIdsEvaluator(COCOEvaluator):
     A checked set may number images and categories anew, where their own ids are not usable; see `checking`.
     """
 
-    def __init__(self, dataset_name: str, *, output_dir: str, max_detections: int = COCO_LIMIT, library: str):
+    def __init__(self, dataset_name: str, *, output_dir: str | None, max_detections: int = COCO_LIMIT, library: str):
         """
         Args:
+            output_dir: the folder of the results file; None: none is written.
             max_detections: the most detections of an image that count. Above 100, every AP is computed with as many,
                 and "AP@100" beside them is COCO's, of the best 100 detections of each image.
             library: one of EVALUATORS.

@@ -85,7 +85,7 @@ def read_header(path: str) -> ImageHeader:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        hint = "; its name has backslashes, which are no folders here" if "\\" in path else ""
+        hint = "; its name has backslashes, which are not folder separators here" if "\\" in path else ""
         return ImageHeader(problem=f"{MISSING}: {path} does not exist{hint}")
     except (OSError, ValueError) as error:
         reason = describe_os_error(error) if isinstance(error, OSError) else one_line(error)

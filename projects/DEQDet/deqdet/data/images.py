@@ -27,7 +27,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
             warnings.simplefilter("ignore")  # of broken metadata and of the size
             with Image.open(path) as image:
                 image.load()
-                return np.array(to_rgb(_upright(image)))
+                return np.array(to_rgb(turn_upright(image)))
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: not an image, or of a format that Pillow cannot read") from error
     except Exception as error:  # Pillow's decoders raise errors of many types on broken files
@@ -55,7 +55,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF data say that the camera was held; one without such data stays as it is."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # broken EXIF data, which no viewer complains of either

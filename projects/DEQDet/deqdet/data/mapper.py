@@ -1,6 +1,7 @@
 """From a record of a data set to the input of the model."""
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -62,11 +63,15 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> ImageMapper:
     """
     if not is_train:
         return ImageMapper(cfg, is_train=False)
-    augmentations = build_augmentation(cfg)
+    return build_box_mapper(cfg, build_augmentation(cfg))
+
+
+def build_box_mapper(cfg: CfgNode, augmentations: Sequence[T.Augmentation]) -> ImageMapper:
+    """A mapper that keeps the boxes, as training needs them, with these augmentations and not those of the config."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.INPUT.RANDOM_FLIP = "none"  # detectron2 first builds its own list, for which "both" is an error
-    return ImageMapper(cfg, is_train=True, augmentations=augmentations)
+    return ImageMapper(cfg, is_train=True, augmentations=list(augmentations))
 
 
 def build_test_loader(cfg: CfgNode, dataset: str, limit: int | None = None) -> DataLoader:
@@ -90,5 +95,5 @@ def build_validation_loader(cfg: CfgNode, dataset: str) -> DataLoader:
     if not all("annotations" in record for record in records):
         raise UserError(f"TEST.VALIDATION_LOSS is True, but {dataset} has no annotations: set it to False")
     resize = detection_utils.build_augmentation(cfg, is_train=False)
-    mapper = ImageMapper(cfg, is_train=True, augmentations=resize)
+    mapper = build_box_mapper(cfg, resize)
     return build_detection_test_loader(records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)

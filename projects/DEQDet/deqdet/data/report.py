@@ -90,7 +90,7 @@ def format_report(report: Report, findings: Sequence[Finding], num_queries: int 
         "  " + ", ".join(f"{count} {name}" for name, count in report.boxes_of_size.items()) + " (COCO's sizes)",
         _row("box size, sqrt(width * height), pixels", report.box_side),
         _row("box aspect ratio, width / height", report.aspect_ratio),
-        _row("boxes an image" + (f" (the model has {num_queries} queries)" if num_queries else ""),
+        _row("boxes per image" + (f" (the model has {num_queries} queries)" if num_queries else ""),
              report.boxes_per_image),
         _row("image width, pixels", report.image_width),
         _row("image height, pixels", report.image_height),

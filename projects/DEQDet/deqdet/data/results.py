@@ -32,7 +32,7 @@ def read_results(path: str | Path, dataset: str) -> list[Instances]:
     records = DatasetCatalog.get(dataset)
     metadata = MetadataCatalog.get(dataset)
     if not metadata.get("json_file"):
-        raise UserError(f"{dataset} is not in COCO's format, so no file of detections can be compared with it")
+        raise UserError(f"{dataset} is not in COCO format, so no file of detections can be compared with it")
     images, categories = _given_ids(metadata.json_file)
     places = {images.get(record["image_id"], record["image_id"]): place for place, record in enumerate(records)}
     contiguous = metadata.thing_dataset_id_to_contiguous_id
@@ -84,7 +84,7 @@ def _read_list(path: str | Path) -> list:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({one_line(error)}): give a file of detections") from error
     if not isinstance(content, list):
-        raise UserError(f"{path} is no list of detections, as COCO's result format is")
+        raise UserError(f"{path} is not a list of detections in COCO result format")
     return content
 
 

@@ -135,9 +135,9 @@ def _spare(files: Sequence[Path], sources: Sequence[Path], output: Path, *, name
     for file in files:
         target = file.resolve()
         if target in inputs:
-            raise UserError(f"--output {output}: the input {file} would be written over: choose another one")
+            raise UserError(f"--output {output}: the input {file} would be overwritten: choose another one")
         if not named and target.parent in folders and os.path.exists(file):
-            raise UserError(f"--output: {file}, beside the input, would be written over: choose another folder")
+            raise UserError(f"--output: {file}, beside the input, would be overwritten: choose another folder")
 
 
 def _number(sources: Sequence[Path], folder: Path, endings: Sequence[str]) -> list[Path]:

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import read_image
-from ..errors import UserError, describe_os_error, one_line
+from ..errors import UserError, describe_os_error, one_line, plural
 from ..predictor import Detections, Predictor
 from .animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
 from .detection import detect
@@ -75,7 +75,7 @@ class ImageDemo:
             except UserError as error:  # either names the file
                 self.report(error)
                 continue
-            counts = f"{_plural(len(found), 'detection')}, {_plural(found.steps, 'step')}"
+            counts = f"{plural(len(found), 'detection')}, {plural(found.steps, 'step')}"
             yield source, image, found, f"{source}: {counts}, {seconds:.2f} s"
 
     def _write_extras(self, source: Path, image: np.ndarray, picture: Path, extras: Sequence[str]) -> None:
@@ -92,10 +92,6 @@ class ImageDemo:
         if PLOT in extras:
             title = f"{os.fsencode(source.name).decode(errors='replace')}, {type(chosen['solver']).__name__}"
             plot_convergence(refinement, title, chosen["rtol"]).savefig(beside(picture, PLOT), dpi=120)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
 def _save(picture: np.ndarray, path: Path) -> None:

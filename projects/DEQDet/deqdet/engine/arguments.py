@@ -40,50 +40,53 @@ def parse_arguments(
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model a tool is about; `load_config` reads them."""
-    parser.add_argument("--config-file", default="", metavar="F", help="a file, or a config's name in the model zoo")
+    parser.add_argument("--config-file", default="", metavar="F", help="config file, or name of one in the model zoo")
     add_model_arguments(parser)
-    parser.epilog = "KEY VALUE pairs at the end override the config: MODEL.WEIGHTS FILE SOLVER.MAX_ITER 100"
+    parser.epilog = "KEY VALUE pairs at the end override config keys, e.g. MODEL.WEIGHTS FILE SOLVER.MAX_ITER 100"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --model, --plugin and --allow-remote-config."""
     parser.add_argument(
-        "--model", default="", metavar="FILE", help="a model file (.safetensors or hf://owner/name), config included"
+        "--model", default="", metavar="FILE", help="model file with its config: a .safetensors file or hf://OWNER/NAME"
     )
     add_plugin_argument(parser)
     parser.add_argument(
-        "--allow-remote-config", action="store_true", help="read a config or its _BASE_ from the network too"
+        "--allow-remote-config", action="store_true", help="allow the config or its _BASE_ files to be read from URLs"
     )
 
 
 def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
     """Add --plugin, for layers, decoders, solvers and backbones of the user's own."""
     parser.add_argument(
-        "--plugin", action="append", default=[], metavar="MODULE", help="import a module or .py file of your own first"
-    )
+        "--plugin", action="append", default=[], metavar="MODULE",
+        help="import this module or .py file first, e.g. one that registers a layer; can be given several times",
+    )  # fmt: skip
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --data and its flags, on which `own_data` acts, and --init, on which `initialization` does."""
     parser.add_argument(
         "--data", default="", metavar="FOLDER", type=os.path.expanduser,
-        help="train on the labelled pictures in FOLDER (COCO, YOLO or Pascal VOC), with settings derived from them",
+        help="train on the labelled images in FOLDER (COCO, YOLO or Pascal VOC), with settings derived from them",
     )  # fmt: skip
-    parser.add_argument("--data-format", default="", choices=list(FORMATS), help="where FOLDER holds several formats")
+    parser.add_argument(
+        "--data-format", default="", choices=list(FORMATS), help="format of the labels in FOLDER (default: detected)"
+    )
     parser.add_argument(
         "--size", choices=list(SIZES),
-        help="with --data, the detector: quick (the default) for CPUs, mobilenet, the same on ImageNet's MobileNetV2, "
-        "small, or r50, a ResNet-50 for GPUs",
+        help="detector to train with --data: quick, for CPUs; mobilenet, the same with a MobileNetV2 pretrained on "
+        "ImageNet; small, a ResNet-18 between quick and r50; r50, a ResNet-50 for GPUs (default: quick)",
     )  # fmt: skip
     parser.add_argument(
         "--val-fraction", type=_fraction, metavar="X",
-        help="with --data, the images that are evaluated on where FOLDER has no val set (default: 0.2 of all)",
+        help="fraction of the images to evaluate on if FOLDER has no val set (default: 0.2)",
     )  # fmt: skip
     parser.add_argument(
         "--init",
         default="",
         metavar="FILE",
-        help="begin with the weights of this checkpoint or URL, as far as they fit",
+        help="start from those weights of this checkpoint that fit the model: a file, a URL or a model zoo name",
     )
 
 
@@ -107,4 +110,4 @@ def _fraction(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) < 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is no number between 0 and 1")
+    raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1")

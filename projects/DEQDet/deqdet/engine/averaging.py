@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detectron2.engine import HookBase
 
 from .hooks import average_batch_norm
+from .models import unwrap
 
 
 def decay_after(updates: int, decay: float) -> float:
@@ -34,7 +34,7 @@ class AverageWeights(HookBase):
             periods: iterations between two moments at which the average is saved or used, 0 for never. The ranks then
                 take the average of their BatchNorm statistics, as AverageBatchNorm does with the model's own.
         """
-        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._model = unwrap(model)
         self._periods = [period for period in periods if period > 0]
 
         def update(averages: list[Tensor], values: list[Tensor], updates: Tensor) -> None:

@@ -126,10 +126,10 @@ def derive_settings(
         f"the paper's {ANCHOR[1]:g} pixels at {ANCHOR[0]}, for {side}",
     )  # fmt: skip
     _derive_schedule(facts, rules, put, given, processes=processes, multi_step=multi_step)
-    put("MODEL.DEVICE", "cuda" if on_cuda else "cpu", "CUDA is there" if on_cuda else "there is no CUDA")
+    put("MODEL.DEVICE", "cuda" if on_cuda else "cpu", "CUDA is available" if on_cuda else "CUDA is not available")
     put(
         "DATALOADER.NUM_WORKERS", 4 if on_cuda else 0,
-        "for each GPU" if on_cuda else "the cores are busy with the training itself",
+        "for each GPU" if on_cuda else "the training itself keeps the cores busy",
     )  # fmt: skip
     return settings.found
 
@@ -174,20 +174,20 @@ def _derive_sizes(facts: DataFacts, rules: SizeRules, put) -> int:
     side = put("INPUT.MIN_SIZE_TEST", *_side(facts, rules))
     side = side or round(facts.short_side)  # 0: images keep their size
     longest = _round(side * facts.aspect * 1.1, 16)
-    put("INPUT.MAX_SIZE_TEST", longest, f"the median picture's aspect {facts.aspect:.2f} and a tenth more")
+    put("INPUT.MAX_SIZE_TEST", longest, f"the median image's aspect ratio {facts.aspect:.2f} plus 10%")
     sides = tuple(dict.fromkeys(_round(side * x, 8) for x in rules.train_sides))
-    put("INPUT.MIN_SIZE_TRAIN", sides, f"{rules.train_sides[0]:.2g} to {rules.train_sides[-1]:.3g} of the test's")
-    put("INPUT.MAX_SIZE_TRAIN", longest, "as the test's")
+    put("INPUT.MIN_SIZE_TRAIN", sides, f"{rules.train_sides[0]:.2g} to {rules.train_sides[-1]:.3g} of the test size")
+    put("INPUT.MAX_SIZE_TRAIN", longest, "as at test time")
     put("INPUT.DETR_CROP.RESIZE", [_round(side * x, 4) for x in rules.crop_resize], "in proportion to the side")
     put("INPUT.DETR_CROP.SIZE", [_round(side * x, 4) for x in rules.crop_size], "in proportion to the side")
-    put("INPUT.RANDOM_FLIP", "horizontal", "mirrored pictures are alike; 'both' where there is no up, 'none' for text")
+    put("INPUT.RANDOM_FLIP", "horizontal", "mirrored images are as likely; 'both' if none is upright, 'none' for text")
     return side
 
 
 def _side(facts: DataFacts, rules: SizeRules) -> tuple[int, str]:
     budget = math.sqrt(rules.pixels / facts.aspect)
     wanted = OBJECT_SIDE * facts.short_side / max(facts.object_side, 1e-3)
-    side, reason = budget, f"{rules.pixels:,} pixels at the median picture's aspect {facts.aspect:.2f}"
+    side, reason = budget, f"{rules.pixels:,} pixels at the median image's aspect ratio {facts.aspect:.2f}"
     if wanted > budget:
         side = min(wanted, 1.5 * budget)
         reason = (
@@ -195,17 +195,17 @@ def _side(facts: DataFacts, rules: SizeRules) -> tuple[int, str]:
         )
     if side > MOST_ENLARGED * facts.short_side:
         side = MOST_ENLARGED * facts.short_side
-        reason = f"5/3 of the pictures' own {facts.short_side:.0f}"
+        reason = f"5/3 of the images' own {facts.short_side:.0f}"
     return max(32, _round(side, 16)), reason
 
 
 def _queries(facts: DataFacts, rules: SizeRules) -> tuple[int, str]:
     wanted = 4 * math.ceil(1.5 * facts.objects / 4)
     if wanted <= rules.least_queries:
-        return rules.least_queries, f"the least; 99% of the images have at most {facts.objects:.0f} objects"
+        return rules.least_queries, f"the minimum; 99% of the images have at most {facts.objects:.0f} objects"
     if wanted > MOST_QUERIES:
-        return MOST_QUERIES, f"the most; 99% of the images have at most {facts.objects:.0f} objects"
-    return wanted, f"1.5 x the {facts.objects:.0f} objects that 99% of the images have at most"
+        return MOST_QUERIES, f"the maximum; 99% of the images have at most {facts.objects:.0f} objects"
+    return wanted, f"1.5 x {facts.objects:.0f}, the 99th percentile of objects per image"
 
 
 def _derive_schedule(
@@ -222,12 +222,12 @@ def _derive_schedule(
     lr = float(f"{rules.lr * math.sqrt(lr_batch / rules.lr_batch):.4g}")
     put("SOLVER.BASE_LR", lr, f"{rules.lr:g} x sqrt({of} / {rules.lr_batch})")
     length = put("SOLVER.MAX_ITER", *_iterations(facts, rules, batch))
-    put("SOLVER.WARMUP_ITERS", min(rules.warmup, length // 10), f"{rules.warmup}, at most a tenth of the training")
+    put("SOLVER.WARMUP_ITERS", min(rules.warmup, length // 10), f"{rules.warmup}, at most 10% of the training")
     if multi_step:
         steps = tuple(sorted({x for x in (length * 2 // 3, length * 11 // 12) if 0 < x < length}))
         put("SOLVER.STEPS", steps, "after 2/3 and 11/12, as in the paper's 2x")
     period = max(SHORTEST_PERIOD, math.ceil(length / EVALUATIONS))
-    reason = f"{EVALUATIONS} in a training, {SHORTEST_PERIOD} iterations apart at least"
+    reason = f"{EVALUATIONS} in a training, at least {SHORTEST_PERIOD} iterations apart"
     put("SOLVER.CHECKPOINT_PERIOD", period, reason)
     put(
         "TEST.EVAL_PERIOD", period if facts.evaluable else 0,
@@ -239,9 +239,9 @@ def _iterations(facts: DataFacts, rules: SizeRules, batch: int) -> tuple[int, st
     views = rules.epochs * facts.images
     reason = f"{rules.epochs} epochs of {facts.images} images"
     if views < rules.least_views:
-        views, reason = rules.least_views, f"the least: {rules.least_views:,} images seen"
+        views, reason = rules.least_views, f"the minimum of {rules.least_views:,} images seen"
     if views > rules.most_views:
-        views, reason = rules.most_views, f"the most: {rules.most_views:,} images seen"
+        views, reason = rules.most_views, f"the maximum of {rules.most_views:,} images seen"
     return 50 * math.ceil(views / batch / 50), reason
 
 

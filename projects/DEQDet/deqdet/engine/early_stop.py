@@ -49,20 +49,22 @@ class EarlyStop(HookBase):
 
     Register it on every rank, after the evaluations and before StopOnSignal, in the Trainer, an EndableTrainer. Its
     state is in every checkpoint, so that a resumed training ends at the same iteration, and one that has ended this way
-    does not go on, unless it is resumed with more patience.
+    does not go on, unless it is resumed with more patience. Where the checkpoint's best value is that of another
+    metric, the resumed training begins to wait anew.
     """
 
-    def __init__(self, patience: int, metric: str, min_delta: float, eval_period: int):
+    def __init__(self, *, patience: int, metric: str, must_fall: bool, min_delta: float, eval_period: int):
         """
         Args:
             patience: at least 1.
-            metric: its name in the event storage of the main process. A loss, by its name, must fall; others must rise.
+            metric: its name in the event storage of the main process.
+            must_fall: the metric improves as it falls, as a loss does, and not as it rises.
             min_delta: a smaller change of the metric is no improvement.
             eval_period: of the evaluations, in iterations.
         """
         self._patience = patience
         self._metric = metric
-        self._sign = -1 if "loss" in metric else 1
+        self._sign = -1 if must_fall else 1
         self._min_delta = min_delta
         self._period = eval_period
         self._best: float | None = None
@@ -74,14 +76,18 @@ class EarlyStop(HookBase):
         return self._waited >= self._patience
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "waited": self._waited}
+        return {"metric": self._metric, "best": self._best, "waited": self._waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before = state_dict.get("metric", self._metric)  # older checkpoints do not have the name
+        if before != self._metric:
+            logger.info("SOLVER.EARLY_STOP watched %s before and begins anew with %s", before, self._metric)
+            return
         self._best, self._waited = state_dict["best"], state_dict["waited"]
 
     def before_train(self) -> None:
         if self.patience_is_over:
-            logger.info("This training has ended early (%s): there is nothing to go on with", self._describe())
+            logger.info("This training has ended early (%s): there is nothing to resume", self._describe())
 
     def after_step(self) -> None:
         """Look at the metric if this iteration had an evaluation.
@@ -122,9 +128,11 @@ def build_early_stop(cfg: CfgNode) -> list[EarlyStop]:
     options = cfg.SOLVER.EARLY_STOP
     if options.PATIENCE == 0:
         return []
-    metric = "validation/total_loss" if options.METRIC == "validation_loss" else f"bbox/{options.METRIC}"
+    is_loss = options.METRIC == "validation_loss"
+    metric = "validation/total_loss" if is_loss else f"bbox/{options.METRIC}"
     if len(cfg.DATASETS.TEST) > 1:  # detectron2 puts a set's name before its metrics
         metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
     if cfg.SOLVER.EMA.ENABLED:  # The best checkpoint is chosen by the averaged weights too.
         metric = f"{AVERAGE}/{metric}"
-    return [EarlyStop(options.PATIENCE, metric, options.MIN_DELTA, cfg.TEST.EVAL_PERIOD)]
+    numbers = {"patience": options.PATIENCE, "min_delta": options.MIN_DELTA, "eval_period": cfg.TEST.EVAL_PERIOD}
+    return [EarlyStop(metric=metric, must_fall=is_loss, **numbers)]

@@ -40,7 +40,7 @@ class StepsEvaluator(DatasetEvaluator):
         median, high = np.percentile(steps, [50, 95])
         result = {"mean": float(np.mean(steps)), "p50": float(median), "p95": float(high)}
         logger.info(
-            "Steps that %d images took: mean %.2f, median %.1f, 95th percentile %.1f, most %d",
+            "Steps that %d images took: mean %.2f, median %.1f, 95th percentile %.1f, maximum %d",
             len(steps), result["mean"], median, high, max(steps),
         )  # fmt: skip
         return {"steps": result}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from detectron2.engine import HookBase
@@ -17,6 +16,7 @@ from ..checkpoints.files import CheckpointError, write_torch
 from ..checkpoints.latest import TAG
 from ..data import mix_seed, seed_all
 from ..errors import UserError, one_line
+from .models import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class FiniteGuard(HookBase):
         """
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
-            model = _unwrap(self.trainer.model)
+            model = unwrap(self.trainer.model)
             if bad := [*nonfinite_names(model.named_parameters()), *nonfinite_names(model.named_buffers())]:
                 what = "a weight" if bad[0] in dict(model.named_parameters()) else "a statistic"
                 raise self._error(f"{what} became infinite or NaN", bad)
@@ -84,7 +84,7 @@ class FiniteGuard(HookBase):
 
     def _find_bad(self) -> list[str]:
         """The names of bad tensors, the cause before its effects."""
-        model = _unwrap(self.trainer.model)
+        model = unwrap(self.trainer.model)
         gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
         return [
             *nonfinite_names(model.named_parameters()),
@@ -163,7 +163,7 @@ def check_finite_model(model: nn.Module, source: str) -> None:
     Raises:
         UserError: it has not; names the first bad tensor.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     bad = nonfinite_names(iter([*model.named_parameters(), *model.named_buffers()]))
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -197,7 +197,3 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 def _name(sample: dict) -> str:
     return str(sample.get("file_name", sample.get("image_id", "?")))
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model

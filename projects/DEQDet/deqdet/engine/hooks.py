@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from detectron2.config import CfgNode
@@ -26,6 +25,7 @@ from ..checkpoints.latest import delete_older
 from ..checkpoints.publish import AVERAGE
 from ..data import find_class_names
 from ..errors import UserError, one_line
+from .models import unwrap
 from .ranks import AFTER_FORWARD, BEFORE_DATA, IN_FORWARD, OUTSIDE, mark
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class ModelFileWriter(HookBase):
         if self.trainer.iter + 1 < self.trainer.max_iter:
             return  # stopped by an error
         model = self.trainer.model if self._average is None else self._average
-        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model = unwrap(model)
         path = os.path.join(self._cfg.OUTPUT_DIR, "model_final.safetensors")
         write_model_file(
             path,

@@ -20,10 +20,11 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoints import Checkpointer, CheckpointError, check_pickle, is_model_file, read_model_file, resolve_file
 from ..checkpoints.checkpointer import MODEL_ZOO
-from ..checkpoints.files import read_checkpoint
+from ..checkpoints.files import COUNTER, read_checkpoint
 from ..errors import UserError, one_line
 from ..quiet_imports import quiet_imports
 from .health import check_finite_model
+from .models import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def prepare_initialization(args: argparse.Namespace) -> None:
         ("MODEL.WEIGHTS" in args.opts[::2], "MODEL.WEIGHTS"),
     ):
         if given:
-            raise UserError(f"--init says with which weights a training begins, and so does {what}: give one of them")
+            raise UserError(f"--init and {what} both set the weights to start from: give only one of them")
     _locate_name(args.init)
     args.opts = [*args.opts, "MODEL.WEIGHTS", ""]
 
@@ -72,7 +73,7 @@ def initialize(model: nn.Module, source: str, class_names: Sequence[str], *, tru
         UserError: the source cannot be read or downloaded, nothing in it fits, or it has values that are not finite.
     """
     name = _locate_name(source)
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = unwrap(model)
     with _readable(source):
         if name.startswith(MODEL_ZOO) or name.split("?")[0].endswith(".pkl"):
             check_pickle(name, trusted=trust_pickle)
@@ -105,13 +106,13 @@ def adapt(
     """
     weights = _with_prefix(state, {name.removeprefix("module."): x for name, x in weights.items()})
     taken, misfits, queries, class_layers = {}, [], set(), set()
-    kept = _shared_rows(own, others)
+    kept, classifiers = _shared_rows(own, others), _find_classifiers(state)
     for name, value in weights.items():
         wanted = state.get(name)
         if wanted is None:
             continue
         rows_only = value.dim() == wanted.dim() > 0 and value.shape[1:] == wanted.shape[1:]
-        is_class = CLASSES in name and rows_only and wanted.shape[0] == len(own)
+        is_class = name.rpartition(".")[0] in classifiers and rows_only and wanted.shape[0] == len(own)
         if is_class and (value.shape != wanted.shape or (others and len(others) == value.shape[0])):
             if list(own) == list(others):
                 taken[name] = value
@@ -133,14 +134,23 @@ def adapt(
         lines.append(f"the first {count} of its {there} initial queries are taken; the model has {here}")
     if misfits:
         lines.append(f"do not fit and begin anew: {_shorten(misfits, '; ')}")
-    counters = ".num_batches_tracked"  # which nothing reads
-    missing = [x for x in state if x not in weights and not x.endswith(counters)]
+    missing = [x for x in state if x not in weights and not x.endswith(COUNTER)]
     if missing:
         lines.append(f"lacks {len(missing)} tensors, which begin anew: {_by_part(missing)}")
-    unused = [x for x in weights if x not in state and not x.endswith(counters)]
+    unused = [x for x in weights if x not in state and not x.endswith(COUNTER)]
     if unused:
         lines.append(f"has {len(unused)} tensors that the model has not: {_by_part(unused)}")
     return Adaptation(taken, lines)
+
+
+def _find_classifiers(state: Mapping[str, Tensor]) -> set[str]:
+    """The last layer of each class branch by its name; a hidden layer may have as many rows as there are classes."""
+    last = {}
+    for name in state:  # in the order of the layers
+        branch, found, _ = name.partition(CLASSES)
+        if found:
+            last[branch] = name.rpartition(".")[0]
+    return set(last.values())
 
 
 def _shared_rows(own: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
@@ -205,7 +215,7 @@ def _locate_name(source: str) -> str:
         url = model_zoo.get_checkpoint_url(source if source.endswith((".yaml", ".py")) else f"{source}.yaml")
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--init {source} is no file, no URL and no name of detectron2's model zoo (such as "
+            f"--init {source} is not a file, a URL or a name in detectron2's model zoo (such as "
             "COCO-Detection/retinanet_R_50_FPN_1x.yaml)"
         ) from error
     return url.replace(_SERVER, "detectron2://") if url.startswith(_SERVER) else url

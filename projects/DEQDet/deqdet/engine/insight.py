@@ -8,7 +8,6 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -21,6 +20,7 @@ from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, first_below
 from ..equilibrium.spectrum import spectral_radius
 from ..errors import UserError
+from .models import unwrap
 
 RTOL = 0.05  # of the steps that are counted
 
@@ -37,7 +37,7 @@ def build_insight(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
             raise UserError(f"MODEL.DEQDET.INSIGHT.{key} is {options[key]}: it must be at least {least}")
     if options.PERIOD == 0:
         return []
-    model = _unwrap(model)
+    model = unwrap(model)
     if not (isinstance(model, DEQDet) and model.decoder.has_equilibrium):
         raise UserError(
             f"MODEL.DEQDET.INSIGHT.PERIOD is {options.PERIOD}, but MODEL.DEQDET.DECODER {cfg.MODEL.DEQDET.DECODER} "
@@ -78,7 +78,7 @@ class EquilibriumInsight(HookBase):
         done = self.trainer.iter + 1
         if done % self._period != 0 and done != self.trainer.max_iter:
             return
-        model = _unwrap(self.trainer.model)
+        model = unwrap(self.trainer.model)
         # detectron2's test-time resize draws a number from NumPy.
         with random_state_kept(model.device):
             if self._probe is None:
@@ -125,7 +125,3 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
 def _median(values: Tensor) -> float:
     """NaN counts as infinite."""
     return float(median(values.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()))
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -79,7 +79,8 @@ def run_joined(
         if is_lost_peer(error):
             where = f" in iteration {board[2]:.0f}" if board[3] != OUTSIDE else ""
             voice.say(
-                f"error: a collective operation failed{where}, probably because another rank is gone: --resume goes on"
+                f"error: a collective operation failed{where}, probably because another rank is gone: "
+                "--resume continues"
             )
             end_process(LOST_PEER)
         traceback.print_exc()
@@ -173,6 +174,6 @@ def _watch(board: list[float], timeout: float, voice: _Voice) -> None:
         if phase != OUTSIDE and time.monotonic() - progress > limit:
             voice.say(
                 f"error: rank {voice.rank} has made no progress for {timeout:g} s in iteration {iteration:.0f} "
-                f"{_WAITS[phase]} (--rank-timeout): --resume goes on"
+                f"{_WAITS[phase]} (--rank-timeout): --resume continues"
             )
             end_process(1)

@@ -33,17 +33,44 @@ def argument_parser() -> argparse.ArgumentParser:
 
     Parse with `parse_arguments`.
     """
-    parser = default_argument_parser()
+    # A flag that is defined again replaces detectron2's, whose help does not say what the flag does here.
+    parser = argparse.ArgumentParser(
+        parents=[default_argument_parser()],
+        add_help=False,
+        conflict_handler="resolve",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config-file", default="", metavar="FILE", help="config file, or name of one in the model zoo"
+    )
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="continue the training in OUTPUT_DIR from its last checkpoint, or start one if there is none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N",
+        help="processes on each machine, one per GPU, or on the CPU if there is no CUDA (default: 1; with --data on a "
+        "CPU, up to 4, depending on its cores)",
+    )  # fmt: skip
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="number of machines (default: 1)")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="N", help="number of this machine, counted from 0 (default: 0)"
+    )
+    parser.add_argument(
+        "--dist-url", default="auto", metavar="URL",
+        help="tcp://HOST:PORT at which the processes meet; needed with several machines (default: auto, a free port of "
+        "this machine)",
+    )  # fmt: skip
     add_model_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument(
-        "--overwrite", action="store_true", help="delete the training that OUTPUT_DIR holds, and begin a new one"
+        "--overwrite", action="store_true", help="delete the training in OUTPUT_DIR and start a new one"
     )
     parser.add_argument(
         "--rank-timeout", type=_seconds, default=600.0, metavar="SECONDS",
-        help="end all processes when one shows no life, or no progress in an iteration, for so long (default: 600)",
+        help="stop all processes if one does not respond, or makes no progress in an iteration, for this long "
+        "(default: 600)",
     )  # fmt: skip
-    parser.set_defaults(dist_url="auto")
     return parser
 
 
@@ -121,8 +148,8 @@ def _check_launch(place: Place, args: argparse.Namespace) -> None:
             )
     if place.restarts and not (args.resume or args.eval_only):
         raise UserError(
-            f"torchrun --max-restarts {place.restarts} starts the same command again after a failure, which then has a "
-            "training to go on with: add --resume, which also begins a new one where there is none"
+            f"torchrun --max-restarts {place.restarts} starts the same command again after a failure, which then finds "
+            "a training to continue: add --resume, which also starts a new one if there is none"
         )
 
 
@@ -191,7 +218,7 @@ def _seconds(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
+    raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""From a config to a model, with errors that users understand."""
+"""From a config to a model, with errors that users understand, and from DDP back to the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from detectron2 import modeling
 from detectron2.config import CfgNode
@@ -19,6 +20,11 @@ def build_model(cfg: CfgNode) -> nn.Module:
     """
     with buildable():
         return modeling.build_model(cfg)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, if DistributedDataParallel is around it; else what was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager

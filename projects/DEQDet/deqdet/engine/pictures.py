@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,6 +17,7 @@ from detectron2.utils import comm
 
 from ..data import build_mapper, random_state_kept, read_image, read_truth
 from ..drawing import draw_detections, enlarge
+from .models import unwrap
 
 COUNT = 4  # images
 SCORE = 0.3  # detections below it are not drawn
@@ -57,7 +57,7 @@ class DetectionPictures(HookBase):
             load: returns the images, as a test loader gives them, with "annotations"; called once, when first needed.
         """
         self._period = period
-        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._model = unwrap(model)
         self._load = load
         self._class_names = class_names
         self._inputs: list[dict] | None = None
@@ -74,8 +74,8 @@ class DetectionPictures(HookBase):
                 outputs = [self._model([inputs])[0]["instances"].to("cpu") for inputs in self._inputs]
             for inputs, found in zip(self._inputs, outputs, strict=True):
                 picture = self._draw(inputs, found[found.scores >= SCORE][:MOST])
-                name = f"detections/{Path(inputs['file_name']).name}"
-                self.trainer.storage.put_image(name, np.ascontiguousarray(picture.transpose(2, 0, 1)))
+                name = Path(inputs["file_name"]).name.encode(errors="backslashreplace").decode()  # may not be UTF-8
+                self.trainer.storage.put_image(f"detections/{name}", np.ascontiguousarray(picture.transpose(2, 0, 1)))
 
     def _draw(self, inputs: dict, found: Instances) -> np.ndarray:
         """Draw an image twice, with its true boxes and with its detections; (H, W, 3) uint8 RGB."""
@@ -85,15 +85,22 @@ class DetectionPictures(HookBase):
         if shrink < 1:
             size = max(1, round(shrink * width)), max(1, round(shrink * height))
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        image = enlarge(image)
-        sides = [
-            draw_detections(image, instances, self._class_names)
-            for instances in (_ground_truth(inputs), found)
-        ]
-        return np.concatenate(sides, axis=1)
+        return np.concatenate(draw_beside_truth(enlarge(image), inputs, found, self._class_names), axis=1)
 
 
-def _ground_truth(record: dict) -> Instances:
-    """The boxes of a record in the form of detections, without scores."""
+def draw_beside_truth(
+    image: np.ndarray, record: dict, found: Instances, class_names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw an image twice, with its true boxes and with its detections.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, that of the record in any size.
+        record: in detectron2's format, with "annotations".
+        found: on the CPU, in pixels of the original image.
+
+    Returns:
+        Two pictures (H, W, 3) uint8 RGB.
+    """
     truth = read_truth(record)
-    return Instances(truth.image_size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes)
+    true = Instances(truth.image_size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes)
+    return draw_detections(image, true, class_names), draw_detections(image, found, class_names)

@@ -12,13 +12,12 @@ from detectron2.config import CfgNode
 
 from ..backbones import create_net, import_timm
 from ..checkpoints import CheckpointError
-from ..checkpoints.files import read_checkpoint
+from ..checkpoints.files import COUNTER, read_checkpoint
 from ..errors import UserError
+from .models import unwrap
 from .relations import TIMM_BACKBONES
 
 logger = logging.getLogger(__name__)
-
-COUNTER = ".num_batches_tracked"  # of BatchNorm; files of weights need not have it
 
 
 def check_backbone_weights(cfg: CfgNode) -> None:
@@ -54,7 +53,7 @@ def load_backbone_weights(model: nn.Module, cfg: CfgNode) -> None:
     """
     if not _starts_pretrained(cfg):
         return
-    timm, detector = cfg.MODEL.TIMM, getattr(model, "module", model)
+    timm, detector = cfg.MODEL.TIMM, unwrap(model)
     body = detector.backbone.bottom_up.net
     weights = None
     if timm.WEIGHTS:

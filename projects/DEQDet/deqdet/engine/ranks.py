@@ -110,7 +110,7 @@ def _open_store(group: Group) -> tuple[dist.TCPStore | None, str]:
             store = dist.TCPStore(host, int(port), is_master=True, wait_for_workers=False)
             return store, f"{host}:{store.port}"
         except (RuntimeError, ValueError) as error:
-            print(f"--dist-url {group.dist_url} cannot be used ({one_line(error)[:80]}): another port is taken instead",
+            print(f"--dist-url {group.dist_url} cannot be used ({one_line(error)[:80]}): another port is used instead",
                   file=sys.stderr)  # fmt: skip
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     return store, f"127.0.0.1:{store.port}"
@@ -300,10 +300,10 @@ class _Watch:
             if code not in (None, 0, LOST_PEER, *STOPPED):
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 name = self._name(rank)
-                return f"{name} died ({how}){self._where(rank)}: the others were ended too; --resume goes on"
+                return f"{name} died ({how}){self._where(rank)}: the others were stopped too; --resume continues"
         rank = min(range(len(self._processes)), key=self._progress)
         name = f"{self._name(rank)}{self._where(rank)}"
-        return f"a collective operation failed, probably because of {name}; --resume goes on"
+        return f"a collective operation failed, probably because of {name}; --resume continues"
 
     def _find_hung(self) -> str:
         """A line that names a rank that shows no life, or is the one that the others wait for; "" if there is none."""
@@ -324,7 +324,7 @@ class _Watch:
         where = self._where(rank)
         return (
             f"{self._name(rank)} stopped responding for {self._timeout:g} s{where} (--rank-timeout): all ranks were "
-            "ended; --resume goes on"
+            "stopped; --resume continues"
         )
 
     def _name(self, rank: int) -> str:

@@ -61,7 +61,7 @@ class StopOnSignal(HookBase):
         if comm.is_main_process():
             path = os.path.join(trainer.checkpointer.save_dir, f"{name}.pth")
             what = f"stopped by {signal.Signals(number).name} after iteration {trainer.iter}"
-            print(f"{what}: saved {path}, --resume goes on from there", file=sys.stderr, flush=True)
+            print(f"{what}: saved {path}; --resume continues from there", file=sys.stderr, flush=True)
         comm.synchronize()
         trainer.drop_data_loader()
         raise Stopped(128 + number)

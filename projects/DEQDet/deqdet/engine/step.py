@@ -14,6 +14,7 @@ from detectron2.utils.events import get_event_storage
 
 from ..detector import DEQDet
 from ..errors import UserError
+from .models import unwrap
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # SOLVER.AMP.PRECISION
 # A gradient that overflows float16 even at this scale is infinite or NaN at every scale. The scaler starts at 2^16.
@@ -61,10 +62,10 @@ class StepTrainer(AMPTrainer):
         super().__init__(model, data_loader, optimizer, grad_scaler=scaler, precision=precision)
         self._device_type = device_type
         self._parts = parts
-        if parts > 1 and not isinstance(_unwrap(model), DEQDet):
+        if parts > 1 and not isinstance(unwrap(model), DEQDet):
             raise UserError(
                 f"SOLVER.ACCUMULATION_STEPS is {parts}: it must be 1 for MODEL.META_ARCHITECTURE "
-                f"{type(_unwrap(model)).__name__}, whose losses cannot be normalised over a whole batch"
+                f"{type(unwrap(model)).__name__}, whose losses cannot be normalised over a whole batch"
             )
 
     def autocast(self) -> AbstractContextManager:
@@ -95,7 +96,7 @@ class StepTrainer(AMPTrainer):
         """Put the gradient of a batch into the parameters, and return its losses."""
         size = -(-len(batch) // self._parts)
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-        options = {} if self._parts == 1 else {"normalizer": _unwrap(self.model).loss_normalizer(batch)}
+        options = {} if self._parts == 1 else {"normalizer": unwrap(self.model).loss_normalizer(batch)}
         sums: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
             # The ranks exchange gradients once, in the backward pass of the last part.
@@ -124,7 +125,3 @@ class StepTrainer(AMPTrainer):
 
 def _unsynchronized(model: nn.Module) -> AbstractContextManager:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model

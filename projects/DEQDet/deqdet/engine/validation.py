@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
@@ -15,6 +14,8 @@ from detectron2.utils.events import EventStorage
 
 from ..checkpoints.publish import AVERAGE
 from ..data import build_validation_loader, mix_seed, random_state_kept, seed_all
+from ..detector import DEQDet
+from .models import unwrap
 
 
 def build_validation_loss(cfg: CfgNode, model: nn.Module, average: nn.Module | None = None) -> list[hooks.EvalHook]:
@@ -53,11 +54,11 @@ def compute_losses(model: nn.Module, loader: Iterable[list[dict]]) -> dict[str, 
     """The training losses of a model on a whole data set, and their sum as "total_loss".
 
     They are normalised as in training, as if the set were one batch: each loss is summed over all images and divided by
-    the number of boxes (an image without boxes counts as one). All modules but the model itself are in evaluation mode,
-    so that BatchNorm uses its running statistics and does not change them, and nothing is dropped out. The noise that
-    training adds to the solving path is there, since without it the losses could not be compared with those of
-    training; it is drawn from a seed of the image, so that it is the same at every evaluation. Nothing that is random
-    in the training changes.
+    the number of matched boxes (an image without boxes counts as one). All modules but the model itself are in
+    evaluation mode, so that BatchNorm uses its running statistics and does not change them, and nothing is dropped out.
+    The noise that training adds to the solving path is there, since without it the losses could not be compared with
+    those of training; it is drawn from a seed of the image, so that it is the same at every evaluation. Nothing that is
+    random in the training changes.
 
     A collective operation: each rank brings its own images.
 
@@ -68,14 +69,15 @@ def compute_losses(model: nn.Module, loader: Iterable[list[dict]]) -> dict[str, 
     Returns:
         The losses over the images of all ranks, on every rank.
     """
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model = unwrap(model)
     sums, count = defaultdict(float), 0
     # The model may write figures of its batch into the event storage, which would be taken for those of training.
     with _losses_without_training(model) as losses_of, random_state_kept(_device(model)), EventStorage():
         for batch in loader:
             (record,) = batch
             seed_all(mix_seed(int(record["image_id"]) % 2**32))
-            boxes = max(len(record["instances"]), 1)
+            matched = model.count_matches(batch) if isinstance(model, DEQDet) else len(record["instances"])
+            boxes = max(matched, 1)
             count += boxes
             for name, loss in losses_of(batch).items():
                 sums[name] += boxes * loss.item()

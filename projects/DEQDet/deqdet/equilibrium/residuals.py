@@ -28,10 +28,11 @@ def first_below(residuals: Tensor, rtol: float) -> Tensor:
         residuals: (T, B), row t - 1 that of step t, as solve() gives them with rtol = 0.
 
     Returns:
-        (B,) int64, the first step whose residual is below rtol; T where there is none.
+        (B,) int64, the first step whose residual is below rtol; T where there is none, and so 0 for no steps.
     """
     below = residuals < rtol  # False where NaN
-    return torch.where(below.any(dim=0), below.int().argmax(dim=0) + 1, len(residuals))
+    before = (~below).int().cumprod(dim=0).sum(dim=0)  # the steps before the first one below
+    return (before + 1).clamp(max=len(residuals))
 
 
 def norms(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

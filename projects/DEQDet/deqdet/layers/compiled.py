@@ -54,7 +54,7 @@ def cast_once(layer: RefinementLayer, device: torch.device) -> RefinementLayer:
     call = layer._compiled_call_impl
     if not isinstance(call, _CompiledCall) or layer.training or torch.is_grad_enabled():
         return layer
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
+    if _is_traced() or not torch.is_autocast_enabled(device.type):
         return layer
     return call.cast(device, torch.get_autocast_dtype(device.type))
 
@@ -63,7 +63,8 @@ class CompiledFunction:
     """A function that torch.compile makes one graph of, for tensors of any size, at its first call.
 
     Where it cannot be compiled, a warning says so once, and the function runs as it is; so it does for inputs beyond
-    the number of graphs that torch.compile keeps of a function.
+    the number of graphs that torch.compile keeps of a function, and under torch.jit.trace, which sees no operations of
+    compiled code.
     """
 
     def __init__(self, function: Callable, name: str):
@@ -76,7 +77,7 @@ class CompiledFunction:
         self._compiled = _compile(function, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.works and not torch.compiler.is_compiling():  # else it is part of a larger graph
+        if self.works and not _is_traced():
             try:
                 return self._compiled(*args, **kwargs)
             except TorchDynamoException as error:  # what the code generator raises is one, too
@@ -150,6 +151,11 @@ def _compile(function: Callable, name: str) -> Callable:
             return compiled(*args, **kwargs)
 
     return call
+
+
+def _is_traced() -> bool:
+    """Whether what is called now becomes part of a larger graph, which needs its own operations to be seen."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _reason(error: Exception) -> str:

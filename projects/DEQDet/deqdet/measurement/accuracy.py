@@ -11,9 +11,9 @@ from typing import Protocol
 from tqdm import tqdm
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 
+from ..data import EVALUATORS, OriginalIdsEvaluator
 from ..errors import UserError
 
 
@@ -39,19 +39,23 @@ class Detected(Protocol):
 class Evaluation:
     """Compares detections with the annotations of a data set. Only the images that are given count."""
 
-    def __init__(self, dataset: str):
+    def __init__(self, dataset: str, *, max_detections: int):
         """
         Args:
             dataset: the name of a registered data set.
+            max_detections: the most detections that the model returns for an image (TEST.DETECTIONS_PER_IMAGE). Above
+                COCO's limit of 100, AP counts as many, as it does in a training.
 
         Raises:
             UserError: it is not in COCO's format.
         """
         if not MetadataCatalog.get(dataset).get("json_file"):
-            raise UserError(f"{dataset} of DATASETS.TEST is not in COCO's format, which this evaluation needs")
+            raise UserError(f"{dataset} of DATASETS.TEST is not in COCO format, which this evaluation needs")
         self._dataset = dataset
         with _quiet():
-            self._evaluator = COCOEvaluator(dataset, distributed=False)
+            self._evaluator = OriginalIdsEvaluator(
+                dataset, output_dir=None, max_detections=max_detections, library=EVALUATORS[0]
+            )
 
     def __call__(self, paths: Sequence[Detected], choices: Sequence[tuple[int, ...]]) -> list[Accuracy]:
         """Evaluate the detections of B images once for each choice of steps.

@@ -85,7 +85,8 @@ def interleave(
 def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
     """Measure one task of a model.
 
-    MODEL.DEQDET.CUDA_GRAPHS is ignored: `setting` alone says whether a graph is replayed.
+    MODEL.DEQDET.CUDA_GRAPHS is ignored: `setting` alone says whether a graph is replayed. Build the model without
+    MODEL.DEQDET.COMPILE and with TEST.PRECISION float32, because `setting` says how it is to run.
 
     Returns:
         For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most that tensors took beside the

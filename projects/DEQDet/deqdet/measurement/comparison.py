@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from .comparison_settings import (
     prepare_defaults,
     prepare_settings,
 )
+from .metrics_file import read_lines
 from .timing import Measurement, describe_machine
 
 EVALUATIONS = 6  # of a training, if no period is given
@@ -188,7 +189,7 @@ def check_record(run: Run) -> None:
         was, now = begun.get(key, defaults.get(key)), run.settings.get(key)
         if was != now:
             raise UserError(
-                f"{run.folder} was begun with {key} {was}, which is {now} now: "
+                f"{run.folder} was started with {key} {was}, which is now {now}: "
                 "choose another --output, or delete that folder to train it again"
             )
 
@@ -243,11 +244,8 @@ def _trained_metrics(run: Run) -> Metrics | None:
 
 
 def read_metrics(path: Path, max_iter: int) -> Metrics | None:
-    """Read a training's metrics.json; None if the evaluation after iteration `max_iter` is not there yet.
-
-    The file is appended to: what a resumed training evaluates again replaces what was there.
-    """
-    lines = list(_read_lines(path))
+    """Read a training's metrics.json; None if the evaluation after iteration `max_iter` is not there yet."""
+    lines = read_lines(path) if path.is_file() else []
     # detectron2 counts iterations from 0, but gives the last evaluation the number of all of them.
     evaluations = {min(line["iteration"] + 1, max_iter): line for line in lines if "bbox/AP" in line}
     if max_iter not in evaluations:
@@ -260,14 +258,6 @@ def read_metrics(path: Path, max_iter: int) -> Metrics | None:
         seconds_per_iteration=median(times) if times else None,
         training_memory_mb=max((line["peak_memory_mb"] for line in lines if "peak_memory_mb" in line), default=None),
     )
-
-
-def _read_lines(path: Path) -> Iterator[dict]:
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            yield json.loads(text)
-        except ValueError:  # the end of a process cut the line off
-            continue
 
 
 def _number(value: float) -> float | None:

@@ -63,7 +63,7 @@ def write_mistakes(
             sheet.paste(pair, (j * step, HEAD + sum(heights[:i])))
     form = Image.registered_extensions().get(path.suffix.lower())
     if form not in ("JPEG", "PNG"):
-        raise UserError(f"{path}: the picture must end in .jpg or .png")
+        raise UserError(f"{path}: the name of the image must end in .jpg or .png")
     with replacing(path) as file:
         sheet.save(file, form, quality=90)
 

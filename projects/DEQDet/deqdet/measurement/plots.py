@@ -1,6 +1,5 @@
 """Pictures of a training's outcome: detections beside the ground truth, loss curve, residuals against steps."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,23 +7,24 @@ from pathlib import Path
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
-from detectron2.data import Metadata
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
 
 from ..checkpoints.files import replacing
 from ..data import read_image
-from ..drawing import coloured_metadata
-from ..errors import UserError, one_line
+from ..engine.pictures import draw_beside_truth
+from .metrics_file import read_lines
 
 MARGIN = 6  # pixels between the pictures of a sheet
 LOSS_KEYS = re.compile(r"(.*/)?total_loss")  # of metrics.json; the sets' names come first
 AP_KEYS = re.compile(r"(.*/)?bbox/AP(50)?")
 
 
-def draw_pair(record: dict, detections: Instances, metadata: Metadata, *, width: int, threshold: float) -> np.ndarray:
+def draw_pair(
+    record: dict, detections: Instances, class_names: Sequence[str], *, width: int, threshold: float
+) -> np.ndarray:
     """Draw one image twice, side by side: with the ground truth, and with the detections.
 
     Args:
@@ -39,14 +39,11 @@ def draw_pair(record: dict, detections: Instances, metadata: Metadata, *, width:
     Raises:
         UserError: the image cannot be read.
     """
-    image = read_image(record["file_name"])
-    coloured, scale = coloured_metadata(metadata), width / image.shape[1]
-    truth, found = (Visualizer(image, coloured, scale, ColorMode.SEGMENTATION) for _ in range(2))
-    truth.draw_dataset_dict(record)
-    found.draw_instance_predictions(detections[detections.scores >= threshold].to("cpu"))
-    halves = [_fit(half.get_output().get_image(), width) for half in (truth, found)]
-    gap = np.full((halves[0].shape[0], MARGIN, 3), 255, np.uint8)
-    return np.concatenate([halves[0], gap, halves[1]], axis=1)
+    image = _fit(read_image(record["file_name"]), width)
+    shown = detections[detections.scores >= threshold].to("cpu")
+    truth, found = draw_beside_truth(image, record, shown, class_names)
+    gap = np.full((len(image), MARGIN, 3), 255, np.uint8)
+    return np.concatenate([truth, gap, found], axis=1)
 
 
 def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) -> None:
@@ -54,6 +51,10 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
 
     Args:
         pairs: as draw_pair returns them.
+        path: of a PNG file.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     height = max(pair.shape[0] for pair in pairs)
     width = pairs[0].shape[1]
@@ -68,7 +69,8 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
         for half, heading in enumerate(("ground truth", "detections")):
             x = column * (width + gap) + half * (width + MARGIN) // 2 + 4
             cv2.putText(sheet, heading, (x, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
-    cv2.imwrite(str(path), sheet[:, :, ::-1])
+    with replacing(Path(path)) as file:
+        Image.fromarray(sheet).save(file, "PNG")
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 120) -> None:
@@ -81,39 +83,11 @@ def save_figure(figure: Figure, path: Path, *, dpi: int = 120) -> None:
         figure.savefig(file, format="png", dpi=dpi)
 
 
-def read_metrics(metrics_file: str | Path) -> list[dict]:
-    """The lines of a run's metrics.json, in the order of their iterations.
-
-    The file is appended to: where a later run or a resumed one goes over the same iterations, its lines count.
-
-    Raises:
-        UserError: the file cannot be read, or a line is damaged; not the last one, which a kill may leave unfinished.
-    """
-    try:
-        texts = Path(metrics_file).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{metrics_file} cannot be read ({one_line(error)}): give the OUTPUT_DIR of a run") from error
-    lines: list[dict] = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            now = line["iteration"]
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(texts):
-                break
-            raise UserError(f"{metrics_file}, line {number}, is damaged: remove that line") from error
-        trained = "total_loss" in line
-        # An evaluation may have a line of its own, with the iteration of the training's line before it.
-        lines = [x for x in lines if x["iteration"] < now or (x["iteration"] == now and trained != ("total_loss" in x))]
-        lines.append(line)
-    return lines
-
-
 def plot_curves(lines: Sequence[Mapping], path: str | Path) -> None:
     """Draw the total loss and the AP of every evaluation against the iteration, side by side.
 
     Args:
-        lines: as read_metrics returns them. detectron2 writes the median loss of the last 20 iterations.
+        lines: as read_lines returns them. detectron2 writes the median loss of the last 20 iterations.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")  # pyplot would choose a backend
     losses, accuracy = figure.subplots(1, 2)
@@ -155,7 +129,7 @@ def _series(lines: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]
 
 def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
     """Draw the loss of each supervised prediction against the iteration, from a run's metrics.json."""
-    lines = [line for line in read_metrics(metrics_file) if "total_loss" in line]
+    lines = [line for line in read_lines(metrics_file) if "total_loss" in line]
     iterations = [line["iteration"] for line in lines]
     names = sorted({key.removeprefix("loss_cls_") for line in lines for key in line if key.startswith("loss_cls_")})
     figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would choose a backend
@@ -190,5 +164,6 @@ def plot_residuals(residuals: Tensor, path: str | Path) -> None:
 
 
 def _fit(image: np.ndarray, width: int) -> np.ndarray:
-    height = round(image.shape[0] * width / image.shape[1])
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    height = max(1, round(image.shape[0] * width / image.shape[1]))
+    shrinks = width < image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

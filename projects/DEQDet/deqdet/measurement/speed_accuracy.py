@@ -41,6 +41,7 @@ class Way:
     steps: str  # "8 steps", or "6 layers" for a stack
     precision: str
     mode: str  # "eager", "compiled" or "onnx"
+    max_detections: int  # of an image
     detect: Detect
 
 

@@ -149,7 +149,7 @@ def _measure_checkpoint(arguments: Sequence[str], weights: Path, log: Path) -> M
     model, cfg = build_trained(arguments, weights)
     dataset = cfg.DATASETS.TEST[0]
     measurement = measure(model, build_test_loader(cfg, dataset, WARM_UP + IMAGES))
-    count = DuplicateCounter(dataset, Evaluation(dataset))
+    count = DuplicateCounter(dataset, Evaluation(dataset, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE))
     return replace(measurement, duplicates=count(list(see_images(model, build_test_loader(cfg, dataset))), 0))
 
 

@@ -13,9 +13,10 @@ from ..checkpoints.files import write_text
 from ..checkpoints.publish import AVERAGE
 from ..data import find_results, read_results, read_truth
 from ..engine.run_folder import has_other_test_sets
+from .metrics_file import read_lines
 from .mistakes import Judgement, Tally, best_threshold, judge_all, sort_by_error, tally
 from .mistakes_sheet import describe, write_mistakes
-from .plots import plot_curves, read_metrics
+from .plots import plot_curves
 from .tables import format_table, format_value
 
 REPORT, CURVES, MODEL_FILE = "report.md", "curves.png", "model_final.safetensors"
@@ -70,7 +71,7 @@ def write_training_report(
         UserError: an image or a file cannot be read, or a file cannot be written.
     """
     folder = Path(output)
-    lines = read_metrics(folder / "metrics.json") if (folder / "metrics.json").is_file() else []
+    lines = read_lines(folder / "metrics.json") if (folder / "metrics.json").is_file() else []
     others = has_other_test_sets(folder, datasets)  # which have been evaluated after the training
     averaged = _has_average(lines) and not others
     summaries = []
@@ -97,18 +98,23 @@ def write_training_report(
 def find_last_results(
     lines: Sequence[Mapping], dataset: str, *, several: bool, averaged: bool = False
 ) -> tuple[dict[str, float], int | None]:
-    """The figures of the boxes of the last evaluation in metrics.json, without their prefix, and its iteration.
+    """The figures of the boxes of the last evaluation in metrics.json, without their prefix.
+
+    The number of iterations that had been done then comes second.
 
     Args:
-        lines: of metrics.json.
+        lines: as read_lines returns them.
         several: there is more than one test set; then their names stand before the figures.
         averaged: the figures of the averaged weights, not those of the weights themselves.
     """
     prefix = f"{AVERAGE}/" * averaged + f"{dataset}/" * several + "bbox/"
+    trained = max((line["iteration"] for line in lines if "total_loss" in line), default=-1)
     for line in reversed(lines):
         figures = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
         if figures:
-            return figures, line.get("iteration")
+            # detectron2 counts iterations from 0, but gives the evaluation after the last one the number of all.
+            after_all = line["iteration"] == trained + 1
+            return figures, line["iteration"] + (not after_all)
     return {}, None
 
 

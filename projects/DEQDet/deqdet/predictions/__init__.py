@@ -4,6 +4,7 @@
 - `journal`: what has been done so far, so that an interrupted run goes on.
 - `run`: the loop from the one to the other.
 - `formats`: the files that are written at the end.
+- `leftovers`: the files of an earlier run that are deleted then.
 """
 
 from .formats import FORMATS, MAIN, OutputFiles

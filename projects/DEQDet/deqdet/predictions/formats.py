@@ -10,6 +10,7 @@ from pathlib import Path
 from ..checkpoints.files import write_text
 from ..demo.files import plan_texts
 from .journal import Done
+from .leftovers import delete_images_file, delete_labels
 
 COCO_NAME, IMAGES_NAME, CSV_NAME = "predictions.json", "images.json", "predictions.csv"
 LABELS_NAME, CLASSES_NAME = "labels", "classes.txt"
@@ -29,7 +30,8 @@ class OutputFiles:
     image_ids: Sequence[int | str]
     class_names: Sequence[str]
     category_ids: Sequence[int | str]  # of each class
-    own_ids: bool  # ids that were made up here, and must be written down
+    images_from: Path | None  # the file of the ids; None: they were made up here, and must be written down
+    overwrite: bool  # whether what an earlier run has left in the folder is deleted
 
 
 def write_coco(output: OutputFiles) -> list[Path]:
@@ -47,12 +49,14 @@ def write_coco(output: OutputFiles) -> list[Path]:
             images.append({"id": number, **named, "width": done.size[1], "height": done.size[0]})
     files = [output.folder / COCO_NAME]
     write_text(json.dumps(results), files[0])
-    if output.own_ids:
+    if output.images_from is None:
         categories = [
             {"id": number, "name": name} for number, name in zip(output.category_ids, output.class_names, strict=True)
         ]
         files.append(output.folder / IMAGES_NAME)
         write_text(json.dumps({"info": {}, "images": images, "categories": categories}), files[1])
+    elif output.overwrite:
+        delete_images_file(output.folder / IMAGES_NAME, output.images_from)
     return files
 
 
@@ -63,6 +67,9 @@ def write_yolo(output: OutputFiles) -> list[Path]:
     have _2, _3, ... An image that was skipped has no file.
     """
     texts = plan_texts(output.paths, output.folder / LABELS_NAME)
+    if output.overwrite:
+        written = [path for done, path in zip(output.done, texts, strict=True) if done.size is not None]
+        delete_labels(output.folder / LABELS_NAME, written)
     for done, path in zip(output.done, texts, strict=True):
         if done.size is None:
             continue

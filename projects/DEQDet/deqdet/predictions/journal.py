@@ -36,7 +36,7 @@ class Done:
             ValueError, TypeError, KeyError: it is another line, or a part of one.
         """
         if not line.endswith(b"\n"):
-            raise ValueError("the line is not whole")
+            raise ValueError("the line is incomplete")
         fields = json.loads(line)
         size = None if fields["size"] is None else tuple(fields["size"])
         return cls(fields["state"], size, tuple(map(tuple, fields["detections"])), fields["fault"])
@@ -80,7 +80,7 @@ class Journal:
         lines = [] if overwrite else self._file.readlines()
         if lines and lines[0] != head and lines[0].endswith(b"\n"):
             self._file.close()
-            raise UserError(f"{self._describe(lines[0], settings)}: take the same as before, or give --overwrite")
+            raise UserError(f"{self._describe(lines[0], settings)}: use the same as before, or give --overwrite")
         self.done: list[Done] = []
         for line in lines[1:]:
             try:
@@ -109,7 +109,7 @@ class Journal:
         same -= same % self._group
         if self.done and not same and not overwrite:
             raise UserError(
-                f"{self.path} is of an unfinished run on other images: choose another --output, or give --overwrite"
+                f"{self.path} is from an unfinished run on other images: choose another --output, or give --overwrite"
             )
         self._cut(same)
 
@@ -154,7 +154,7 @@ class Journal:
             names = [name for name in settings if before.get(name) != json.loads(json.dumps(settings[name]))]
         except (ValueError, TypeError, KeyError, AttributeError):
             names = []
-        return f"{self.path} is of an unfinished run with another {', '.join(names) or 'version'}"
+        return f"{self.path} is from an unfinished run with another {', '.join(names) or 'version'}"
 
 
 def digest(*values: object) -> str:

@@ -94,7 +94,7 @@ def _prepare(
             prepared[i] = predictor.prepare(source.path)
         except UserError as error:
             if not skip_broken:
-                raise UserError(f"{one_line(error)}; --skip-broken goes on without it") from error
+                raise UserError(f"{one_line(error)}; --skip-broken continues without it") from error
             faults[i] = one_line(error)
             tqdm.write(f"error: {faults[i]}", file=sys.stderr)
     return prepared, faults

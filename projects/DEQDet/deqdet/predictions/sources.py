@@ -39,15 +39,15 @@ def list_sources(patterns: Sequence[str]) -> tuple[list[Source], list[str]]:
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a text file with one path each; empty lines are left out.
+    """The lines of a text file with one path each, with or without a byte order mark; empty lines are left out.
 
     Raises:
         UserError: the file cannot be read, or names nothing.
     """
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = describe_os_error(error) if isinstance(error, OSError) else "it is no text in UTF-8"
+        reason = describe_os_error(error) if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--input-list {path} cannot be read ({reason})") from error
     if not any(lines):
         raise UserError(f"--input-list {path} is empty: write one path in a line")

@@ -1,19 +1,22 @@
-"""Parameters and multiply-adds of a detector on an 800 x 1333 image. No data set, no weights, no GPU.
+"""Count the parameters and multiply-adds of a detector on an 800 x 1333 image, or compare its low-precision gradients.
 
     deqdet-analyze-model --config-file F [--tasks parameter flop] [--steps N] [--output OUT.json] [KEY VALUE ...]
     deqdet-analyze-model --config-file F --tasks gradient [--batches N] MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
 
-Multiply-adds are counted in two ways. "linear", the paper's: over convolutions and linear layers, without the
-projections within nn.MultiheadAttention, which its counter misses. "all": over all operators that fvcore counts.
-The image is padded to 800 x 1344, as at test time. A step is one refinement layer after the initialization layer
-(or after the first of a stack), with its read-out: T layers are T - 1 steps.
+The default tasks need neither data nor weights nor a GPU; `--tasks gradient` needs a trained model and its training
+set.
 
-The task gradient needs a trained model and its DATASETS.TRAIN: it compares the gradients of training in bfloat16 and in
-float16 with that in float32, on N training batches (see deqdet.measurement.gradients).
+Multiply-adds are counted in two ways. "linear", as in the paper: those of convolutions and linear layers, without the
+projections inside nn.MultiheadAttention, which the paper's counter misses. "all": those of every operator that fvcore
+can count. The image is padded to 800 x 1344, as at test time. A step is one refinement layer after the initialization
+layer (or after the first layer of a stack), including its prediction heads: T layers are T - 1 steps.
 
-OUT.json has plain numbers: parameters.total and parameters.modules.NAME; flops.steps and, for WAY linear or all,
-flops.WAY.backbone, .neck, .initialization, .per_step, .read_out (the part of per_step that is one) and .total; and
-gradients.PRECISION.PART.norms, .ratios and .cosines, with a number for each batch.
+The task gradient compares the gradients of training in bfloat16 and in float16 with those in float32, on N batches of
+DATASETS.TRAIN (see deqdet.measurement.gradients).
+
+OUT.json contains plain numbers: parameters.total and parameters.modules.NAME; flops.steps and, for WAY linear or all,
+flops.WAY.backbone, .neck, .initialization, .per_step, .read_out (the prediction heads' part of .per_step) and .total;
+and gradients.PRECISION.PART.norms, .ratios and .cosines, with one number per batch.
 """
 
 import argparse
@@ -46,18 +49,22 @@ def make_parser() -> argparse.ArgumentParser:
     add_config_arguments(parser)
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=TASKS[:2], metavar="TASK",
-        help="parameter, flop, gradient; by default the first two",
+        help="one or more of parameter, flop and gradient (default: parameter flop)",
     )  # fmt: skip
-    parser.add_argument("--batches", type=int, default=4, metavar="N", help="training batches of the task gradient")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of an equilibrium decoder; default TEST_STEPS")
-    parser.add_argument("--output", type=Path, metavar="OUT.json", help="write the same numbers as JSON")
+    parser.add_argument(
+        "--batches", type=int, default=4, metavar="N", help="training batches for the task gradient (default: 4)"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="steps of an equilibrium decoder (default: the config's TEST_STEPS)"
+    )
+    parser.add_argument("--output", type=Path, metavar="OUT.json", help="also write the numbers to this JSON file")
     return parser
 
 
 def analyze(args: argparse.Namespace) -> None:
     """Print the tables that the command line asks for, and write them as JSON."""
     if args.steps is not None and "flop" not in args.tasks:
-        raise UserError("--steps is for the task flop: add it to --tasks, or leave --steps out")
+        raise UserError("--steps is only for the task flop: add flop to --tasks, or omit --steps")
     if args.batches < 1:
         raise UserError(f"--batches must be at least 1, got {args.batches}")
     cfg, found, tables = load_config(args), {}, []

@@ -1,12 +1,12 @@
-"""Time one step, the decoder, a whole detection or a training iteration of a detector, or measure training's memory.
+"""Time one step, the decoder, a whole detection or a training iteration of a detector, or measure the training memory.
 
     deqdet-benchmark --config-file F --task step [--device cuda] [--precision bfloat16] [--batch 4] [KEY VALUE ...]
 
-Weights are random and images are noise, since no time depends on what they show. The median of the repeats is printed
-with its quartiles, the peak of memory, and for a step the *floor*: its matrix products alone, timed in turn with it.
---task memory times nothing: it counts what training keeps for its backward pass, against the number of supervised
-states. The last lines are a row or a table for docs/benchmarks.md. OUT.json has the same numbers: median_ms, for a step
-floor_ms and simple_ms, and so on.
+Weights are random and images are noise, because the times depend on neither. The command prints the median time with
+its quartiles, the peak memory and, for a step, the *floor*: the time of its matrix products alone, measured in turn
+with the step. --task memory measures no time: it counts the bytes that training keeps for its backward pass, for
+several numbers of supervised states. The last lines of the output are a row or a table for docs/benchmarks.md. OUT.json
+contains the same numbers: median_ms, for a step also floor_ms and simple_ms, and so on.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
+from detectron2.config import CfgNode
 
 from ..checkpoints.files import write_text
 from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
@@ -38,23 +40,30 @@ def make_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--task", choices=TASKS, default="step")
-    parser.add_argument("--device", help="cpu or cuda; by default MODEL.DEVICE, or cpu where there is no GPU")
+    parser.add_argument("--task", choices=TASKS, default="step", help="what to measure (default: step)")
+    parser.add_argument("--device", help="cpu or cuda (default: MODEL.DEVICE, or cpu without a GPU)")
     parser.add_argument(
-        "--precision", choices=list(PRECISIONS), default="float32", help="of autocast; tf32: float32 with a GPU's TF32"
-    )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="images at once")
-    steps = "of the decoder, by default the config's; or of the solve in which --task step times a step, by default 5"
+        "--precision", choices=list(PRECISIONS), default="float32",
+        help="autocast precision; tf32 is float32 with TF32 matrix products (default: float32)",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="images per batch (default: 1)")
+    steps = "steps of the decoder (default: the config's); with --task step, of the solve that is timed (default: 5)"
     parser.add_argument("--steps", type=int, metavar="T", help=steps)
-    parser.add_argument("--mode", choices=MODES, default="eager", help="graph: replay a recorded CUDA graph")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default torch's choice")
-    parser.add_argument("--height", type=int, default=800, help="of the images, pixels")
-    parser.add_argument("--width", type=int, default=1333)
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed calls, after three to warm up")
     parser.add_argument(
-        "--count-only", action="store_true", help="with --task memory: count saved tensors, compute nothing, no peak"
+        "--mode", choices=MODES, default="eager",
+        help="eager execution, torch.compile, replay of a recorded CUDA graph, or both of these (default: eager)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+    parser.add_argument("--height", type=int, default=800, help="image height in pixels (default: 800)")
+    parser.add_argument("--width", type=int, default=1333, help="image width in pixels (default: 1333)")
+    parser.add_argument(
+        "--repeats", type=int, default=20, metavar="N", help="timed calls, after three warm-up calls (default: 20)"
     )
-    parser.add_argument("--output", type=Path, metavar="OUT.json", help="write the numbers as JSON")
+    parser.add_argument(
+        "--count-only", action="store_true",
+        help="with --task memory: count the saved tensors without computing anything; the peak is not measured",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="OUT.json", help="also write the numbers to this JSON file")
     return parser
 
 
@@ -70,11 +79,10 @@ def measure(args: argparse.Namespace) -> None:
     if "graph" in args.mode and args.task in ("training", "memory"):
         raise UserError(f"--mode {args.mode}: a CUDA graph is for detection, not for --task {args.task}")
     cfg = load_config(args)
-    if cfg.FLOAT32_PRECISION:
-        raise UserError(f"FLOAT32_PRECISION is {cfg.FLOAT32_PRECISION!r}: --precision float32 or tf32 takes its place")
+    _check_replaced_keys(cfg)
     if args.device:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--device {args.device}: there is no CUDA here")
+            raise UserError(f"--device {args.device}: CUDA is not available on this machine")
         cfg.MODEL.DEVICE = args.device
     adapt_device(cfg)
     if args.threads:
@@ -115,6 +123,22 @@ def measure(args: argparse.Namespace) -> None:
     print(format_memory(found["memory"]) if args.task == "memory" else format_row(found))
     if args.output:
         write_text(json.dumps(found, indent=1) + "\n", args.output)
+
+
+def _check_replaced_keys(cfg: CfgNode) -> None:
+    """Refuse keys that decide how a model runs, so that the row names what ran.
+
+    Raises:
+        UserError: one has another value than its default.
+    """
+    for key, value, default, flag in (
+        ("FLOAT32_PRECISION", cfg.FLOAT32_PRECISION, "", "--precision float32 or tf32"),
+        ("TEST.PRECISION", cfg.TEST.PRECISION, "float32", "--precision"),
+        ("MODEL.DEQDET.COMPILE", cfg.MODEL.DEQDET.COMPILE, False, "--mode compiled"),
+        ("MODEL.DEQDET.CUDA_GRAPHS", cfg.MODEL.DEQDET.CUDA_GRAPHS, 0, "--mode graph"),
+    ):
+        if value != default:
+            raise UserError(f"{key} is {value!r}: {flag} takes its place, set the key to {default!r}")
 
 
 def format_row(found: dict) -> str:

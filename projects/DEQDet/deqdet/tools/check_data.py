@@ -1,18 +1,21 @@
-"""Check data sets before training, and report what they hold.
+"""Check data sets before training, and report what they contain.
 
     deqdet-check-data TRAIN.json IMAGES [TEST.json IMAGES ...] [--contact-sheet FILE.png] [KEY VALUE ...]
     deqdet-check-data --config-file FILE [--draw-augmented FILE.png] [KEY VALUE ...]
     deqdet-check-data TEST.json IMAGES --draw-results RESULTS.json FILE.png [--threshold S]
 
-The first form checks annotation files in COCO's format, each with the folder of its images; the classes of all are
-matched by name to those of the first. The second form checks the sets that a config's DATASETS.TRAIN and TEST name, as
-a training with it would. The report tells the number of images, the boxes of each class, sizes and aspect ratios of the
-boxes, boxes an image against the model's queries, sizes of the images, and what is left out or put right. Nothing is
-changed in your files. Exit code 1: a set cannot be used, and a line says why.
+The first form checks annotation files in COCO format, each followed by the folder of its images; the classes of all
+files are matched by name with those of the first. The second form checks the sets in DATASETS.TRAIN and DATASETS.TEST
+of a config, as training with it would. The report lists the number of images, the boxes of each class, the sizes and
+aspect ratios of the boxes, the number of boxes per image compared with the model's queries, and the image sizes.
 
---draw-augmented shows what the training gets: the first images of a training with this config, after its augmentation,
-with the boxes that are left. --draw-results shows a file of detections in COCO's format, such as
-inference/coco_instances_results.json, beside the ground truth: the images with the most mistakes first.
+Each problem either stops the run with a one-line error or is repaired with a one-line warning. With
+DATASETS.SKIP_BROKEN True, images with problems that would stop the run are left out instead. Your files are never
+changed. The exit code is 1 if a set cannot be used.
+
+--draw-augmented shows the first images of a training with this config after augmentation, with the remaining boxes.
+--draw-results shows a file of detections in COCO format, such as inference/coco_instances_results.json, beside the
+ground truth, starting with the images that have the most mistakes.
 """
 
 import argparse
@@ -72,7 +75,7 @@ def load_check_config(args: argparse.Namespace) -> CfgNode:
     if not args.files:
         return load_config(args)
     if len(args.files) % 2:
-        raise UserError(f"each annotation file needs the folder of its images behind it, got {' '.join(args.files)}")
+        raise UserError(f"each annotation file must be followed by its image folder, got {' '.join(args.files)}")
     sets = list(zip(args.files[::2], args.files[1::2], strict=True))
     if not args.config_file and not args.model:
         args.config_file = "deqdet_r50_100q_1x"
@@ -87,11 +90,11 @@ def print_report(name: str, checked: CheckedSet | None, num_queries: int) -> Non
     """Print what a set holds; None stands for a set that is not in COCO's format."""
     print(f"== {name}")
     if checked is None:
-        print("not in COCO's format: only its class names were compared")
+        print("not in COCO format: only its class names were compared")
         return
     print(format_report(checked.report, checked.findings, num_queries))
     if checked.from_cache:
-        print("(remembered from an earlier check: neither the file nor an image has changed)")
+        print("(cached from an earlier check: neither the file nor an image has changed)")
 
 
 def write_contact_sheets(names: Sequence[str], file: Path, count: int) -> None:
@@ -158,18 +161,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help="annotation files, each followed by its image folder")
     parser.add_argument(
-        "--contact-sheet", type=Path, metavar="FILE.png", help="write images of each set with their boxes drawn"
+        "--contact-sheet", type=Path, metavar="FILE.png", help="draw images of each set with their boxes into this file"
     )
     parser.add_argument(
-        "--draw-augmented", type=Path, metavar="FILE.png", help="write training images as the training gets them"
+        "--draw-augmented", type=Path, metavar="FILE.png", help="draw augmented training images into this file"
     )
     parser.add_argument(
-        "--draw-results", nargs=2, metavar=("RESULTS.json", "FILE.png"), help="write detections beside the ground truth"
-    )
-    parser.add_argument("--images", type=int, default=16, metavar="N", help="images in each picture; default 16")
+        "--draw-results", nargs=2, metavar=("RESULTS.json", "FILE.png"),
+        help="draw the detections in RESULTS.json beside the ground truth into FILE.png",
+    )  # fmt: skip
     parser.add_argument(
-        "--threshold", type=float, metavar="S", help="lowest score in --draw-results; default that of the best F1"
+        "--images", type=int, default=16, metavar="N", help="number of images in each FILE.png (default: 16)"
     )
+    parser.add_argument(
+        "--threshold", type=float, metavar="S",
+        help="minimum score of a detection in --draw-results (default: the score with the best F1)",
+    )  # fmt: skip
     add_config_arguments(parser)
     return parser
 

@@ -1,20 +1,21 @@
-"""Train several detectors on the same data for the same budget, and write one table.
+"""Train several detectors on the same data with the same budget, and write one comparison table.
 
     deqdet-compare CONFIG [CONFIG ...] --output DIR [--seeds 1 2] [--num-gpus N] [KEY VALUE ...]
 
-writes DIR/comparison.md, comparison.json and comparison.png (AP against iterations), anew after every run. A CONFIG is
-a file or a name of the model zoo. Each run lives in DIR/CONFIG-seedN, its output in the file "log" there. Called again,
-it does not train a finished run again, and goes on with an interrupted one from its last checkpoint
-(SOLVER.CHECKPOINT_PERIOD). A run that was begun with another config is an error: delete its folder to train it again.
-Changes of the code go unnoticed.
+The command updates DIR/comparison.md, comparison.json and comparison.png (AP against iterations) after every run. A
+CONFIG is a file or the name of a config in the model zoo. Each run is stored in DIR/CONFIG-seedN, its output in the
+file "log" there. If the command is run again, it skips finished runs and resumes an interrupted one from its last
+checkpoint (see SOLVER.CHECKPOINT_PERIOD). It is an error if a run was started with a different config: delete its
+folder to train it again. Changes of the code are not detected.
 
     deqdet-compare configs/ablations/{default,rag_1}.yaml --scale CONFIG --output DIR [...]
 
-trains rows of an ablation at the scale of another config: what a row changes is put on that config, and the default row
-then equals it. A row changes the keys in which it differs, once loaded, from the default.yaml beside it. A size in
-pixels (MODEL.DEQDET.PERTURBATION.POSITION_SIZE) keeps its ratio to the default row's: 50 of 25 pixels become twice the
-other config's. Any other change must start from a value that the other config shares with the default row; if not, that
-is an error before any training. The KEY VALUE pairs are put on the other config first, and can provide such values.
+This form trains rows of an ablation at the scale of another config: the changes that a row makes are applied to that
+config, so that the default row equals it. A row changes the keys in which it differs, once loaded, from the
+default.yaml beside it. A size in pixels (MODEL.DEQDET.PERTURBATION.POSITION_SIZE) keeps its ratio to the default row's:
+50 instead of 25 pixels becomes twice the other config's value. Any other change must start from a value that the other
+config shares with the default row; otherwise the command stops with an error before any training. The KEY VALUE pairs
+are applied to the other config first, and can provide such values.
 """
 
 import argparse
@@ -45,16 +46,22 @@ def main(words: Sequence[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="config files or names of the model zoo")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the table and of the runs")
-    parser.add_argument("--scale", metavar="CONFIG", help="the config on which the rows' changes are put, see above")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="each config is trained with each; default 1")
-    parser.add_argument("--num-gpus", type=int, default=1, help="as for training: processes on a CPU")
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="config files, or names in the model zoo")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the table and the runs")
+    parser.add_argument("--scale", metavar="CONFIG", help="config to which the changes of each row are applied")
     parser.add_argument(
-        "--eval-period", type=int, help="iterations between two points of the curve, 20 or more; default MAX_ITER / 6"
+        "--seeds", type=int, nargs="+", default=[1], metavar="N",
+        help="random seeds; each config is trained once per seed (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="GPUs, or CPU processes, of each training (default: 1)"
     )
+    parser.add_argument(
+        "--eval-period", type=int, metavar="N",
+        help="iterations between two points of the AP curve, at least 20 (default: SOLVER.MAX_ITER / 6)",
+    )  # fmt: skip
     add_plugin_argument(parser)
-    parser.epilog = "KEY VALUE pairs at the end override all configs: SOLVER.MAX_ITER 100"
+    parser.epilog = "KEY VALUE pairs at the end override keys of all configs, e.g. SOLVER.MAX_ITER 100"
     return parser
 
 

@@ -1,10 +1,11 @@
-"""Make a checkpoint of another implementation one of ours, for MODEL.WEIGHTS.
+"""Convert a checkpoint of another implementation to a checkpoint that MODEL.WEIGHTS can load.
 
     deqdet-convert-checkpoint IN OUT [--from deqdet|adamixer|sparse_rcnn|torchvision|swin]
 
-IN is a file that torch.save wrote, or a .safetensors file; code in it is never run. OUT becomes a .safetensors file if
-its name ends so, and else a file that detectron2's checkpointer loads. The command also prints, in one line of KEY
-VALUE pairs, every config key that the checkpoint decides: put them behind --config-file FILE, for any FILE of ours.
+IN is a file written by torch.save or a .safetensors file; code in it is never run. OUT is written in safetensors format
+if its name ends in .safetensors, and otherwise in the format of Detectron2's checkpointer. The command also prints
+every config key that the checkpoint determines, as one line of KEY VALUE pairs: append them to --config-file FILE, for
+any FILE of this project.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"kind: {done.kind}{' (guessed from the keys)' if done.guessed else ''}")
         for note in done.notes:
             print(f"note: {note}")
-        print(f"wrote {len(done.weights)} tensors to {args.target}; what they imply for the config:")
+        print(f"wrote {len(done.weights)} tensors to {args.target}; the config keys that they determine:")
         print(format_config(done.config))
 
 
@@ -43,15 +44,23 @@ def format_config(config: dict[str, object]) -> str:
 def parse_args(words: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, and import the plugins first: they may bring kinds of their own."""
     plugins = argparse.ArgumentParser(add_help=False)
-    plugins.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="import a module of your own")
+    plugins.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE",
+        help="import this module or .py file first, e.g. one that registers a kind; can be given several times",
+    )  # fmt: skip
     import_plugins(plugins.parse_known_args(words)[0].plugin)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[plugins]
     )
-    parser.add_argument("source", type=Path, metavar="IN")
-    parser.add_argument("target", type=Path, metavar="OUT")
-    parser.add_argument("--from", dest="kind", choices=sorted(KINDS), help="the kind of IN; guessed if not given")
-    parser.add_argument("--num-classes", type=int, metavar="K", help="the classes that IN must have, or be refused")
+    parser.add_argument("source", type=Path, metavar="IN", help="checkpoint to convert")
+    parser.add_argument("target", type=Path, metavar="OUT", help="converted checkpoint to write, .safetensors or .pth")
+    parser.add_argument(
+        "--from", dest="kind", choices=sorted(KINDS), help="kind of IN (default: guessed from its parameter names)"
+    )
+    parser.add_argument(
+        "--num-classes", type=int, metavar="K",
+        help="number of classes that IN must have (default: any number but 81, COCO's 80 and a background class)",
+    )  # fmt: skip
     return parser.parse_args(words)
 
 

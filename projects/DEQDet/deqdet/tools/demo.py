@@ -1,19 +1,20 @@
-"""Detect in images, a video or a camera's pictures, and watch how an equilibrium detector converges.
+"""Detect objects in images, a video or a camera stream, and show how an equilibrium detector converges.
 
     deqdet-demo --model FILE --input PATH [PATH ...] [--output OUT]
     deqdet-demo --config-file F --input PATH [PATH ...] [--output OUT] MODEL.WEIGHTS CHECKPOINT
     deqdet-demo ... --video-input FILE | --webcam [INDEX] [--output OUT]
 
-A PATH is a file, a folder (the images directly in it) or a glob. Each picture goes to the folder OUT under its own name
-(of several with one name, later ones get _2, _3, ...), or for a single image to the file OUT; small images are drawn
-enlarged. Without --output, results are shown in a window: any key goes on, Esc ends. Each class has one colour.
+A PATH is a file, a folder (the images directly in it) or a glob pattern. Each result is written to the folder OUT under
+the name of its image (if several images have the same name, later ones get _2, _3, ...), or, for a single image, to the
+file OUT; small images are enlarged. Without --output, the results are shown in a window: press any key for the next
+one, Esc to quit. Each class has its own colour.
 
 --refinement-gif, --refinement-strip and --convergence-plot write NAME_refinement.gif, NAME_strip.png and
-NAME_convergence.png beside the picture: how the boxes of the detections moved from the initial ones step by step, and
+NAME_convergence.png beside the result: how the boxes of the detections moved from the initial ones step by step, and
 the residuals of content and position. They need MODEL.DEQDET.DECODER EquilibriumDecoder, as do --steps, --rtol and
 --solver.
 
-A file that cannot be done has one line on stderr; the others are done, and the exit code is 1.
+Each file that cannot be processed is reported in one line on stderr; the others are processed, and the exit code is 1.
 """
 
 import argparse
@@ -38,9 +39,9 @@ from ..errors import UserError
 from .trained import add_solver_arguments, load_predictor
 
 EXTRAS = {  # flag: the file's ending, what it shows
-    "--refinement-gif": (GIF, "the boxes step by step"),
-    "--refinement-strip": (STRIP, "some steps side by side"),
-    "--convergence-plot": (PLOT, "residuals against the step"),
+    "--refinement-gif": (GIF, "an animation of the boxes, step by step"),
+    "--refinement-strip": (STRIP, "the boxes at some steps, side by side"),
+    "--convergence-plot": (PLOT, "a plot of the residuals against the step"),
 }
 
 
@@ -55,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if args.extras and not args.input:
             raise UserError(f"{', '.join(args.extras)}: only with --input")
         if args.extras and args.output is None:
-            raise UserError(f"{', '.join(args.extras)}: say with --output where to")
+            raise UserError(f"{', '.join(args.extras)}: --output is needed")
         if args.input:
             _detect_in_images(args)
         else:
@@ -92,17 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="PATH", help="image files, folders, globs")
-    source.add_argument("--video-input", type=Path, metavar="FILE", help="a video file")
-    source.add_argument("--webcam", type=int, nargs="?", const=0, metavar="INDEX", help="a camera; default 0")
-    parser.add_argument("--output", type=Path, metavar="OUT", help="folder or file; if not given, a window is opened")
+    source.add_argument("--input", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
+    source.add_argument("--video-input", type=Path, metavar="FILE", help="video file")
+    source.add_argument("--webcam", type=int, nargs="?", const=0, metavar="INDEX", help="camera index (default: 0)")
+    parser.add_argument("--output", type=Path, metavar="OUT", help="folder or file to write (default: open a window)")
     parser.add_argument(
-        "--confidence-threshold", type=float, default=0.5, metavar="S", help="lowest score that is shown; default 0.5"
-    )
+        "--confidence-threshold", type=float, default=0.5, metavar="S",
+        help="minimum score of a detection that is drawn (default: 0.5)",
+    )  # fmt: skip
     add_solver_arguments(parser)
     for flag, (ending, what) in EXTRAS.items():
         parser.add_argument(
-            flag, action="append_const", const=flag, dest="extras", default=[], help=f"write NAME{ending}: {what}"
+            flag, action="append_const", const=flag, dest="extras", default=[], help=f"also write NAME{ending}: {what}"
         )
     return parser
 

@@ -1,14 +1,17 @@
-"""AP, residual, latency and multiply-adds of a trained equilibrium detector against steps, solver and rtol.
+"""Evaluate a trained equilibrium detector for several solvers, numbers of steps and tolerances.
 
     deqdet-evaluate-steps --config-file F --output DIR [--steps 4 5 6 8 10 15 20 25 50 200]
         [--solvers plain anderson2 anderson4 broyden] [--rtols 0.2 0.1 0.05 0.02 0.01] [--limit N] [KEY VALUE ...]
 
-evaluates OUTPUT_DIR/model_final.pth, or the MODEL.WEIGHTS of the command line, or the file of --model, on the first set
-of DATASETS.TEST. After every solver it writes DIR/steps.md, steps.json and steps.png anew: the paper's Tables 7 to 9
-with residual and latency, and what is saved where each image stops at a relative residual (at the latest after
-TEST_STEPS). The images are walked once with each solver. A solver is "plain", "anderson", "broyden", with a history
-size as in "anderson4" or with options as in "Anderson(history_size=4, damping=0.5)", or one of your own that is
-registered; numbers that its name does not give are those of MODEL.DEQDET.SOLVER.
+The command measures AP, residual, latency and multiply-adds on the first set of DATASETS.TEST. It evaluates
+OUTPUT_DIR/model_final.pth, or MODEL.WEIGHTS if given on the command line, or the model file of --model. After each
+solver it updates DIR/steps.md, steps.json and steps.png: Tables 7 to 9 of the paper with residual and latency, and what
+is saved if each image stops at a relative residual (at the latest after TEST_STEPS steps). Each solver processes every
+image only once.
+
+A solver is "plain", "anderson" or "broyden", optionally with a history size as in "anderson4" or with options as in
+"Anderson(history_size=4, damping=0.5)", or a registered solver of your own. Options that are not given are taken from
+MODEL.DEQDET.SOLVER.
 """
 
 import argparse
@@ -47,11 +50,15 @@ def make_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the tables and of the log")
-    for flag, values, metavar in (("--steps", STEPS, "N"), ("--solvers", SOLVERS, "S"), ("--rtols", RTOLS, "R")):
-        shown = "default " + " ".join(map(str, values))
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder for the tables and the log")
+    for flag, values, metavar, what in (
+        ("--steps", STEPS, "N", "numbers of steps to evaluate"),
+        ("--solvers", SOLVERS, "S", "solvers to evaluate"),
+        ("--rtols", RTOLS, "R", "relative residuals at which to stop"),
+    ):
+        shown = f"{what} (default: {' '.join(map(str, values))})"
         parser.add_argument(flag, nargs="+", type=type(values[0]), default=values, metavar=metavar, help=shown)
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N images (default: all)")
     return parser
 
 
@@ -62,11 +69,12 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
         command: how the tool was called, for the report.
     """
     if args.limit is not None and args.limit < 1:
-        raise UserError(f"the number of images must be at least 1, got {args.limit}")
+        raise UserError(f"--limit must be at least 1, got {args.limit}")
     model, cfg = load_trained(args, args.output)
     dataset, solvers = cfg.DATASETS.TEST[0], build_solvers(cfg, args.solvers)
     plan = make_plan(args, model.decoder.execution().steps)
-    loader, evaluation = build_test_loader(cfg, dataset, args.limit), Evaluation(dataset)
+    loader = build_test_loader(cfg, dataset, args.limit)
+    evaluation = Evaluation(dataset, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)
     counter = DuplicateCounter(dataset, evaluation)
     latencies = measure_latencies(model, loader, solvers)
     height, width = next(iter(loader))[0]["image"].shape[-2:]

@@ -1,12 +1,12 @@
-"""Export a trained detector as ONNX or torch.export files, which run without this package, and check them.
+"""Export a trained detector to ONNX or torch.export files, which run without this package, and check them.
 
     deqdet-export-model --model FILE.safetensors --output detector.onnx [--to onnx] [--form two] [--steps N]
     deqdet-export-model --config-file FILE --output detector.onnx MODEL.WEIGHTS CHECKPOINT
 
---form two, for detectors that apply one layer again and again, writes detector.encoder.onnx and detector.step.onnx,
-which deqdet.export.OnnxDetector runs with any number of steps, a tolerance, and plain or Anderson's iteration.
---form one writes a whole detector with plain iteration; in an .onnx file its number of steps is an input. See
-docs/deployment.md.
+--form two, for detectors that apply one layer repeatedly, writes detector.encoder.onnx and detector.step.onnx, which
+deqdet.export.OnnxDetector runs with any number of steps, with a tolerance, and with plain iteration or Anderson
+acceleration. --form one writes the whole detector with plain iteration; in an .onnx file its number of steps is an
+input. See docs/deployment.md.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> None:
         cfg = load_config(args)
         predictor = Predictor.from_config(cfg, device="cpu")
         if args.form == "one" and predictor.has_equilibrium and (rtol := predictor.model.decoder.rtol) > 0:
-            print(f"One graph takes all its steps: MODEL.DEQDET.SOLVER.RTOL {rtol} has no effect in it.")
+            print(f"One graph always takes all its steps: MODEL.DEQDET.SOLVER.RTOL {rtol} has no effect.")
         exported = export_detector(predictor, args.output, target=args.to, form=args.form, steps=args.steps)
         for path in exported.files:
             print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -45,10 +45,17 @@ def main(words: Sequence[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx, or .pt2")
-    parser.add_argument("--to", choices=("onnx", "torch-export"), default="onnx", help="the format")
-    parser.add_argument("--form", choices=("one", "two"), default="two", help="one graph, or an encoder and a step")
-    parser.add_argument("--steps", type=int, metavar="N", help="applications of f; default: the config's")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="file to write, .onnx or .pt2")
+    parser.add_argument(
+        "--to", choices=("onnx", "torch-export"), default="onnx", help="format of the export (default: onnx)"
+    )
+    parser.add_argument(
+        "--form", choices=("one", "two"), default="two",
+        help="one graph, or two graphs: an encoder and one step (default: two)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="number of solver steps (default: the config's TEST_STEPS)"
+    )
     add_config_arguments(parser)
     return parser
 

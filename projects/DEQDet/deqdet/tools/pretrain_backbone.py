@@ -1,17 +1,18 @@
-"""Pretrain the backbone of a small config by classification of generated shapes, for MODEL.WEIGHTS.
+"""Pretrain the backbone of a small config by classifying generated shapes, and write its weights for MODEL.WEIGHTS.
 
     deqdet-pretrain-backbone --output weights/shapes_backbone.pth [--config-file CONFIG] [--iterations N]
 
 From random weights, a detector spends much of a short training on its backbone, and the detectors of this project
-differ in how soon that learns anything. A common start takes this out of a comparison. The paper's detectors start from
-ImageNet; this command makes such a start for the quick configs in about two minutes on one CPU core. Each image has one
-shape; they are drawn from other seeds, and at another size, than those of shapes_train and shapes_val. Shapes are large
-at first and become smaller, because with small ones alone the classifier stays at chance for a thousand iterations.
+differ in how soon the backbone learns anything. A common start removes this difference from a comparison. The detectors
+of the paper start from ImageNet weights; this command makes a start for the quick configs in about two minutes on one
+CPU core. Each image contains one shape; the images are drawn from other seeds, and at another size, than those of
+shapes_train and shapes_val. Shapes are large at first and become smaller, because with only small ones the classifier
+stays at chance level for a thousand iterations.
 
-The file has the weights and the BatchNorm statistics of the part under the neck alone, under the names
-backbone.bottom_up.*, so that every detector on this backbone loads it for training. MODEL.WEIGHTS of the config is not
-read: the pretraining starts from random weights. The same seed gives the same file on one machine, with the same number
-of threads. The file also says how it was made, and how many of the held-out images the classifier got right.
+The file contains the weights and BatchNorm statistics of the part below the neck, under the names
+backbone.bottom_up.*, so that every detector with this backbone can load it for training. MODEL.WEIGHTS of the config is
+ignored: pretraining starts from random weights. The same seed gives the same file on the same machine with the same
+number of threads. The file also records how it was made, and the accuracy of the classifier on held-out images.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
-from ..checkpoints.files import AUTHOR, write_safetensors, write_torch
+from ..checkpoints.files import AUTHOR, COUNTER, write_safetensors, write_torch
 from ..data import ShapesConfig, random_state_kept, seed_all
 from ..data.shapes import CLASSES, draw_scene
 from ..engine import UserError, adapt_device, add_config_arguments, exit_on_user_error, load_config, parse_arguments
@@ -94,16 +95,20 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"accuracy {done.accuracy:.3f} on {HELD_OUT} held-out images, {len(CLASSES)} classes")
         numbers = {"iterations": args.iterations, "batch": args.batch, "seed": args.seed}
         write(done, args.output, made_by(cfg, numbers))
-        print(f"wrote {len(done.weights)} tensors {PREFIX}* to {args.output}: give the file as MODEL.WEIGHTS")
+        print(f"wrote {len(done.weights)} tensors {PREFIX}* to {args.output}: load the file with MODEL.WEIGHTS")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="to write, .pth or .safetensors")
-    parser.add_argument("--iterations", type=int, default=1500, metavar="N", help="default 1500")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images of an iteration, default 32")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the images, default 0")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".pth or .safetensors file to write")
+    parser.add_argument(
+        "--iterations", type=int, default=1500, metavar="N", help="number of training iterations (default: 1500)"
+    )
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per batch (default: 32)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the weights and the images (default: 0)"
+    )
     add_config_arguments(parser)
     return parser
 
@@ -158,7 +163,7 @@ def pretrain(cfg: CfgNode, *, iterations: int, batch: int, seed: int) -> Pretrai
                 print(f"iteration {iteration + 1} of {iterations}: loss {loss.item():.3f}", flush=True)
         accuracy = measure_accuracy(model, HELD_OUT_SEED + seed)
     # The counters of BatchNorm are left out: nothing reads them, and frozen layers do not have them.
-    states = {name: x for name, x in model.bottom_up.state_dict().items() if not name.endswith("num_batches_tracked")}
+    states = {name: x for name, x in model.bottom_up.state_dict().items() if not name.endswith(COUNTER)}
     return Pretrained({PREFIX + name: x.detach().cpu().clone() for name, x in states.items()}, accuracy)
 
 

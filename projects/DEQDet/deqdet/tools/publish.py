@@ -1,10 +1,10 @@
-"""Make one model file, with which no config is needed, of a checkpoint and its config.
+"""Combine a checkpoint and its config into one model file, which can be used without a config.
 
     deqdet-publish CHECKPOINT --config-file FILE --output FILE.safetensors [--half] [KEY VALUE ...]
 
-CHECKPOINT is a .pth file of a training, or a .safetensors file. The output holds the weights, the config, the class
-names and the pixel format, and no code. FILE is the config that the checkpoint was trained with, for example the
-config.yaml in the training's folder.
+CHECKPOINT is a .pth file written by training, or a .safetensors file. The output contains the weights, the config, the
+class names and the pixel format, and no code. FILE is the config that the checkpoint was trained with, for example
+config.yaml in the output folder of the training.
 """
 
 import argparse
@@ -35,18 +35,20 @@ def main(words: Sequence[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth or .safetensors file, or an hf:// name")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the model file, .safetensors")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth or .safetensors file, or hf://OWNER/NAME")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="model file to write, .safetensors")
     parser.add_argument(
         "--weights",
         choices=("auto", "raw", "ema"),
         default="auto",
-        help="the weights themselves or their moving average; by default the average where the checkpoint has one",
+        help="the raw weights or their moving average (default: auto, the average if the checkpoint has one)",
     )
-    parser.add_argument("--half", action="store_true", help="store float16, which halves the file")
+    parser.add_argument("--half", action="store_true", help="store the weights as float16, which halves the file size")
     parser.add_argument(
-        "--class-names", nargs="+", metavar="NAME", help="in the order of the classes; default: the first test set's"
-    )
+        "--class-names", nargs="+", metavar="NAME",
+        help="class names, in the order of the model's classes (default: those of the first training set, or else of "
+        "the first test set)",
+    )  # fmt: skip
     add_config_arguments(parser)
     return parser
 

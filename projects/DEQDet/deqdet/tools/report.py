@@ -1,19 +1,21 @@
-"""What came of a training, in one page and in pictures.
+"""Write a one-page report about a training run, with plots and example images.
 
     deqdet-report --run FOLDER [--images 8] [--steps 25] [KEY VALUE ...]
     deqdet-report --config-file F [--images 8] [--steps 25] [KEY VALUE ...]
 
-writes into OUTPUT_DIR
+The command writes into OUTPUT_DIR:
 
-- report.md: the AP of each class, what was missed or false, and how to load the model;
-- curves.png: loss and AP against the iteration; loss.png: the loss of each supervised prediction;
-- worst.jpg: the test images with the most mistakes, ground truth beside detections (a file for each test set);
-- detections.png: the first test images in the same way, with the model run anew;
-- residual.png, residual.json: the residual against the step, for a detector with an equilibrium.
+- report.md: the AP of each class, missed objects and false detections, and how to load the model;
+- curves.png: loss and AP against the iteration;
+- worst.jpg: the test images with the most mistakes, ground truth beside detections (one file per test set);
+- loss.png: the loss of each supervised prediction;
+- detections.png: the first test images, ground truth beside the detections of the model;
+- residual.png, residual.json: the residual against the step, for an equilibrium detector.
 
-The first three are made of what the training and its last evaluation have left in OUTPUT_DIR (metrics.json and
-inference/); with --page-only they are all. The others run OUTPUT_DIR/model_final.pth, or the MODEL.WEIGHTS of the
-command line, or the file of --model. --run FOLDER stands for that OUTPUT_DIR with its own config.yaml.
+The first three are made from the files that the training and its last evaluation left in OUTPUT_DIR (metrics.json and
+inference/), without running the model; with --page-only, only these are written. loss.png is made from metrics.json
+too. The others run OUTPUT_DIR/model_final.pth, or MODEL.WEIGHTS if given on the command line, or the model file of
+--model. --run FOLDER uses FOLDER as OUTPUT_DIR, with the config.yaml in it.
 """
 
 import argparse
@@ -50,10 +52,18 @@ def make_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--run", default="", metavar="FOLDER", help="OUTPUT_DIR of a training, for its config.yaml")
-    parser.add_argument("--page-only", action="store_true", help="do not run the model, which may take long")
-    parser.add_argument("--images", type=int, default=8, metavar="N", help="images in each picture; default 8")
-    parser.add_argument("--steps", type=int, default=25, metavar="N", help="steps of the residual plot; default 25")
+    parser.add_argument("--run", default="", metavar="FOLDER", help="OUTPUT_DIR of a training, with its config.yaml")
+    parser.add_argument(
+        "--page-only", action="store_true",
+        help="write only report.md, curves.png and worst.jpg, without running the model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=int, default=8, metavar="N",
+        help="maximum number of images in worst.jpg and in detections.png (default: 8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, default=25, metavar="N", help="number of steps in the residual plot (default: 25)"
+    )
     return parser
 
 
@@ -86,7 +96,7 @@ def report(args: argparse.Namespace) -> None:
         for step in sorted({1, 2, 5, 10, 15, 20, args.steps}):
             if step <= args.steps:
                 print(f"  step {step:3d}  {medians[step]:.3e}")
-    print(f"Pictures: {output}/{', '.join(pictures)}")
+    print(f"Images: {output}/{', '.join(pictures)}")
     _write_page(output, cfg.DATASETS.TEST, args.images)
 
 
@@ -97,7 +107,7 @@ def _take_run(args: argparse.Namespace) -> None:
         UserError: --run with a config of its own, or the folder is no training's.
     """
     if args.config_file or args.model:
-        raise UserError("--run brings its own config: leave --config-file and --model out")
+        raise UserError("--run uses the config.yaml in its folder: omit --config-file and --model")
     config = Path(args.run, "config.yaml")
     if not config.is_file():
         raise UserError(f"--run {args.run}: {config} does not exist: give the OUTPUT_DIR of a training")
@@ -114,10 +124,10 @@ def _write_page(output: Path, datasets: Sequence[str], images: int) -> None:
 @torch.no_grad()
 def draw_first(model: DEQDet, loader: Iterable[list[dict]], dataset: str, count: int, path: Path) -> None:
     """Run the model on the first `count` images of a test set, and draw them beside the ground truth."""
-    records, metadata = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset)
+    records, names = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset).thing_classes
     pairs = []
     for record, batch in zip(records, islice(loader, count), strict=False):
-        pairs.append(draw_pair(record, model(batch)[0]["instances"], metadata, width=320, threshold=SHEET_SCORE))
+        pairs.append(draw_pair(record, model(batch)[0]["instances"], names, width=320, threshold=SHEET_SCORE))
     contact_sheet(pairs, columns=2, path=path)
 
 

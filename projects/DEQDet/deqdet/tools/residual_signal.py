@@ -1,11 +1,13 @@
-"""Whether the residual of a trained equilibrium detector says how far to trust its result, beside the confidence.
+"""Measure whether the residual of a trained equilibrium detector predicts how reliable its detections are, compared
+with the confidence scores.
 
     deqdet-residual-signal --config-file F --output DIR [--steps N] [--limit N] [KEY VALUE ...]
 
-takes OUTPUT_DIR/model_final.pth, or the MODEL.WEIGHTS of the command line, or the file of --model, and the first set of
-DATASETS.TEST. Each image is detected clean and under blur, noise, low contrast and occlusion of four strengths each, as
-the model gets it (resized). The tool compares ||f(y) - y|| / ||f(y)|| at the last step with the scores: how well each
-ranks images by their AP, and right detections before wrong ones. It writes DIR/residual_signal.md, .json and .png.
+The command runs OUTPUT_DIR/model_final.pth, or MODEL.WEIGHTS if given on the command line, or the model file of
+--model, on the first set of DATASETS.TEST. Each image is processed clean and with blur, noise, low contrast and
+occlusion, each in four strengths, applied to the resized image. The residual ||f(y) - y|| / ||f(y)|| at the last step
+and the scores are compared by how well each ranks images by their AP, and correct detections before false ones. The
+results are DIR/residual_signal.md, .json and .png.
 """
 
 import argparse
@@ -37,8 +39,8 @@ from .trained import load_trained
 def main(words: Sequence[str] | None = None) -> None:
     """Run the tool with the given command line, by default that of the process."""
     words = sys.argv[1:] if words is None else words
-    args = parse_arguments(make_parser(), words)
     with exit_on_user_error():
+        args = parse_arguments(make_parser(), words)
         measure(args, command=shlex.join(["deqdet-residual-signal", *words]))
 
 
@@ -46,9 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the tables and of the log")
-    parser.add_argument("--steps", type=int, metavar="N", help="applications of f, by default TEST_STEPS")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder for the tables and the log")
+    parser.add_argument("--steps", type=int, metavar="N", help="number of steps (default: the config's TEST_STEPS)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N images (default: all)")
     return parser
 
 
@@ -63,14 +65,15 @@ def measure(args: argparse.Namespace, command: str) -> None:
             raise UserError(f"{flag} must be at least 1, got {value}")
     model, cfg = load_trained(args, args.output)
     if not model.decoder.has_equilibrium:
-        raise UserError(f"MODEL.DEQDET.DECODER {cfg.MODEL.DEQDET.DECODER} has no residual: take an EquilibriumDecoder")
+        raise UserError(f"MODEL.DEQDET.DECODER {cfg.MODEL.DEQDET.DECODER} has no residual: use an EquilibriumDecoder")
     if cfg.MODEL.DEQDET.SOLVER.RETURN_BEST:
         raise UserError(
             "MODEL.DEQDET.SOLVER.RETURN_BEST is True: set it to False, since the residuals are those of the last step"
         )
     steps, dataset = args.steps or model.decoder.execution().steps, cfg.DATASETS.TEST[0]
     loader = build_test_loader(cfg, dataset, args.limit)
-    evaluation, truths = Evaluation(dataset), read_truths(dataset)
+    evaluation = Evaluation(dataset, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)
+    truths = read_truths(dataset)
     total = len(loader) * len(CONDITIONS)
     seen = list(tqdm(observe(model, loader, steps=steps), total=total, desc="detecting", unit="image", disable=None))
     accuracies = []

@@ -1,13 +1,13 @@
-"""AP against time, for trained detectors that are run in several ways: one table from one run.
+"""Measure AP and time per image of trained detectors in several execution modes, and write one table.
 
     deqdet-speed-accuracy DETECTOR.safetensors [DETECTOR.safetensors ...] --output DIR [--steps 5 8 25]
         [--precisions float32 bfloat16] [--modes eager compiled graph onnx] [--limit N] [--threads N] [KEY VALUE ...]
 
-detects in the first set of DATASETS.TEST, from the picture in memory to its detections, with each model file, in each
-precision and mode, and with an equilibrium after each number of steps. It writes DIR/speed_accuracy.md, .json and .png.
-graph replays CUDA graphs, on a GPU. The exported detectors (onnx: one graph, plain iteration, float32) are written to
-a temporary folder and run by onnxruntime, which needs pip install 'deqdet[export]'. Let nothing else run on the machine
-meanwhile.
+Every model file is run on the first set of DATASETS.TEST in each precision and mode and, for an equilibrium detector,
+with each number of steps. The time is that from the image in memory to its detections. The results are
+DIR/speed_accuracy.md, .json and .png. The mode graph replays CUDA graphs and needs a GPU. The mode onnx exports the
+detectors to a temporary folder (one graph, plain iteration, float32) and runs them with onnxruntime, which needs
+pip install 'deqdet[export]'. Run nothing else on the machine at the same time.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.structures import Boxes, Instances
 
 from ..decoders import DecodingGraphs
-from ..engine import add_plugin_argument, exit_on_user_error, parse_arguments
+from ..engine import add_plugin_argument, exit_on_user_error, load_config, parse_arguments
 from ..errors import UserError
 from ..measurement.accuracy import Evaluation
 from ..measurement.speed_accuracy import TIMED, Report, Way, format_report, measure_ways, write_report
@@ -37,6 +37,12 @@ STEPS = (5, 8, 25)
 PRECISIONS = ("float32", "bfloat16")  # those of TEST.PRECISION
 MODES = ("eager", "compiled", "graph", "onnx")
 DEFAULT_MODES = ("eager", "compiled", "onnx")
+# Keys that say how a model runs, and the flags in their place.
+OWN_KEYS = {
+    "TEST.PRECISION": "--precisions",
+    "MODEL.DEQDET.COMPILE": "--modes compiled",
+    "MODEL.DEQDET.CUDA_GRAPHS": "--modes graph",
+}
 RECORDINGS = 16  # of --modes graph, for each number of steps: one for a padded size of images
 
 
@@ -52,14 +58,20 @@ def make_parser() -> argparse.ArgumentParser:
     """The tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, metavar="DETECTOR", help="model files (.safetensors)")
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the table and of the log")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="default 5 8 25")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="default: both")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, help="default: all but graph")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; by default torch's choice")
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder for the table and the log")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=STEPS, metavar="N", help="numbers of steps to measure (default: 5 8 25)"
+    )
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="precisions to measure (default: both)"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, help="modes to measure (default: all but graph)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N images (default: all)")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
     add_plugin_argument(parser)
-    parser.epilog = "KEY VALUE pairs at the end override the config of every detector"
+    parser.epilog = "KEY VALUE pairs at the end override keys of every detector's config"
     return parser
 
 
@@ -72,8 +84,13 @@ def measure(args: argparse.Namespace, command: str) -> None:
     for flag, values in (("--limit", [args.limit]), ("--threads", [args.threads]), ("--steps", args.steps)):
         if any(value is not None and value < 1 for value in values):
             raise UserError(f"{flag} must be at least 1, got {' '.join(map(str, values))}")
+    for key in args.opts[::2]:
+        if key in OWN_KEYS:
+            raise UserError(f"{key} cannot be overridden here: use {OWN_KEYS[key]}")
     names = _names(args.models)
     first = argparse.Namespace(**vars(args), config_file="", model=str(args.models[0]), allow_remote_config=False)
+    if precision := load_config(first).FLOAT32_PRECISION:
+        raise UserError(f"FLOAT32_PRECISION is {precision!r}: set it to '', so that the rows of float32 are exact")
     _, cfg = load_trained(first, args.output)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -90,7 +107,11 @@ def measure(args: argparse.Namespace, command: str) -> None:
                     ways += _torch_ways(name, path, precision, mode, args)
                 elif precision == "float32":
                     ways += _onnx_ways(name, path, Path(folder), args)
-        rows = measure_ways(ways, records, Evaluation(dataset), images=timed)
+        if not ways:
+            raise UserError("--modes onnx runs in float32 only: add float32 to --precisions")
+        # A detector never returns more detections than its own limit, so under the largest one all of them count.
+        limit = max(way.max_detections for way in ways)
+        rows = measure_ways(ways, records, Evaluation(dataset, max_detections=limit), images=timed)
     threads = torch.get_num_threads()
     device = f"{describe_machine()}, {threads} thread{'s' if threads > 1 else ''}"
     report = Report(command, dataset, len(records), timed, device, rows)
@@ -124,7 +145,8 @@ def _torch_ways(name: str, path: Path, precision: str, mode: str, args: argparse
 
     for label, steps in _step_choices(predictor, args.steps):
         graphs = DecodingGraphs(RECORDINGS) if mode == "graph" else None
-        yield Way(name, label, precision, mode, partial(detect, steps=steps, graphs=graphs))
+        limit = predictor.model.max_detections
+        yield Way(name, label, precision, mode, limit, partial(detect, steps=steps, graphs=graphs))
 
 
 def _check_device(predictor: Predictor, path: Path) -> None:
@@ -149,7 +171,7 @@ def _onnx_ways(name: str, path: Path, folder: Path, args: argparse.Namespace) ->
         return Instances(image.shape[:2], pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
 
     for label, steps in _step_choices(predictor, args.steps):
-        yield Way(name, label, "float32", "onnx", partial(detect, steps=steps))
+        yield Way(name, label, "float32", "onnx", predictor.model.max_detections, partial(detect, steps=steps))
 
 
 def _step_choices(predictor: Predictor, steps: Sequence[int]) -> list[tuple[str, int | None]]:

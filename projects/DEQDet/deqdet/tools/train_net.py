@@ -5,13 +5,13 @@
     deqdet-train --config-file FILE --eval-only MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
     deqdet-train --model model_final.safetensors --eval-only [KEY VALUE ...]
 
-FOLDER holds pictures with labels in COCO's, YOLO's or Pascal VOC's form; the settings are derived from them and
-printed, and what is trained goes into output/ and the folder's name, unless OUTPUT_DIR says otherwise. FILE is a config
-file, or the name of one in the model zoo, such as quick/deqdet_shapes. On a machine without CUDA,
---num-gpus N starts N processes on the CPU. From the repository, `python tools/train_net.py` is the same command.
+FOLDER contains images with labels in COCO, YOLO or Pascal VOC format; the settings are derived from them and printed,
+and the results are written to output/NAME, where NAME is the name of the folder, unless OUTPUT_DIR is given. FILE is a
+config file, or the name of a config in the model zoo, such as quick/deqdet_shapes. Without CUDA, --num-gpus N starts N
+processes on the CPU. In the repository, `python tools/train_net.py` is the same command.
 
---resume goes on with the training in OUTPUT_DIR exactly as if it had not been interrupted. SIGTERM and Ctrl-C end a
-training after the iteration, with a checkpoint; a second one ends it at once.
+--resume continues the training in OUTPUT_DIR exactly as if it had not been interrupted. SIGTERM and Ctrl-C stop a
+training after the current iteration, with a checkpoint; a second signal stops it at once.
 """
 
 import argparse
@@ -26,6 +26,20 @@ from ..engine.initialization import initialize, prepare_initialization
 from ..engine.own_data import use_own_data
 from ..measurement.training_report import write_training_report
 
+EXAMPLES = """\
+KEY VALUE pairs at the end override keys of the config. Examples:
+
+  deqdet-train --data animals --size small
+  deqdet-train --data animals --resume
+  deqdet-train --config-file quick/deqdet_shapes --num-gpus 2 SOLVER.MAX_ITER 1000 OUTPUT_DIR output/short
+  deqdet-train --model output/animals/model_final.safetensors --eval-only
+
+On two machines, with the same HOST:PORT:
+
+  (machine 0) deqdet-train --config-file FILE --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT
+  (machine 1) deqdet-train --config-file FILE --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://HOST:PORT
+"""
+
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command.
@@ -35,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     parser = argument_parser()
     parser.set_defaults(num_gpus=None)  # so that a number that is given is told from none
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = __doc__, EXAMPLES
     with exit_on_user_error():
         args = parse_arguments(parser, words, joins=True)
         prepare_initialization(args)

@@ -49,9 +49,17 @@ def load_trained(args: argparse.Namespace, output: Path | None = None) -> tuple[
 
 def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --steps, --rtol and --solver; `load_predictor` reads them."""
-    parser.add_argument("--steps", type=int, metavar="N", help="the most steps; default TEST_STEPS of the config")
-    parser.add_argument("--rtol", type=float, metavar="R", help="stop at this residual; default SOLVER.RTOL")
-    parser.add_argument("--solver", metavar="S", help='"anderson4", "Broyden", "Anderson(history_size=4)", ...')
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="maximum number of steps (default: the config's TEST_STEPS)"
+    )
+    parser.add_argument(
+        "--rtol", type=float, metavar="R",
+        help="stop when the relative residual is below R; 0: take all steps (default: the config's SOLVER.RTOL)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--solver", metavar="S",
+        help='solver, such as "anderson4", "Broyden" or "Anderson(history_size=4)" (default: the config\'s)',
+    )  # fmt: skip
 
 
 def load_predictor(args: argparse.Namespace, extras: Sequence[str] = ()) -> tuple[Predictor, dict]:

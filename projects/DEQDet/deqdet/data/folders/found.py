@@ -120,7 +120,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({describe_os_error(error)})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8: save it as such") from error
+        raise UserError(f"{path} is not UTF-8 text: save it as such") from error
 
 
 def make_content(source: Path, classes: Sequence[str], images: Iterable[dict], annotations: Iterable[dict]) -> dict:

@@ -30,7 +30,7 @@ def read_folder(folder: Path, form: str = "") -> FolderData:
     if folder.suffix in (".yaml", ".yml") and folder.is_file():
         folder, form = folder.parent, form or "yolo"
     if not folder.is_dir():
-        raise UserError(f"--data {folder} is no folder: give the one that holds the pictures and their labels")
+        raise UserError(f"--data {folder} is not a folder: give the folder of the images and their labels")
     if form:
         find, read, looked_for = FORMATS[form]
         if not find(folder):

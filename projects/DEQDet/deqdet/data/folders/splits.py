@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from ...errors import UserError
+from ...errors import UserError, plural
 from ..coco_file import look_up, read_id
 from .found import TEST, TRAIN, VAL, FolderData, FoundSet
 
@@ -52,7 +52,7 @@ def divide(found: FoundSet, *, seed: int, val_fraction: float) -> tuple[FoundSet
     """
     images = found.content["images"]
     if len(images) < 2:
-        listed = f"{len(images)} image{'s' * (len(images) != 1)}"
+        listed = plural(len(images), "image")
         raise UserError(f"{found.source} lists {listed}: two are needed, to train on and to evaluate on")
     classes = _classes_of_images(found.content)
     names = [str(image.get("file_name", i)) if isinstance(image, dict) else str(i) for i, image in enumerate(images)]

@@ -153,19 +153,32 @@ def _read_file(path: Path, by_stem: dict[str, list[Path]], image_folder: Path) -
     return _Labels(path, image, _read_size(root), objects, difficult)
 
 
+class _PlainTree(ElementTree.TreeBuilder):
+    """Builds the tree of a file, and refuses a document type, whose entities can expand without end.
+
+    The parser asks it, and not the bytes of the file, so that the file's encoding plays no part.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+
+    def doctype(self, *declaration: str | None) -> None:
+        """Called by the parser as a document type begins, before any entity is known."""
+        raise UserError(f"{self._path} has a document type of its own, which VOC's files do not have: remove it")
+
+
 def _parse(path: Path) -> ElementTree.Element:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({describe_os_error(error)})") from error
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # entities can expand without end
-        raise UserError(f"{path} has a document type of its own, which VOC's files do not have: remove it")
     try:
-        root = ElementTree.fromstring(content)
+        root = ElementTree.fromstring(content, ElementTree.XMLParser(target=_PlainTree(path)))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise UserError(f"{path} is no XML ({one_line(error)}): correct or delete it") from error
+        raise UserError(f"{path} is not valid XML ({one_line(error)}): correct or delete it") from error
     if root.tag != "annotation":
-        raise UserError(f"{path} is no file of Pascal VOC: it begins with <{root.tag}>, not with <annotation>")
+        raise UserError(f"{path} is not a Pascal VOC file: it begins with <{root.tag}>, not with <annotation>")
     return root
 
 

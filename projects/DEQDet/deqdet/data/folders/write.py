@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ...errors import UserError, describe_os_error
+from ..coco_file import lies_below
 from .found import FolderData, FoundSet
 from .yolo import label_path
 
@@ -20,7 +21,8 @@ def write_coco_folder(data: FolderData, folder: Path) -> None:
         folder: is made; it must not exist.
 
     Raises:
-        UserError: the folder exists, an image is missing, or a file cannot be written.
+        UserError: the folder exists, an image is missing or its name leads out of the images' folder, or a file cannot
+            be written.
     """
     _make(folder)
     for found in data.sets:
@@ -38,7 +40,8 @@ def write_yolo_folder(data: FolderData, folder: Path) -> None:
         folder: is made; it must not exist.
 
     Raises:
-        UserError: the folder exists, an image or its size is missing, or a file cannot be written.
+        UserError: the folder exists, an image or its size is missing or its name leads out of the images' folder, or a
+            file cannot be written.
     """
     _make(folder)
     categories = sorted(data.sets[0].content["categories"], key=lambda record: record["id"])
@@ -79,6 +82,12 @@ def _make(folder: Path) -> None:
 
 
 def _copy_images(found: FoundSet, folder: Path) -> None:
+    for image in found.content["images"]:
+        name = image["file_name"]
+        # The name is that of an annotation file, which may come from anywhere: "../../setup.py" must not be written.
+        for root in (found.image_root, folder):
+            if not lies_below(root / name, root):
+                raise UserError(f"{found.source}: an image has file_name {name!r}, which leaves {root}: correct it")
     for image in found.content["images"]:
         target = folder / image["file_name"]
         try:

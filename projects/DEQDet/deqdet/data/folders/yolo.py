@@ -100,9 +100,9 @@ def _load(path: Path) -> Mapping:
     try:
         loaded = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no YAML of plain values ({one_line(error)})") from error
+        raise UserError(f"{path} is not YAML with plain values ({one_line(error)})") from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{path} is no YAML mapping, as YOLO's data.yaml is")
+        raise UserError(f"{path} is not a YAML mapping, as YOLO's data.yaml is")
     return loaded
 
 
