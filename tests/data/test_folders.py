@@ -356,7 +356,7 @@ def code_in_yaml(folder: Path) -> None:
     (two_formats, r"ambiguous: it looks like coco \(.*train.json\) and voc \(.*annotations\): choose by --data-format"),
     (two_train_files, "train.json and .*train_new.json are both train sets"),
     (no_images, r"none of its images is there, the first one is a.png \(looked in "),
-    (bad_xml, "b.xml is no XML"),
+    (bad_xml, "b.xml is not valid XML"),
     (entities, "b.xml has a document type of its own"),
     (entities_in_utf16, "b.xml has a document type of its own"),
     (another_xml, "b.xml is not a Pascal VOC file: it begins with <html>"),

@@ -84,3 +84,13 @@ def test_a_model_with_nan_is_not_evaluated_and_not_trained(toy_config, tmp_path)
         load_weights(Trainer.build_model(cfg), setup(parse(toy_config, "--eval-only", *words)), resume=False)
     with pytest.raises(UserError, match=message):
         Trainer(setup(parse(toy_config, *words))).resume_or_load(resume=False)
+
+
+def test_a_gpu_without_enough_memory_is_one_line(toy_config):
+    def fill(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
+
+    trainer = SpoiledTrainer(setup(parse(toy_config, "SOLVER.MAX_ITER", 9)))
+    trainer.spoil = lambda: trainer.model.backbone.register_forward_hook(fill)
+    with pytest.raises(UserError, match="^CUDA out of memory. Tried to allocate 2.00 GiB at iteration=3: set SOLVER"):
+        trainer.train()

@@ -234,7 +234,7 @@ class TestDrawResults:
 
     @pytest.mark.parametrize("words, message", [
         (["--draw-results", "nowhere.json", "x.png"], "nowhere.json cannot be read"),
-        (["--draw-results", "found.json", "x.bmp"], "x.bmp: the picture must end in .jpg or .png"),
+        (["--draw-results", "found.json", "x.bmp"], "x.bmp: the name of the image must end in .jpg or .png"),
         (["--draw-results", "found.json", "x.png", "--threshold", "2"], "--threshold must lie between 0 and 1, got 2"),
         (["--images", "0"], "--images must be at least 1, got 0"),
         (["--draw-augmented", "x.bad"], "cannot write x.bad"),

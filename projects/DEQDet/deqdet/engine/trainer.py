@@ -216,12 +216,20 @@ class Trainer(DefaultTrainer, EndableTrainer):
 
         Raises:
             NonFiniteError: a loss, a prediction or a gradient is infinite or NaN.
+            UserError: the GPU's memory does not suffice.
         """
         try:
             super().run_step()
         except FloatingPointError as error:
             guard = next(hook for hook in self._hooks if isinstance(hook, FiniteGuard))
             raise guard.explain(error) from error
+        except torch.cuda.OutOfMemoryError as error:
+            what = ". ".join(str(error).split(". ")[:2])  # what follows is about PyTorch's allocator
+            raise UserError(
+                f"{what} at iteration={self.iter}: set SOLVER.ACCUMULATION_STEPS 2 or more, "
+                "MODEL.DEQDET.EQUILIBRIUM.CHECKPOINT_SEGMENTS True or SOLVER.AMP.ENABLED True, or make the images of "
+                "INPUT smaller (docs/training.md, Troubleshooting)"
+            ) from error
 
     def after_train(self) -> None:
         """Call the hooks, after an error only those that neither evaluate nor save."""
