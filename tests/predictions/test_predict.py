@@ -241,7 +241,7 @@ class TestImageInfo:
 
     @pytest.mark.parametrize("categories, words, message", [
         (((1, "ox"), (2, "hen")), [], "--images-from info.json lacks the model's classes ass among its categories"),
-        (((1, "ox"),), ["--input", "nowhere"], "--images-from: give as --input the one folder"),
+        (((1, "ox"),), ["--input", "nowhere"], "--images-from: --input must be the one folder"),
     ])  # fmt: skip
     def test_errors(self, run, images, tmp_path, categories, words, message):
         write_info(tmp_path / "info.json", ["1.png"], categories=categories)
@@ -268,7 +268,7 @@ class TestInterruptions:
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert list(contents(tmp_path / "killed")) == [NAME]
         code, out, _ = run("--input", images, "--output", "killed", *self.WORDS, form)
-        assert code is None and "an earlier run has done 4 of 10 images" in out
+        assert code is None and "an earlier run completed 4 of 10 images" in out
         assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
     def test_ctrl_c_at_any_group(self, run, images, tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ class TestInterruptions:
     def test_another_format_may_take_over(self, run, images, tmp_path, monkeypatch):
         self.interrupt(run, monkeypatch, "--input", images, "--output", "out")
         code, out, _ = run("--batch-size", 1, "--input", images, "--output", "out", "--format", "csv")
-        assert code is None and "done 4 of 10" in out and sorted(contents(tmp_path / "out")) == ["predictions.csv"]
+        assert code is None and "completed 4 of 10" in out and sorted(contents(tmp_path / "out")) == ["predictions.csv"]
 
     def test_changed_images_are_done_again_from_their_group_on(self, run, images, tmp_path, monkeypatch):
         self.interrupt(run, monkeypatch, "--input", images, "--output", "out")
@@ -326,7 +326,7 @@ class TestInterruptions:
         shutil.copy(images / "0.png", images / "last.png")
         (images / "9.png").unlink()
         code, out, _ = run("--batch-size", 1, "--input", images, "--output", "out")
-        assert code is None and "done 4 of 10" in out
+        assert code is None and "completed 4 of 10" in out
 
     @pytest.mark.parametrize("words, name", [
         (["--steps", 2], "--steps"), (["--solver", "anderson"], "--solver"), (["--batch-size", 2], "--batch-size"),
@@ -367,7 +367,7 @@ class TestBrokenImages:
         assert str(code).startswith(f"error: {images}/5.png: not an image") and "--skip-broken continues" in str(code)
         (images / "5.png").unlink()  # and what was done before it is not lost
         code, out, _ = run("--input", images, "--output", "out", "--batch-size", 1)
-        assert code is None and "done 4 of 9 images" in out
+        assert code is None and "completed 4 of 9 images" in out
 
     def test_skipped_ones_are_named_and_the_others_done(self, run, images, tmp_path):
         (images / "5.png").write_text("no image")
@@ -426,7 +426,7 @@ class TestVideo:
         assert run(*words, "--output", "whole")[0] is None
         TestInterruptions().interrupt(run, monkeypatch, "--video-input", video, "--output", "part")
         code, out, _ = run(*words, "--output", "part")
-        assert code is None and "done 4 of 10 frames" in out
+        assert code is None and "completed 4 of 10 frames" in out
         assert contents(tmp_path / "part") == contents(tmp_path / "whole")
 
     def test_a_video_that_breaks_off_is_written_as_far_as_it_goes(self, run, video, tmp_path, monkeypatch):
@@ -441,7 +441,7 @@ class TestVideo:
     (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
     (["--output", "list.txt"], "--output list.txt is a file: give a folder"),
     (["--solver", "magic"], ".*magic"),
-    (["--images-from", "list.txt"], "--images-from: give as --input the one folder in which its images lie"),
+    (["--images-from", "list.txt"], "--images-from: --input must be the one folder that contains its images"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(run, images, tmp_path, words, message):
     (tmp_path / "list.txt").write_text("\n")
