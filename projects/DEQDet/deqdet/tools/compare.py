@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--eval-period", type=int, metavar="N",
-        help="iterations between two points of the AP curve, at least 20 (default: SOLVER.MAX_ITER / 6)",
+        help="iterations between two points of the AP curve (default: SOLVER.MAX_ITER / 6)",
     )  # fmt: skip
     add_plugin_argument(parser)
     parser.epilog = "KEY VALUE pairs at the end override keys of all configs, e.g. SOLVER.MAX_ITER 100"
