@@ -1,6 +1,8 @@
 """The command line that all tools share."""
 
 import argparse
+import io
+import sys
 
 import pytest
 
@@ -36,6 +38,14 @@ def test_a_user_error_is_one_line_and_exit_code_1(capsys):
         raise KeyboardInterrupt
     assert end.value.code == 130
     assert capsys.readouterr().err == "say it again to go on\n"
+
+
+def test_names_that_are_not_utf_8_can_be_printed(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8", write_through=True))
+    with exit_on_user_error():
+        print("caf\udce9.jpg")
+    assert written.getvalue() == b"caf\\udce9.jpg\n"
 
 
 def test_plugins(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What all command-line tools share: their flags, the KEY VALUE pairs at the end, and one line for each user error."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -94,9 +95,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
     """End the process with one line on stderr and exit code 1 for a UserError within it, 130 for Ctrl-C.
 
+    From then on, names of files that are not UTF-8 are printed with escapes, as on stderr.
+
     Args:
         interrupted: what to say after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another one
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

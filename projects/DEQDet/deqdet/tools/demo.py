@@ -50,7 +50,6 @@ def main(words: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args = parse_arguments(_parser(), words)
         args.extras = [flag for flag in EXTRAS if flag in args.extras]  # each once, in this order
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
         if not 0 <= args.confidence_threshold <= 1:
             raise UserError(f"--confidence-threshold must lie between 0 and 1, got {args.confidence_threshold}")
         if args.extras and not args.input:

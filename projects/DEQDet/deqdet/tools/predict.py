@@ -50,7 +50,6 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the command line `words`, by default that of the process."""
     with exit_on_user_error("interrupted: run the same command again to continue"):
         args = parse_arguments(make_parser(), words)
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
         _check_arguments(args)
         if args.video_input is None:
             _predict_images(args)
