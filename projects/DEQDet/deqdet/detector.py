@@ -182,7 +182,7 @@ class DEQDet(nn.Module):
         return mean_matches(self.count_matches(batched_inputs), self.device)
 
     def count_matches(self, batched_inputs: list[dict]) -> int:
-        """The number of boxes of a batch that are matched: of an image with more boxes than queries, one per query."""
+        """Count the true boxes of a batch that are matched. An image has at most as many matches as queries."""
         queries = self.queries.content.num_embeddings
         return sum(min(len(x["instances"]), queries) for x in batched_inputs)
 

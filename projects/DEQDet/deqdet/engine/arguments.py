@@ -41,13 +41,15 @@ def parse_arguments(
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model a tool is about; `load_config` reads them."""
-    parser.add_argument("--config-file", default="", metavar="F", help="config file, or name of one in the model zoo")
     add_model_arguments(parser)
     parser.epilog = "KEY VALUE pairs at the end override config keys, e.g. MODEL.WEIGHTS FILE SOLVER.MAX_ITER 100"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --plugin and --allow-remote-config."""
+    """Add --config-file, --model, --plugin and --allow-remote-config."""
+    parser.add_argument(
+        "--config-file", default="", metavar="FILE", help="config file, or name of one in the model zoo"
+    )
     parser.add_argument(
         "--model", default="", metavar="FILE", help="model file with its config: a .safetensors file or hf://OWNER/NAME"
     )

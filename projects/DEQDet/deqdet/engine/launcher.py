@@ -41,9 +41,6 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config-file", default="", metavar="FILE", help="config file, or name of one in the model zoo"
-    )
-    parser.add_argument(
         "--resume", action="store_true",
         help="continue the training in OUTPUT_DIR from its last checkpoint, or start one if there is none",
     )  # fmt: skip

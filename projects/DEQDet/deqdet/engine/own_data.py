@@ -78,10 +78,10 @@ def use_own_data(args: argparse.Namespace) -> None:
 
 
 def _compare_flags(args: argparse.Namespace, folder: Path) -> None:
-    """See that the flags of a training that goes on are those with which it began, as OUTPUT_DIR/data knows them.
+    """Check that a resumed training has the flags with which it began; OUTPUT_DIR/data records them.
 
     Raises:
-        UserError: one says something else, which would be ignored.
+        UserError: a flag differs from its recorded value. It would otherwise be ignored without a word.
     """
     try:
         begun = json.loads((folder / FLAGS).read_text())

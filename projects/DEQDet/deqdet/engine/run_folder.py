@@ -102,7 +102,10 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
             path.unlink()
     except OSError as error:
         raise _cannot_delete(error) from error
-    (_overwritten.add if overwrite else _overwritten.discard)(key)
+    if overwrite:
+        _overwritten.add(key)
+    else:
+        _overwritten.discard(key)
 
 
 def delete_overwritten(folder: Path) -> None:

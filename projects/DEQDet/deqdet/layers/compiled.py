@@ -62,9 +62,9 @@ def cast_once(layer: RefinementLayer, device: torch.device) -> RefinementLayer:
 class CompiledFunction:
     """A function that torch.compile makes one graph of, for tensors of any size, at its first call.
 
-    Where it cannot be compiled, a warning says so once, and the function runs as it is; so it does for inputs beyond
-    the number of graphs that torch.compile keeps of a function, and under torch.jit.trace, which sees no operations of
-    compiled code.
+    If it cannot be compiled, a warning says so once, and the function runs without compilation. It also runs without
+    compilation for inputs that would need more graphs than torch.compile keeps of a function, and under
+    torch.jit.trace, which cannot look into compiled code.
     """
 
     def __init__(self, function: Callable, name: str):
@@ -154,7 +154,7 @@ def _compile(function: Callable, name: str) -> Callable:
 
 
 def _is_traced() -> bool:
-    """Whether what is called now becomes part of a larger graph, which needs its own operations to be seen."""
+    """Whether torch.compile or torch.jit.trace records this call; it must then see operations and no compiled code."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

@@ -98,14 +98,16 @@ def write_training_report(
 def find_last_results(
     lines: Sequence[Mapping], dataset: str, *, several: bool, averaged: bool = False
 ) -> tuple[dict[str, float], int | None]:
-    """The figures of the boxes of the last evaluation in metrics.json, without their prefix.
-
-    The number of iterations that had been done then comes second.
+    """Find the box metrics of the last evaluation in metrics.json.
 
     Args:
         lines: as read_lines returns them.
-        several: there is more than one test set; then their names stand before the figures.
-        averaged: the figures of the averaged weights, not those of the weights themselves.
+        several: there is more than one test set, so that the names of the metrics begin with that of the set.
+        averaged: take the metrics of the averaged weights instead of those of the weights themselves.
+
+    Returns:
+        The metrics by their names without any prefix, and the number of iterations that were done before this
+        evaluation. If there was no evaluation, an empty dict and None.
     """
     prefix = f"{AVERAGE}/" * averaged + f"{dataset}/" * several + "bbox/"
     trained = max((line["iteration"] for line in lines if "total_loss" in line), default=-1)
