@@ -13,6 +13,7 @@ from soak.kill_resume import same
 from deqdet.engine import UserError, joined
 from deqdet.engine.cluster import Place
 from deqdet.engine.ranks import meet
+from deqdet.engine.signals import CONFIRMATION
 
 from helpers.engine_toy import write_dataset
 from helpers.gradients import CASES, batch, build, gradients
@@ -111,7 +112,10 @@ def test_sigterm_to_torchrun_ends_with_a_checkpoint(toy_config, tmp_path):
     done = run_together([start], [{}], kill="LAUNCHER-SIGTERM@9")[0]
     path = tmp_path / "out" / "model_0000009.pth"
     lines = [line for line in said(done) if not line.startswith("Traceback")]  # torchrun prints one of its own
-    assert lines == [f"stopped by SIGTERM after iteration 9: saved {path}; --resume continues from there"]
+    assert lines == [
+        f"SIGTERM: {CONFIRMATION}",
+        f"stopped by SIGTERM after iteration 9: saved {path}; --resume continues from there",
+    ]
     assert path.exists()
 
 

@@ -12,6 +12,7 @@ from soak.kill_resume import same
 
 from deqdet.checkpoints.files import read_torch
 from deqdet.engine.resume import CLOCK_FIGURES
+from deqdet.engine.signals import CONFIRMATION
 
 from helpers.toy_runs import command, environment, read_lines, run_toy, said
 
@@ -64,7 +65,10 @@ def test_a_resumed_training_ends_as_the_uninterrupted_one(whole, tmp_path, proce
     elif code > 0:
         name = "SIGTERM" if code == 143 else "SIGINT"
         path = tmp_path / "out" / "model_0000009.pth"
-        assert lines == [f"stopped by {name} after iteration 9: saved {path}; --resume continues from there"]
+        assert lines == [
+            f"{name}: {CONFIRMATION}",
+            f"stopped by {name} after iteration 9: saved {path}; --resume continues from there",
+        ]
     resumed = run_toy(config, "--resume", *words, "DATALOADER.NUM_WORKERS", 2 if processes == 1 else 0)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert same(end_of(tmp_path / "out"), ends[processes])

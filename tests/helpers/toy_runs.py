@@ -35,7 +35,7 @@ def run_toy(config: str, *words, kill: str = "") -> subprocess.CompletedProcess:
 def said(done: subprocess.CompletedProcess) -> list[str]:
     """The lines on stderr, without warnings of libraries."""
     lines = done.stderr.splitlines()
-    return [line for line in lines if line.startswith(("error:", "stopped", "interrupted", "Traceback"))]
+    return [line for line in lines if line.startswith(("error:", "SIG", "stopped", "interrupted", "Traceback"))]
 
 
 def read_lines(out: Path) -> list[dict]:

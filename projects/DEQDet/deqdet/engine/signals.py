@@ -19,6 +19,7 @@ from .resume import batch_norm_statistics
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A signal to a whole process group reaches a rank twice, since the launcher hands it on too.
 _ONE_SIGNAL = 0.3  # seconds
+CONFIRMATION = "the training ends with a checkpoint after this iteration or evaluation; a second signal ends it at once"
 
 
 class Stopped(SystemExit):
@@ -28,8 +29,9 @@ class Stopped(SystemExit):
 class StopOnSignal(HookBase):
     """Ends the training after the iteration in which a signal arrives, on any rank, with a checkpoint.
 
-    A second signal ends the process at once. Register it last, on every rank: the checkpoint then comes after all that
-    belongs to the iteration, and resuming from it gives what the uninterrupted training gives.
+    The first signal is confirmed by a line on stderr, since an evaluation may take minutes to end. A second signal ends
+    the process at once. Register the hook last, on every rank: the checkpoint then comes after everything that belongs
+    to the iteration, and resuming from it gives what the uninterrupted training gives.
 
     Raises:
         Stopped: in `after_step`.
@@ -79,6 +81,8 @@ class StopOnSignal(HookBase):
         now = time.monotonic()
         if not self._signal:
             self._signal, self._time = number, now
+            if comm.is_main_process():
+                os.write(2, f"{signal.Signals(number).name}: {CONFIRMATION}\n".encode())
         elif now - self._time > _ONE_SIGNAL:
             if comm.is_main_process():
                 os.write(2, b"stopped at once by a second signal: the last iterations are not saved\n")
