@@ -16,7 +16,7 @@ from deqdet.measurement.timing import Latency
 from helpers.steps import COST, NAN, PATHS, make_path, make_results
 
 HEAD = (
-    "multiply-adds (G) | steps | AP | AP50 | AP75 | APs | APm | APl | doubled (%) | distance | AP, NMS | residual | "
+    "multiply-adds (G) | steps | AP | AP50 | AP75 | APs | APm | APl | duplicates (%) | distance | AP, NMS | residual | "
     "s / image"
 )
 

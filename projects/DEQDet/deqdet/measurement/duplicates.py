@@ -26,12 +26,16 @@ NMS = 0.6  # IoU above which NMS drops the lower of two detections of one class
 
 
 # Heading, field of Duplicates, format.
-DUPLICATE_COLUMNS = (("doubled (%)", "doubled", ".1f"), ("distance", "distance", ".2g"), ("AP, NMS", "AP_nms", ".1f"))
+DUPLICATE_COLUMNS = (
+    ("duplicates (%)", "doubled", ".1f"),
+    ("distance", "distance", ".2g"),
+    ("AP, NMS", "AP_nms", ".1f"),
+)
 DUPLICATES_NOTE = (
-    f"doubled: of the objects that a detection of their class finds with a score of at least {CONFIDENT:g} and an IoU "
-    f"of at least {SAME_OBJECT:g}, the share that two or more queries find. distance: 2 ||a - b|| / (||a|| + ||b||) of "
-    "the contents a, b of two such queries, median over the pairs; near 0, nothing can rank them. AP, NMS: AP after "
-    f"NMS with IoU {NMS:g} within each class."
+    "duplicates: the share of the found objects that several queries find. An object is found by a detection of its "
+    f"class with a score of at least {CONFIDENT:g} and an IoU of at least {SAME_OBJECT:g}. distance: 2 ||a - b|| / "
+    "(||a|| + ||b||) of the contents a, b of two queries that find the same object, median over the pairs; near 0, "
+    f"nothing can rank them. AP, NMS: AP after NMS with IoU {NMS:g} within each class."
 )
 
 
