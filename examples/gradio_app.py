@@ -116,9 +116,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     args = parser.parse_args()
-    detector = load_runner().OnnxDetector(args.model)
+    try:
+        detector = load_runner().OnnxDetector(args.model)
+    except ValueError as error:
+        parser.error(str(error))
     if detector.step is None:
-        parser.error(f"{args.model} is one graph of fixed steps: export with --form two")
+        parser.error(f"{args.model} is one graph, which shows its last step only: export with --form two")
     make_page(detector).launch(server_name=args.host, server_port=args.port)
 
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from detectron2.modeling import build_backbone
 
+from deqdet.extras import how_to_install
+
 SMALL = """
 MODEL.BACKBONE.NAME build_swin_channel_mapper_backbone MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [2,1,1,2]
 MODEL.SWIN.NUM_HEADS [1,2,4,8] MODEL.SWIN.WINDOW_SIZE 4 MODEL.SWIN.DROP_PATH_RATE 0.0
@@ -122,7 +124,8 @@ def test_timm_is_needed_for_drop_path_only(make_swin, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     make_swin()
-    with pytest.raises(ValueError, match=r"DROP_PATH_RATE is 0.1: above 0 it needs the package timm.*pip install timm"):
+    needed = f"DROP_PATH_RATE is 0.1: above 0 it needs the package timm.*: {re.escape(how_to_install('swin'))}"
+    with pytest.raises(ValueError, match=f"{needed}, or set the rate to 0$"):
         make_swin("MODEL.SWIN.DROP_PATH_RATE", 0.1)
 
 

@@ -11,6 +11,7 @@ from detectron2.modeling import build_backbone, build_model
 
 from deqdet import UserError
 from deqdet.backbones import create_net
+from deqdet.extras import how_to_install
 
 from helpers.batches import strip, total
 
@@ -224,7 +225,7 @@ def test_without_timm(make, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
-    with pytest.raises(UserError, match=re.escape('pip install "deqdet[timm]"')):
+    with pytest.raises(UserError, match=re.escape(f"): {how_to_install('timm')}")):
         make(SMALL)
 
 

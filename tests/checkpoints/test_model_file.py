@@ -27,6 +27,7 @@ from deqdet.checkpoints import (
     write_model_file,
 )
 from deqdet.checkpoints.model_file import LOCAL_KEYS, _checksum
+from deqdet.extras import how_to_install
 from deqdet.version import __version__
 
 NAMES = ["cat", "Hündin", "a b"]
@@ -314,7 +315,7 @@ def test_a_path_stays_as_it_is(hub):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"^hf://me/deq needs .*: pip install 'deqdet\[hub\]'$"):
+    with pytest.raises(CheckpointError, match=f"^hf://me/deq needs .*: {re.escape(how_to_install('hub'))}$"):
         resolve_file("hf://me/deq")
 
 

@@ -19,7 +19,7 @@ pytestmark = IN_PROCESS
         (["SOLVER.MAX_ITR", 3], r"the command line: unknown config key SOLVER.MAX_ITR; .*SOLVER.MAX_ITER"),
         (["MODEL.NUM_QUERIES", 3], r"unknown config key MODEL.NUM_QUERIES; .*MODEL.DEQDET.NUM_QUERIES"),
         (["XYZ.QWERTY", 3], r"unknown config key XYZ.QWERTY; the known ones are in "),
-        (["SOLVER.MAX_ITER", "many"], r"the command line: Type mismatch .* for config key: SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER", "many"], r"the command line: SOLVER.MAX_ITER cannot be many \(type str\): it must be a"),
         (["SOLVER.MAX_ITER=3"], r"must be KEY VALUE pairs separated by spaces, but got SOLVER.MAX_ITER=3"),
         (["SOLVER.MAX_ITER", 3, "--eval-only"], r"--eval-only must come before the KEY VALUE pairs"),
     ],
@@ -34,6 +34,7 @@ def test_mistakes_on_the_command_line(toy_config, words, message):
     ("text", "message"),
     [
         ("SOLVER:\n  BASE_LRS: 1.0", r"toy.yaml: unknown config key SOLVER.BASE_LRS; did .*SOLVER.BASE_LR"),
+        ("SOLVER:\n  MAX_ITER: many", r"toy.yaml: SOLVER.MAX_ITER cannot be many \(type str\): it must be a whole"),
         ("SOLVER: {", r"toy.yaml: while parsing"),
         ("_BASE_: missing.yaml", r"toy.yaml: its _BASE_ .*missing.yaml does not exist"),
     ],

@@ -8,6 +8,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from deqdet import Predictor, add_deqdet_config, model_zoo
+from deqdet.decoders import build_solver
 from deqdet.engine import UserError, argument_parser, check_options, configuration, parse_arguments, run, setup
 from deqdet.engine.options import RANGES
 from deqdet.tools import compare
@@ -256,6 +257,21 @@ def test_the_message_lists_what_plugins_may_add_to():
     message = message_of(parse("quick/deqdet_shapes", "MODEL.DEQDET.SOLVER.NAME", "Newton"))
     assert message.startswith("MODEL.DEQDET.SOLVER.NAME is 'Newton': it must be one of Anderson, Broyden, Fixed")
     assert message.endswith("(or a part of your own, given by --plugin)")
+
+
+@pytest.mark.parametrize("spec, keys", [
+    ("anderson4", "NAME Anderson MODEL.DEQDET.SOLVER.MEMORY 4"),
+    ("broyden", "NAME Broyden"),
+    ("plain(damping=0.5)", "NAME FixedPointIteration MODEL.DEQDET.SOLVER.DAMPING 0.5"),
+])  # fmt: skip
+def test_a_short_form_of_a_solver_is_told_as_keys(spec, keys):
+    """What the message says to write is what --solver takes the short form for."""
+    message = message_of(parse("quick/deqdet_shapes", "MODEL.DEQDET.SOLVER.NAME", spec))
+    assert message.startswith(f"MODEL.DEQDET.SOLVER.NAME is '{spec}': it must be one of Anderson, Broyden, Fixed")
+    assert message.endswith(f"; for {spec}, write MODEL.DEQDET.SOLVER.{keys}")
+    cfg = model_zoo.get_config("quick/deqdet_shapes", message.partition("write ")[2].split())
+    check_options(cfg)
+    assert build_solver(cfg) == build_solver(make_cfg(), spec)
 
 
 @pytest.mark.parametrize("name", model_zoo.list_configs())

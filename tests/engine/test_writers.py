@@ -147,10 +147,13 @@ def test_a_server_and_a_project_of_ones_own(toy_config, wandb, mlflow, monkeypat
     assert mlflow.uris == ["http://server:5000"] and wandb.calls[0]["project"] == "cards"
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_missing_package_names_its_extra(toy_config, monkeypatch, name):
+@pytest.mark.parametrize("name, package", [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])
+def test_a_missing_package_names_its_extra(toy_config, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, name, None)
-    message = rf"^WRITERS has {name}, which is not installed: pip install 'deqdet\[{name}\]', or leave it out$"
+    message = (
+        rf"^WRITERS has {name}, which is not installed: pip install {package}, or install deqdet with its extra "
+        rf"\[{name}\], or leave it out of WRITERS$"
+    )
     with pytest.raises(UserError, match=message):
         train(toy_config, "WRITERS", f"['{name}']")
 

@@ -377,9 +377,32 @@ def test_the_command(make_predictor, tmp_path, capsys):
     write_model_file(file, weights=predictor.model.state_dict(), cfg=predictor.cfg, class_names=NAMES)
     main(["--model", str(file), "--output", str(tmp_path / "out.onnx"), "--steps", "3"])
     printed = capsys.readouterr().out
-    assert "out.step.onnx" in printed and "after 3 steps" in printed
+    encoder, step = (tmp_path / f"out.{part}.onnx" for part in ("encoder", "step"))
+    stages = [line for line in printed.splitlines() if not line.startswith("  ")]
+    assert stages == [
+        "Tracing the encoder", f"Writing {encoder}", "Tracing the step", f"Writing {step}",
+        *(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in (encoder, step)),
+        f"Comparing {encoder} and {step} with PyTorch after 3 steps:",
+    ]  # fmt: skip
     pixels = [float(line.split("up to ")[1].split(" px")[0]) for line in printed.splitlines() if "differ by" in line]
     assert len(pixels) == 6 and max(pixels) < 1e-2
     assert OnnxDetector(tmp_path / "out.encoder.onnx").notes["steps"] == 3
     with pytest.raises(SystemExit, match="error: .*out.pt: the output of --to onnx must end in .onnx"):
         main(["--model", str(file), "--output", str(Path(tmp_path, "out.pt"))])
+
+
+def test_each_line_comes_before_its_stage(make_predictor, tmp_path, capfd):
+    """Of one graph. Its load for the comparison does not warn of the default of `steps`."""
+    path, lines = tmp_path / "small.onnx", []
+
+    def say(line: str) -> None:
+        assert not path.exists()
+        lines.append(line)
+
+    exported = export_detector(make_predictor(), path, form="one", say=say)
+    assert lines == ["Tracing the encoder", "Converting the encoder to ONNX",
+                     "Tracing the step, and converting it to ONNX", f"Writing {path}"]  # fmt: skip
+    del lines[:]
+    found = check_export(exported, lines.append)
+    assert lines == [f"Comparing {path} with PyTorch after 4 steps:", *(f"  {x}" for x in found)]
+    assert "Initializer steps" not in capfd.readouterr().err

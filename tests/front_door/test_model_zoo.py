@@ -1,11 +1,13 @@
 """Configs by name, and what goes wrong with names, files and overrides."""
 
+import re
+
 import pytest
 
 from deqdet import model_zoo
 from deqdet.errors import UserError
 
-from helpers.config_files import COMPLETE, load
+from helpers.config_files import COMPLETE, load, value_of
 
 
 def test_every_config_of_the_repository_is_listed():
@@ -44,12 +46,36 @@ def test_overrides():
     ("zzz", [], r"list_configs\(\) lists them"),
     ("deqdet_shapes", ["MODEL.DEQDET.NUM_QUERY", "3"], "unknown config key MODEL.DEQDET.NUM_QUERY; did you"),
     ("deqdet_shapes", ["SEED"], "overrides must be KEY VALUE pairs"),
-    ("deqdet_shapes", ["SEED", "'a'"], "the command line: .*SEED"),
     ("deqdet_shapes", ["SEED", "1", "--resume", "x"], "--resume must come before the KEY VALUE pairs"),
 ])  # fmt: skip
 def test_wrong_names_and_overrides(name, overrides, message):
     with pytest.raises(UserError, match=message):
         model_zoo.get_config(name, overrides)
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("SOLVER.MAX_ITER", "abc", "abc (type str): it must be a whole number, such as SOLVER.MAX_ITER 1200"),
+    ("SOLVER.MAX_ITER", "1e3", "1000.0 (type float): it must be a whole number, such as SOLVER.MAX_ITER 1200"),
+    ("SEED", "'7'", "7 (type str): it must be a whole number, such as SEED 1"),
+    ("SOLVER.BASE_LR", "1", "1 (type int): it must be a number with a decimal point, such as SOLVER.BASE_LR 1.0"),
+    ("SOLVER.AMP.ENABLED", "yes", "yes (type str): it must be True or False, such as SOLVER.AMP.ENABLED False"),
+    ("OUTPUT_DIR", "2026", "2026 (type int): it must be a text in quotes, such as OUTPUT_DIR \"'2026'\""),
+    ("SOLVER.STEPS", "100", '100 (type int): it must be a tuple, such as SOLVER.STEPS "(100,)"'),
+    ("DATASETS.TRAIN", "cards", "cards (type str): it must be a tuple, such as DATASETS.TRAIN \"('cards',)\""),
+    ("MODEL.PIXEL_STD", "[1,", '[1, (type str): it must be a list, such as MODEL.PIXEL_STD "[58.395, 57.12, 57.375]"'),
+])  # fmt: skip
+def test_a_value_of_another_type(key, value, message):
+    with pytest.raises(UserError, match=f"^{re.escape(f'the command line: {key} cannot be {message}')}$"):
+        model_zoo.get_config("deqdet_shapes", [key, value])
+    example = message.partition(f"such as {key} ")[2].strip('"')
+    cfg = model_zoo.get_config("deqdet_shapes", [key, example])  # what the message says to write is taken
+    assert type(value_of(cfg, key)) is type(value_of(model_zoo.get_config("deqdet_shapes"), key))
+
+
+def test_a_section_takes_no_value():
+    message = "SOLVER is a section, and cannot be 3 (type int): set one of its keys, such as MODEL.DEQDET.SOLVER.NAME"
+    with pytest.raises(UserError, match=f"MODEL.DEQDET.{re.escape(message)}$"):
+        model_zoo.get_config("deqdet_shapes", ["MODEL.DEQDET.SOLVER", "3"])
 
 
 def test_a_config_runs_no_code(tmp_path):

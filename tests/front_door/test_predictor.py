@@ -1,6 +1,7 @@
 """deqdet.Predictor with small models: any kind of image, lists, options of a call, results in other forms."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from deqdet.data import prepare_datasets
 from deqdet.data.shapes import CLASSES
 from deqdet.engine import Trainer, build_model
 from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
+from deqdet.extras import how_to_install
 from deqdet.model_zoo import find_config, get_config
 
 SIZES = ["INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 160, "DATASETS.TEST", ()]
@@ -237,8 +239,6 @@ class TestLists:
         for result, image in zip(found, images, strict=True):
             torch.testing.assert_close(result.instances.scores, predictor(image).instances.scores, rtol=0, atol=1e-5)
         assert predictor([]) == []
-        with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
-            predictor(images, batch_size=0)
 
     def test_a_stream_reads_as_it_goes(self, predictor):
         asked = []
@@ -354,7 +354,7 @@ class TestResults:
 
     def test_to_supervision_without_the_package(self, two, monkeypatch):
         monkeypatch.setitem(sys.modules, "supervision", None)  # import then fails
-        with pytest.raises(UserError, match=r"pip install 'deqdet\[supervision\]'"):
+        with pytest.raises(UserError, match=re.escape(how_to_install("supervision"))):
             two.to_supervision()
 
     def test_to_supervision(self, two, none, monkeypatch):
@@ -586,5 +586,17 @@ def test_prepared_images_share_batches_of_one_padded_size(predictor, monkeypatch
         assert ours.instances.image_size == image.shape[:2]
         assert torch.allclose(ours.instances.scores, alone.instances.scores, atol=1e-5)
     assert predictor.detect([]) == []
-    with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
-        predictor.detect([], batch_size=0)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, None, "8"])
+@pytest.mark.parametrize("detect", [
+    lambda predictor, **options: predictor(noise(), **options),
+    lambda predictor, **options: predictor([noise()], **options),
+    lambda predictor, **options: predictor([], **options),
+    lambda predictor, **options: list(predictor.stream([noise()], **options)),
+    lambda predictor, **options: predictor.detect([], **options),
+])  # fmt: skip
+def test_no_form_of_a_call_takes_a_wrong_batch_size(predictor, detect, batch_size):
+    message = f"batch_size must be at least 1 and a whole number, got {batch_size!r}"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        detect(predictor, batch_size=batch_size)

@@ -118,8 +118,9 @@ def test_the_best_threshold():
     wrong = [(0, 50, 10, 60, 0, 0.7), (20, 50, 30, 60, 0, 0.2)]
     assert best_threshold([boxes], [found(*right, *wrong)]) == 0.6
     assert best_threshold([boxes, truth()], [found(*right), found(*wrong)]) == 0.6
-    assert best_threshold([boxes], [found(*wrong)]) == 0.5
-    assert best_threshold([], []) == 0.5
+    assert best_threshold([boxes], [found(*wrong)]) is None
+    assert best_threshold([boxes], [found()]) is None
+    assert best_threshold([], []) is None
     # A third false detection of 0.65 makes the middle one 4/7 and so no worse than the others: 0.6 is still highest.
     assert best_threshold([boxes], [found(*right, *wrong, (40, 50, 50, 60, 0, 0.65))]) == 0.6
     # With another two of 0.65, only the surest detection is worth keeping: 2/4 against 4/9.

@@ -157,6 +157,25 @@ def test_a_perfect_detector_has_no_sheet_and_removes_an_older_one(tmp_path, smal
     assert rows(text)["blue"] == ["73.2", "2", "2", "0", "0", "0"]
 
 
+def test_without_detections_no_threshold_is_the_best(tmp_path, small_set):
+    folder = make_run(tmp_path, small_set, [])
+    (folder / "model_final.safetensors").touch()
+    text = write_training_report(folder, ["mine"]).read_text()
+    assert "There are no detections, so that every box in 4 images is missed:" in text
+    assert rows(text)["red"] == ["70.5", "3", "0", "3", "0", "0"]
+    assert "0.50" not in text and "best F1" not in text
+
+
+def test_where_no_detection_is_right_no_threshold_is_the_best(tmp_path, small_set):
+    """They are counted at 0.5, which is not called a choice."""
+    false = {"image_id": 3, "category_id": 1, "bbox": [70, 40, 10, 10], "score": 0.9}
+    folder = make_run(tmp_path, small_set, [false, false | {"score": 0.4}])
+    (folder / "model_final.safetensors").touch()
+    text = write_training_report(folder, ["mine"]).read_text()
+    assert "a score of at least 0.50:" in text and "best F1" not in text
+    assert rows(text)["red"] == ["70.5", "3", "0", "3", "0", "1"]
+
+
 def test_parts_whose_files_are_missing_are_left_out(tmp_path, small_set):
     small_set.data["annotations"] = []
     small_set.save()
@@ -231,6 +250,9 @@ class TestDrawResults:
         assert cv2.imread(str(picture)).shape == (412, 976, 3)
         check_data.main([*words, "--draw-results", str(tmp_path / "found.json"), str(picture), "--threshold", "0.05"])
         assert "3 of 4 images have mistakes at a score of 0.05\n" in capsys.readouterr().out
+        (tmp_path / "found.json").write_text("[]")
+        check_data.main([*words, "--draw-results", str(tmp_path / "found.json"), str(picture)])
+        assert "4 of 4 images have mistakes since there are no detections\n" in capsys.readouterr().out
 
     @pytest.mark.parametrize("words, message", [
         (["--draw-results", "nowhere.json", "x.png"], "nowhere.json cannot be read"),

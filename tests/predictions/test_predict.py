@@ -163,7 +163,7 @@ class TestOverwrite:
         (tmp_path / "out" / "labels" / "3.txt").write_bytes(b"")  # as of an image without detections
         (images / "2.png").write_text("no image")
         code, out, _ = run("--input", images / "1.png", images / "2.png", *words, "--overwrite", "--skip-broken")
-        assert code == 1 and "6 detections in 2 images" in out
+        assert code == 1 and out.endswith(": 6 detections in 1 image, 1 skipped\n")
         assert sorted(contents(tmp_path / "out")) == ["classes.txt", "labels/1.txt"]
         code, out, _ = run("--input", images / "1.png", *words, "--overwrite")
         assert code is None and "6 detections in 1 image\n" in out
@@ -372,10 +372,32 @@ class TestBrokenImages:
     def test_skipped_ones_are_named_and_the_others_done(self, run, images, tmp_path):
         (images / "5.png").write_text("no image")
         (images / "6.png").write_bytes((images / "7.png").read_bytes()[:100])
-        code, _, lines = run("--input", images, "--output", "out", "--skip-broken", "--format", "yolo")
-        assert code == 1 and len(lines) == 3 and lines[-1] == "error: 2 of 10 images were skipped"
+        code, out, lines = run("--input", images, "--output", "out", "--skip-broken", "--format", "yolo")
+        assert code == 1 and out.endswith(": 48 detections in 8 images, 2 skipped\n")
+        first = lines[0].removeprefix("error: ")
+        assert len(lines) == 3 and lines[-1] == f"error: 2 of 10 images skipped; the first: {first}"
         assert [line.split(":")[1].strip() for line in lines[:2]] == [f"{images}/5.png", f"{images}/6.png"]
         assert sorted(x.stem for x in (tmp_path / "out" / "labels").iterdir()) == list("01234789")
+
+    def test_those_of_an_interrupted_run_count_too(self, run, images, monkeypatch):
+        """The second run does not read the image again that the first one has skipped."""
+        (images / "1.png").write_text("no image")
+        words = "--input", images, "--output", "out", "--skip-broken", "--batch-size", 1
+        original = Predictor.prepare
+
+        def prepare(self, image, **options):
+            if image.name == "6.png":
+                raise KeyboardInterrupt
+            return original(self, image, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Predictor, "prepare", prepare)
+            assert run(*words)[0] == 130
+        code, out, lines = run(*words)
+        assert code == 1 and "an earlier run completed 4 of 10 images (1 skipped); continuing from there" in out
+        assert out.endswith(": 54 detections in 9 images, 1 skipped\n")
+        assert len(lines) == 1
+        assert lines[0].startswith(f"error: 1 of 10 images skipped; the first: {images}/1.png: not an image")
 
     def test_ids_stay_those_of_the_list(self, run, images, tmp_path):
         (images / "0.png").write_text("no image")

@@ -20,6 +20,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from .config import OPEN_SECTIONS, add_deqdet_config, merge_overrides
 from .config_file import check_config_file, is_remote
+from .config_types import describe_mismatch
 from .errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -109,12 +110,14 @@ def config_folder() -> Path:
 
 @contextmanager
 def explained(cfg: CfgNode, where: str) -> Iterator[None]:
-    """Turn the exceptions of yacs and YAML within it into a UserError that names the key and known ones like it.
+    """Turn the exceptions of yacs and YAML within it into a UserError.
+
+    It names the key: with known ones like it, or with the type that its value must have.
 
     Args:
         where: the file, or "the command line".
     """
-    known = [key for key, _ in flatten(cfg)]
+    known = dict(flatten(cfg))
     try:
         yield
     except (
@@ -124,8 +127,8 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
         message = one_line(error.args[0] if isinstance(error, KeyError) else error)
         unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
         if unknown is None:
-            raise UserError(f"{where}: {message}") from error
-        raise UserError(f"{where}: unknown config key {unknown[1]}; {_suggest(unknown[1], known)}") from error
+            raise UserError(f"{where}: {describe_mismatch(message, known) or message}") from error
+        raise UserError(f"{where}: unknown config key {unknown[1]}; {_suggest(unknown[1], list(known))}") from error
 
 
 def flatten(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

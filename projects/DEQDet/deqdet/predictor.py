@@ -35,6 +35,7 @@ from .engine import adapt_device, build_model, check_options, load_weights
 from .engine.health import check_finite_model
 from .equilibrium import Solver
 from .errors import UserError, one_line
+from .extras import how_to_install
 from .model_zoo import get_config, put_overrides
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -97,7 +98,7 @@ class Detections:
         try:
             import supervision
         except ImportError as error:
-            raise UserError("to_supervision() needs that package: pip install 'deqdet[supervision]'") from error
+            raise UserError(f"to_supervision() needs that package: {how_to_install('supervision')}") from error
         return supervision.Detections(
             xyxy=self.instances.pred_boxes.tensor.numpy().reshape(-1, 4),
             confidence=self.instances.scores.numpy(),
@@ -238,6 +239,7 @@ class Predictor:
         Raises:
             UserError: an image cannot be read or is too small or too large, or an option does not fit the detector.
         """
+        _check_batch_size(batch_size)
         if isinstance(images, list | tuple):
             return list(
                 self.stream(
@@ -271,8 +273,7 @@ class Predictor:
         Raises:
             UserError: as a call; an image without a path is named by its place, beginning with 0.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        _check_batch_size(batch_size)
         lowest, options = self._lowest(threshold), self.options(steps, rtol, solver)
         numbered = enumerate(images)
         while chunk := [self._prepare_numbered(*pair, channels) for pair in islice(numbered, batch_size)]:
@@ -293,8 +294,7 @@ class Predictor:
         Raises:
             UserError: an option does not fit the detector, or there is not enough memory.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        _check_batch_size(batch_size)
         options = self.options(steps, rtol, solver)
         return list(self._detect(list(prepared), options, self._lowest(threshold), batch_size))
 
@@ -467,6 +467,11 @@ def _set_device(cfg: CfgNode, device: str | torch.device | None) -> None:
     cfg.MODEL.DEVICE = str(device)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device}: this machine has no CUDA; leave device out to detect on the CPU")
+
+
+def _check_batch_size(size: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise UserError(f"batch_size must be at least 1 and a whole number, got {size!r}")
 
 
 def _is_number(value: object) -> bool:

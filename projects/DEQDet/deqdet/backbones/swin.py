@@ -5,6 +5,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, SwinTransformer
 
+from ..extras import how_to_install
 from .channel_mapper import ChannelMapper
 from .fpn import build_fpn
 
@@ -47,7 +48,7 @@ def build_swin(cfg: CfgNode, input_shape: ShapeSpec) -> FreezableSwin:
     except ImportError as error:
         raise ValueError(
             f"MODEL.SWIN.DROP_PATH_RATE is {swin.DROP_PATH_RATE}: above 0 it needs the package timm, which cannot be "
-            f"imported ({error}); install it (pip install timm) or set the rate to 0"
+            f"imported ({error}): {how_to_install('swin')}, or set the rate to 0"
         ) from error
 
 

@@ -16,6 +16,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN
 
 from ..errors import UserError, one_line
+from ..extras import how_to_install
 from .channel_mapper import ChannelMapper
 from .fpn import build_fpn
 
@@ -141,8 +142,7 @@ def import_timm() -> ModuleType:
         import timm
     except ImportError as error:
         raise UserError(
-            f"MODEL.TIMM needs the package timm, which cannot be imported ({one_line(error)}): install the extra, "
-            'pip install "deqdet[timm]"'
+            f"MODEL.TIMM needs the package timm, which cannot be imported ({one_line(error)}): {how_to_install('timm')}"
         ) from error
     return timm
 

@@ -27,6 +27,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_deqdet_config
 from ..errors import one_line
+from ..extras import how_to_install
 from ..version import __version__
 from .files import CheckpointError, not_safetensors, write_safetensors
 
@@ -209,7 +210,7 @@ def resolve_file(path_or_url: str) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise CheckpointError(f"{path_or_url} needs the package huggingface_hub: pip install 'deqdet[hub]'") from error
+        raise CheckpointError(f"{path_or_url} needs the package huggingface_hub: {how_to_install('hub')}") from error
     try:
         found = huggingface_hub.hf_hub_download(
             repo_id=f"{owner}/{name}", filename=filename, revision=revision or None

@@ -13,6 +13,7 @@ import numpy as np
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 
 from ..errors import UserError
+from ..extras import how_to_install
 from .cache import write_json
 
 RESULTS_NAME = "coco_instances_results.json"
@@ -112,7 +113,7 @@ def import_faster_coco_eval() -> tuple[Callable, Callable]:
         return coco, importlib.import_module("faster_coco_eval.core.faster_eval_api").COCOeval_faster
     except ImportError as error:
         raise UserError(
-            "TEST.EVALUATOR is faster-coco-eval, which is not installed: pip install 'deqdet[fast-eval]', or choose "
+            f"TEST.EVALUATOR is faster-coco-eval, which is not installed: {how_to_install('fast-eval')}, or choose "
             "pycocotools"
         ) from error
 

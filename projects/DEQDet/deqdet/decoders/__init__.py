@@ -9,7 +9,7 @@ from .equilibrium import EquilibriumDecoder, Supervision
 from .graphs import DecodingGraphs, record_cuda_graph
 from .iteration import iterate, packed_map
 from .recurrent import RecurrentDecoder
-from .solvers import SOLVER_REGISTRY, build_solver
+from .solvers import SOLVER_REGISTRY, build_solver, suggest_keys
 from .stacked import StackedDecoder
 from .trajectory import ResidualParts, Trajectory
 
@@ -32,4 +32,5 @@ __all__ = [
     "packed_map",
     "prepare_features",
     "record_cuda_graph",
+    "suggest_keys",
 ]

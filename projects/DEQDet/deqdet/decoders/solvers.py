@@ -111,6 +111,20 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
     return name, options
 
 
+def suggest_keys(spec: object) -> str:
+    """The config keys that say what a short form says, as the end of a message; "" if it is no short form.
+
+    In a config, the options have keys of their own, so that a child config can change one of them alone.
+    """
+    try:
+        name, options = parse_spec(str(spec))
+    except ValueError:
+        return ""
+    pairs = [f"MODEL.DEQDET.SOLVER.NAME {name}"]
+    pairs += [f"MODEL.DEQDET.SOLVER.{KEYS.get(x, f'OPTIONS.{x.upper()}')} {value!r}" for x, value in options.items()]
+    return f"; for {spec}, write {' '.join(pairs)}"
+
+
 def _find(word: str) -> str | None:
     """The registered name that a word stands for, upper or lower case alike; None if there is none."""
     names = {name.lower(): name for name, _ in SOLVER_REGISTRY}

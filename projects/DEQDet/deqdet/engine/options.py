@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from ..data import BOX_FORMATS, EVALUATORS, PILLOW_LIMIT
-from ..decoders import DECODER_REGISTRY, SOLVER_REGISTRY
+from ..decoders import DECODER_REGISTRY, SOLVER_REGISTRY, suggest_keys
 from ..errors import UserError, one_line
 from ..layers import REFINEMENT_LAYER_REGISTRY
 from ..layers.sparse_rcnn import ATTENTIONS
@@ -129,7 +129,7 @@ RANGES: dict[str, Range] = {
     "MODEL.DEQDET.EQUILIBRIUM.SUPERVISION_COUNT": integer(0, MOST_STEPS),
     "MODEL.DEQDET.EQUILIBRIUM.SUPERVISION_INTERVAL": integer(1, MOST_STEPS),
     "MODEL.DEQDET.EQUILIBRIUM.CHECKPOINT_SEGMENTS": SWITCH,
-    "MODEL.DEQDET.SOLVER.NAME": named(SOLVER_REGISTRY),
+    "MODEL.DEQDET.SOLVER.NAME": named(SOLVER_REGISTRY, suggest_keys),
     "MODEL.DEQDET.SOLVER.OPTIONS": OPTIONS,
     "MODEL.DEQDET.SOLVER.DAMPING": DAMPING,
     "MODEL.DEQDET.SOLVER.MEMORY": integer(1, MOST_STEPS),
@@ -248,7 +248,7 @@ def check_ranges(cfg: CfgNode) -> None:
     for key, allowed in RANGES.items():
         value = read(cfg, key)
         if not allowed.holds(value):
-            raise UserError(f"{key} is {one_line(repr(value))}: it must be {allowed}")
+            raise UserError(f"{key} is {one_line(repr(value))}: it must be {allowed}{allowed.suggest(value)}")
 
 
 def check_processes(args: argparse.Namespace) -> None:

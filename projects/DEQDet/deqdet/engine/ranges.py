@@ -16,6 +16,7 @@ class Range:
 
     words: str | Callable[[], str]  # a function where the words depend on what plugins have registered
     holds: Callable[[object], bool]
+    suggest: Callable[[object], str] = lambda value: ""  # what to write for a value outside the range, or ""
 
     def __str__(self) -> str:
         return self.words if isinstance(self.words, str) else self.words()
@@ -48,13 +49,13 @@ def one_of(*values: object) -> Range:
     return Range(words, lambda value: type(value) is type(values[0]) and value in values)
 
 
-def named(registry: Registry) -> Range:
+def named(registry: Registry, suggest: Callable[[object], str] = Range.suggest) -> Range:
     """A name in a registry; parts of one's own count once their module is imported by --plugin."""
 
     def words() -> str:
         return f"one of {', '.join(sorted(name for name, _ in registry))} (or a part of your own, given by --plugin)"
 
-    return Range(words, lambda value: isinstance(value, str) and value in registry)
+    return Range(words, lambda value: isinstance(value, str) and value in registry, suggest)
 
 
 def several(item: Range, low: int, high: int | None = None, *, distinct: bool = False) -> Range:

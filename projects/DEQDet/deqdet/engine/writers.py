@@ -20,6 +20,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, Tensorboar
 
 from ..checkpoints.files import write_text
 from ..errors import UserError, one_line
+from ..extras import how_to_install
 from ..model_zoo import flatten
 from .resume import WINDOW
 
@@ -230,7 +231,7 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"WRITERS has {name}, which is not installed: pip install 'deqdet[{name}]', or leave it out"
+            f"WRITERS has {name}, which is not installed: {how_to_install(name)}, or leave it out of WRITERS"
         ) from error
 
 

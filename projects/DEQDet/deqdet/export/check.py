@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .graphs import Encoder, OneGraph, Step
-from .write import Exported
+from .write import Exported, say_nothing
 
 SIZES = ((3, 5), (6, 4), (5, 8))  # height and width, in units of the size divisibility
 BATCHES = (1, 3)
@@ -52,12 +52,17 @@ class Difference:
         )
 
 
-def check_export(exported: Exported) -> list[Difference]:
+def check_export(exported: Exported, say: Callable[[str], None] = say_nothing) -> list[Difference]:
     """Run the graphs beside PyTorch on generated images, at three sizes and two batch sizes.
+
+    Args:
+        say: called with a line before the comparison, and with one for each difference as soon as it is known.
 
     Raises:
         UserError: the detections differ by more than TOLERANCE on an image where the iteration is stable.
     """
+    files = " and ".join(map(str, exported.files))
+    say(f"Comparing {files} with PyTorch after {exported.notes['steps']} steps:")
     graphs = [_load(path, exported.target) for path in exported.files]
     modules = [module for _, module in exported.graphs]
     generator = torch.Generator().manual_seed(0)
@@ -70,6 +75,7 @@ def check_export(exported: Exported) -> list[Difference]:
             boxes, scores, count = _compare(want, got)
             sensitivity = 0.0 if noisy is None else _compare(want, noisy)[0]
             found.append(Difference(*images.shape[:1], *images.shape[2:], count, boxes, scores, sensitivity))
+            say(f"  {found[-1]}")
     if wrong := [x for x in found if not x.is_equal]:
         raise UserError(f"{exported.files[0]} differs from PyTorch; do not use it: {wrong[0]}")
     return found
@@ -98,7 +104,9 @@ def _load(path, target: str) -> Graph:
         return torch.export.load(path).module()
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone; see OnnxDetector's loading for the warning that this leaves out
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
 
     def run(*arguments) -> list[Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 
 
 @dataclass(frozen=True)
@@ -38,48 +39,57 @@ class OnnxDetector:
             path: NAME.onnx or NAME.encoder.onnx.
             threads: of onnxruntime; 0: as many as it likes.
             providers: onnxruntime's execution providers, for example "CUDAExecutionProvider".
+
+        Raises:
+            ValueError: a file is missing, is no ONNX file, or was not written by deqdet-export-model.
         """
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors; else each load warns that the default of "steps" can be overridden
-
-        def load(file: Path) -> onnxruntime.InferenceSession:
-            return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
-
         path = Path(path)
-        self.encoder = load(path)
+        self.encoder, self.step = _load(path, threads, providers), None
+        metadata = self.encoder.get_modelmeta().custom_metadata_map
+        if "deqdet" not in metadata or "images" not in [x.name for x in self.encoder.get_inputs()]:
+            raise ValueError(f"{path}: give NAME.onnx or NAME.encoder.onnx, as deqdet-export-model has written it")
         # The exporter's notes: class names, sizes, pixel format, defaults of steps, rtol and solver.
-        self.notes = {k: json.loads(v) for k, v in self.encoder.get_modelmeta().custom_metadata_map.items()}
-        self.step = None
+        self.notes = {key: json.loads(value) for key, value in metadata.items()}
         if self.notes["form"] == "two":
-            self.step = load(path.with_name(path.name.removesuffix(".encoder.onnx") + ".step.onnx"))
+            name = path.name.removesuffix(".encoder.onnx")
+            self.step = _load(path.with_name(f"{name}.step.onnx"), threads, providers)
 
     def __call__(self, images, *, steps=None, rtol=None, solver=None, threshold: float = 0.5):
         """Detect in one image, or in a list of images as one batch.
 
         Args:
             images: an array (H, W, 3) uint8 RGB, or a list of such arrays; a list is padded to one common size.
-            steps: the largest number of applications of f.
-            rtol: the relative residual at which an image stops.
+            steps: the largest number of applications of f; 0 gives what the initialization layer finds.
+            rtol: the relative residual at which an image stops; 0: it never stops early.
             solver: "plain" or "anderson". Each of the three is by default that of the exported config. A file of one
                 graph accepts steps alone, and only where it applies one layer again and again.
-            threshold: the lowest score of a detection.
+            threshold: the lowest score of a detection, 0 to 1.
 
         Returns:
             A Found, or a list of them.
+
+        Raises:
+            ValueError: an image or an option is not as described here; names it, and says what is allowed.
         """
-        *_, last = self.refine(images, steps=steps, rtol=rtol, solver=solver, threshold=threshold)
+        *_, last = self._detect(images, steps, rtol, solver, threshold)
         return last
 
     def refine(self, images, *, steps=None, rtol=None, solver=None, threshold: float = 0.5) -> Iterator:
         """As a call, but yield the result after each step, beginning with step 0, the initialization layer's.
 
-        One graph gives its last result only.
+        Raises:
+            ValueError: as a call, at the first result; or the detector is one graph, whose steps cannot be seen.
         """
-        if solver not in (None, "plain", "anderson"):
-            raise ValueError(f"solver {solver!r}: plain or anderson")
-        single = isinstance(images, np.ndarray)
-        originals = [images] if single else list(images)
+        if self.step is None:
+            raise ValueError("refine() needs two graphs: export with --form two; one graph shows its last step only")
+        return self._detect(images, steps, rtol, solver, threshold)
+
+    def _detect(self, images, steps, rtol, solver, threshold) -> Iterator:
+        """Yield the results after each step of two graphs, or after the last one of one graph."""
+        _check_options(steps, rtol, solver, threshold)
+        single = not isinstance(images, list | tuple)
+        originals = [images] if single else images
+        _check_images(originals)
         batch, sizes = self._prepare(originals)
         scales = [(x.shape[1] / w, x.shape[0] / h) for x, (h, w) in zip(originals, sizes, strict=True)]
         if self.step is None:
@@ -104,9 +114,7 @@ class OnnxDetector:
             return self.notes["steps"]
         if "steps" not in [x.name for x in self.encoder.get_overridable_initializers()]:
             raise ValueError(f"steps {steps}: the layers of this detector have weights of their own; leave steps out")
-        if steps < 0 or steps != int(steps):
-            raise ValueError(f"steps {steps}: a whole number, at least 0")
-        return int(steps)
+        return steps
 
     def _walk(self, batch, sizes, steps, rtol, solver) -> Iterator[tuple[np.ndarray, ...]]:
         """Yield boxes (B, N, 4), scores (B, N, K), steps (B,) and residuals (B,) after each application of f."""
@@ -114,8 +122,6 @@ class OnnxDetector:
             self.notes[key] if given is None else given
             for key, given in (("steps", steps), ("rtol", rtol), ("solver", solver))
         )
-        if steps < 0 or not rtol >= 0:
-            raise ValueError(f"steps {steps}, rtol {rtol}: at least 0")
         iterate, boxes, scores, *levels = self.encoder.run(None, {"images": batch, "sizes": sizes})
         rows, history = np.arange(len(batch)), []
         taken, residual = np.zeros(len(batch), int), np.full(len(batch), np.inf, np.float32)
@@ -142,8 +148,6 @@ class OnnxDetector:
 
     def _prepare(self, images) -> tuple[np.ndarray, np.ndarray]:
         """Resize and pad: (B, 3, H, W) uint8 in the model's channel order, and heights and widths (B, 2) int64."""
-        if not images or any(x.ndim != 3 or x.shape[2] != 3 or x.dtype != np.uint8 or 0 in x.shape for x in images):
-            raise ValueError("an image must be an array (H, W, 3) of uint8, RGB")
         limits = self.notes["min_size"], self.notes["max_size"]
         resized = [resize(x, *target_size(*x.shape[:2], *limits)) for x in images]
         sizes = np.array([x.shape[:2] for x in resized], np.int64)
@@ -172,6 +176,47 @@ class OnnxDetector:
         names = self.notes["class_names"]
         labels = [names[i] for i in classes[kept]]
         return Found(boxes[kept], scores[kept], classes[kept], labels, int(steps), float(residual))
+
+
+def _load(file: Path, threads: int, providers: Sequence[str]) -> onnxruntime.InferenceSession:
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: deqdet-export-model writes it")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Only errors: at each load, onnxruntime would warn that "steps" has a default, which in ONNX is an initializer.
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
+        raise ValueError(f"{file} cannot be loaded as an ONNX file: {' '.join(str(error).split())}") from error
+
+
+def _check_options(steps, rtol, solver, threshold) -> None:
+    """Raise a ValueError for an option that is out of its range; None stands for the exported default."""
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0):
+        raise ValueError(f"steps {steps!r}: a whole number, at least 0")
+    if rtol is not None and not (_is_number(rtol) and 0 <= rtol < np.inf):
+        raise ValueError(f"rtol {rtol!r}: a number, at least 0")
+    if solver not in (None, "plain", "anderson"):
+        raise ValueError(f"solver {solver!r}: plain or anderson")
+    if not (_is_number(threshold) and 0 <= threshold <= 1):
+        raise ValueError(f"threshold {threshold!r}: a number from 0 to 1")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _check_images(images: Sequence) -> None:
+    if not images:
+        raise ValueError("images: the list is empty; give at least one image")
+    for index, image in enumerate(images):
+        given = f"a {type(image).__name__}"
+        if isinstance(image, np.ndarray):
+            if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and image.size:
+                continue
+            given = f"an array {image.shape} of {image.dtype}"
+        raise ValueError(f"image {index} is {given}: it must be an array (H, W, 3) of uint8, RGB, not empty")
 
 
 def anderson(iterate, output, history, size, damping, regularization):
@@ -205,14 +250,17 @@ def anderson(iterate, output, history, size, damping, regularization):
 
 
 def target_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Height and width with the short side `shortest`, or less where the long side would exceed `longest`."""
+    """Height and width with the short side `shortest`, or less where the long side would exceed `longest`.
+
+    A side has 1 pixel at least, however narrow the image is.
+    """
     if shortest == 0:
         return height, width
     scale = shortest / min(height, width)
     new = (shortest, scale * width) if height < width else (scale * height, shortest)
     if max(new) > longest:
         new = tuple(side * (longest / max(new)) for side in new)
-    return int(new[0] + 0.5), int(new[1] + 0.5)
+    return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

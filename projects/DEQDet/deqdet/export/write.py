@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -49,8 +49,18 @@ class Exported:
         return [path for path, _ in self.graphs]
 
 
+def say_nothing(line: str) -> None:
+    """Take the lines about an export that nobody wants to read."""
+
+
 def export_detector(
-    predictor: Predictor, path: Path, *, target: str = "onnx", form: str = "two", steps: int | None = None
+    predictor: Predictor,
+    path: Path,
+    *,
+    target: str = "onnx",
+    form: str = "two",
+    steps: int | None = None,
+    say: Callable[[str], None] = say_nothing,
 ) -> Exported:
     """Write a detector for any batch size and image size.
 
@@ -61,6 +71,7 @@ def export_detector(
         form: "one": the whole detector with plain steps; "two": the encoder with g, and a step of f.
         steps: how often f is applied; by default as often as the decoder does. Whoever runs the ONNX files may choose
             another number. In a .pt2 file of one graph it is fixed.
+        say: called with a line before each slow stage, such as print.
 
     Raises:
         UserError: the path has another ending than .onnx or .pt2, the detector has no such form, it cannot be traced
@@ -78,33 +89,43 @@ def export_detector(
         stacked = isinstance(model.decoder, StackedDecoder)
         module = OneGraph(model, None if stacked else notes["steps"], notes["damping"])
         if target == "onnx" and not stacked:
-            _write_loop(predictor, path, notes)
+            _write_loop(predictor, path, notes, say)
         else:
+            say("Tracing the detector")
             program, _ = _trace_images(module, unit)
+            say(f"Writing {path}")
             _write(program, path, target, notes, IMAGES, ["boxes", "scores", "classes", "residual"])
         return Exported(target, form, ((path, module),), notes)
     encoder, step = Encoder(model), Step(model)
     stem = path.name.removesuffix(path.suffix)
     files = [path.with_name(f"{stem}.{part}{path.suffix}") for part in ("encoder", "step")]
     levels = [f"level{i}" for i in range(len(notes["strides"]))]
+    say("Tracing the encoder")
     program, (state, _, _, *features) = _trace_images(encoder, unit)
+    say(f"Writing {files[0]}")
     _write(program, files[0], target, notes, IMAGES, ["state", "boxes", "scores", *levels])
+    say("Tracing the step")
     program = _trace_step(step, [state], features)
+    say(f"Writing {files[1]}")
     _write(program, files[1], target, notes, ["state", *levels], ["output", "residual", "boxes", "scores"])
     return Exported(target, form, tuple(zip(files, (encoder, step), strict=True)), notes)
 
 
-def _write_loop(predictor: Predictor, path: Path, notes: dict) -> None:
+def _write_loop(predictor: Predictor, path: Path, notes: dict, say: Callable[[str], None]) -> None:
     """Export encoder, step and read-out, and write them as one graph in which the step is repeated."""
     model, parts = predictor.model, ["state", "boxes", "scores"]
     levels = [f"level{i}" for i in range(len(notes["strides"]))]
+    say("Tracing the encoder")
     encoder, examples = _trace_images(Encoder(model), notes["size_divisibility"])
+    say("Converting the encoder to ONNX")
     encoder = _to_onnx(encoder, IMAGES, [*parts, *levels])
+    say("Tracing the step, and converting it to ONNX")
     body = _trace_step(LoopBody(model, notes["damping"]), examples[:3], examples[3:])
     body = _to_onnx(body, [*parts, *levels], [f"{name}.out" for name in CARRIED])
     rows = {0: Dim("batch", min=1)}
     best = _to_onnx(_export(Best(model.max_detections), tuple(examples[1:3]), (rows, rows)), parts[1:],
                     ["boxes.out", "scores.out", "classes.out"])  # fmt: skip
+    say(f"Writing {path}")
     _write_onnx(join_loop(encoder, body, best, notes["steps"]), path, notes)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from detectron2.structures import Instances, pairwise_ioa, pairwise_iou
 
 LEAST_IOU = 0.5  # between a true box and a detection of it, as for AP50
-NO_CHOICE = 0.5  # the threshold where none is better than another
+NO_CHOICE = 0.5  # the threshold to count at where none is better than another
 
 
 class Outcome(IntEnum):
@@ -143,10 +143,10 @@ def _count(labels: Sequence[Tensor], outcomes: Sequence[np.ndarray], num_classes
     return counts
 
 
-def best_threshold(truths: Sequence[Instances], found: Sequence[Instances]) -> float:
+def best_threshold(truths: Sequence[Instances], found: Sequence[Instances]) -> float | None:
     """The score, in hundredths, at which F1 = 2 right / (detections + true boxes) over all images is highest.
 
-    Of several equal ones it is the highest. Without a true box or a right detection it is 0.5.
+    Of several equal ones it is the highest. Without a right detection there is none: F1 is then 0 at every score.
     """
     # The pairs of the same class at a threshold are those of threshold 0 whose score reaches it, because surer
     # detections choose first: so one judgement gives the figures of all thresholds.
@@ -160,5 +160,5 @@ def best_threshold(truths: Sequence[Instances], found: Sequence[Instances]) -> f
         for kept in (outcomes == Outcome.RIGHT, outcomes != Outcome.IGNORED)
     )
     f1 = 2 * right / np.maximum(count + boxes, 1)
-    return float(thresholds[np.nonzero(f1 == f1.max())[0][-1]]) if f1.max() > 0 else NO_CHOICE
+    return float(thresholds[np.nonzero(f1 == f1.max())[0][-1]]) if f1.max() > 0 else None
 

@@ -13,8 +13,9 @@ from ..checkpoints.files import write_text
 from ..checkpoints.publish import AVERAGE
 from ..data import find_results, read_results, read_truth
 from ..engine.run_folder import has_other_test_sets
+from ..errors import plural
 from .metrics_file import read_lines
-from .mistakes import Judgement, Tally, best_threshold, judge_all, sort_by_error, tally
+from .mistakes import NO_CHOICE, Judgement, Tally, best_threshold, judge_all, sort_by_error, tally
 from .mistakes_sheet import describe, write_mistakes
 from .plots import plot_curves
 from .tables import format_table, format_value
@@ -36,6 +37,7 @@ class SetSummary:
     tallies: tuple[Tally, ...] = ()  # one for each class; none without detections or labels
     threshold: float | None = None  # at which the mistakes were counted
     best_f1: bool = False  # that is the threshold of the best F1
+    detections: int = 0  # of any score
     sheet: Path | None = None
     worst: tuple[tuple[str, str], ...] = ()  # file and mistakes of the images on the sheet
 
@@ -134,6 +136,8 @@ class Judged:
     judgements: list[Judgement]  # one for each record
     class_names: list[str]
     threshold: float
+    best_f1: bool  # the threshold is that of the best F1
+    detections: int  # of any score
 
 
 def judge_results(file: Path, dataset: str, threshold: float | None) -> Judged | None:
@@ -141,7 +145,8 @@ def judge_results(file: Path, dataset: str, threshold: float | None) -> Judged |
 
     Args:
         dataset: registered and checked.
-        threshold: the lowest score that counts; None: that of the best F1, see `mistakes.best_threshold`.
+        threshold: the lowest score that counts; None: that of the best F1, see `mistakes.best_threshold`, or NO_CHOICE
+            where no detection is right.
 
     Raises:
         UserError: as `read_results`.
@@ -151,9 +156,12 @@ def judge_results(file: Path, dataset: str, threshold: float | None) -> Judged |
     if not any(record.get("annotations") for record in records):
         return None
     truths = [read_truth(record) for record in records]
-    threshold = best_threshold(truths, found) if threshold is None else threshold
+    best = best_threshold(truths, found) if threshold is None else None
+    if threshold is None:
+        threshold = NO_CHOICE if best is None else best
     judgements = judge_all(truths, found, threshold)
-    return Judged(records, judgements, list(MetadataCatalog.get(dataset).thing_classes), threshold)
+    names = list(MetadataCatalog.get(dataset).thing_classes)
+    return Judged(records, judgements, names, threshold, best is not None, sum(map(len, found)))
 
 
 def write_worst(judged: Judged, sheet: Path, count: int) -> list[tuple[str, str]]:
@@ -186,7 +194,8 @@ def _summarize(summary: SetSummary, file: Path | None, sheet: Path, count: int, 
         images=len(judged.records),
         tallies=tuple(tally(judged.judgements, len(judged.class_names))),
         threshold=judged.threshold,
-        best_f1=threshold is None,
+        best_f1=judged.best_f1,
+        detections=judged.detections,
         sheet=sheet if worst else None,
         worst=tuple(worst),
     )
@@ -248,11 +257,12 @@ def _format_set(summary: SetSummary) -> str:
              str(t.confused), str(t.false))
             for name, t in zip(names, summary.tallies, strict=True)
         ]  # fmt: skip
-        images = f"{summary.images} image{'s' * (summary.images != 1)}"
-        parts.append(
-            f"Mistakes in {images}, at an IoU of 0.5 and counting detections with a score of at least "
-            f"{summary.threshold:.2f}:"
-        )
+        images, lowest = plural(summary.images, "image"), f"{summary.threshold:.2f}"
+        if not summary.detections:
+            parts.append(f"There are no detections, so that every box in {images} is missed:")
+        else:
+            counted = f"counting detections with a score of at least {lowest}"
+            parts.append(f"Mistakes in {images}, at an IoU of 0.5 and {counted}:")
         parts.append(format_table([head, *rows], names=1))
     elif figures:
         rows = [(name.replace("|", "\\|"), format_value(ap, ".1f")) for name, ap in of_class.items()]

@@ -93,6 +93,11 @@ class Journal:
             self._write(head)
         self._cut(len(self.done) - len(self.done) % group)
 
+    @property
+    def faults(self) -> list[str]:
+        """Why images were skipped, one line for each of them that names it; those of an earlier run are among them."""
+        return [done.fault for done in self.done if done.size is None]
+
     def keep(self, states: Sequence[list], *, overwrite: bool = False) -> None:
         """Keep what was done of these images, up to the first one that is another or has changed.
 

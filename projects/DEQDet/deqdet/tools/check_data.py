@@ -140,9 +140,9 @@ def write_results(cfg: CfgNode, results: Path, file: Path, count: int, threshold
     if judged is None:
         raise UserError(f"--draw-results: {name} has no boxes to compare the detections with")
     wrong = sum(1 for judgement in judged.judgements if judgement.error)
-    chosen = "" if threshold is not None else ", that of the best F1"
-    print(f"{results}: {wrong} of {len(judged.judgements)} images have mistakes at a score of "
-          f"{judged.threshold:.2f}{chosen}")  # fmt: skip
+    chosen = ", that of the best F1" if judged.best_f1 else ""
+    where = f"at a score of {judged.threshold:.2f}{chosen}" if judged.detections else "since there are no detections"
+    print(f"{results}: {wrong} of {len(judged.judgements)} images have mistakes {where}")
     for path, mistakes in write_worst(judged, file, count):
         print(f"  {path}: {mistakes}")
     if wrong:

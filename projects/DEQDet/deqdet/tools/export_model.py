@@ -11,10 +11,12 @@ input. See docs/deployment.md.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ..engine import add_config_arguments, exit_on_user_error, load_config, parse_arguments
 from ..errors import UserError
+from ..extras import how_to_install
 from ..predictor import Predictor
 
 
@@ -29,17 +31,16 @@ def main(words: Sequence[str] | None = None) -> None:
         try:
             from ..export import check_export, export_detector
         except ImportError as error:
-            raise UserError(f"{error}: the export needs pip install 'deqdet[export]'") from error
+            raise UserError(f"{error}, which the export needs: {how_to_install('export')}") from error
         cfg = load_config(args)
         predictor = Predictor.from_config(cfg, device="cpu")
         if args.form == "one" and predictor.has_equilibrium and (rtol := predictor.model.decoder.rtol) > 0:
             print(f"One graph always takes all its steps: MODEL.DEQDET.SOLVER.RTOL {rtol} has no effect.")
-        exported = export_detector(predictor, args.output, target=args.to, form=args.form, steps=args.steps)
+        say = partial(print, flush=True)  # each line before its stage, also into a pipe
+        exported = export_detector(predictor, args.output, target=args.to, form=args.form, steps=args.steps, say=say)
         for path in exported.files:
             print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
-        print(f"Compared with PyTorch after {exported.notes['steps']} steps:")
-        for difference in check_export(exported):
-            print(f"  {difference}")
+        check_export(exported, say)
 
 
 def make_parser() -> argparse.ArgumentParser:

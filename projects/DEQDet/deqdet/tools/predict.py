@@ -120,9 +120,8 @@ def _predict_images(args: argparse.Namespace) -> None:
         _write(args, journal, _describe_images(args, sources, journal, predictor, ids))
     finally:
         journal.close()
-    skipped = sum(1 for done in journal.done if done.size is None)
-    if skipped:
-        print(f"error: {skipped} of {len(sources)} images were skipped", file=sys.stderr)
+    if skipped := journal.faults:
+        print(f"error: {len(skipped)} of {len(sources)} images skipped; the first: {skipped[0]}", file=sys.stderr)
     if skipped or faults:
         sys.exit(1)
 
@@ -167,15 +166,17 @@ def _open_journal(args: argparse.Namespace, predictor: Predictor, **more: object
 
 def _say_where(journal: Journal, of: str) -> None:
     if journal.done:
-        print(f"{journal.path}: an earlier run completed {len(journal.done)} of {of}; continuing from there")
+        skipped = f" ({len(journal.faults)} skipped)" if journal.faults else ""
+        print(f"{journal.path}: an earlier run completed {len(journal.done)} of {of}{skipped}; continuing from there")
 
 
 def _write(args: argparse.Namespace, journal: Journal, output: OutputFiles) -> None:
     files = FORMATS[args.format](output)
     journal.remove()
     count = sum(len(done.detections) for done in output.done)
-    inputs = plural(len(output.done), "frame" if args.video_input else "image")
-    print(f"{', '.join(map(str, files))}: {plural(count, 'detection')} in {inputs}")
+    inputs = plural(len(output.done) - len(journal.faults), "frame" if args.video_input else "image")
+    skipped = f", {len(journal.faults)} skipped" if journal.faults else ""
+    print(f"{', '.join(map(str, files))}: {plural(count, 'detection')} in {inputs}{skipped}")
 
 
 def _describe_images(

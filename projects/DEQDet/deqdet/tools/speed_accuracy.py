@@ -7,7 +7,7 @@ Every model file is run on the first set of DATASETS.TEST in each precision and 
 with each number of steps. The time is that from the image in memory to its detections. The results are
 DIR/speed_accuracy.md, .json and .png. The mode graph replays CUDA graphs and needs a GPU. The mode onnx exports the
 detectors to a temporary folder (one graph, plain iteration, float32) and runs them with onnxruntime, which needs
-pip install 'deqdet[export]'. Run nothing else on the machine at the same time.
+the packages of the extra "export". Run nothing else on the machine at the same time.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from detectron2.structures import Boxes, Instances
 from ..decoders import DecodingGraphs
 from ..engine import add_plugin_argument, exit_on_user_error, load_config, parse_arguments
 from ..errors import UserError
+from ..extras import how_to_install
 from ..measurement.accuracy import Evaluation
 from ..measurement.speed_accuracy import TIMED, Report, Way, format_report, measure_ways, write_report
 from ..measurement.timing import describe_machine
@@ -159,7 +160,7 @@ def _onnx_ways(name: str, path: Path, folder: Path, args: argparse.Namespace) ->
     try:
         from ..export import OnnxDetector, export_detector
     except ImportError as error:
-        raise UserError(f"{error}: --modes onnx needs pip install 'deqdet[export]'") from error
+        raise UserError(f"{error}, which --modes onnx needs: {how_to_install('export')}") from error
     overrides = [*args.opts, "MODEL.DEQDET.SOLVER.NAME", "FixedPointIteration"]  # no other has a form as one graph
     predictor = Predictor.from_file(path, overrides=overrides, device="cpu", threshold=0.0)
     exported = export_detector(predictor, folder / f"{name}.onnx", form="one")
