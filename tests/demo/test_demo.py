@@ -17,10 +17,11 @@ from detectron2.structures import Boxes, Instances
 from deqdet.checkpoints import write_model_file
 from deqdet.data import find_class_names
 from deqdet.demo import GIF, PLOT, STRIP, ImageDemo, video
+from deqdet.detections import Detections
 from deqdet.detector import DEQDet
 from deqdet.equilibrium import Broyden
 from deqdet.errors import UserError
-from deqdet.predictor import Detections, Predictor
+from deqdet.predictor import Predictor
 
 from helpers.paths import TOOLS
 

@@ -14,9 +14,9 @@ from detectron2.utils.visualizer import Visualizer
 from deqdet.decoders.trajectory import ResidualParts
 from deqdet.demo.animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
 from deqdet.demo.refinement import Refinement, plot_convergence, trace_refinement
+from deqdet.detections import Detections
 from deqdet.drawing import class_colours, enlarge, separate_labels
 from deqdet.equilibrium import relative_residual
-from deqdet.predictor import Detections
 from deqdet.structures import QueryState
 
 NAMES = ["red", "green", "blue"]

@@ -21,7 +21,7 @@ LEVELS = (
     {"criterion", "inference"},
     {"detector", "data"},
     {"checkpoints"},
-    {"engine"},
+    {"detections", "engine"},
     {"predictor"},
     {"measurement", "demo", "export"},
     {"predictions"},

@@ -14,10 +14,11 @@ from . import quiet_imports  # noqa: F401  before anything else
 # isort: split
 from . import backbones, layers, model_zoo
 from .config import add_deqdet_config
+from .detections import Detections
 from .detector import DEQDet
 from .engine import Trainer
 from .errors import UserError
-from .predictor import Detections, Predictor
+from .predictor import Predictor
 from .version import __version__
 
 __all__ = [

@@ -10,101 +10,28 @@ print(found.labels, found.instances.pred_boxes, found.steps, found.residual)
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
-from . import drawing
 from .checkpoints import ModelFile, check_complete, is_model_file, load_model_config, read_model_file, resolve_file
-from .data import find_class_names, read_image
-from .data.images import to_rgb, turn_upright
+from .data import find_class_names
+from .data.image_input import ImageLike, is_path, to_array
 from .decoders import build_solver
+from .detections import Detections
 from .detector import BatchTrajectory, DEQDet
 from .engine import adapt_device, build_model, check_options, load_weights
 from .engine.health import check_finite_model
 from .equilibrium import Solver
 from .errors import UserError, one_line
-from .extras import how_to_install
 from .model_zoo import get_config, put_overrides
-
-ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What a Predictor found in one image."""
-
-    # On the CPU, best first, with pred_boxes (xyxy, pixels of the original image), scores and pred_classes.
-    instances: Instances
-    class_names: tuple[str, ...]
-    steps: int  # applications of f; for a stack of layers, the layers after the first
-    residual: float | None  # ||f(y) - y|| / ||f(y)|| at the last step; None for a detector without an equilibrium
-
-    def __len__(self) -> int:
-        return len(self.instances)
-
-    @property
-    def labels(self) -> list[str]:
-        """The class name of each detection."""
-        return [self.class_names[index] for index in self.instances.pred_classes.tolist()]
-
-    def draw(self, image: "ImageLike", *, channels: str = "RGB", enlarge: bool = True) -> np.ndarray:
-        """Draw the detections on their image, with names and scores, in one colour for each class.
-
-        Args:
-            image: what was given to the Predictor.
-            channels: the order of an array or tensor, "RGB" or "BGR".
-            enlarge: draw on an enlarged copy of a small image, so that the labels can be read.
-
-        Returns:
-            (H, W, 3) uint8 RGB.
-        """
-        picture = _to_array(image, channels)
-        picture = drawing.enlarge(picture) if enlarge else picture
-        return drawing.draw_detections(picture, self.instances, self.class_names)
-
-    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict]:
-        """The detections in COCO's result format: image_id, category_id, bbox (x, y, width, height; pixels), score.
-
-        Args:
-            category_ids: the id of each class; by default 1, 2, ... in the order of class_names.
-
-        Raises:
-            UserError: there is not one id for each class.
-        """
-        ids = range(1, len(self.class_names) + 1) if category_ids is None else category_ids
-        if len(ids) != len(self.class_names):
-            raise UserError(f"{len(ids)} category_ids for {len(self.class_names)} classes: give one for each")
-        records = instances_to_coco_json(self.instances, image_id)
-        return [record | {"category_id": ids[record["category_id"]]} for record in records]
-
-    def to_supervision(self):
-        """The detections as supervision.Detections, for that library's annotators, trackers and converters.
-
-        Raises:
-            UserError: the package supervision is not installed.
-        """
-        try:
-            import supervision
-        except ImportError as error:
-            raise UserError(f"to_supervision() needs that package: {how_to_install('supervision')}") from error
-        return supervision.Detections(
-            xyxy=self.instances.pred_boxes.tensor.numpy().reshape(-1, 4),
-            confidence=self.instances.scores.numpy(),
-            class_id=self.instances.pred_classes.numpy().astype(int),
-            data={"class_name": np.array(self.labels, dtype=str)},
-        )
 
 
 class Predictor:
@@ -335,18 +262,18 @@ class Predictor:
         Raises:
             UserError: the image cannot be read, or a side has no pixel left after the resize.
         """
-        rgb = _to_array(image, channels)
+        rgb = to_array(image, channels)
         height, width = rgb.shape[:2]
         ordered = rgb[:, :, ::-1] if self.cfg.INPUT.FORMAT == "BGR" else rgb
         inputs = T.AugInput(np.ascontiguousarray(ordered))
         try:
             self._resize(inputs)
         except (ValueError, MemoryError) as error:
-            where = f"{image}: " if _is_path(image) else ""
+            where = f"{image}: " if is_path(image) else ""
             size = f"{width} x {height} pixels"
             raise UserError(f"{where}an image of {size} cannot be resized: {one_line(error)}") from error
         tensor = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-        named = {"file_name": str(image)} if _is_path(image) else {}
+        named = {"file_name": str(image)} if is_path(image) else {}
         return {"image": tensor, "height": height, "width": width, **named}
 
     def _prepare_numbered(self, index: int, image: ImageLike, channels: str) -> dict:
@@ -354,7 +281,7 @@ class Predictor:
         try:
             return self.prepare(image, channels=channels)
         except UserError as error:
-            if _is_path(image):
+            if is_path(image):
                 raise
             raise UserError(f"image {index} of the list: {error}") from error
 
@@ -478,61 +405,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def _is_path(image: ImageLike) -> bool:
-    return isinstance(image, str | os.PathLike)
-
-
 def _check_threshold(threshold: float) -> float:
     if not _is_number(threshold) or not 0 <= threshold <= 1:
         raise UserError(f"the threshold must lie between 0 and 1, got {threshold}")
     return threshold
-
-
-def _to_array(image: ImageLike, channels: str) -> np.ndarray:
-    """(H, W, 3) uint8 RGB.
-
-    Raises:
-        UserError: the file cannot be read, or the array or tensor has another shape, type or range.
-    """
-    if channels not in ("RGB", "BGR"):
-        raise UserError(f"channels must be RGB or BGR, got {channels!r}")
-    if _is_path(image):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        try:
-            return np.array(to_rgb(turn_upright(image)))
-        except (ValueError, OSError) as error:
-            raise UserError(f"the PIL image cannot be converted to RGB: {one_line(error)}") from error
-    if isinstance(image, Tensor):
-        return _order(_tensor_to_array(image), channels)
-    if isinstance(image, np.ndarray):
-        return _order(_check_array(image), channels)
-    raise UserError(f"an image must be a path, a PIL image, an array or a tensor, got a {type(image).__name__}")
-
-
-def _tensor_to_array(image: Tensor) -> np.ndarray:
-    if image.dim() != 3 or image.shape[0] != 3:
-        raise UserError(f"an image tensor must have the shape (3, H, W), got {tuple(image.shape)}")
-    image = image.detach().cpu()
-    if image.is_floating_point():
-        if not (image.numel() and 0 <= float(image.min()) and float(image.max()) <= 1):
-            raise UserError("a floating-point image tensor must hold values from 0 to 1; for 0 to 255, give uint8")
-        image = (255 * image).round().to(torch.uint8)
-    return _check_array(image.permute(1, 2, 0).numpy())
-
-
-def _check_array(image: np.ndarray) -> np.ndarray:
-    if image.ndim == 2:
-        image = np.repeat(image[:, :, None], 3, axis=2)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise UserError(
-            f"an image array must be uint8 of the shape (H, W, 3) or (H, W), got {image.dtype} {tuple(image.shape)}"
-        )
-    return image
-
-
-def _order(image: np.ndarray, channels: str) -> np.ndarray:
-    return image if channels == "RGB" else np.ascontiguousarray(image[:, :, ::-1])
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ..detections import Detections
 from ..errors import UserError
-from ..predictor import Detections, Predictor
+from ..predictor import Predictor
 
 
 def detect(predictor: Predictor, image: np.ndarray, name: str, options: Mapping[str, Any]) -> tuple[Detections, float]:

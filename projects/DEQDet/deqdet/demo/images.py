@@ -13,8 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import read_image
+from ..detections import Detections
 from ..errors import UserError, describe_os_error, one_line, plural
-from ..predictor import Detections, Predictor
+from ..predictor import Predictor
 from .animation import GIF_SIDE, PANEL_SIDE, build_scene, write_gif, write_strip
 from .detection import detect
 from .files import beside

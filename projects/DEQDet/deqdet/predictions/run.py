@@ -9,8 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..demo.video import COMPLETE, Video
+from ..detections import Detections
 from ..errors import UserError, one_line
-from ..predictor import Detections, Predictor
+from ..predictor import Predictor
 from .journal import Done, Journal
 from .sources import Source
 
