@@ -50,7 +50,7 @@ class Exported:
 
 
 def say_nothing(line: str) -> None:
-    """Take the lines about an export that nobody wants to read."""
+    """Discard a line of progress."""
 
 
 def export_detector(
