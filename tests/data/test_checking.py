@@ -330,6 +330,17 @@ def test_what_has_changed_is_checked_again(tmp_path, reads):
     assert not check(s).from_cache  # the copy is written again
 
 
+def test_a_remembered_result_names_the_file_that_is_asked_for(tmp_path):
+    """Not another file that had these contents when they were checked, and may have others by now."""
+    s = saved(tmp_path / "a")
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(s.json_file.read_bytes())
+    check(s)
+    s.json_file.write_text("{}")
+    second = check_coco_file("mine", str(copy), str(s.image_root), CheckOptions())
+    assert second.from_cache and second.json_file == str(copy)
+
+
 def test_options_are_part_of_what_is_remembered(tmp_path):
     s = saved(tmp_path / "a")
     assert check(s, CheckOptions(num_queries=2)).findings == ()

@@ -27,7 +27,7 @@ from .findings import BROKEN, REMARK, REPAIRED, Finding, Findings
 from .image_headers import MISSING, ImageHeader, Stamp, read_headers, read_stamps
 from .report import Report, summarize
 
-_VERSION = f"1, Pillow {PIL.__version__}"  # raise the number when the checks change
+_VERSION = f"2, Pillow {PIL.__version__}"  # raise the number when the checks change
 _SKIP = "replace the image or correct the file, or set DATASETS.SKIP_BROKEN True to leave such images out"
 
 
@@ -86,7 +86,7 @@ def check_coco_file(
     # Of several processes at once, one checks, and the others then find its result.
     with file_lock(str(cache / f"{key}.check")) if options.check_images else nullcontext():
         result_file = cache / f"{key[:32]}-{_digest(asdict(options), list(class_names), image_root)[:16]}.json"
-        result = _remembered(result_file)
+        result = _remembered(result_file, json_file)
         if result is not None:
             return result
         check = _Check(where, image_root, options, cache / f"{key}-headers.json")
@@ -138,14 +138,16 @@ class _Check:
             self.findings.add(REPAIRED, "order", "the file", words, "they are matched by name")
         category_ids = [categories[i].id for i in order]
         changed = any(finding.level in (BROKEN, REPAIRED) for finding in self.findings.all())
-        if changed or ("annotations" in whole) != labelled:
+        copied = changed or ("annotations" in whole) != labelled
+        if copied:
             copy = _normalized(whole, images, usable, sizes, categories, order, boxes if labelled else None)
             json_file = str(result_file.with_name(f"{Path(json_file).stem[:40]}-{result_file.stem}.copy.json"))
             write_json(Path(json_file), copy)
             category_ids = [category["id"] for category in copy["categories"]]
         names = tuple(categories[i].name for i in order)
         result = CheckedSet(json_file, tuple(category_ids), names, labelled, tuple(self.findings.all()), report)
-        _remember(result_file, result, [image.path for image in images] if options.check_images else [], stamps)
+        paths = [image.path for image in images] if options.check_images else []
+        _remember(result_file, result, paths, stamps, copied=copied)
         return result
 
     def _check_images(self, images: Sequence[ImageRecord]) -> tuple[list[Stamp], np.ndarray, np.ndarray]:
@@ -330,17 +332,26 @@ def _number(ids: Sequence[object], *, keep: bool = True, lowest: int = -LARGEST_
     return list(ids) if keep and plain and len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))
 
 
-def _remember(path: Path, result: CheckedSet, images: Sequence[str], stamps: Sequence[Stamp]) -> None:
+def _remember(
+    path: Path, result: CheckedSet, images: Sequence[str], stamps: Sequence[Stamp], *, copied: bool
+) -> None:
     files = {name: [stamp.size, stamp.modified] for name, stamp in zip(images, stamps, strict=True)}
-    write_json(path, {"files": files, "result": asdict(replace(result, from_cache=True))})
+    write_json(path, {"files": files, "copied": copied, "result": asdict(replace(result, from_cache=True))})
 
 
-def _remembered(path: Path) -> CheckedSet | None:
-    """The result of an earlier check of the same file; None if there is none, or an image has changed since."""
+def _remembered(path: Path, json_file: str) -> CheckedSet | None:
+    """The result of an earlier check of the same contents; None if there is none, or an image has changed since.
+
+    Args:
+        json_file: the file that has these contents now. The file of the earlier check may lie elsewhere, and may have
+            other contents by now.
+    """
     known = read_json(path)
     if known is None:
         return None
     files, result = known["files"], known["result"]
+    if not known["copied"]:
+        result["json_file"] = json_file
     if [[stamp.size, stamp.modified] for stamp in read_stamps(list(files))] != list(files.values()):
         return None
     if not os.path.isfile(result["json_file"]):
