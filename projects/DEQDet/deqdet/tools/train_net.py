@@ -22,6 +22,7 @@ from detectron2.utils import comm
 
 from ..data import find_class_names
 from ..engine import Trainer, argument_parser, exit_on_user_error, load_weights, parse_arguments, run, setup
+from ..engine.data_folder import DataInPlace
 from ..engine.initialization import initialize, prepare_initialization
 from ..engine.own_data import use_own_data
 from ..measurement.training_report import write_training_report
@@ -69,6 +70,8 @@ def work(args: argparse.Namespace) -> dict | None:
         trainer.resume_or_load(resume=args.resume)
         if args.init and not trainer.checkpointer.has_checkpoint():
             initialize(trainer.model, args.init, find_class_names(cfg), trust_pickle=cfg.MODEL.TRUST_PICKLE)
+        if args.data:
+            trainer.register_hooks([DataInPlace(args.config_file)])
         results = trainer.train()
         if args.data and comm.is_main_process():
             print(f"Report: {write_training_report(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)}")
