@@ -223,6 +223,12 @@ def _(s):
     each(s.annotations, lambda a: {"category_id": new[a["category_id"]]})
 
 
+@damage("the classes under ids from 0", USED)
+def _(s):
+    each(s.data["categories"], lambda c: {"id": c["id"] - 1})
+    each(s.annotations, lambda a: {"category_id": a["category_id"] - 1})
+
+
 @damage("the categories listed in another order, same ids", USED)
 def _(s):
     s.data["categories"].reverse()

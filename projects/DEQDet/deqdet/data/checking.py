@@ -181,7 +181,7 @@ class _Check:
 
     def _find_fault(self, image: ImageRecord, header: ImageHeader) -> tuple[str, str, str] | None:
         """Why an image cannot be used: the kind of the finding, the image's name, and words; None if it can."""
-        name = f"image {image.file_name}"
+        name = image.title
         if header.problem:
             return header.problem.split(":")[0], name, header.problem
         limit = self.options.max_image_pixels
@@ -192,7 +192,7 @@ class _Check:
         given = image.width or header.width, image.height or header.height
         if given == (header.width, header.height):
             return None
-        words = f"is {shown} pixels, but the annotation file says {given[0]} x {given[1]}"
+        words = f"is {shown} pixels, but {image.source or 'the annotation file'} says {given[0]} x {given[1]}"
         if given == (header.height, header.width):
             cause = (
                 f"its EXIF orientation {header.orientation} turns it"
@@ -210,7 +210,7 @@ class _Check:
                 break
             words = f"has {counts[i]} boxes, more than the model's {limit} queries"
             outcome = "not all of them can be found: raise MODEL.DEQDET.NUM_QUERIES"
-            self.findings.add(REMARK, "more boxes than queries", f"image {images[i].file_name}", words, outcome)
+            self.findings.add(REMARK, "more boxes than queries", images[i].title, words, outcome)
 
     def _refuse_broken(self, usable: np.ndarray) -> None:
         broken = self.findings.of_level(BROKEN)

@@ -14,6 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from ...errors import UserError, describe_os_error, one_line
+from ..coco_file import SOURCE
 from .found import (
     IMAGE_FOLDERS,
     FolderData,
@@ -90,9 +91,9 @@ def _convert(folder: Path, groups: dict[str, list[_Labels]]) -> FolderData:
         records, annotations = [], []
         for number, labels in enumerate(files, 1):
             size = dict(zip(("width", "height"), labels.size, strict=True)) if labels.size else {}
-            records.append({"file_name": labels.image.relative_to(root).as_posix(), **size})
-            for name, box in labels.objects:
-                fields = _to_coco(box, 0 if from_border else 1)
+            records.append({"file_name": labels.image.relative_to(root).as_posix(), **size, SOURCE: str(labels.path)})
+            for place, (name, box) in enumerate(labels.objects, 1):
+                fields = _to_coco(box, 0 if from_border else 1) | {SOURCE: f"object {place}"}
                 annotations.append({"image_id": number, "category_id": classes.index(name) + 1, **fields})
         source = files[0].path.parent
         found.append(FoundSet(split, source, root, make_content(source, classes, records, annotations)))
@@ -143,10 +144,11 @@ def _read_file(path: Path, by_stem: dict[str, list[Path]], image_folder: Path) -
     same = by_stem.get(path.stem) or by_stem.get(file_name.rpartition(".")[0]) or []
     image = next((x for x in same if x.name == file_name), same[0] if same else None)
     objects, difficult = [], 0
-    for item in root.iter("object"):
+    for number, item in enumerate(root.iter("object"), 1):
         name, box = (item.findtext("name") or "").strip(), item.find("bndbox")
         if not name or box is None:
-            raise UserError(f"{path}: an object has no {'bndbox' if name else 'name'}: add it, or delete the object")
+            missing = "bndbox" if name else "name"
+            raise UserError(f"{path}: object {number} has no {missing}: add it, or delete the object")
         objects.append((name, _read_corners([(box.findtext(key) or "").strip() for key in _CORNERS])))
         difficult += (item.findtext("difficult") or "").strip() == "1"
     image = image or image_folder / (file_name or f"{path.stem}.jpg")
