@@ -8,6 +8,7 @@ import pytest
 
 from deqdet.data import CheckOptions, check_coco_file
 from deqdet.data.folders import FolderData, FoundSet, complete_splits, read_folder, write_coco_folder, write_yolo_folder
+from deqdet.data.folders.spelling import find_misspelt
 from deqdet.data.folders.splits import divide
 from deqdet.data.registration import load_records
 from deqdet.errors import UserError
@@ -301,6 +302,36 @@ def test_remarks_and_repairs_name_the_label_files_too(tmp_path):
         f"b.png has two label files, {labels}/b.xml and {labels}/f.xml: each is used with its own boxes"
     )
     assert cut.line().startswith(f"object 2 of {labels}/b.xml (image b.png) has the box [60, 8, 60, 22] (x, y, ")
+
+
+@pytest.mark.parametrize("images, labels, prefix", [("images", "annotations", ""), ("train", "train", "train: ")])
+def test_vocs_images_without_labels_are_counted(images, labels, prefix, tmp_path):
+    write_voc(tmp_path, PICTURES, images, labels)
+    draw(tmp_path / "overview.png")  # beside no image that has labels
+    assert read_folder(tmp_path).remarks == ()
+    for name in ("y", "x"):
+        draw(tmp_path / images / f"{name}.png")
+    lost = tmp_path / images / "x.png"
+    assert read_folder(tmp_path).remarks == (
+        f"{prefix}2 of 7 images have no XML file (the first one is {lost}): they are not used",
+    )
+
+
+def test_a_class_that_looks_misspelt_is_asked_about(tmp_path):
+    pictures = {f"{i}": [("Platelets", (0, 0, 9, 9)), ("RBC", (20, 20, 30, 30))] for i in range(5)}
+    write_voc(tmp_path, {**pictures, "x": [("Plateletes", (0, 0, 9, 9)), ("Plateletes", (20, 20, 30, 30))]})
+    remark = f"class 'Plateletes' occurs only in {tmp_path}/annotations/x.xml; is it 'Platelets'?"
+    assert read_folder(tmp_path).remarks == (remark,)
+
+
+@pytest.mark.parametrize("rare, frequent, found", [
+    ("platelets", "Platelets", True), ("Plate lets", "Platelets", True), ("Platelet", "Platelets", True),
+    ("Plotelets", "Platelets", True), ("Ploteletes", "Platelets", False), ("bat", "cat", False),
+    ("type 1", "type 2", False), ("RBC", "rbc", True), ("WBC", "RBC", False), ("zebra", "horse", False),
+])  # fmt: skip
+def test_which_names_are_alike(rare, frequent, found):
+    assert find_misspelt({frequent: 10, rare: 2}) == ({rare: frequent} if found else {})
+    assert find_misspelt({frequent: 10, rare: 3}) == find_misspelt({frequent: 9, rare: 2}) == {}
 
 
 def test_an_object_without_a_box_is_named(tmp_path):
