@@ -66,9 +66,9 @@ class SmallSet:
             self.json_file.write_bytes(content)
 
 
-def make_set(folder: Path, names: tuple[str, ...] = NAMES) -> SmallSet:
+def make_set(folder: Path, names: tuple[str, ...] = NAMES, seed: int = 0) -> SmallSet:
     """Draw the set into a folder; its file is not written yet."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     found = SmallSet(folder, {"info": {}, "licenses": [], "images": [], "annotations": [], "categories": []}, {})
     found.data["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate(names)]

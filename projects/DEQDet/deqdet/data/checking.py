@@ -27,7 +27,7 @@ from .findings import BROKEN, REMARK, REPAIRED, Finding, Findings
 from .image_headers import MISSING, ImageHeader, Stamp, read_headers, read_stamps
 from .report import Report, summarize
 
-_VERSION = f"2, Pillow {PIL.__version__}"  # raise the number when the checks change
+_VERSION = f"3, Pillow {PIL.__version__}"  # raise the number when the checks change
 _SKIP = "replace the image or correct the file, or set DATASETS.SKIP_BROKEN True to leave such images out"
 
 
@@ -55,6 +55,7 @@ class CheckedSet:
     labelled: bool  # False: it can be predicted, but not evaluated
     findings: tuple[Finding, ...]
     report: Report
+    fingerprints: dict[str, str]  # of the usable images by path, see `ImageHeader`; empty if images are not checked
     from_cache: bool = False
 
 
@@ -116,7 +117,7 @@ class _Check:
         images = read_images(
             self.where, whole, self.image_root, self.findings, allow_outside_root=options.allow_outside_root
         )
-        stamps, usable, sizes = self._check_images(images)
+        stamps, headers, usable, sizes = self._check_images(images)
         labelled = bool(whole.get("annotations"))
         boxes = read_boxes(
             self.where,
@@ -145,17 +146,20 @@ class _Check:
             write_json(Path(json_file), copy)
             category_ids = [category["id"] for category in copy["categories"]]
         names = tuple(categories[i].name for i in order)
-        result = CheckedSet(json_file, tuple(category_ids), names, labelled, tuple(self.findings.all()), report)
         paths = [image.path for image in images] if options.check_images else []
+        marks = {path: header.fingerprint for path, header, use in zip(paths, headers, usable, strict=False) if use}
+        result = CheckedSet(json_file, tuple(category_ids), names, labelled, tuple(self.findings.all()), report, marks)
         _remember(result_file, result, paths, stamps, copied=copied)
         return result
 
-    def _check_images(self, images: Sequence[ImageRecord]) -> tuple[list[Stamp], np.ndarray, np.ndarray]:
-        """The stamps of the image files, which images are usable (n,), and their width and height (n, 2)."""
+    def _check_images(
+        self, images: Sequence[ImageRecord]
+    ) -> tuple[list[Stamp], list[ImageHeader], np.ndarray, np.ndarray]:
+        """The image files' stamps and headers, which images are usable (n,), and their width and height (n, 2)."""
         sizes = np.array([(image.width or 0, image.height or 0) for image in images], dtype=np.int64)
         usable = np.ones(len(images), dtype=bool)
         if not self.options.check_images:
-            return [], usable, sizes
+            return [], [], usable, sizes
         paths = [image.path for image in images]
         stamps = read_stamps(paths)
         headers = read_headers(paths, f"Checking images of {self.where}", _load_headers(self.headers_file), stamps)
@@ -177,7 +181,7 @@ class _Check:
                 usable[i] = False
                 self.findings.add(BROKEN, *fault, _SKIP)
             sizes[i] = header.width or sizes[i, 0], header.height or sizes[i, 1]
-        return stamps, usable, sizes
+        return stamps, headers, usable, sizes
 
     def _find_fault(self, image: ImageRecord, header: ImageHeader) -> tuple[str, str, str] | None:
         """Why an image cannot be used: the kind of the finding, the image's name, and words; None if it can."""
@@ -335,8 +339,12 @@ def _number(ids: Sequence[object], *, keep: bool = True, lowest: int = -LARGEST_
 def _remember(
     path: Path, result: CheckedSet, images: Sequence[str], stamps: Sequence[Stamp], *, copied: bool
 ) -> None:
-    files = {name: [stamp.size, stamp.modified] for name, stamp in zip(images, stamps, strict=True)}
-    write_json(path, {"files": files, "copied": copied, "result": asdict(replace(result, from_cache=True))})
+    content = asdict(replace(result, from_cache=True))
+    marks = content.pop("fingerprints")
+    files = {
+        name: [stamp.size, stamp.modified, marks.get(name, "")] for name, stamp in zip(images, stamps, strict=True)
+    }
+    write_json(path, {"files": files, "copied": copied, "result": content})
 
 
 def _remembered(path: Path, json_file: str) -> CheckedSet | None:
@@ -352,8 +360,9 @@ def _remembered(path: Path, json_file: str) -> CheckedSet | None:
     files, result = known["files"], known["result"]
     if not known["copied"]:
         result["json_file"] = json_file
-    if [[stamp.size, stamp.modified] for stamp in read_stamps(list(files))] != list(files.values()):
+    if [[stamp.size, stamp.modified] for stamp in read_stamps(list(files))] != [row[:2] for row in files.values()]:
         return None
+    result["fingerprints"] = {name: row[2] for name, row in files.items() if row[2]}
     if not os.path.isfile(result["json_file"]):
         return None
     result["findings"] = tuple(Finding(**finding) for finding in result["findings"])
