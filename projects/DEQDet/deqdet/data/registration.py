@@ -350,6 +350,11 @@ def _find_registered(name: str, key: str) -> tuple[str | None, str | None, str]:
     if name not in DatasetCatalog:
         close = difflib.get_close_matches(name, list(DatasetCatalog), n=2, cutoff=0.7)
         hint = f"did you mean {' or '.join(close)}?" if close else "add it to DATASETS.REGISTER, as in " + _FORM
+        if re.fullmatch(r".+-(train|val|test)", name):
+            hint = (
+                "if deqdet-train --data has made it, give --config-file OUTPUT_DIR/data/config.yaml of that training, "
+                "which registers it (with MODEL.WEIGHTS FILE in place of --model FILE); else " + hint
+            )
         raise UserError(f"{name!r} of DATASETS.{key} is not registered: {hint}")
     json_file, image_root = _find_source(name)
     if json_file and not PathManager.isfile(json_file):

@@ -33,7 +33,7 @@ KEY VALUE pairs at the end override keys of the config. Examples:
   deqdet-train --data animals --size small
   deqdet-train --data animals --resume
   deqdet-train --config-file quick/deqdet_shapes --num-gpus 2 SOLVER.MAX_ITER 1000 OUTPUT_DIR output/short
-  deqdet-train --model output/animals/model_final.safetensors --eval-only
+  deqdet-train --data animals --eval-only MODEL.WEIGHTS output/animals/model_final.safetensors
 
 On two machines, with the same HOST:PORT:
 
