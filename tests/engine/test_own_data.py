@@ -3,15 +3,17 @@
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 
 from deqdet import Predictor
 from deqdet.engine import labelled_folder
-from deqdet.engine.data_folder import put_in_place
+from deqdet.engine.data_folder import DataInPlace, put_in_place
 from deqdet.engine.own_data import use_own_data
 from deqdet.errors import UserError
 from deqdet.measurement.training_report import write_training_report
@@ -161,6 +163,28 @@ def test_an_evaluation_alone_writes_its_settings_at_once(animals):
     args = arguments("animals", eval_only=True)
     use_own_data(args)
     assert args.config_file == "output/animals/data/config.yaml"
+
+
+def test_all_processes_prepare_the_same_run_and_the_first_of_each_machine_puts_it_in_place(animals, monkeypatch):
+    """Also the process that comes last, and finds what the others have written beside the old training's files."""
+    begin()
+    before, files = contents(Path("output/animals/data")), []
+    for rank in (0, 1):
+        torchrun = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29500}
+        for name, value in (torchrun | {"MASTER_ADDR": "127.0.0.1"}).items():
+            monkeypatch.setenv(name, str(value))
+        args = arguments("animals", overwrite=True, val_fraction=0.5)
+        use_own_data(args)
+        files.append(args.config_file)
+    assert files[0] == files[1] and before.items() < contents(Path("output/animals/data")).items()
+    new = contents(Path(files[0]).parent)[Path(files[0])]
+    for local_rank in (1, 0):
+        monkeypatch.setattr(comm, "get_local_rank", lambda rank=local_rank: rank)
+        hook = DataInPlace(files[0])
+        hook.trainer = SimpleNamespace(cfg=get_config(files[0]))
+        hook.before_train()
+        config = Path("output/animals/data/config.yaml").read_bytes()
+        assert (config == new, Path(files[0]).exists()) == ((True, False) if local_rank == 0 else (False, True))
 
 
 def test_machines_that_share_a_disk_put_the_settings_in_place_once(animals):
