@@ -1,6 +1,7 @@
 """The check of data sets: headers, formats of boxes, classes by name, the cache, the report and the tool."""
 
 import json
+import logging
 import os
 import threading
 from dataclasses import replace
@@ -280,6 +281,53 @@ def test_drawn_shapes_are_matched_by_name_without_a_look_at_their_images(tmp_pat
     assert labels_of("shapes_seed3_2") == right and reads == []
 
 
+# --- the same images in two sets
+
+
+def shared_images(train, test, caplog) -> list[str]:
+    """The warnings of shared images when one set is trained on and another one is evaluated on."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="deqdet.data.registration"):
+        checked = prepare_datasets(make_cfg({"t": train, "v": test}, train=("t",), test=("v",)))
+    assert [finding.kind for finding in checked["t"].findings] == []
+    lines = [finding.line() for finding in checked["v"].findings if finding.kind == "trained on"]
+    assert [record.getMessage() for record in caplog.records if "trained on" in record.getMessage()] == [
+        f"DATASETS.REGISTER[1] ('v'): {test.json_file}: {line}" for line in lines
+    ]
+    return lines
+
+
+def test_images_in_both_sets_are_told(tmp_path, reads, caplog):
+    """Under other names too; an image of the same size with another middle is another one."""
+    train, test = saved(tmp_path / "a"), make_set(tmp_path / "b", seed=1)
+    for i in (1, 3):
+        test.picture(i).write_bytes(train.picture(2 - i // 2).read_bytes())  # 2.png is the others' 3.png, 4.png 2.png
+    content = bytearray(Image.new("RGB", (WIDTH, HEIGHT)).tobytes())
+    for s, colour in ((train, 0), (test, 9)):
+        content[len(content) // 2] = colour
+        s.images[0]["file_name"] = "frame.bmp"
+        Image.frombytes("RGB", (WIDTH, HEIGHT), bytes(content)).save(s.image_root / "frame.bmp")
+        s.save()
+    (line,) = shared_images(train, test, caplog)
+    assert line == (
+        f"image 2.png looks the same as {train.image_root}/3.png of 't', which is trained on (and 1 more: image "
+        "4.png): the AP will be too high: leave such images out of one of the sets"
+    )
+    assert len(reads) == 8  # each header once, and the fingerprint with it
+
+
+def test_the_same_file_in_both_sets_is_told_in_later_runs_too(tmp_path, reads, caplog):
+    s = saved(tmp_path / "a")
+    again = SimpleNamespace(json_file=tmp_path / "again.json", image_root=s.image_root)
+    again.json_file.write_text(json.dumps({**s.data, "images": s.images[2:], "annotations": s.annotations[4:]}))
+    (first,) = shared_images(s, again, caplog)
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        for name in ("t", "v"):
+            catalog.remove(name)
+    assert shared_images(s, again, caplog) == [first] and len(reads) == 6
+    assert first.startswith("image 3.png is trained on too, in 't' (and 1 more: image 4.png): the AP will be too high")
+
+
 def test_the_same_test_set_twice_is_refused(tmp_path):
     with pytest.raises(UserError, match="DATASETS.TEST names 'a' twice"):
         prepare_datasets(make_cfg({"a": saved(tmp_path / "a")}, test=("a", "a")))
@@ -328,6 +376,17 @@ def test_what_has_changed_is_checked_again(tmp_path, reads):
     s.save()
     Path(check(s).json_file).unlink()
     assert not check(s).from_cache  # the copy is written again
+
+
+def test_a_remembered_result_names_the_file_that_is_asked_for(tmp_path):
+    """Not another file that had these contents when they were checked, and may have others by now."""
+    s = saved(tmp_path / "a")
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(s.json_file.read_bytes())
+    check(s)
+    s.json_file.write_text("{}")
+    second = check_coco_file("mine", str(copy), str(s.image_root), CheckOptions())
+    assert second.from_cache and second.json_file == str(copy)
 
 
 def test_options_are_part_of_what_is_remembered(tmp_path):

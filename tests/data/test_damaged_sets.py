@@ -42,7 +42,7 @@ def make_cfg(train: SmallSet, test: SmallSet, *options: str):
 
 def make_pair(tmp_path, row):
     """A damaged set and a sound one."""
-    damaged, sound = make_set(tmp_path / "damaged", row.names), make_set(tmp_path / "sound", row.names)
+    damaged, sound = make_set(tmp_path / "damaged", row.names), make_set(tmp_path / "sound", row.names, seed=1)
     row.change(damaged)
     damaged.save()
     if "DATASETS.BOX_FORMAT" in row.options:  # it holds for both

@@ -1,12 +1,14 @@
 """Folders in COCO's, YOLO's and Pascal VOC's form: recognised, read without dropping anything, divided, written."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from deqdet.data import CheckOptions, check_coco_file
 from deqdet.data.folders import FolderData, FoundSet, complete_splits, read_folder, write_coco_folder, write_yolo_folder
+from deqdet.data.folders.spelling import find_misspelt
 from deqdet.data.folders.splits import divide
 from deqdet.data.registration import load_records
 from deqdet.errors import UserError
@@ -218,7 +220,8 @@ def test_names_that_lead_out_of_a_folder_are_not_written(write_as, name, left, t
 
 
 def voc_outside(folder: Path) -> None:
-    write(write_voc(folder) / "annotations" / "b.xml", voc_xml("b", [("emu", (200, 4, 290, 24))]))
+    objects = [*PICTURES["b"], ("emu", (200, 4, 290, 24))]
+    write(write_voc(folder) / "annotations" / "b.xml", voc_xml("b", objects))
 
 
 def voc_text(folder: Path) -> None:
@@ -236,7 +239,7 @@ def voc_of_another_size(folder: Path) -> None:
 
 def yolo_class(folder: Path) -> None:
     labelimg_yolo(folder)
-    write(folder / "labels" / "b.txt", "7 0.5 0.5 0.1 0.1\n")
+    write(folder / "labels" / "b.txt", "\n2 0.6 0.35 0.2 0.5\n7 0.5 0.5 0.1 0.1\n")
 
 
 def yolo_pixels(folder: Path) -> None:
@@ -266,23 +269,89 @@ def coco_class(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("make, words", [
-    (voc_outside, "lies outside its image of 100 x 40|reaches far beyond its image"),
-    (voc_text, "must be four finite numbers"),
-    (voc_without_image, "image b.png is missing"),
-    (voc_of_another_size, "is 100 x 40 pixels, but the annotation file says 40 x 100"),
-    (yolo_class, 'has category_id 8, which "categories" lacks'),
-    (yolo_pixels, "of b.png has bbox .*reaches far beyond its image"),
-    (yolo_short_line, r"has bbox \[0.5, 0.5, 0.1\], which must be four finite numbers"),
-    (yolo_words, "has category_id 'emu'"),
-    (yolo_without_image, "image b.jpg is missing"),
-    (coco_class, "has category_id 9"),
+    (voc_outside, "object 2 of {}/annotations/b.xml (image b.png) has the box [200, 4, 90, 20] (x, y, width, height) "
+                  "in pixels, which lies outside its image of 100 x 40: correct the file"),
+    (voc_text, "object 1 of {}/annotations/b.xml (image b.png) has bbox ['51', '5', 'many', '24'], which must be four"),
+    (voc_without_image, "image b.png (labels in {}/annotations/b.xml) is missing: {}/images/b.png does not exist"),
+    (voc_of_another_size, "image b.png (labels in {}/annotations/b.xml) is 100 x 40 pixels, but {}/annotations/b.xml "
+                          "says 40 x 100"),
+    (yolo_class, "line 3 of {}/labels/b.txt (image b.png) has class 7, which the list of classes lacks"),
+    (yolo_pixels, "line 1 of {}/labels/b.txt (image b.png) has the box [5000, 160, 2000, 800] (x, y, width, height) in "
+                  "pixels, which reaches far beyond its image of 100 x 40"),
+    (yolo_short_line, "line 1 of {}/labels/b.txt (image b.png) has bbox [0.5, 0.5, 0.1], which must be four finite"),
+    (yolo_words, "line 1 of {}/labels/b.txt (image b.png) has class 'emu', which the list of classes lacks"),
+    (yolo_without_image, "image b.jpg (labels in {}/labels/b.txt) is missing: {}/images/b.jpg does not exist"),
+    (coco_class, 'annotation 1 of a.png has category_id 9, which "categories" lacks'),
 ])  # fmt: skip
-def test_faults_reach_the_check(make, words, tmp_path):
+def test_faults_reach_the_check_with_the_place_that_the_user_can_open(make, words, tmp_path):
     make(tmp_path)
     (found,) = read_folder(tmp_path).sets
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=re.escape(words.replace("{}", str(tmp_path)))):
         check(found, tmp_path, box_format="xywh")
-    assert check(found, tmp_path, box_format="xywh", skip_broken=True).report.num_boxes in (5, 6)
+    used = 7 if make in (voc_outside, yolo_class) else 6  # of 7 or 8
+    assert check(found, tmp_path, box_format="xywh", skip_broken=True).report.num_boxes == used
+
+
+def test_remarks_and_repairs_name_the_label_files_too(tmp_path):
+    write_voc(tmp_path)
+    write(tmp_path / "annotations" / "b.xml", voc_xml("b", [("emu", (50, 4, 70, 24)), ("emu", (60, 8, 120, 30))]))
+    write(tmp_path / "annotations" / "f.xml", voc_xml("b", [("emu", (50, 4, 70, 24))]))
+    twice, cut = check(read_folder(tmp_path).sets[0], tmp_path, box_format="xywh").findings
+    labels = tmp_path / "annotations"
+    assert twice.line() == (
+        f"b.png has two label files, {labels}/b.xml and {labels}/f.xml: each is used with its own boxes"
+    )
+    assert cut.line().startswith(f"object 2 of {labels}/b.xml (image b.png) has the box [60, 8, 60, 22] (x, y, ")
+
+
+@pytest.mark.parametrize("images, labels, prefix", [("images", "annotations", ""), ("train", "train", "train: ")])
+def test_vocs_images_without_labels_are_counted(images, labels, prefix, tmp_path):
+    write_voc(tmp_path, PICTURES, images, labels)
+    draw(tmp_path / "overview.png")  # beside no image that has labels
+    assert read_folder(tmp_path).remarks == ()
+    for name in ("y", "x"):
+        draw(tmp_path / images / f"{name}.png")
+    lost = tmp_path / images / "x.png"
+    assert read_folder(tmp_path).remarks == (
+        f"{prefix}2 of 7 images have no XML file (the first one is {lost}): they are not used",
+    )
+
+
+def test_a_class_that_looks_misspelt_is_asked_about(tmp_path):
+    pictures = {f"{i}": [("Platelets", (0, 0, 9, 9)), ("RBC", (20, 20, 30, 30))] for i in range(5)}
+    write_voc(tmp_path, {**pictures, "x": [("Plateletes", (0, 0, 9, 9)), ("Plateletes", (20, 20, 30, 30))]})
+    remark = f"class 'Plateletes' occurs only in {tmp_path}/annotations/x.xml; is it 'Platelets'?"
+    assert read_folder(tmp_path).remarks == (remark,)
+
+
+@pytest.mark.parametrize("rare, frequent, found", [
+    ("platelets", "Platelets", True), ("Plate lets", "Platelets", True), ("Platelet", "Platelets", True),
+    ("Plotelets", "Platelets", True), ("Ploteletes", "Platelets", False), ("bat", "cat", False),
+    ("type 1", "type 2", False), ("RBC", "rbc", True), ("WBC", "RBC", False), ("zebra", "horse", False),
+])  # fmt: skip
+def test_which_names_are_alike(rare, frequent, found):
+    assert find_misspelt({frequent: 10, rare: 2}) == ({rare: frequent} if found else {})
+    assert find_misspelt({frequent: 10, rare: 3}) == find_misspelt({frequent: 9, rare: 2}) == {}
+
+
+def test_an_object_without_a_box_is_named(tmp_path):
+    text = voc_xml("b", [*PICTURES["b"], ("emu", (0, 0, 9, 9))])
+    write(write_voc(tmp_path) / "annotations" / "b.xml", text[::-1].replace("bndbox"[::-1], "box"[::-1], 2)[::-1])
+    with pytest.raises(UserError, match="annotations/b.xml: object 2 has no bndbox"):
+        read_folder(tmp_path)
+
+
+def test_a_written_coco_folder_does_not_speak_of_the_label_files_before(tmp_path):
+    write_coco_folder(read_folder(write_voc(tmp_path / "voc")), tmp_path / "coco")
+    text = (tmp_path / "coco/annotations/instances_all.json").read_text()
+    assert "b.xml" not in text and len(json.loads(text)["annotations"]) == 7
+
+
+def test_class_numbers_of_yolo_stay(tmp_path):
+    """So that messages, and the detections that an evaluation writes, have the numbers of the label files."""
+    labelimg_yolo(tmp_path)
+    content = read_folder(tmp_path).sets[0].content
+    assert [(record["id"], record["name"]) for record in content["categories"]] == [(0, "cat"), (1, "dog"), (2, "emu")]
 
 
 def nothing(folder: Path) -> None:

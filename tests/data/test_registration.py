@@ -223,6 +223,13 @@ def test_no_data_set_at_all_is_an_error(eval_only, key):
 def test_unregistered_name_is_an_error():
     with pytest.raises(UserError, match="'unheard_of' of DATASETS.TRAIN is not registered"):
         check_datasets(make_cfg(train=("unheard_of",)))
+    with pytest.raises(UserError) as error:
+        check_datasets(make_cfg(test=("animals-val",)), eval_only=True)
+    assert str(error.value) == (
+        "'animals-val' of DATASETS.TEST is not registered: if deqdet-train --data has made it, give --config-file "
+        "OUTPUT_DIR/data/config.yaml of that training, which registers it (with MODEL.WEIGHTS FILE in place of --model "
+        "FILE); else add it to DATASETS.REGISTER, as in [[name, json file, image root], ...]"
+    )
 
 
 def test_prepared_shapes_can_be_evaluated_before_they_are_loaded(tmp_path, monkeypatch):

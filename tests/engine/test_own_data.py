@@ -3,14 +3,17 @@
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 
 from deqdet import Predictor
-from deqdet.engine import own_data
+from deqdet.engine import labelled_folder
+from deqdet.engine.data_folder import DataInPlace, put_in_place
 from deqdet.engine.own_data import use_own_data
 from deqdet.errors import UserError
 from deqdet.measurement.training_report import write_training_report
@@ -35,9 +38,7 @@ def here(tmp_path, monkeypatch):
     """The working directory, where output/ goes; the names of the sets are free again afterwards."""
     monkeypatch.chdir(tmp_path)
     yield
-    for name in [name for name in DatasetCatalog if name.startswith("animals-")]:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    forget_sets()
 
 
 @pytest.fixture
@@ -52,6 +53,20 @@ def arguments(folder, *opts, **others) -> argparse.Namespace:
         "machine_rank": 0, "opts": [str(word) for word in opts],
     }  # fmt: skip
     return argparse.Namespace(**{**usual, **others})
+
+
+def begin(**others) -> None:
+    """Prepare a training on the animals, and let it begin, as far as its settings are concerned."""
+    args = arguments("animals", **others)
+    use_own_data(args)
+    put_in_place(Path(args.config_file), [entry[1] for entry in get_config(args.config_file).DATASETS.REGISTER])
+
+
+def forget_sets() -> None:
+    """Unregister the animals, as if a new process began."""
+    for name in [name for name in DatasetCatalog if name.startswith("animals-")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def weights(folder: str = "output/animals") -> dict:
@@ -80,9 +95,7 @@ def test_resume_finds_the_same_split_and_settings(animals, capsys):
     """Although a picture has come that would change both, and a training that went through is compared."""
     words = ["--data", "animals", "--num-gpus", "1", "--size", "quick", *TINY]
     train_net.main([*words, "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", "whole"])
-    for name in ("animals-train", "animals-val"):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    forget_sets()
     schedule = ["SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2"]
     train_net.main([*words, *schedule])
     for path in (*Path("output/animals").glob("model_*"), Path("output/animals/last_checkpoint")):
@@ -99,6 +112,93 @@ def test_resume_finds_the_same_split_and_settings(animals, capsys):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_data_of_a_training_stay_until_the_one_that_overwrites_it_begins(animals):
+    """Whether the new one has another split or the same, and however late it is refused."""
+    words, keys = ["--data", "animals", "--num-gpus", "1"], [*TINY, "SOLVER.MAX_ITER", "1"]
+    train_net.main([*words, *keys])
+    output = Path("output/animals")
+    before = contents(output / "data")
+    assert sorted(path.name for path in before) == ["config.yaml", "flags.json", "train.json", "val.json"]
+    write(Path("damaged.pth"), "no checkpoint")
+    refusals = (
+        (["MODEL.DEQDET.NUM_QUERIES", "0"], "NUM_QUERIES is 0"),
+        (["SOLVER.ACCUMULATION_STEPS", "3"], "it must divide"),  # once the data are checked
+        (["MODEL.WEIGHTS", "missing.pth"], "missing.pth does not exist"),  # when the run is set up
+        (["MODEL.WEIGHTS", "damaged.pth"], "damaged.pth is damaged"),  # by the trainer
+    )
+    for split in ([], ["--val-fraction", "0.5"]):
+        for refused, message in refusals:
+            with pytest.raises(SystemExit, match=message):
+                train_net.main(["--overwrite", *split, *words, *keys, *refused])
+            after = contents(output / "data")
+            assert {path: after.get(path) for path in before} == before
+            assert split or after == before
+    args = arguments("animals", resume=True, val_fraction=0.2)
+    use_own_data(args)
+    assert args.config_file == "output/animals/data/config.yaml"
+    train_net.main(["--overwrite", "--val-fraction", "0.5", *words, *keys, "SEED", "2"])
+    cfg = get_config("output/animals/data/config.yaml")
+    sets = [Path(file) for _, file, _ in cfg.DATASETS.REGISTER]
+    assert cfg.SEED == 2 and [len(json.loads(file.read_text())["images"]) for file in sets] == [3, 2]
+    assert get_config("output/animals/config.yaml").DATASETS.REGISTER == cfg.DATASETS.REGISTER
+    assert json.loads((output / "data/flags.json").read_text())["--val-fraction"] == 0.5
+    left = sorted(path.name for path in (output / "data").iterdir())
+    assert left == sorted(["config.yaml", "flags.json", *(file.name for file in sets)])
+    assert not list(output.glob("data.new*"))
+
+
+def test_a_new_training_that_is_refused_leaves_no_settings_to_resume_with(animals):
+    with pytest.raises(SystemExit, match="missing.pth does not exist"):
+        train_net.main(["--data", "animals", "--num-gpus", "1", *TINY, "MODEL.WEIGHTS", "missing.pth"])
+    args = arguments("animals", resume=True)
+    use_own_data(args)
+    assert get_config(args.config_file).MODEL.WEIGHTS == ""
+
+
+def test_an_evaluation_alone_writes_its_settings_at_once(animals):
+    args = arguments("animals", eval_only=True)
+    use_own_data(args)
+    assert args.config_file == "output/animals/data/config.yaml"
+
+
+def test_all_processes_prepare_the_same_run_and_the_first_of_each_machine_puts_it_in_place(animals, monkeypatch):
+    """Also the process that comes last, and finds what the others have written beside the old training's files."""
+    begin()
+    before, files = contents(Path("output/animals/data")), []
+    for rank in (0, 1):
+        torchrun = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29500}
+        for name, value in (torchrun | {"MASTER_ADDR": "127.0.0.1"}).items():
+            monkeypatch.setenv(name, str(value))
+        args = arguments("animals", overwrite=True, val_fraction=0.5)
+        use_own_data(args)
+        files.append(args.config_file)
+    assert files[0] == files[1] and before.items() < contents(Path("output/animals/data")).items()
+    new = contents(Path(files[0]).parent)[Path(files[0])]
+    for local_rank in (1, 0):
+        monkeypatch.setattr(comm, "get_local_rank", lambda rank=local_rank: rank)
+        hook = DataInPlace(files[0])
+        hook.trainer = SimpleNamespace(cfg=get_config(files[0]))
+        hook.before_train()
+        config = Path("output/animals/data/config.yaml").read_bytes()
+        assert (config == new, Path(files[0]).exists()) == ((True, False) if local_rank == 0 else (False, True))
+
+
+def test_machines_that_share_a_disk_put_the_settings_in_place_once(animals):
+    """Whichever comes first; the other finds nothing left to do."""
+    args = arguments("animals")
+    use_own_data(args)
+    file = Path(args.config_file)
+    sets = [entry[1] for entry in get_config(file).DATASETS.REGISTER]
+    put_in_place(file, sets)
+    before = contents(Path("output/animals/data"))
+    put_in_place(file, sets)
+    assert contents(Path("output/animals/data")) == before and len(before) == 4
+
+
 @pytest.mark.parametrize("folder, flags, message", [
     ("animals", {"size": "small"}, "--size small: .* with --size quick, which stays"),
     ("animals", {"val_fraction": 0.5}, "--val-fraction 0.5: .* with --val-fraction 0.2, which stays"),
@@ -107,7 +207,7 @@ def test_resume_finds_the_same_split_and_settings(animals, capsys):
 ])  # fmt: skip
 def test_other_flags_than_those_of_the_beginning_are_refused(animals, folder, flags, message):
     output, same = ("OUTPUT_DIR", "output/animals"), {"size": "quick", "val_fraction": 0.2, "data_format": "voc"}
-    use_own_data(arguments("animals"))
+    begin()
     for way in ({"resume": True}, {"eval_only": True}):
         use_own_data(arguments("animals", **way))
         use_own_data(arguments(animals, *output, **same, **way))
@@ -122,9 +222,7 @@ def test_evaluating_another_set_afterwards_leaves_the_trainings_files(animals):
     folder = Path("output/animals")
     files = [folder / name for name in ("config.yaml", "inference/coco_instances_results.json")]
     before = [path.read_bytes() for path in files]
-    for name in ("animals-train", "animals-val"):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    forget_sets()
     other = ["DATASETS.TEST", "('animals-train',)"]
     train_net.main([*words, "--eval-only", *other, "MODEL.WEIGHTS", str(folder / "model_final.safetensors")])
     assert [path.read_bytes() for path in files] == before
@@ -148,9 +246,7 @@ def test_a_detector_of_other_classes_is_the_beginning(animals, capsys):
     content["categories"] = [{"id": i, "name": name} for i, name in enumerate(("gnu", "dog", "emu", "yak"), 1)]
     Path("other/animals/train.json").write_text(json.dumps(content))
     words = ["--data", "other/animals", "--num-gpus", "1", "--init", "output/animals/model_final.safetensors"]
-    for name in ("animals-train", "animals-val"):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    forget_sets()
     lr = ["SOLVER.BASE_LR", "1e-30"]  # the weights stay
     train_net.main([*words, *TINY, *lr, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "second"])
     log = Path("second/log.txt").read_text()
@@ -162,10 +258,10 @@ def test_a_detector_of_other_classes_is_the_beginning(animals, capsys):
 
 
 def test_processes_and_device(animals, monkeypatch, capsys):
-    monkeypatch.setattr(own_data, "count_cores", lambda: 2)
+    monkeypatch.setattr(labelled_folder, "count_cores", lambda: 2)
     args = arguments(animals)
     use_own_data(args)
-    assert (args.num_gpus, args.config_file) == (2, "output/animals/data/config.yaml")
+    assert args.num_gpus == 2
     cfg = get_config(args.config_file)
     assert (cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER) == ("cpu", 8, 2000)
     for others, count in (
@@ -195,7 +291,7 @@ def test_every_size_gives_a_config_that_can_be_used(size, animals):
 def test_the_output_has_the_folders_name_however_that_is_written(folder, animals):
     args = arguments(folder)
     use_own_data(args)
-    assert args.config_file == "output/animals/data/config.yaml"
+    assert Path(args.config_file).parent.parent == Path("output/animals")
 
 
 def test_given_values_win(animals):
@@ -212,8 +308,9 @@ def test_given_values_win(animals):
     ("SOLVER.LR_RULE", "sqrt", "SOLVER.REFERENCE_BATCH", 8),
 ])  # fmt: skip
 def test_given_values_need_to_fit_the_derived_ones_only(given, animals):
-    use_own_data(arguments(animals, *given))
-    assert get_config("output/animals/data/config.yaml").DATASETS.TEST == ("animals-val",)
+    args = arguments(animals, *given)
+    use_own_data(args)
+    assert get_config(args.config_file).DATASETS.TEST == ("animals-val",)
 
 
 def test_given_values_that_do_not_fit_the_derived_ones(animals):
@@ -223,7 +320,7 @@ def test_given_values_that_do_not_fit_the_derived_ones(animals):
 
 def test_a_fault_in_the_labels_names_their_folder(animals):
     write(animals / "annotations" / "b.xml", voc_xml("b", [("emu", (200, 4, 290, 24))]))
-    with pytest.raises(UserError, match=r"b.png .*lies outside.*\[the labels were read from .*animals/annotations\]"):
+    with pytest.raises(UserError, match="^/.*animals/annotations: .*b.png.* lies outside"):
         use_own_data(arguments(animals))
     use_own_data(arguments(animals, "DATASETS.SKIP_BROKEN", True))
 

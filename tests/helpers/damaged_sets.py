@@ -66,9 +66,9 @@ class SmallSet:
             self.json_file.write_bytes(content)
 
 
-def make_set(folder: Path, names: tuple[str, ...] = NAMES) -> SmallSet:
+def make_set(folder: Path, names: tuple[str, ...] = NAMES, seed: int = 0) -> SmallSet:
     """Draw the set into a folder; its file is not written yet."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     found = SmallSet(folder, {"info": {}, "licenses": [], "images": [], "annotations": [], "categories": []}, {})
     found.data["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
@@ -221,6 +221,12 @@ def _(s):
     new = {1: 7, 2: 20, 3: 90}
     each(s.data["categories"], lambda c: {"id": new[c["id"]]})
     each(s.annotations, lambda a: {"category_id": new[a["category_id"]]})
+
+
+@damage("the classes under ids from 0", USED)
+def _(s):
+    each(s.data["categories"], lambda c: {"id": c["id"] - 1})
+    each(s.annotations, lambda a: {"category_id": a["category_id"] - 1})
 
 
 @damage("the categories listed in another order, same ids", USED)

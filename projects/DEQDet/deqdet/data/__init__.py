@@ -9,7 +9,14 @@ from .image_headers import PILLOW_LIMIT
 from .images import read_image
 from .mapper import ImageMapper, build_mapper, build_test_loader, build_validation_loader
 from .randomness import mix_seed, random_state_kept, seed_all, seeded
-from .registration import check_datasets, find_class_names, prepare_datasets, register_datasets, register_shapes
+from .registration import (
+    check_datasets,
+    find_class_names,
+    find_entries,
+    prepare_datasets,
+    register_datasets,
+    register_shapes,
+)
 from .report import Report, format_report
 from .results import find_results, read_results, read_truth, read_truths
 from .shapes import ShapesConfig, generate_shapes
@@ -37,6 +44,7 @@ __all__ = [
     "draw_contact_sheet",
     "draw_inputs",
     "find_class_names",
+    "find_entries",
     "find_first_inputs",
     "find_results",
     "format_report",

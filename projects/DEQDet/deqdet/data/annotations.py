@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
-from .coco_file import LARGEST_ID, Category, ImageRecord, look_up, read_id
+from .coco_file import LARGEST_ID, SOURCE, Category, ImageRecord, look_up, read_id
 from .findings import BROKEN, REMARK, REPAIRED, Findings
 
 BOX_FORMATS = ("check", "xywh", "xyxy", "xywh_relative", "xyxy_relative")
@@ -81,6 +81,19 @@ def read_boxes(
     return _check_geometry(boxes, extent, images, findings)
 
 
+def name_annotation(record: Mapping, image: ImageRecord | None = None, index: int | None = None) -> str:
+    """What to call an annotation in messages: where the user finds it, which may be a label file that was converted.
+
+    Args:
+        image: the annotation's; None if it is unknown.
+        index: of the annotation in the file, by which one without an id is called.
+    """
+    if image is not None and image.source and SOURCE in record:
+        return f"{record[SOURCE]} of {image.source} (image {image.file_name})"
+    number = repr(record["id"]) if "id" in record else "without an id" if index is None else f"number {index}"
+    return f"annotation {number}" + (f" of {image.file_name}" if image is not None else "")
+
+
 def to_xywh(numbers: np.ndarray, extent: np.ndarray, box_format: str) -> np.ndarray:
     """Convert boxes (n, 4) of any of BOX_FORMATS to (x, y, width, height) in pixels; extent (n, 2) is the image's."""
     boxes = numbers.copy()
@@ -140,7 +153,7 @@ def _read_records(
         if not isinstance(record, dict):
             findings.add(BROKEN, "no record", f"annotation number {index}", "is no record with keys", _LEFT_OUT)
             continue
-        name = f"annotation {record['id']!r}" if "id" in record else f"annotation number {index}"
+        name = name_annotation(record, index=index)
         missing = [key for key in ("image_id", "category_id", "bbox") if key not in record]
         if missing:
             findings.add(BROKEN, "incomplete", name, f"has no {', '.join(missing)}", _LEFT_OUT)
@@ -150,10 +163,12 @@ def _read_records(
             words = f'has image_id {record["image_id"]!r}, which "images" lacks'
             findings.add(BROKEN, "unknown image", name, words, _LEFT_OUT)
             continue
-        name = f"{name} of {images[image].file_name}"
+        name = name_annotation(record, images[image], index)
         category = look_up(record["category_id"], by_category)
         if category is None:
             words = f'has category_id {record["category_id"]!r}, which "categories" lacks'
+            if SOURCE in record:
+                words = f"has class {record['category_id']!r}, which the list of classes lacks"
             findings.add(BROKEN, "unknown category", name, words, _LEFT_OUT)
             continue
         box, crowd = _read_box(name, record["bbox"], findings), _read_crowd(name, record, findings)
@@ -250,9 +265,11 @@ def _check_geometry(boxes: Boxes, extent: np.ndarray, images: Sequence[ImageReco
     def note(rows: np.ndarray, level: str, kind: str, words: str, outcome: str) -> None:
         for i in np.flatnonzero(rows):
             record, image = boxes.records[i], images[boxes.image[i]]
-            name = f"annotation {record.get('id')!r} of {image.file_name}"
             size = f"{extent[i, 0]:.0f} x {extent[i, 1]:.0f}"
-            findings.add(level, kind, name, f"has bbox {record['bbox']}, {words.format(size=size)}", outcome)
+            box = f"bbox {record['bbox']}"
+            if SOURCE in record:
+                box = f"the box [{', '.join(f'{side:.6g}' for side in xywh[i])}] (x, y, width, height) in pixels"
+            findings.add(level, kind, name_annotation(record, image), f"has {box}, {words.format(size=size)}", outcome)
 
     negative = (xywh[:, 2:] < 0).any(1)
     note(negative, BROKEN, "negative side", "whose width or height is negative", _LEFT_OUT)

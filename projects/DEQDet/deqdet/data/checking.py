@@ -27,7 +27,7 @@ from .findings import BROKEN, REMARK, REPAIRED, Finding, Findings
 from .image_headers import MISSING, ImageHeader, Stamp, read_headers, read_stamps
 from .report import Report, summarize
 
-_VERSION = f"1, Pillow {PIL.__version__}"  # raise the number when the checks change
+_VERSION = f"3, Pillow {PIL.__version__}"  # raise the number when the checks change
 _SKIP = "replace the image or correct the file, or set DATASETS.SKIP_BROKEN True to leave such images out"
 
 
@@ -55,6 +55,7 @@ class CheckedSet:
     labelled: bool  # False: it can be predicted, but not evaluated
     findings: tuple[Finding, ...]
     report: Report
+    fingerprints: dict[str, str]  # of the usable images by path, see `ImageHeader`; empty if images are not checked
     from_cache: bool = False
 
 
@@ -86,7 +87,7 @@ def check_coco_file(
     # Of several processes at once, one checks, and the others then find its result.
     with file_lock(str(cache / f"{key}.check")) if options.check_images else nullcontext():
         result_file = cache / f"{key[:32]}-{_digest(asdict(options), list(class_names), image_root)[:16]}.json"
-        result = _remembered(result_file)
+        result = _remembered(result_file, json_file)
         if result is not None:
             return result
         check = _Check(where, image_root, options, cache / f"{key}-headers.json")
@@ -116,7 +117,7 @@ class _Check:
         images = read_images(
             self.where, whole, self.image_root, self.findings, allow_outside_root=options.allow_outside_root
         )
-        stamps, usable, sizes = self._check_images(images)
+        stamps, headers, usable, sizes = self._check_images(images)
         labelled = bool(whole.get("annotations"))
         boxes = read_boxes(
             self.where,
@@ -138,22 +139,27 @@ class _Check:
             self.findings.add(REPAIRED, "order", "the file", words, "they are matched by name")
         category_ids = [categories[i].id for i in order]
         changed = any(finding.level in (BROKEN, REPAIRED) for finding in self.findings.all())
-        if changed or ("annotations" in whole) != labelled:
+        copied = changed or ("annotations" in whole) != labelled
+        if copied:
             copy = _normalized(whole, images, usable, sizes, categories, order, boxes if labelled else None)
             json_file = str(result_file.with_name(f"{Path(json_file).stem[:40]}-{result_file.stem}.copy.json"))
             write_json(Path(json_file), copy)
             category_ids = [category["id"] for category in copy["categories"]]
         names = tuple(categories[i].name for i in order)
-        result = CheckedSet(json_file, tuple(category_ids), names, labelled, tuple(self.findings.all()), report)
-        _remember(result_file, result, [image.path for image in images] if options.check_images else [], stamps)
+        paths = [image.path for image in images] if options.check_images else []
+        marks = {path: header.fingerprint for path, header, use in zip(paths, headers, usable, strict=False) if use}
+        result = CheckedSet(json_file, tuple(category_ids), names, labelled, tuple(self.findings.all()), report, marks)
+        _remember(result_file, result, paths, stamps, copied=copied)
         return result
 
-    def _check_images(self, images: Sequence[ImageRecord]) -> tuple[list[Stamp], np.ndarray, np.ndarray]:
-        """The stamps of the image files, which images are usable (n,), and their width and height (n, 2)."""
+    def _check_images(
+        self, images: Sequence[ImageRecord]
+    ) -> tuple[list[Stamp], list[ImageHeader], np.ndarray, np.ndarray]:
+        """The image files' stamps and headers, which images are usable (n,), and their width and height (n, 2)."""
         sizes = np.array([(image.width or 0, image.height or 0) for image in images], dtype=np.int64)
         usable = np.ones(len(images), dtype=bool)
         if not self.options.check_images:
-            return [], usable, sizes
+            return [], [], usable, sizes
         paths = [image.path for image in images]
         stamps = read_stamps(paths)
         headers = read_headers(paths, f"Checking images of {self.where}", _load_headers(self.headers_file), stamps)
@@ -175,11 +181,11 @@ class _Check:
                 usable[i] = False
                 self.findings.add(BROKEN, *fault, _SKIP)
             sizes[i] = header.width or sizes[i, 0], header.height or sizes[i, 1]
-        return stamps, usable, sizes
+        return stamps, headers, usable, sizes
 
     def _find_fault(self, image: ImageRecord, header: ImageHeader) -> tuple[str, str, str] | None:
         """Why an image cannot be used: the kind of the finding, the image's name, and words; None if it can."""
-        name = f"image {image.file_name}"
+        name = image.title
         if header.problem:
             return header.problem.split(":")[0], name, header.problem
         limit = self.options.max_image_pixels
@@ -190,7 +196,7 @@ class _Check:
         given = image.width or header.width, image.height or header.height
         if given == (header.width, header.height):
             return None
-        words = f"is {shown} pixels, but the annotation file says {given[0]} x {given[1]}"
+        words = f"is {shown} pixels, but {image.source or 'the annotation file'} says {given[0]} x {given[1]}"
         if given == (header.height, header.width):
             cause = (
                 f"its EXIF orientation {header.orientation} turns it"
@@ -208,7 +214,7 @@ class _Check:
                 break
             words = f"has {counts[i]} boxes, more than the model's {limit} queries"
             outcome = "not all of them can be found: raise MODEL.DEQDET.NUM_QUERIES"
-            self.findings.add(REMARK, "more boxes than queries", f"image {images[i].file_name}", words, outcome)
+            self.findings.add(REMARK, "more boxes than queries", images[i].title, words, outcome)
 
     def _refuse_broken(self, usable: np.ndarray) -> None:
         broken = self.findings.of_level(BROKEN)
@@ -330,19 +336,33 @@ def _number(ids: Sequence[object], *, keep: bool = True, lowest: int = -LARGEST_
     return list(ids) if keep and plain and len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))
 
 
-def _remember(path: Path, result: CheckedSet, images: Sequence[str], stamps: Sequence[Stamp]) -> None:
-    files = {name: [stamp.size, stamp.modified] for name, stamp in zip(images, stamps, strict=True)}
-    write_json(path, {"files": files, "result": asdict(replace(result, from_cache=True))})
+def _remember(
+    path: Path, result: CheckedSet, images: Sequence[str], stamps: Sequence[Stamp], *, copied: bool
+) -> None:
+    content = asdict(replace(result, from_cache=True))
+    marks = content.pop("fingerprints")
+    files = {
+        name: [stamp.size, stamp.modified, marks.get(name, "")] for name, stamp in zip(images, stamps, strict=True)
+    }
+    write_json(path, {"files": files, "copied": copied, "result": content})
 
 
-def _remembered(path: Path) -> CheckedSet | None:
-    """The result of an earlier check of the same file; None if there is none, or an image has changed since."""
+def _remembered(path: Path, json_file: str) -> CheckedSet | None:
+    """The result of an earlier check of the same contents; None if there is none, or an image has changed since.
+
+    Args:
+        json_file: the file that has these contents now. The file of the earlier check may lie elsewhere, and may have
+            other contents by now.
+    """
     known = read_json(path)
     if known is None:
         return None
     files, result = known["files"], known["result"]
-    if [[stamp.size, stamp.modified] for stamp in read_stamps(list(files))] != list(files.values()):
+    if not known["copied"]:
+        result["json_file"] = json_file
+    if [[stamp.size, stamp.modified] for stamp in read_stamps(list(files))] != [row[:2] for row in files.values()]:
         return None
+    result["fingerprints"] = {name: row[2] for name, row in files.items() if row[2]}
     if not os.path.isfile(result["json_file"]):
         return None
     result["findings"] = tuple(Finding(**finding) for finding in result["findings"])

@@ -11,6 +11,9 @@ from detectron2.utils.file_io import PathManager
 from ..errors import UserError, describe_os_error, one_line
 from .findings import REMARK, REPAIRED, Findings
 
+# The key by which a reader of another format than COCO's says where it has read a record: for an image the path of its
+# label file, for an annotation the place in that file, such as "line 3". Other programs ignore it.
+SOURCE = "deqdet_source"
 LARGEST_ID = 2**53  # beyond it, numpy's float64 columns in pycocotools no longer tell two ids apart
 _RENUMBERED = "numbers stand for these ids within the run"
 
@@ -32,6 +35,12 @@ class ImageRecord:
     width: int | None  # pixels; None where the file does not say
     height: int | None
     path: str
+    source: str = ""  # the label file from which the record was made; "" for a record of the user's own COCO file
+
+    @property
+    def title(self) -> str:
+        """What to call the image in messages."""
+        return f"image {self.file_name}" + (f" (labels in {self.source})" if self.source else "")
 
 
 def locate(where: str, json_file: str) -> str:
@@ -150,12 +159,15 @@ def read_images(
                 f"{where}: image {record['id']!r} has file_name {name!r}, which leaves the image root {image_root}: "
                 "correct it, or set DATASETS.ALLOW_OUTSIDE_ROOT True if you trust the file"
             )
+        source = str(record.get(SOURCE, ""))
         if name in seen:
             words = f"is listed twice, as image {seen[name]!r} and {record['id']!r}"
+            if source:
+                words = f"has two label files, {seen[name]} and {source}"
             findings.add(REMARK, "listed twice", name, words, "each is used with its own boxes")
-        seen[name] = record["id"]
+        seen[name] = source or record["id"]
         sides = [_read_side(findings, name, key, record.get(key)) for key in ("width", "height")]
-        found.append(ImageRecord(number, name, *sides, path))
+        found.append(ImageRecord(number, name, *sides, path, source))
     _refuse_twice(where, "image", "id", [image.id for image in found])
     return found
 

@@ -4,12 +4,13 @@ A header takes about a tenth of a millisecond, decoding the pixels a hundred tim
 the header leaves a doubt: a JPEG or PNG file that does not end as it should, and the formats that have no such end.
 """
 
+import hashlib
 import os
 import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
@@ -22,6 +23,7 @@ MISSING = "is missing"  # how the problem of a file that is not there begins
 PILLOW_LIMIT = 178_956_970  # pixels: Pillow refuses to open larger images
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
 _CHUNK = 64  # images that one task of the pool reads
+_PART = 4096  # bytes at the beginning, in the middle and at the end of a file from which its fingerprint is made
 _END_OF_JPEG = b"\xff\xd9"
 
 
@@ -33,6 +35,7 @@ class ImageHeader:
     height: int = 0
     orientation: int = 1  # EXIF's; 1 is upright
     problem: str = ""  # why the file cannot be used, for example "is missing"; "" if it can
+    fingerprint: str = ""  # the same for files of the same size whose beginning, middle and end are the same
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def read_header(path: str) -> ImageHeader:
         return ImageHeader(problem="is an empty file (0 bytes)")
     try:
         with open(path, "rb") as file:
-            return _read_open(path, file)
+            header = _read_open(path, file)
+            return header if header.problem else replace(header, fingerprint=_take_fingerprint(file, status.st_size))
     except OSError as error:
         return ImageHeader(problem=f"cannot be opened: {describe_os_error(error)}")
 
@@ -126,6 +130,18 @@ def _read_open(path: str, file: BinaryIO) -> ImageHeader:
         reason = one_line(error).removeprefix(f"{path}: ").removeprefix("cannot be read as an image: ")
         return ImageHeader(problem=f"is damaged or truncated: {reason}" if not whole else f"is unusable: {reason}")
     return ImageHeader(width, height, orientation or 1)
+
+
+def _take_fingerprint(file: BinaryIO, size: int) -> str:
+    """A digest of a file's size and of three parts of it, which takes little time beside the reading of the header.
+
+    The middle counts because pictures without compression often begin and end with the same black border.
+    """
+    state = hashlib.blake2b(str(size).encode(), digest_size=8)
+    for start in (0, max(0, size // 2 - _PART // 2), max(0, size - _PART)):
+        file.seek(start)
+        state.update(file.read(_PART))
+    return state.hexdigest()
 
 
 def _inspect_end(kind: str, file: BinaryIO) -> tuple[bool, bool]:

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -24,6 +24,7 @@ from .coco_file import locate, parse, read_bytes, read_categories
 from .findings import BROKEN, Findings
 from .image_headers import PILLOW_LIMIT
 from .shapes import CLASSES, IMAGES_NAME, JSON_NAME, ShapesConfig, generate_shapes
+from .shared_images import find_shared_images
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,10 @@ def register_sets(
                 done[name] = checked = check_coco_file(
                     where, json_file, image_root, options, class_names=classes.names, model=classes.source
                 )
+                if key == "TEST":
+                    trained = {other: each for other, each in done.items() if other in cfg.DATASETS.TRAIN}
+                    shared = find_shared_images(checked, trained)
+                    done[name] = checked = replace(checked, findings=(*checked.findings, *shared))
                 _log(where, checked)
                 _install(name, checked, (json_file, image_root), state)
         if not classes.names:
@@ -345,6 +350,11 @@ def _find_registered(name: str, key: str) -> tuple[str | None, str | None, str]:
     if name not in DatasetCatalog:
         close = difflib.get_close_matches(name, list(DatasetCatalog), n=2, cutoff=0.7)
         hint = f"did you mean {' or '.join(close)}?" if close else "add it to DATASETS.REGISTER, as in " + _FORM
+        if re.fullmatch(r".+-(train|val|test)", name):
+            hint = (
+                "if deqdet-train --data has made it, give --config-file OUTPUT_DIR/data/config.yaml of that training, "
+                "which registers it (with MODEL.WEIGHTS FILE in place of --model FILE); else " + hint
+            )
         raise UserError(f"{name!r} of DATASETS.{key} is not registered: {hint}")
     json_file, image_root = _find_source(name)
     if json_file and not PathManager.isfile(json_file):

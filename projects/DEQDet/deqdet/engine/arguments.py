@@ -69,10 +69,20 @@ def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --data and its flags, on which `own_data` acts, and --init, on which `initialization` does."""
+    add_folder_arguments(
+        parser, "train on the labelled images in FOLDER (COCO, YOLO or Pascal VOC), with settings derived from them"
+    )
     parser.add_argument(
-        "--data", default="", metavar="FOLDER", type=os.path.expanduser,
-        help="train on the labelled images in FOLDER (COCO, YOLO or Pascal VOC), with settings derived from them",
-    )  # fmt: skip
+        "--init",
+        default="",
+        metavar="FILE",
+        help="start from those weights of this checkpoint that fit the model: a file, a URL or a model zoo name",
+    )
+
+
+def add_folder_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add --data, whose help is `purpose`, and the flags that say how a training with it reads FOLDER."""
+    parser.add_argument("--data", default="", metavar="FOLDER", type=os.path.expanduser, help=purpose)
     parser.add_argument(
         "--data-format", default="", choices=list(FORMATS), help="format of the labels in FOLDER (default: detected)"
     )
@@ -85,12 +95,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--val-fraction", type=_fraction, metavar="X",
         help="fraction of the images to evaluate on if FOLDER has no val set (default: 0.2)",
     )  # fmt: skip
-    parser.add_argument(
-        "--init",
-        default="",
-        metavar="FILE",
-        help="start from those weights of this checkpoint that fit the model: a file, a URL or a model zoo name",
-    )
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """Check data sets before training, and report what they contain.
 
+    deqdet-check-data --data FOLDER [--data-format coco|yolo|voc] [--contact-sheet FILE.png] [KEY VALUE ...]
     deqdet-check-data TRAIN.json IMAGES [TEST.json IMAGES ...] [--contact-sheet FILE.png] [KEY VALUE ...]
     deqdet-check-data --config-file FILE [--draw-augmented FILE.png] [KEY VALUE ...]
     deqdet-check-data TEST.json IMAGES --draw-results RESULTS.json FILE.png [--threshold S]
 
-The first form checks annotation files in COCO format, each followed by the folder of its images; the classes of all
-files are matched by name with those of the first. The second form checks the sets in DATASETS.TRAIN and DATASETS.TEST
-of a config, as training with it would. The report lists the number of images, the boxes of each class, the sizes and
-aspect ratios of the boxes, the number of boxes per image compared with the model's queries, and the image sizes.
+The first form checks a folder of labelled images as `deqdet-train --data FOLDER` would, with the same split and, for
+--draw-augmented, the same settings; nothing is trained, and nothing is written into FOLDER or an OUTPUT_DIR. The second
+form checks annotation files in COCO format, each followed by the folder of its images; the classes of all files are
+matched by name with those of the first. The third form checks the sets in DATASETS.TRAIN and DATASETS.TEST of a config,
+as training with it would. The report lists the number of images, the boxes of each class, the sizes and aspect ratios
+of the boxes, the number of boxes per image compared with the model's queries, and the image sizes.
 
 Each problem either stops the run with a one-line error or is repaired with a one-line warning. With
 DATASETS.SKIP_BROKEN True, images with problems that would stop the run are left out instead. Your files are never
@@ -19,7 +22,8 @@ ground truth, starting with the images that have the most mistakes.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -36,8 +40,11 @@ from ..data import (
     prepare_datasets,
 )
 from ..engine import UserError, add_config_arguments, exit_on_user_error, load_config, parse_arguments
+from ..engine.arguments import add_folder_arguments
 from ..engine.configuration import explained_datasets
+from ..engine.labelled_folder import base_config, check_flags, derive_config, labelled_folder
 from ..measurement.training_report import judge_results, write_worst
+from ..plugins import import_plugins
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -52,18 +59,39 @@ def main(words: Sequence[str] | None = None) -> None:
             raise UserError(f"--images must be at least 1, got {args.images}")
         if args.threshold is not None and not 0 <= args.threshold <= 1:
             raise UserError(f"--threshold must lie between 0 and 1, got {args.threshold}")
-        cfg = load_check_config(args)
-        with explained_datasets():
-            checked = prepare_datasets(cfg)
-        names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
-        for name in names:
-            print_report(name, checked.get(name), cfg.MODEL.DEQDET.NUM_QUERIES)
-        if args.contact_sheet:
-            write_contact_sheets(names, args.contact_sheet, args.images)
-        if args.draw_augmented:
-            write_augmented(cfg, args.draw_augmented, args.images)
-        if args.draw_results:
-            write_results(cfg, *map(Path, args.draw_results), args.images, args.threshold)
+        with checked_sets(args) as (cfg, checked):
+            names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
+            for name in names:
+                print_report(name, checked.get(name), cfg.MODEL.DEQDET.NUM_QUERIES)
+            if args.contact_sheet:
+                write_contact_sheets(names, args.contact_sheet, args.images)
+            if args.draw_augmented:
+                write_augmented(cfg, args.draw_augmented, args.images)
+            if args.draw_results:
+                write_results(cfg, *map(Path, args.draw_results), args.images, args.threshold)
+
+
+@contextmanager
+def checked_sets(args: argparse.Namespace) -> Iterator[tuple[CfgNode, dict[str, CheckedSet]]]:
+    """The config whose sets are checked, and what was found by the sets' names; they are registered within the block.
+
+    Raises:
+        UserError: a flag does not fit, or a set cannot be used.
+    """
+    check_flags(args)
+    if args.data:
+        if args.files:
+            raise UserError(f"--data FOLDER brings its own annotation files: omit {' '.join(args.files)}")
+        import_plugins(args.plugin)
+        cfg = base_config(args)
+        with labelled_folder(args, cfg) as folder:
+            derive_config(args, cfg, folder)
+            yield cfg, folder.checked
+        return
+    cfg = load_check_config(args)
+    with explained_datasets():
+        checked = prepare_datasets(cfg)
+    yield cfg, checked
 
 
 def load_check_config(args: argparse.Namespace) -> CfgNode:
@@ -177,7 +205,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--threshold", type=float, metavar="S",
         help="minimum score of a detection in --draw-results (default: the score with the best F1)",
     )  # fmt: skip
+    add_folder_arguments(parser, "check the labelled images in FOLDER (COCO, YOLO or Pascal VOC)")
     add_config_arguments(parser)
+    # What `labelled_folder` asks of a run; the images of --draw-augmented are those of a training in one process.
+    parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, eval_only=False)
     return parser
 
 

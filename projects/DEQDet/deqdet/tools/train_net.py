@@ -22,6 +22,7 @@ from detectron2.utils import comm
 
 from ..data import find_class_names
 from ..engine import Trainer, argument_parser, exit_on_user_error, load_weights, parse_arguments, run, setup
+from ..engine.data_folder import DataInPlace
 from ..engine.initialization import initialize, prepare_initialization
 from ..engine.own_data import use_own_data
 from ..measurement.training_report import write_training_report
@@ -32,7 +33,7 @@ KEY VALUE pairs at the end override keys of the config. Examples:
   deqdet-train --data animals --size small
   deqdet-train --data animals --resume
   deqdet-train --config-file quick/deqdet_shapes --num-gpus 2 SOLVER.MAX_ITER 1000 OUTPUT_DIR output/short
-  deqdet-train --model output/animals/model_final.safetensors --eval-only
+  deqdet-train --data animals --eval-only MODEL.WEIGHTS output/animals/model_final.safetensors
 
 On two machines, with the same HOST:PORT:
 
@@ -69,6 +70,8 @@ def work(args: argparse.Namespace) -> dict | None:
         trainer.resume_or_load(resume=args.resume)
         if args.init and not trainer.checkpointer.has_checkpoint():
             initialize(trainer.model, args.init, find_class_names(cfg), trust_pickle=cfg.MODEL.TRUST_PICKLE)
+        if args.data:
+            trainer.register_hooks([DataInPlace(args.config_file)])
         results = trainer.train()
         if args.data and comm.is_main_process():
             print(f"Report: {write_training_report(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)}")

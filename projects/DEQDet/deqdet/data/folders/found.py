@@ -123,17 +123,19 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text: save it as such") from error
 
 
-def make_content(source: Path, classes: Sequence[str], images: Iterable[dict], annotations: Iterable[dict]) -> dict:
+def make_content(
+    source: Path, classes: Sequence[str], images: Iterable[dict], annotations: Iterable[dict], first_class: int = 1
+) -> dict:
     """A COCO file's content, with images and annotations numbered from 1 in the order given.
 
     Args:
-        classes: their ids are 1, 2, ...
         images: records without an id.
         annotations: records without an id, whose image_id is the position of the image in `images`, from 1.
+        first_class: the id of the first class; the others' follow.
     """
     return {
         "info": {"description": f"made of {source}"},
-        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, first_class)],
         "images": [{"id": i, **image} for i, image in enumerate(images, 1)],
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)],
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from ...errors import UserError, describe_os_error, one_line
+from ..coco_file import SOURCE
 from .found import (
     IMAGE_FOLDERS,
     FolderData,
@@ -26,6 +27,7 @@ from .found import (
     split_folders,
     split_of,
 )
+from .spelling import find_misspelt
 
 LOOKED_FOR = "Pascal VOC's (*.xml in annotations/, Annotations/, train/, or beside the images)"
 _XML_FOLDERS = ("Annotations", "annotations", "xmls", "xml", "labels")
@@ -49,15 +51,19 @@ def read_voc_folder(folder: Path) -> FolderData:
         names = " and ".join(year.name for year in years)
         raise UserError(f"{folder} is ambiguous: it holds {names}: give one of them, as in --data {years[0]}")
     base = years[0] if years else folder
+    remarks: list[str] = []
     if _find_xml_folder(base) is not None:
         groups = {"": _read_place(base)}
+        remarks += _note_unlabelled(base, groups[""], "")
         listed = _read_image_sets(base)
         if listed:
             groups = {split: _select(base, groups[""], stems) for split, stems in listed.items()}
     else:
         places = {split: place for split, place in split_folders(folder).items() if _find_xml_folder(place)}
         groups = {split: _read_place(place) for split, place in places.items()}
-    return _convert(folder, {split: files for split, files in groups.items() if files})
+        for split, files in groups.items():
+            remarks += _note_unlabelled(places[split], files, f"{split}: ")
+    return _convert(folder, {split: files for split, files in groups.items() if files}, remarks)
 
 
 @dataclass(frozen=True)
@@ -71,33 +77,55 @@ class _Labels:
     difficult: int
 
 
-def _convert(folder: Path, groups: dict[str, list[_Labels]]) -> FolderData:
+def _convert(folder: Path, groups: dict[str, list[_Labels]], remarks: list[str]) -> FolderData:
     every = [labels for files in groups.values() for labels in files]
     classes = sorted({name for labels in every for name, _ in labels.objects})
     if not classes:
         raise UserError(f"{folder}: its {len(every)} XML files hold no object: there is nothing to train on")
     corners = [box for labels in every for _, box in labels.objects if all(isinstance(x, float) for x in box)]
     from_border = any(min(box) < 1 for box in corners if len(box) == 4)
-    remarks = []
     if from_border:
         remarks.append("a box has a coordinate below 1, so that corners are taken for borders counted from 0")
     difficult = sum(labels.difficult for labels in every)
     if difficult:
         remarks.append(f"{difficult} objects are marked as difficult, and are used as any other")
+    remarks += _note_misspelt(every)
     found = []
     for split, files in groups.items():
         root = Path(os.path.commonpath([labels.image.parent for labels in files]))
         records, annotations = [], []
         for number, labels in enumerate(files, 1):
             size = dict(zip(("width", "height"), labels.size, strict=True)) if labels.size else {}
-            records.append({"file_name": labels.image.relative_to(root).as_posix(), **size})
-            for name, box in labels.objects:
-                fields = _to_coco(box, 0 if from_border else 1)
+            records.append({"file_name": labels.image.relative_to(root).as_posix(), **size, SOURCE: str(labels.path)})
+            for place, (name, box) in enumerate(labels.objects, 1):
+                fields = _to_coco(box, 0 if from_border else 1) | {SOURCE: f"object {place}"}
                 annotations.append({"image_id": number, "category_id": classes.index(name) + 1, **fields})
         source = files[0].path.parent
         found.append(FoundSet(split, source, root, make_content(source, classes, records, annotations)))
     refuse_same_split(folder, found)
     return FolderData("voc", tuple(found), tuple(remarks))
+
+
+def _note_unlabelled(base: Path, files: Sequence[_Labels], prefix: str) -> Iterator[str]:
+    """A remark on the images without an XML file that lie beside images with one; `prefix` says of which split."""
+    used, stems = {labels.image for labels in files}, {labels.path.stem for labels in files}
+    folders = {image.parent for image in used}
+    images = [path for paths in _find_images(base).values() for path in paths if path.parent in folders]
+    lost = sorted(path for path in images if path not in used and path.stem not in stems)
+    if lost:
+        which = f"{len(lost)} of {len(images)} images have no XML file (the first one is {lost[0]})"
+        yield f"{prefix}{which}: they are not used"
+
+
+def _note_misspelt(files: Sequence[_Labels]) -> Iterator[str]:
+    """A remark on each class that is probably a misspelling of another one."""
+    places: dict[str, list[Path]] = {}  # the files in which each class occurs
+    for labels in files:
+        for name in dict.fromkeys(name for name, _ in labels.objects):
+            places.setdefault(name, []).append(labels.path)
+    for name, right in find_misspelt({name: len(paths) for name, paths in places.items()}).items():
+        where = " and ".join(map(str, places[name]))
+        yield f"class {name!r} occurs only in {where}; is it {right!r}?"
 
 
 def _to_coco(box: Sequence[float | str], first: int) -> dict:
@@ -125,15 +153,26 @@ def _find_xml_folder(base: Path) -> Path | None:
 def _read_place(base: Path) -> list[_Labels]:
     """The labels of all XML files that belong to a folder, sorted by the names of the images."""
     xml_folder = _find_xml_folder(base)
-    image_folders = [place for place in (*(base / name for name in IMAGE_FOLDERS), xml_folder, base) if place.is_dir()]
+    by_stem, usual = _find_images(base), _find_image_folders(base)[0]
+    files = [path for path in list_folder(xml_folder) if path.suffix.lower() == ".xml"]
+    found = [_read_file(path, by_stem, usual) for path in files]
+    return sorted(found, key=lambda labels: labels.image)
+
+
+def _find_image_folders(base: Path) -> list[Path]:
+    """The folders that may hold the images of the XML files in or below `base`, the likeliest first."""
+    places = (*(base / name for name in IMAGE_FOLDERS), _find_xml_folder(base), base)
+    return list(dict.fromkeys(place for place in places if place.is_dir()))
+
+
+def _find_images(base: Path) -> dict[str, list[Path]]:
+    """The images in these folders by their names without suffix."""
     by_stem: dict[str, list[Path]] = {}
-    for place in dict.fromkeys(image_folders):
+    for place in _find_image_folders(base):
         for path in list_folder(place):
             if is_image(path.name):
                 by_stem.setdefault(path.stem, []).append(path)
-    files = [path for path in list_folder(xml_folder) if path.suffix.lower() == ".xml"]
-    found = [_read_file(path, by_stem, image_folders[0]) for path in files]
-    return sorted(found, key=lambda labels: labels.image)
+    return by_stem
 
 
 def _read_file(path: Path, by_stem: dict[str, list[Path]], image_folder: Path) -> _Labels:
@@ -143,10 +182,11 @@ def _read_file(path: Path, by_stem: dict[str, list[Path]], image_folder: Path) -
     same = by_stem.get(path.stem) or by_stem.get(file_name.rpartition(".")[0]) or []
     image = next((x for x in same if x.name == file_name), same[0] if same else None)
     objects, difficult = [], 0
-    for item in root.iter("object"):
+    for number, item in enumerate(root.iter("object"), 1):
         name, box = (item.findtext("name") or "").strip(), item.find("bndbox")
         if not name or box is None:
-            raise UserError(f"{path}: an object has no {'bndbox' if name else 'name'}: add it, or delete the object")
+            missing = "bndbox" if name else "name"
+            raise UserError(f"{path}: object {number} has no {missing}: add it, or delete the object")
         objects.append((name, _read_corners([(box.findtext(key) or "").strip() for key in _CORNERS])))
         difficult += (item.findtext("difficult") or "").strip() == "1"
     image = image or image_folder / (file_name or f"{path.stem}.jpg")

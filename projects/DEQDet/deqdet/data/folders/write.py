@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from ...errors import UserError, describe_os_error
-from ..coco_file import lies_below
+from ..coco_file import SOURCE, lies_below
 from .found import FolderData, FoundSet
 from .yolo import label_path
 
@@ -28,7 +28,8 @@ def write_coco_folder(data: FolderData, folder: Path) -> None:
     for found in data.sets:
         split = found.split or "all"
         _copy_images(found, folder / "images" / split)
-        _write(folder / "annotations" / f"instances_{split}.json", json.dumps(found.content))
+        content = found.content if data.format == "coco" else _without_sources(found.content)
+        _write(folder / "annotations" / f"instances_{split}.json", json.dumps(content))
 
 
 def write_yolo_folder(data: FolderData, folder: Path) -> None:
@@ -53,6 +54,14 @@ def write_yolo_folder(data: FolderData, folder: Path) -> None:
         for name, lines in _label_lines(found, {record["id"]: i for i, record in enumerate(categories)}):
             _write(label_path(folder / "images" / split / name), "".join(lines))
     _write(folder / "data.yaml", yaml.safe_dump(setup, sort_keys=False))
+
+
+def _without_sources(content: dict) -> dict:
+    """A COCO file's content that says no more of the label files from which it was made."""
+    plain = dict(content)
+    for key in content.keys() & {"images", "annotations"}:
+        plain[key] = [{name: value for name, value in x.items() if name != SOURCE} for x in content[key]]
+    return plain
 
 
 def _label_lines(found: FoundSet, numbers: dict[int, int]) -> Iterator[tuple[str, list[str]]]:

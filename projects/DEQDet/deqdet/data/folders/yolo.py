@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from ...errors import UserError, one_line
+from ..coco_file import SOURCE
 from ..image_headers import read_headers, read_stamps
 from .found import (
     SPLIT_FOLDERS,
@@ -213,20 +214,22 @@ def _read_set(file: Path, split: str, images: Sequence[Path], classes: list[str]
         records.append(
             {"file_name": path.relative_to(root).as_posix()}
             | ({"width": header.width, "height": header.height} if known else {})
+            | ({SOURCE: str(label)} if label.is_file() else {})
         )
         scale = (header.width, header.height) if known else (1, 1)
-        for line in read_text(label).splitlines() if label.is_file() else ():
+        lines = read_text(label).splitlines() if label.is_file() else ()
+        for line_number, line in enumerate(lines, 1):
             if words := line.split():
                 annotation, polygon = _read_line(words, scale)
-                annotations.append({"image_id": number, **annotation})
+                annotations.append({"image_id": number, **annotation, SOURCE: f"line {line_number}"})
                 polygons += polygon
     if polygons:
         remarks.append(f"{split}: {polygons} lines are outlines; the boxes around them are used")
     if split == TEST and not any(there):
-        content = make_content(file, classes, records, [])
+        content = make_content(file, classes, records, [], first_class=0)
         del content["annotations"]
         return FoundSet(split, file, root, content)
-    return FoundSet(split, file, root, make_content(file, classes, records, annotations))
+    return FoundSet(split, file, root, make_content(file, classes, records, annotations, first_class=0))
 
 
 def _find_lost_images(labels: Sequence[Path]) -> list[Path]:
@@ -273,12 +276,12 @@ def _read_line(words: Sequence[str], scale: tuple[int, int]) -> tuple[dict, bool
 
 
 def _class_id(given: float | str) -> int | str:
-    """The id that `make_content` gives to a class number; what is no whole number stays as it is, for the check."""
+    """A class number, which is the class's id too; what is no whole number stays as it is, for the check."""
     try:
         value = float(given)
     except ValueError:
         return str(given)
-    return int(value) + 1 if value.is_integer() else str(given)
+    return int(value) if value.is_integer() else str(given)
 
 
 def _walk_files(folder: Path) -> Iterator[Path]:

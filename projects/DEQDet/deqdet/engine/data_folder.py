@@ -1,0 +1,127 @@
+"""OUTPUT_DIR/data: the COCO files and the settings of a `--data` training, unchanged until another training begins.
+
+A new run may still be refused after its files are written, for example because its weights do not fit. Until it begins,
+its settings therefore lie beside the folder, in data.new.DIGEST, and its sets get names that the folder does not have
+yet, so that their paths are already those of the training. All processes of a run write the same files, and write each
+whole or not at all.
+"""
+
+import filecmp
+import hashlib
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..checkpoints.files import replacing, write_text
+from ..errors import UserError, describe_os_error
+
+FOLDER, CONFIG, FLAGS = "data", "config.yaml", "flags.json"  # the folder within OUTPUT_DIR, and its files
+_NEW = f"{FOLDER}.new."  # how the names of folders begin whose training has not begun
+_SET = re.compile(r"(train|val|test)(-[0-9a-f]{8})?\.json")
+
+
+def write_sets(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """Copy COCO files into OUTPUT_DIR/data, where no file of a training that has begun is changed.
+
+    A set is named after its split. If a training that has begun has another file of this name, a digest of the contents
+    is added to it.
+
+    Args:
+        files: the COCO files by split.
+
+    Returns:
+        Where each of them lies now.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    _make(folder)
+    begun, places = (folder / CONFIG).is_file(), {}
+    for split, file in files.items():
+        place = folder / f"{split}.json"
+        if begun and place.is_file() and not filecmp.cmp(file, place, shallow=False):
+            place = folder / f"{split}-{_digest(file)}.json"
+        if not (place.is_file() and filecmp.cmp(file, place, shallow=False)):
+            with file.open("rb") as source, replacing(place) as target:
+                shutil.copyfileobj(source, target)
+        places[split] = place
+    return places
+
+
+def write_settings(config: str, flags: str, folder: Path, *, at_once: bool) -> Path:
+    """Write the settings of a run, and return its config file.
+
+    Args:
+        folder: OUTPUT_DIR/data.
+        at_once: write them into the folder itself, where `put_in_place` puts them otherwise.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    if not at_once:
+        digest = hashlib.sha256(f"{config}\0{flags}".encode(errors="backslashreplace")).hexdigest()[:8]
+        folder = folder.with_name(f"{_NEW}{digest}")
+    _make(folder)
+    write_text(flags, folder / FLAGS)
+    write_text(config, folder / CONFIG)
+    return folder / CONFIG
+
+
+def put_in_place(config_file: Path, sets: Iterable[str]) -> None:
+    """Make a run's settings those of OUTPUT_DIR/data, and delete what no training uses any more.
+
+    That is the sets of the training before, and the settings of runs that never began. A config file that is in its
+    place already, as that of a resumed training is, stays there.
+
+    Args:
+        config_file: what `write_settings` returned.
+        sets: the COCO files of the run.
+
+    Raises:
+        UserError: a file cannot be written or deleted.
+    """
+    staged, folder, used = config_file.parent, config_file.parent.with_name(FOLDER), {Path(name) for name in sets}
+    if staged.name == FOLDER:
+        return
+    try:
+        texts = {name: (staged / name).read_text() for name in (FLAGS, CONFIG)}
+    except FileNotFoundError:  # a machine that shares the disk was faster
+        return
+    try:
+        (folder / FLAGS).unlink(missing_ok=True)  # so that they never stand beside the settings of another run
+        write_text(texts[CONFIG], folder / CONFIG)
+        write_text(texts[FLAGS], folder / FLAGS)
+        for path in folder.iterdir():
+            if _SET.fullmatch(path.name) and path.absolute() not in used:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be replaced ({describe_os_error(error)})") from error
+    for path in folder.parent.glob(f"{_NEW}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class DataInPlace(HookBase):
+    """Puts the settings of a `--data` run into their place when its training begins, on each machine of the run."""
+
+    def __init__(self, config_file: str):
+        self._config_file = Path(config_file)
+
+    def before_train(self) -> None:
+        comm.synchronize()  # rank 0 has then deleted the training that --overwrite is about
+        if comm.get_local_rank() == 0:
+            put_in_place(self._config_file, [entry[1] for entry in self.trainer.cfg.DATASETS.REGISTER])
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {folder.parent} cannot be made ({describe_os_error(error)})") from error
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
