@@ -8,6 +8,7 @@ import torch
 
 from deqdet.checkpoints.files import read_torch
 from deqdet.engine import Trainer, UserError, setup
+from deqdet.model_zoo import get_config
 from deqdet.tools.train_net import work
 
 from helpers.engine_toy import IN_PROCESS, parse
@@ -69,10 +70,11 @@ def test_overwrite_deletes_nothing_before_the_new_training_begins(finished, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.pth").write_bytes(b"no checkpoint")
     out = tmp_path / "out"
-    before = {path.name for path in out.glob("model_*")}
+    before, config = {path.name for path in out.glob("model_*")}, (out / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=message):
         work(parse(finished, "--overwrite", *words))
     assert {path.name for path in out.glob("model_*")} == before != set()
+    assert (out / "config.yaml").read_bytes() == config
     work(parse(finished, "--resume"))  # which is not taken for the overwriting one
     assert {path.name for path in out.glob("model_*")} == before
 
@@ -117,7 +119,8 @@ def test_a_finished_training_writes_its_model_again(toy_config, tmp_path, broken
     assert len(lines) == len(metrics.splitlines()) == 2
 
 
-def test_resume_with_a_model_that_cannot_fit(finished):
+def test_resume_with_a_model_that_cannot_fit(finished, tmp_path):
+    config = (tmp_path / "out" / "config.yaml").read_bytes()
     for key, value, message in (
         ("MODEL.META_ARCHITECTURE", "WiderToy", "does not fit the model: backbone.0.weight is"),
         ("SOLVER.WEIGHT_DECAY_NORM", 0.3, "does not fit this config .*parameter group"),
@@ -125,6 +128,21 @@ def test_resume_with_a_model_that_cannot_fit(finished):
         trainer = Trainer(setup(parse(finished, "--resume", key, value)))
         with pytest.raises(UserError, match=message):
             trainer.resume_or_load(resume=True)
+    assert (tmp_path / "out" / "config.yaml").read_bytes() == config
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_config_yaml_is_that_of_the_training_that_has_begun(finished, tmp_path, flag):
+    config = tmp_path / "out" / "config.yaml"
+    work(parse(finished, flag, "SOLVER.MAX_ITER", 8))
+    assert get_config(str(config)).SOLVER.MAX_ITER == 8
+    with pytest.raises(UserError, match="does not fit"):
+        work(parse(finished, "--resume", "SOLVER.MAX_ITER", 9, "MODEL.META_ARCHITECTURE", "WiderToy"))
+    assert get_config(str(config)).SOLVER.MAX_ITER == 8
+    for path in config.parent.iterdir():
+        path.unlink() if path.is_file() else None
+    work(parse(finished))  # and not the config of the refused one
+    assert get_config(str(config)).SOLVER.MAX_ITER < 8
 
 
 def test_a_full_disk_is_one_line(toy_config, tmp_path):

@@ -4,7 +4,7 @@ import argparse
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..plugins import import_plugins
 from .determinism import set_determinism
 from .options import check_options
 from .pretrained import check_backbone_weights
-from .run_folder import check_folder, claim_folder, find_results
+from .run_folder import CONFIG, check_folder, claim_folder, find_results, hold_config
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Everything that comes before the model is built: config, data sets, log files, seed.
 
     A MODEL.DEVICE of "cuda" becomes "cpu" where there is no CUDA. A training locks OUTPUT_DIR until its process ends.
-    An evaluation in the folder of a training leaves that training's config.yaml as it is.
+    The config.yaml of a training that OUTPUT_DIR holds already stays as it is in an evaluation. If the training is
+    resumed or overwritten, it stays until the new one begins (see `begin_training`).
 
     Args:
         args: what `argument_parser` parses.
@@ -58,7 +59,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.freeze()
         # It logs the text of the config file, which may be given by its name in the model zoo.
         file = find_config(args.config_file) if args.config_file else ""
-        with _whole_config_file(keep=args.eval_only and bool(find_results(Path(cfg.OUTPUT_DIR)))):
+        with _whole_config_file(_config_writer(cfg, args)):
             default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": file}))
         set_determinism(cfg.DETERMINISTIC)
     return cfg
@@ -72,14 +73,19 @@ def _writable(folder: str) -> Iterator[None]:
         raise UserError(f"{error.filename or folder} cannot be written ({describe_os_error(error)})") from error
 
 
+def _config_writer(cfg: CfgNode, args: argparse.Namespace) -> Callable[[Path, str], None]:
+    """What becomes of the text of config.yaml."""
+    folder = Path(cfg.OUTPUT_DIR)
+    if not find_results(folder) or not (folder / CONFIG).is_file():
+        return lambda path, text: write_text(text, path)
+    return (lambda path, text: None) if args.eval_only else (lambda path, text: hold_config(path.parent, text))
+
+
 class _WholeFiles:
-    """detectron2's PathManager, but a text file that is opened for writing appears when it is whole.
+    """detectron2's PathManager, but a text file that is opened for writing is given to `write` when it is whole."""
 
-    With `keep`, a file that is there already stays as it is.
-    """
-
-    def __init__(self, *, keep: bool):
-        self._keep = keep
+    def __init__(self, write: Callable[[Path, str], None]):
+        self._when_whole = write
 
     def __getattr__(self, name: str) -> object:
         return getattr(PathManager, name)
@@ -88,17 +94,16 @@ class _WholeFiles:
     def _write(self, path: str) -> Iterator[io.StringIO]:
         text = io.StringIO()
         yield text
-        if not (self._keep and Path(path).is_file()):
-            write_text(text.getvalue(), Path(path))
+        self._when_whole(Path(path), text.getvalue())
 
     def open(self, path: str, mode: str = "r") -> object:
         return self._write(path) if mode == "w" else PathManager.open(path, mode)
 
 
 @contextmanager
-def _whole_config_file(*, keep: bool) -> Iterator[None]:
-    """Let default_setup write config.yaml whole or not at all; the name in its module stands for another object."""
-    original, defaults.PathManager = defaults.PathManager, _WholeFiles(keep=keep)
+def _whole_config_file(write: Callable[[Path, str], None]) -> Iterator[None]:
+    """Let default_setup give config.yaml to `write`; the name in its module stands for another object meanwhile."""
+    original, defaults.PathManager = defaults.PathManager, _WholeFiles(write)
     try:
         yield
     finally:

@@ -12,13 +12,13 @@ import yaml
 
 from detectron2.config import CfgNode
 
-from ..checkpoints.files import UNFINISHED
+from ..checkpoints.files import UNFINISHED, write_text
 from ..checkpoints.publish import AVERAGE
 from ..errors import UserError, describe_os_error
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
+LOCK, CONFIG = ".lock", "config.yaml"
 # What a training leaves behind and a later one relies on, or would mix with its own. Logs and config.yaml, which a
 # start that failed leaves too, and the folder inference/, which an evaluation fills, are not among them.
 _RESULTS = re.compile(
@@ -31,6 +31,7 @@ _DETECTIONS = re.compile(r"coco_instances_results\.json|instances_predictions\.p
 
 _locks: dict[str, int] = {}  # folder: file descriptor; the lock ends with the process, however that ends
 _overwritten: set[str] = set()  # folders whose earlier training is deleted when that of this process begins
+_configs: dict[str, str] = {}  # folder: the text of config.yaml, which is written when the training begins
 
 
 def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -89,7 +90,7 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
     The lock is the operating system's: it ends with the process, even if that is killed.
 
     Args:
-        overwrite: `delete_overwritten` is to delete the training that is there.
+        overwrite: `begin_training` is to delete the training that is there.
 
     Raises:
         UserError: another process holds the lock, or the folder cannot be written.
@@ -102,31 +103,43 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
             path.unlink()
     except OSError as error:
         raise _cannot_delete(error) from error
+    _configs.pop(key, None)
     if overwrite:
         _overwritten.add(key)
     else:
         _overwritten.discard(key)
 
 
-def delete_overwritten(folder: Path) -> None:
-    """Delete the training and its detections in a folder that was claimed with `overwrite`; in others nothing.
+def hold_config(folder: Path, text: str) -> None:
+    """Keep the text of config.yaml until `begin_training`, since the folder has the config.yaml of another training."""
+    _configs[str(folder.resolve())] = text
 
-    Call it when the new training begins: if a config, a data set or weights turn out to be wrong before, the old
-    training is still there.
+
+def begin_training(folder: Path) -> None:
+    """Make a folder that of the training that begins now: carry out what was put off while it could still be refused.
+
+    That is the deletion of the training and its detections in a folder that was claimed with `overwrite`, and the
+    config.yaml of `hold_config`. If a config, a data set or weights turn out to be wrong before, the folder is as it
+    was.
 
     Raises:
-        UserError: a file cannot be deleted.
+        UserError: a file cannot be deleted or written.
     """
     key = str(folder.resolve())
-    if key not in _overwritten:
-        return
+    if key in _overwritten:
+        _delete_training(folder)
+        _overwritten.remove(key)
+    if key in _configs:
+        write_text(_configs.pop(key), folder / CONFIG)
+
+
+def _delete_training(folder: Path) -> None:
     results, detections = find_results(folder), _find_detections(folder)
     try:
         for path in (*results, *detections):
             path.unlink()
     except OSError as error:
         raise _cannot_delete(error) from error
-    _overwritten.remove(key)
     if results or detections:
         names = ", ".join(str(path.relative_to(folder)) for path in (*results, *detections))
         logger.warning("--overwrite: deleted %s in %s", names, folder)
@@ -143,7 +156,7 @@ def has_other_test_sets(folder: Path, names: Sequence[str]) -> bool:
     Its metrics.json and the detections right in inference/ are then not those of these sets.
     """
     try:
-        known = yaml.safe_load((folder / "config.yaml").read_text())["DATASETS"]["TEST"]
+        known = yaml.safe_load((folder / CONFIG).read_text())["DATASETS"]["TEST"]
         return bool(find_results(folder)) and list(known) != list(names)
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return False

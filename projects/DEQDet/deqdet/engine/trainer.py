@@ -64,7 +64,7 @@ from .resume import (
     restore_storage,
     storage_state,
 )
-from .run_folder import delete_overwritten, has_other_test_sets
+from .run_folder import begin_training, has_other_test_sets
 from .signals import StopOnSignal
 from .step import PRECISIONS, StepTrainer
 from .validation import build_validation_loss
@@ -180,11 +180,11 @@ class Trainer(DefaultTrainer, EndableTrainer):
     def before_train(self) -> None:
         """Call the hooks, put the metrics back, and do what was left to do of the iteration that a checkpoint is of.
 
-        With --overwrite, the earlier training in OUTPUT_DIR is deleted now that nothing can be wrong any more.
+        What OUTPUT_DIR holds of an earlier training is replaced now that nothing can be wrong any more.
         """
         self._ready = False
         if comm.is_main_process():
-            delete_overwritten(Path(self.cfg.OUTPUT_DIR))
+            begin_training(Path(self.cfg.OUTPUT_DIR))
         super().before_train()
         if self._resuming:
             self._go_back_to_checkpoint()
