@@ -1,4 +1,4 @@
-"""Damaged data sets: each is refused with one line, put right or used, and what is used is used rightly."""
+"""Damaged data sets: each is refused with one line, repaired or used, and what is used is used rightly."""
 
 import json
 import logging

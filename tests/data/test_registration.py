@@ -64,7 +64,7 @@ def register(tiny, name="tiny", **datasets):
 
 
 def test_registered_set_loads_and_tells_its_classes(tiny):
-    del tiny[0]["annotations"][1]  # nothing is to be put right
+    del tiny[0]["annotations"][1]  # nothing is to be repaired
     register(tiny)
     meta = MetadataCatalog.get("tiny")
     assert (meta.evaluator_type, meta.json_file, meta.image_root) == ("coco", str(tiny[1]), str(tiny[2]))

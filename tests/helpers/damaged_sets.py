@@ -18,7 +18,7 @@ from PIL import Image
 NAMES = ("red", "green", "blue")
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230)}
 WIDTH, HEIGHT = 96, 64
-REFUSED, LEFT_OUT, PUT_RIGHT, USED = "refused", "refused, or left out", "put right", "used"
+REFUSED, LEFT_OUT, REPAIRED, USED = "refused", "refused, or left out", "repaired", "used"
 BEGIN, END = "<!-- the table of damaged data sets begins -->", "<!-- the table of damaged data sets ends -->"
 
 
@@ -124,12 +124,12 @@ def each(records: list[dict], change: Callable[[dict], dict]) -> None:
 # --- the file
 
 
-@damage("a byte order mark before the JSON", PUT_RIGHT, "UTF-8 with a byte order mark")
+@damage("a byte order mark before the JSON", REPAIRED, "UTF-8 with a byte order mark")
 def _(s):
     s.content = b"\xef\xbb\xbf" + json.dumps(s.data).encode()
 
 
-@damage("JSON in UTF-16", PUT_RIGHT, "is in UTF-16")
+@damage("JSON in UTF-16", REPAIRED, "is in UTF-16")
 def _(s):
     s.content = json.dumps(s.data).encode("utf-16")
 
@@ -170,7 +170,7 @@ def _(s):
     s.content = b"[]"
 
 
-@damage("no `info` and no `licenses` (pycocotools 2.0.10 fails)", PUT_RIGHT, "has no info, which some")
+@damage("no `info` and no `licenses` (pycocotools 2.0.10 fails)", REPAIRED, "has no info, which some")
 def _(s):
     del s.data["info"], s.data["licenses"]
 
@@ -209,7 +209,7 @@ def _(s):
 # --- classes
 
 
-@damage("the classes under other ids", PUT_RIGHT, "matched by name")
+@damage("the classes under other ids", REPAIRED, "matched by name")
 def _(s):
     new = {1: 3, 2: 1, 3: 2}
     each(s.data["categories"] + s.annotations, lambda r: {"id" if "name" in r else "category_id":
@@ -260,7 +260,7 @@ def _(s):
     s.data["categories"][1]["id"] = 1
 
 
-@damage("class names that are numbers", PUT_RIGHT, "has the number 1 as its name", names=("1", "2", "3"))
+@damage("class names that are numbers", REPAIRED, "has the number 1 as its name", names=("1", "2", "3"))
 def _(s):
     each(s.data["categories"], lambda c: {"name": c["id"]})
 
@@ -270,13 +270,13 @@ def _(s):
     s.data["categories"][1]["name"] = ""
 
 
-@damage("text as category ids", PUT_RIGHT, "as its id, with which pycocotools cannot work")
+@damage("text as category ids", REPAIRED, "as its id, with which pycocotools cannot work")
 def _(s):
     each(s.data["categories"], lambda c: {"id": f"c{c['id']}"})
     each(s.annotations, lambda a: {"category_id": f"c{a['category_id']}"})
 
 
-@damage("category ids written as 1.0", PUT_RIGHT, "which is no whole number of usual size")
+@damage("category ids written as 1.0", REPAIRED, "which is no whole number of usual size")
 def _(s):
     each(s.data["categories"], lambda c: {"id": float(c["id"])})
     each(s.annotations, lambda a: {"category_id": float(a["category_id"])})
@@ -285,18 +285,18 @@ def _(s):
 # --- ids
 
 
-@damage("text as image ids", PUT_RIGHT, "has the text 'img-1' as its id")
+@damage("text as image ids", REPAIRED, "has the text 'img-1' as its id")
 def _(s):
     each(s.images, lambda i: {"id": f"img-{i['id']}"})
     each(s.annotations, lambda a: {"image_id": f"img-{a['image_id']}"})
 
 
-@damage('image ids 1 in the list of images, "1" in the annotations', PUT_RIGHT, "they are taken for the same")
+@damage('image ids 1 in the list of images, "1" in the annotations', REPAIRED, "they are taken for the same")
 def _(s):
     each(s.annotations, lambda a: {"image_id": str(a["image_id"])})
 
 
-@damage("image ids beyond 2**63", PUT_RIGHT, "which is no whole number of usual size")
+@damage("image ids beyond 2**63", REPAIRED, "which is no whole number of usual size")
 def _(s):
     each(s.images, lambda i: {"id": 2**70 + i["id"]})
     each(s.annotations, lambda a: {"image_id": 2**70 + a["image_id"]})
@@ -318,22 +318,22 @@ def _(s):
     s.images[1]["id"] = None
 
 
-@damage("text as annotation ids", PUT_RIGHT, "has id 'a1', which pycocotools cannot use")
+@damage("text as annotation ids", REPAIRED, "has id 'a1', which pycocotools cannot use")
 def _(s):
     each(s.annotations, lambda a: {"id": f"a{a['id']}"})
 
 
-@damage("annotation id 0", PUT_RIGHT, "has id 0, which pycocotools cannot use")
+@damage("annotation id 0", REPAIRED, "has id 0, which pycocotools cannot use")
 def _(s):
     each(s.annotations, lambda a: {"id": a["id"] - 1})
 
 
-@damage("all annotations with the same id", PUT_RIGHT, "has the id of another annotation")
+@damage("all annotations with the same id", REPAIRED, "has the id of another annotation")
 def _(s):
     each(s.annotations, lambda a: {"id": 5})
 
 
-@damage("annotations without an id", PUT_RIGHT, "has no id")
+@damage("annotations without an id", REPAIRED, "has no id")
 def _(s):
     for annotation in s.annotations:
         del annotation["id"]
@@ -366,17 +366,17 @@ def _(s):
 # --- fields of annotations
 
 
-@damage('`iscrowd` as text, "0"', PUT_RIGHT, "has iscrowd '0': it is read as 0")
+@damage('`iscrowd` as text, "0"', REPAIRED, "has iscrowd '0': it is read as 0")
 def _(s):
     each(s.annotations, lambda a: {"iscrowd": "0"})
 
 
-@damage("`iscrowd` as true and false", PUT_RIGHT, "has iscrowd False: it is read as 0")
+@damage("`iscrowd` as true and false", REPAIRED, "has iscrowd False: it is read as 0")
 def _(s):
     each(s.annotations, lambda a: {"iscrowd": False})
 
 
-@damage("no `iscrowd`", PUT_RIGHT, "has no iscrowd: it is taken for 0")
+@damage("no `iscrowd`", REPAIRED, "has no iscrowd: it is taken for 0")
 def _(s):
     for annotation in s.annotations:
         del annotation["iscrowd"]
@@ -388,23 +388,23 @@ def _(s):
     s.annotations[2]["iscrowd"] = "perhaps"
 
 
-@damage("`area` null", PUT_RIGHT, "has area None: the area of its box stands in for it")
+@damage("`area` null", REPAIRED, "has area None: the area of its box stands in for it")
 def _(s):
     each(s.annotations, lambda a: {"area": None})
 
 
-@damage("`area` as text", PUT_RIGHT, "as text: it is read as a number")
+@damage("`area` as text", REPAIRED, "as text: it is read as a number")
 def _(s):
     each(s.annotations, lambda a: {"area": str(a["area"])})
 
 
-@damage("no `area`", PUT_RIGHT, "has no area: the area of its box stands in for it")
+@damage("no `area`", REPAIRED, "has no area: the area of its box stands in for it")
 def _(s):
     for annotation in s.annotations:
         del annotation["area"]
 
 
-@damage("`area` infinite", PUT_RIGHT, "has area inf: the area of its box stands in for it")
+@damage("`area` infinite", REPAIRED, "has area inf: the area of its box stands in for it")
 def _(s):
     each(s.annotations, lambda a: {"area": float("inf")})
 
@@ -437,7 +437,7 @@ def _(s):
     each(s.annotations, lambda a: {"bbox": _corners(a["bbox"])})
 
 
-@damage("boxes as two corners, with BOX_FORMAT xyxy", PUT_RIGHT, "they are converted",
+@damage("boxes as two corners, with BOX_FORMAT xyxy", REPAIRED, "they are converted",
         options=("DATASETS.BOX_FORMAT", "xyxy"))  # fmt: skip
 def _(s):
     each(s.annotations, lambda a: {"bbox": _corners(a["bbox"])})
@@ -448,7 +448,7 @@ def _(s):
     each(s.annotations, lambda a: {"bbox": _fractions(a["bbox"])})
 
 
-@damage("boxes as fractions, with BOX_FORMAT xywh_relative", PUT_RIGHT, "they are converted",
+@damage("boxes as fractions, with BOX_FORMAT xywh_relative", REPAIRED, "they are converted",
         options=("DATASETS.BOX_FORMAT", "xywh_relative"))  # fmt: skip
 def _(s):
     each(s.annotations, lambda a: {"bbox": _fractions(a["bbox"])})
@@ -490,19 +490,19 @@ def _(s):
     s.annotations[2]["bbox"][2] = -5
 
 
-@damage("a box that leaves its image by 10 pixels", PUT_RIGHT, "it is cut at the border")
+@damage("a box that leaves its image by 10 pixels", REPAIRED, "it is cut at the border")
 def _(s):
     s.annotations[3]["bbox"] = [70, 20, 36, 20]
     s.truth["2.png"][1] = (s.truth["2.png"][1][0], [70, 20, 26, 20])
 
 
-@damage("a box without area", PUT_RIGHT, "which has no area: it is left out")
+@damage("a box without area", REPAIRED, "which has no area: it is left out")
 def _(s):
     s.drop_box()
     s.annotations[2]["bbox"][2] = 0
 
 
-@damage("boxes as text", PUT_RIGHT, "with text: it is read as numbers")
+@damage("boxes as text", REPAIRED, "with text: it is read as numbers")
 def _(s):
     each(s.annotations, lambda a: {"bbox": [str(value) for value in a["bbox"]]})
 
@@ -635,12 +635,12 @@ def _(s):
     s.images[1]["file_name"] = "2.tif"
 
 
-@damage("width and height as text", PUT_RIGHT, "has width '96': it is read as a whole number")
+@damage("width and height as text", REPAIRED, "has width '96': it is read as a whole number")
 def _(s):
     each(s.images, lambda i: {"width": str(i["width"]), "height": str(i["height"])})
 
 
-@damage("no width and height", PUT_RIGHT, "has width None: it is taken from the image file")
+@damage("no width and height", REPAIRED, "has width None: it is taken from the image file")
 def _(s):
     for image in s.images:
         del image["width"], image["height"]

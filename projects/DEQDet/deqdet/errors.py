@@ -1,8 +1,8 @@
-"""The one exception that means "the user can put this right"."""
+"""The one exception that means "the user can correct this"."""
 
 
 class UserError(Exception):
-    """A mistake in a command, a config, a file or a data set that the user can put right.
+    """A mistake in a command, a config, a file or a data set that the user can correct.
 
     The message is one line. It names what is wrong (the flag, the key, the file or the image) and says what to do.
     Every tool prints it on stderr, without a traceback, and exits with code 1.

@@ -1,4 +1,4 @@
-"""Reads the boxes of a COCO-format file: what can be put right is, and what cannot is named.
+"""Reads the boxes of a COCO-format file: what can be repaired is repaired, and what cannot is named.
 
 Boxes are (x, y, width, height) in pixels, as COCO defines, unless DATASETS.BOX_FORMAT says otherwise.
 """

@@ -49,7 +49,7 @@ class CheckOptions:
 class CheckedSet:
     """A data set that can be used."""
 
-    json_file: str  # the file itself, or the copy in which things are put right
+    json_file: str  # the file itself, or the copy in which things are repaired
     category_ids: tuple[int, ...]  # in json_file, ascending, which is the model's order
     class_names: tuple[str, ...]  # in the model's order
     labelled: bool  # False: it can be predicted, but not evaluated
@@ -68,7 +68,7 @@ def check_coco_file(
     class_names: Sequence[str] = (),
     model: str = "",
 ) -> CheckedSet:
-    """Check a data set, and put right what can be.
+    """Check a data set, and repair what can be repaired.
 
     Args:
         where: what to call the file in messages.

@@ -213,7 +213,7 @@ def _note_id(findings: Findings, name: str, given: object, number: int | str) ->
 
 
 def _read_side(findings: Findings, name: str, key: str, value: object) -> int | None:
-    """A width or height; text such as "640" is put right, and what is no number is taken from the file later."""
+    """A width or height; text such as "640" is read as a number. What is no number is later taken from the image."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     try:

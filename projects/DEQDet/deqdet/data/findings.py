@@ -1,4 +1,4 @@
-"""What a check of a data set finds: faults that stop a run, faults that are put right, and remarks.
+"""What a check of a data set finds: faults that stop a run, faults that are repaired, and remarks.
 
 The findings of one kind are counted together and told in one line that names the first few of them, so that a fault in
 every annotation of a large file does not become a hundred thousand lines.
@@ -6,7 +6,7 @@ every annotation of a large file does not become a hundred thousand lines.
 
 from dataclasses import dataclass, field
 
-BROKEN, REPAIRED, REMARK = "broken", "put right", "remark"  # the levels
+BROKEN, REPAIRED, REMARK = "broken", "repaired", "remark"  # the levels
 _SHOWN = 5  # examples that a line names
 
 
