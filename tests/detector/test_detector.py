@@ -79,6 +79,7 @@ def test_levels_of_another_width_are_an_error(small_cfg):
 def fixed_model(small_model, boxes: list, logits: list) -> nn.Module:
     model = small_model().eval()
     model.decoder = FixedDecoder(Prediction(torch.tensor([logits]), torch.tensor([boxes])))
+    model.criterion.num_classes = len(logits[0])
     return model
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "projects" / "DEQDet" / "deqdet"
 # that of the design's data flow; a new module needs a place here.
 LEVELS = (
     {"errors", "extras", "version", "config", "equilibrium", "structures", "boxes", "quiet_imports"},
-    {"config_file", "config_types", "drawing"},
+    {"config_file", "config_types", "contract", "drawing"},
     {"model_zoo", "plugins", "backbones", "queries", "layers", "perturbation"},
     {"decoders", "matcher"},
     {"criterion", "inference"},

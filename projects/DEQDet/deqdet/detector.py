@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
 
+from .contract import check_decoded, check_supervised, describe, describe_source, finite_boxes
 from .criterion import Criterion, mean_matches
 from .decoders import Decoder, DecodingGraphs, Trajectory, build_decoder, compile_refinement
 from .equilibrium import Solver
@@ -40,9 +42,11 @@ class BatchTrajectory:
 
         Raises:
             KeyError: that step was not recorded.
+            UserError: a box is infinite or NaN.
         """
         prediction = self.trajectory.predict(step)
-        return make_detections(prediction, self.images.image_sizes, self.original_sizes, self.max_detections)
+        with finite_boxes(partial(describe, self.trajectory.refinement)):
+            return make_detections(prediction, self.images.image_sizes, self.original_sizes, self.max_detections)
 
 
 @META_ARCH_REGISTRY.register()
@@ -158,7 +162,7 @@ class DEQDet(nn.Module):
             In training the weighted losses, to be summed. At test time, see `infer`.
 
         Raises:
-            UserError: an image without "instances" in training.
+            UserError: an image without "instances" in training, or a part of the user's own that does not fit.
         """
         if not self.training:
             return self.infer(batched_inputs)
@@ -171,7 +175,9 @@ class DEQDet(nn.Module):
         targets = Targets.from_instances([x["instances"] for x in batched_inputs], self.device)
         features, initial = self.encode(self.preprocess(batched_inputs))
         names = [x.get("file_name", "") for x in batched_inputs]
-        return self.criterion(self.decoder.supervise(initial, features), targets, names, normalizer)
+        predictions = self.decoder.supervise(initial, features)
+        check_supervised(self.decoder, predictions, len(batched_inputs), self.criterion.num_classes)
+        return self.criterion(predictions, targets, names, normalizer)
 
     def loss_normalizer(self, batched_inputs: list[dict]) -> Tensor:
         """What the losses of a batch are divided by: () its matched boxes, averaged over the ranks, but at least 1.
@@ -206,7 +212,8 @@ class DEQDet(nn.Module):
             with an equilibrium, "residual": () the relative residual of the last iterate.
 
         Raises:
-            UserError: an option is given, but the decoder has no equilibrium.
+            UserError: an option is given, but the decoder has no equilibrium; or a part of the user's own returned
+                another object, other shapes, or a box that is infinite or NaN.
         """
         decoded, found = self.decode(batched_inputs, steps=steps, rtol=rtol, solver=solver)
         if failed := int((~decoded.finite).sum()):  # last, since it waits for the device
@@ -230,8 +237,10 @@ class DEQDet(nn.Module):
         with self.autocast():
             features, initial = self.encode(images)
             decoded = self.decode_queries(initial, features, steps=steps, rtol=rtol, solver=solver)
+        check_decoded(self.decoder, decoded, len(batched_inputs), self.criterion.num_classes)
         sizes = _original_sizes(batched_inputs, images.image_sizes)
-        return decoded, make_detections(decoded.prediction, images.image_sizes, sizes, self.max_detections)
+        with finite_boxes(partial(describe_source, self.decoder)):
+            return decoded, make_detections(decoded.prediction, images.image_sizes, sizes, self.max_detections)
 
     def decode_queries(
         self,

@@ -6,7 +6,9 @@ a file must not run code.
 
 import importlib
 import importlib.util
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +27,17 @@ def import_plugins(names: Sequence[str]) -> None:
     for name in names:
         try:
             _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
-        except Exception as error:  # whatever the user's code raises
-            raise UserError(f"--plugin {name} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
+            raise UserError(f"--plugin {name} cannot be imported: {_explain(error)}") from error
+
+
+def _explain(error: BaseException) -> str:
+    """An exception on one line, with the line of the file that raised it."""
+    if registered := re.match(r"An object named '(.+)' was already registered in '(.+)' registry", str(error)):
+        return f"the name {registered[1]} is registered in {registered[2]} already: choose another one"
+    told = f"{type(error).__name__}: {one_line(error)}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return told if isinstance(error, SyntaxError | ImportError) else f"{told} ({place.filename}, line {place.lineno})"
 
 
 def _import_file(path: Path) -> None:

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
+from ..contract import construct
 from ..equilibrium import Solver
 from ..errors import UserError
 from ..layers import RefinementLayer, compile_layer, look_up
@@ -77,7 +78,8 @@ class Decoder(nn.Module, ABC):
 
 def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> Decoder:
     """Build the decoder that MODEL.DEQDET.DECODER names."""
-    return look_up(DECODER_REGISTRY, "MODEL.DEQDET.DECODER", cfg.MODEL.DEQDET.DECODER)(cfg, input_shapes)
+    decoder = look_up(DECODER_REGISTRY, "MODEL.DEQDET.DECODER", cfg.MODEL.DEQDET.DECODER)
+    return construct(decoder, (cfg, input_shapes), Decoder, {"supervise": 2, "decode": 2, "execution": 0})
 
 
 def compile_refinement(decoder: Decoder) -> None:

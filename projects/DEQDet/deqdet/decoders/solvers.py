@@ -6,9 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 
+import torch
+from torch import Tensor
+
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
+from ..contract import describe
 from ..equilibrium import Anderson, Broyden, FixedPointIteration, Solver
 from ..layers import look_up
 
@@ -18,7 +22,8 @@ Solvers of the fixed point: frozen dataclasses with the methods of deqdet.equili
 its options: a field takes its value from MODEL.DEQDET.SOLVER.OPTIONS, where it stands under its own name in upper case,
 and else has its default. docs/extending.md has a complete example.
 """
-for _solver in (FixedPointIteration, Anderson, Broyden):
+OURS = (FixedPointIteration, Anderson, Broyden)
+for _solver in OURS:
     SOLVER_REGISTRY.register(_solver)
 
 # Fields that also have a config key of their own, beside MODEL.DEQDET.SOLVER.NAME; OPTIONS comes first.
@@ -35,8 +40,9 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
             ("Anderson(history_size=4, damping=0.5)"). None: MODEL.DEQDET.SOLVER.NAME.
 
     Raises:
-        ValueError: the name is unknown, the solver has no such option, or an option is out of range. DAMPING, MEMORY
-            and REGULARIZATION are checked even if this solver does not use them.
+        ValueError: the name is unknown, the solver has no such option, an option is out of range, or a solver of the
+            user's own does not fit. DAMPING, MEMORY and REGULARIZATION are checked even if this solver does not use
+            them.
     """
     options = cfg.MODEL.DEQDET.SOLVER
     name, own = (_find(options.NAME) or options.NAME, {}) if spec is None else parse_spec(spec)
@@ -55,10 +61,37 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
         if unknown := [field for field in values if field not in known]:
             has = f"its options are {', '.join(known)}" if known else "it has no options"
             raise ValueError(f"{name} has no option {unknown[0]}: {has}")
-        return solver(**values)
+        built = solver(**values)
     except (TypeError, ValueError) as error:
         where = f"MODEL.DEQDET.SOLVER (NAME {name})" if spec is None else f"solver {spec}"
         raise ValueError(f"{where}: {error}") from error
+    if solver not in OURS:
+        _try_step(built)
+    return built
+
+
+def _try_step(solver: Solver) -> None:
+    """Take one step of a solver of the user's own with two rows of zeros, and see that it returns what solve() needs.
+
+    Raises:
+        ValueError: it does not, or lacks a method.
+    """
+    name = describe(solver)
+    if missing := [method for method in ("init", "step") if not callable(getattr(solver, method, None))]:
+        raise ValueError(f"{name} has no method {missing[0]}: see deqdet.equilibrium.Solver")
+    iterate = torch.zeros(2, 64)
+    state = solver.init(iterate)
+    if not _is_state(state, rows=2):
+        raise ValueError(f"{name}.init must return a tuple of tensors with one row for each of the iterate's")
+    result = solver.step(iterate, iterate, state)
+    if not (isinstance(result, tuple) and len(result) == 2 and _is_state(result[1], rows=2)):
+        raise ValueError(f"{name}.step must return the next iterate and the next state, a tuple of tensors as of init")
+    if not isinstance(result[0], Tensor) or result[0].shape != iterate.shape:
+        raise ValueError(f"{name}.step must return the next iterate in the shape of the one that it got")
+
+
+def _is_state(state: object, *, rows: int) -> bool:
+    return isinstance(state, tuple) and all(isinstance(part, Tensor) and len(part) == rows for part in state)
 
 
 def check_keys(options: CfgNode) -> None:

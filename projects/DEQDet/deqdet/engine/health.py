@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -10,12 +11,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from detectron2.engine import HookBase
+from detectron2.modeling import Backbone
 from detectron2.utils import comm
 
 from ..checkpoints.files import CheckpointError, write_torch
 from ..checkpoints.latest import TAG
+from ..contract import describe, describe_source
 from ..data import mix_seed, seed_all
+from ..decoders import Decoder
+from ..detector import DEQDet
 from ..errors import UserError, one_line
+from ..layers import RefinementLayer
 from .models import unwrap
 
 logger = logging.getLogger(__name__)
@@ -96,7 +102,7 @@ class FiniteGuard(HookBase):
         ]
 
     def _find_activation(self, model: nn.Module) -> list[str]:
-        """Run the iteration's forward pass again, and name the first module with a bad output.
+        """Run the iteration's forward pass again, and name the first module or prediction with a bad output.
 
         Of a batch that was split into parts, it is the pass of the last part that ran, with the noise of the first.
         """
@@ -106,11 +112,14 @@ class FiniteGuard(HookBase):
         found = []
 
         def look(module: nn.Module, inputs: tuple, output: object) -> None:
-            if not all(x.isfinite().all() for x in _tensors(output)):
-                found.append(f"output of {names[module] or 'the model'}")
+            if not _is_finite(output):
+                found.append(f"output of {names[module] or 'the model'}{_describe_owner(model, names[module])}")
                 raise _Enough
 
         def stop(module: nn.Module, inputs: tuple) -> None:
+            if isinstance(model, DEQDet):
+                bad = (name for name, prediction in inputs[0].items() if not _is_finite(prediction))
+                found.extend(f"prediction {name} of {describe_source(model.decoder)}" for name in bad)
             raise _Enough
 
         seed_all(mix_seed(self.seed, comm.get_rank(), self.trainer.iter, 1))  # as SeedIteration does
@@ -182,8 +191,20 @@ def _hooked(model: nn.Module, look: Callable, stop: Callable) -> Iterator[None]:
             handle.remove()
 
 
+def _describe_owner(model: nn.Module, name: str) -> str:
+    """The class of the layer, decoder or backbone of which a module is a part, for the end of a message."""
+    parts = name.split(".")
+    owners = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1))
+    owner = next((x for x in owners if isinstance(x, RefinementLayer | Decoder | Backbone)), None)
+    return "" if owner is None else f" in {describe(owner)}"
+
+
+def _is_finite(value: object) -> bool:
+    return all(bool(x.isfinite().all()) for x in _tensors(value))
+
+
 def _tensors(value: object) -> Iterator[Tensor]:
-    """The floating-point tensors in nested dicts, lists and tuples."""
+    """The floating-point tensors in nested dicts, lists, tuples and dataclasses, such as a QueryState."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -193,6 +214,9 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
 
 
 def _name(sample: dict) -> str:

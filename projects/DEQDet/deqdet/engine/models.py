@@ -8,7 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detectron2 import modeling
 from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
 
+from ..contract import raised_in
 from ..errors import UserError
 
 
@@ -32,7 +34,9 @@ def buildable() -> Iterator[None]:
     """What goes wrong within it, building a model, becomes a UserError."""
     try:
         yield
-    except KeyError as error:  # of a registry; its str() is the repr of its message
-        raise UserError(str(error.args[0])) from error
+    except KeyError as error:
+        if not raised_in(error, Registry.__module__):
+            raise
+        raise UserError(str(error.args[0])) from error  # its str() is the repr of its message
     except ValueError as error:
         raise UserError(str(error)) from error

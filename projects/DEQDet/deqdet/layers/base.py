@@ -4,12 +4,14 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
+from ..contract import check_refined, construct
 from ..structures import Features, Prediction, QueryState, count_images
 
 REFINEMENT_LAYER_REGISTRY = Registry("REFINEMENT_LAYER")
@@ -41,6 +43,17 @@ class RefinementLayer(nn.Module, ABC):
     # True: forward also accepts inf and nan: it raises no error, and they do not change the results of the other rows.
     # Then plain iteration without damping need not test each state before it hands it on, which saves time.
     accepts_nonfinite = False
+
+    def __call__(self, state: QueryState, features: Features) -> QueryState:
+        """As `forward`, whose result is checked.
+
+        Raises:
+            UserError: `forward` returned another object or other shapes.
+        """
+        refined = super().__call__(state, features)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # the check is no part of a graph
+            check_refined(self, state, refined)
+        return refined
 
     def prepare(self, features: Features) -> Features:
         """Compute once what all steps on these images read of their features; by default nothing.
@@ -90,7 +103,8 @@ def set_class_prior(classifier: nn.Linear) -> None:
 def build_refinement_layer(cfg: CfgNode, input_shapes: list[ShapeSpec], *, initialization: bool) -> RefinementLayer:
     """Build the layer that MODEL.DEQDET.REFINEMENT_LAYER names, as g if `initialization` is True, else as f."""
     layer = look_up(REFINEMENT_LAYER_REGISTRY, "MODEL.DEQDET.REFINEMENT_LAYER", cfg.MODEL.DEQDET.REFINEMENT_LAYER)
-    return layer(cfg, input_shapes, initialization)
+    arguments = cfg, input_shapes, initialization
+    return construct(layer, arguments, RefinementLayer, {"forward": 2, "predict": 1, "prepare": 1})
 
 
 def look_up(registry: Registry, key: str, name: str) -> Any:

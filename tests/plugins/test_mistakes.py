@@ -1,0 +1,303 @@
+"""A user's own part that does not fit: one line names its module and class, and says what is expected."""
+
+import re
+from abc import abstractmethod
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from detectron2.config import configurable
+from detectron2.utils.registry import Registry
+
+from deqdet import UserError
+from deqdet.contract import raised_in
+from deqdet.decoders import DECODER_REGISTRY, SOLVER_REGISTRY, EquilibriumDecoder, build_decoder, build_solver
+from deqdet.engine import build_model
+from deqdet.engine.health import FiniteGuard
+from deqdet.equilibrium import FixedPointIteration
+from deqdet.layers import REFINEMENT_LAYER_REGISTRY, AdaMixerLayer, build_refinement_layer
+from deqdet.plugins import import_plugins
+from deqdet.structures import Decoded, Prediction, QueryState
+
+from helpers.small_decoders import SHAPES
+
+WHERE = f"{__name__}."
+LAYER = "MODEL.DEQDET.REFINEMENT_LAYER", "Mine"
+DECODER = "MODEL.DEQDET.DECODER", "Mine"
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """register(registry, object): under the name Mine, until the end of the test."""
+    return lambda registry, part: monkeypatch.setitem(registry._obj_map, "Mine", part)
+
+
+def refused(message: str):
+    return pytest.raises(UserError, match=f"^{re.escape(message)}")
+
+
+class TestImports:
+    @pytest.mark.parametrize("code, message", [
+        ("\nraise ValueError('two\\nlines')", "ValueError: two lines ({path}, line 2)"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3 ({path}, line 2)"),
+        ("import not_installed", "ModuleNotFoundError: No module named 'not_installed'"),
+        ("def f(:", "SyntaxError: invalid syntax (mine.py, line 1)"),
+        ("from deqdet.layers import REFINEMENT_LAYER_REGISTRY as R\n@R.register()\nclass AdaMixerLayer: pass",
+         "the name AdaMixerLayer is registered in REFINEMENT_LAYER already: choose another one"),
+    ])  # fmt: skip
+    def test_a_file(self, tmp_path, code, message):
+        path = tmp_path / "mine.py"
+        path.write_text(code)
+        with pytest.raises(UserError) as raised:
+            import_plugins([str(path)])
+        assert str(raised.value) == f"--plugin {path} cannot be imported: {message.format(path=path)}"
+
+    def test_a_module(self):
+        with refused("--plugin no.such_module cannot be imported: ModuleNotFoundError: No module named 'no'"):
+            import_plugins(["no.such_module"])
+
+
+class Lacking(AdaMixerLayer):
+    """Its constructor has an argument more than from_config returns."""
+
+    @configurable
+    def __init__(self, *, width: int, **others):
+        super().__init__(**others)
+
+
+class Abstract(AdaMixerLayer):
+    @abstractmethod
+    def predict(self, state):
+        """Not implemented."""
+
+
+class OtherArguments(AdaMixerLayer):
+    @classmethod
+    def from_config(cls, cfg):
+        return {}
+
+
+class ReadsAKey(AdaMixerLayer):
+    @classmethod
+    def from_config(cls, cfg, input_shapes, initialization):
+        return {"width": cfg.MODEL.DEQDET.PLUGIN.WIDTH}
+
+
+class OneArgument(AdaMixerLayer):
+    def forward(self, state):
+        return state
+
+
+class Faulty(AdaMixerLayer):
+    @classmethod
+    def from_config(cls, cfg, input_shapes, initialization):
+        return len(5)
+
+
+class Unrelated(torch.nn.Module):
+    def __init__(self, *arguments):
+        super().__init__()
+
+
+class TestConstructors:
+    @pytest.mark.parametrize("part, message", [
+        (Lacking, "Lacking cannot be built: Lacking.__init__() missing 1 required keyword-only argument: 'width'; "
+         "it is called with 3 arguments, and its from_config must return the arguments of __init__ (see"),
+        (Abstract, "Abstract cannot be built: Can't instantiate abstract class Abstract with"),
+        (OtherArguments, "OtherArguments cannot be built: OtherArguments.from_config() takes 2 positional"),
+        (ReadsAKey, "ReadsAKey cannot be built: it reads the config key WIDTH, which is not set"),
+        (Unrelated, "Unrelated made a Unrelated: it must be a subclass of RefinementLayer"),
+        (OneArgument, "OneArgument.forward does not fit: too many positional arguments; it is called with 2 arguments"),
+    ])  # fmt: skip
+    def test_a_layer(self, small_cfg, register, part, message):
+        register(REFINEMENT_LAYER_REGISTRY, part)
+        with refused(WHERE + message):
+            build_refinement_layer(small_cfg(*LAYER), SHAPES, initialization=False)
+
+    def test_a_decoder(self, small_cfg, register):
+        class Mine(EquilibriumDecoder):
+            @classmethod
+            def from_config(cls, cfg, input_shapes):
+                return {"refinement": None}
+
+        register(DECODER_REGISTRY, Mine)
+        with refused(f"{WHERE}TestConstructors.test_a_decoder.<locals>.Mine cannot be built: "):
+            build_decoder(small_cfg(*DECODER), SHAPES)
+        register(DECODER_REGISTRY, Unrelated)
+        with refused(f"{WHERE}Unrelated made a Unrelated: it must be a subclass of Decoder"):
+            build_decoder(small_cfg(*DECODER), SHAPES)
+
+    def test_a_fault_within_the_code_keeps_its_traceback(self, small_cfg, register):
+        register(REFINEMENT_LAYER_REGISTRY, Faulty)
+        with pytest.raises(TypeError, match="object of type 'int' has no len"):
+            build_refinement_layer(small_cfg(*LAYER), SHAPES, initialization=False)
+
+    def test_a_key_error_within_the_code_keeps_its_traceback(self, small_cfg, register):
+        """It would be one word, the key, if it were taken for that of a registry."""
+
+        def look_up_nothing(*arguments):
+            return {}["width"]
+
+        register(REFINEMENT_LAYER_REGISTRY, look_up_nothing)
+        with pytest.raises(KeyError, match="width"):
+            build_model(small_cfg(*LAYER))
+        with refused("No object named 'Missing' found in 'META_ARCH' registry!"):
+            build_model(small_cfg("MODEL.META_ARCHITECTURE", "Missing"))
+
+
+class Spoiled(AdaMixerLayer):
+    """Changes what AdaMixer returns; the tests say how."""
+
+    forward_as = staticmethod(lambda state: state)
+    predict_as = staticmethod(lambda prediction: prediction)
+
+    def forward(self, state, features):
+        return type(self).forward_as(super().forward(state, features))
+
+    def predict(self, state):
+        return type(self).predict_as(super().predict(state))
+
+
+@pytest.fixture
+def spoiled(small_cfg, register, monkeypatch):
+    """spoiled(forward=..., predict=...): a model whose layer changes what AdaMixer's methods return."""
+    register(REFINEMENT_LAYER_REGISTRY, Spoiled)
+
+    def build(**changes):
+        for name, change in changes.items():
+            monkeypatch.setattr(Spoiled, f"{name}_as", staticmethod(change))
+        torch.manual_seed(0)
+        return build_model(small_cfg(*LAYER))
+
+    return build
+
+
+SHAPE = "a QueryState of position (2, 6, 4) and content (2, 6, 32)"
+BOTH = f"deqdet.decoders.equilibrium.EquilibriumDecoder with {WHERE}Spoiled"
+
+
+class TestLayers:
+    @pytest.mark.parametrize("change, returned", [
+        (lambda x: (x.position, x.content), "a tuple"),
+        (lambda x: None, "a NoneType"),
+        (lambda x: QueryState(x.position, x.content[..., 1:]), SHAPE.replace("32", "31")),
+        (lambda x: QueryState(x.position[:, 1:], x.content[:, 1:]), SHAPE.replace("6", "5")),
+    ])  # fmt: skip
+    def test_a_state_that_does_not_fit(self, spoiled, make_inputs, change, returned):
+        model, inputs = spoiled(forward=change), make_inputs(2, 0)
+        for mode in (True, False):
+            with refused(f"{WHERE}Spoiled.forward returned {returned}: it must return {SHAPE}, as it got"):
+                model.train(mode)(inputs)
+
+    @pytest.mark.parametrize("change, logits, boxes", [
+        (lambda x: Prediction(x.logits[..., 1:], x.boxes), (2, 6, 2), (2, 6, 4)),
+        (lambda x: Prediction(x.logits, x.boxes[..., :3]), (2, 6, 3), (2, 6, 3)),
+        (lambda x: Prediction(x.logits[:, 1:], x.boxes), (2, 5, 3), (2, 6, 4)),
+    ])  # fmt: skip
+    def test_a_prediction_that_does_not_fit(self, spoiled, make_inputs, change, logits, boxes):
+        model, inputs = spoiled(predict=change), make_inputs(2, 0)
+        wrong = f"a Prediction of logits {logits} and boxes {boxes}"
+        want = "a Prediction of logits (2, N, 3) and boxes (2, N, 4)"
+        for mode, where in ((True, "supervise, init"), (False, "decode")):
+            with refused(f"{BOTH}: {where} gave {wrong}: it must be {want}"):
+                model.train(mode)(inputs)
+
+    @pytest.mark.parametrize("changes", [
+        {"forward": lambda x: QueryState(x.position + 300, x.content)},
+        {"forward": lambda x: QueryState(x.position * float("nan"), x.content)},
+        {"predict": lambda x: Prediction(x.logits, x.boxes * float("inf"))},
+    ])  # fmt: skip
+    def test_boxes_that_are_infinite_at_test_time(self, spoiled, make_inputs, changes):
+        model, inputs = spoiled(**changes).eval(), make_inputs(2, 0)
+        with refused(f"{BOTH} predicted a box that is infinite or NaN: "):
+            model(inputs)
+        with refused(f"{WHERE}Spoiled predicted a box that is infinite or NaN: "):
+            model.walk(inputs, record=[1]).detections(1)
+
+    @pytest.mark.parametrize("changes, cause", [
+        ({"forward": lambda x: QueryState(x.position, x.content * float("nan"))},
+         f"output of decoder.initialization in {WHERE}Spoiled"),
+        ({"forward": lambda x: QueryState(x.position + 300, x.content)},  # which is too much for the next layer
+         f"output of decoder.refinement.attention.attention.out_proj in {WHERE}Spoiled"),
+        ({"predict": lambda x: Prediction(x.logits, x.boxes * float("inf"))}, f"prediction init of {BOTH}"),
+    ])  # fmt: skip
+    def test_numbers_that_are_not_finite_in_training(self, spoiled, make_inputs, tmp_path, changes, cause):
+        """What the guard finds to be the cause after the matcher has refused them."""
+        model, guard = spoiled(**changes), FiniteGuard(str(tmp_path), seed=1, checkpoint_period=1)
+        guard.trainer, guard._batch = SimpleNamespace(model=model, iter=0), make_inputs(2, 0)
+        with pytest.raises(FloatingPointError):
+            model(guard._batch)
+        assert guard._find_bad()[0] == cause
+
+
+class TestDecoders:
+    @pytest.mark.parametrize("method, value, message", [
+        ("supervise", None, "supervise returned a NoneType: it must return a dict of at least one Prediction by name"),
+        ("supervise", {}, "supervise returned a dict: it must return a dict of at least one Prediction by name"),
+        ("decode", None, "decode returned a NoneType: it must return a Decoded"),
+        ("decode", Prediction(torch.zeros(2, 6, 3), torch.zeros(2, 6, 4)),
+         "decode returned a Prediction: it must return a Decoded"),
+    ])  # fmt: skip
+    def test_results_that_do_not_fit(self, small_model, make_inputs, monkeypatch, method, value, message):
+        model = small_model()
+        monkeypatch.setattr(model.decoder, method, lambda initial, features: value)
+        with refused(f"deqdet.decoders.equilibrium.EquilibriumDecoder.{message}"):
+            model.train(method == "supervise")(make_inputs(2, 0))
+
+    def test_a_decoded_of_something_else(self, small_model, make_inputs, monkeypatch):
+        model = small_model().eval()
+        decoded = Decoded((1, 2), torch.ones(2), torch.ones(2, dtype=torch.bool))
+        monkeypatch.setattr(model.decoder, "decode", lambda initial, features: decoded)
+        with pytest.raises(UserError, match="decode gave a tuple: it must be a Prediction of logits"):
+            model(make_inputs(2, 0))
+
+
+PLAIN = FixedPointIteration()
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Plain iteration, until a test changes a method."""
+
+    def init(self, iterate):
+        return (iterate,)
+
+    def step(self, iterate, output, state):
+        return output, (iterate,)
+
+
+class TestSolvers:
+    @pytest.mark.parametrize("init, step, message", [
+        (None, PLAIN.step, " has no method init: see deqdet.equilibrium.Solver"),
+        (PLAIN.init, None, " has no method step: see deqdet.equilibrium.Solver"),
+        (lambda y: None, PLAIN.step, ".init must return a tuple of tensors"),
+        (lambda y: (y[:1],), PLAIN.step, ".init must return a tuple of tensors"),
+        (PLAIN.init, lambda y, output, state: output, ".step must return the next iterate and the next state"),
+        (PLAIN.init, lambda y, output, state: (output, 5), ".step must return the next iterate and the next state"),
+        (PLAIN.init, lambda y, output, state: (output[:, :3], ()), ".step must return the next iterate in the shape"),
+    ])  # fmt: skip
+    def test_methods_that_do_not_fit(self, small_cfg, register, monkeypatch, init, step, message):
+        for name, method in (("init", init), ("step", step)):
+            if method is None:
+                monkeypatch.delattr(Momentum, name)
+            else:
+                monkeypatch.setattr(Momentum, name, staticmethod(method))
+        register(SOLVER_REGISTRY, Momentum)
+        for spec in (None, "mine"):
+            with pytest.raises(ValueError, match=f"^{re.escape(f'{WHERE}Momentum{message}')}"):
+                build_solver(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine"), spec)
+        with refused(f"{WHERE}Momentum{message}"):  # as a command tells it
+            build_model(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine"))
+
+    def test_one_that_fits(self, small_cfg, register):
+        register(SOLVER_REGISTRY, Momentum)
+        assert build_solver(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine")) == Momentum()
+
+
+def test_who_raised():
+    registry = Registry("FEW")
+    with pytest.raises(KeyError) as found:
+        registry.get("none")
+    assert raised_in(found.value, Registry.__module__) and not raised_in(found.value, __name__)
