@@ -25,7 +25,7 @@ def describe(part: object) -> str:
 def raised_in(error: BaseException, *modules: str) -> bool:
     """Whether one of these modules raised an exception itself, and not what it called."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__name__"] in modules
+    return frame.f_globals.get("__name__") in modules
 
 
 def construct(maker: Callable, arguments: tuple, base: type, methods: Mapping[str, int]) -> Any:
