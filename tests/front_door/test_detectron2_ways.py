@@ -1,6 +1,7 @@
 """Detectron2's own ways: a config, a trainer and a predictor built by hand, with no set-up of ours."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_a_trainer_from_a_config_alone(cfg):
     assert predictor.cfg.MODEL.DEQDET.NUM_QUERIES == cfg.MODEL.DEQDET.NUM_QUERIES
     found = predictor(str(next(Path(cfg.DATASETS.REGISTER[0][2]).glob("*.png"))))
     assert len(found) == 6 and found.labels == ["half"] * 6 and found.steps == 4
+
+
+@pytest.mark.usefixtures("loggers")
+@pytest.mark.parametrize("weights, loads, warned", [("w.pth", False, True), ("w.pth", True, False), ("", False, False)])
+def test_a_training_without_its_weights_is_warned_of(cfg, caplog, tmp_path, weights, loads, warned):
+    cfg.MODEL.WEIGHTS = weights and str(tmp_path / weights)
+    trainer = Trainer(cfg)
+    if loads:
+        torch.save({"model": trainer.model.state_dict()}, cfg.MODEL.WEIGHTS)
+        trainer.resume_or_load(resume=False)
+    logging.getLogger("deqdet").propagate = True  # to caplog
+    trainer.before_train()
+    assert ("w.pth is not loaded, since resume_or_load() was not called" in caplog.text) == warned
 
 
 def test_a_wrong_data_set_is_one_line(cfg):

@@ -106,6 +106,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
         self._events: EvaluationsWriter | None = None  # the same
         self._resumed: dict[str, Any] | None = None  # what the checkpoint says of the training's progress
         self._resuming = False
+        self._has_loaded = False  # whether resume_or_load() has been called
         self._ready = False  # to iterate
         # Set by StopOnSignal, whose checkpoints come after all that belongs to an iteration.
         self.iteration_complete = False
@@ -122,7 +123,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
         Raises:
             UserError: the file cannot be read or downloaded, does not fit the config, or has infinite values or NaN.
         """
-        self._resuming = resume
+        self._resuming, self._has_loaded = resume, True
         if not (resume and has_checkpoint(Path(self.cfg.OUTPUT_DIR))):
             load_backbone_weights(self.model, self.cfg)
         with _readable_weights(), fitting_checkpoint(self.cfg.OUTPUT_DIR):
@@ -183,6 +184,12 @@ class Trainer(DefaultTrainer, EndableTrainer):
         What OUTPUT_DIR holds of an earlier training is replaced now that nothing can be wrong any more.
         """
         self._ready = False
+        if self.cfg.MODEL.WEIGHTS and not self._has_loaded:
+            logger.warning(
+                "MODEL.WEIGHTS %s is not loaded, since resume_or_load() was not called: "
+                "the training starts from random weights",
+                self.cfg.MODEL.WEIGHTS,
+            )
         if comm.is_main_process():
             begin_training(Path(self.cfg.OUTPUT_DIR))
         super().before_train()
