@@ -17,8 +17,7 @@ from detectron2.utils import comm
 
 from ..data import build_mapper, random_state_kept
 from ..detector import DEQDet
-from ..equilibrium import FixedPointIteration, first_below
-from ..equilibrium.spectrum import spectral_radius
+from ..equilibrium import FixedPointIteration, first_below, spectral_radius
 from ..errors import UserError
 from .models import unwrap
 

@@ -8,6 +8,7 @@ from .records import Solution, Status
 from .residuals import first_below, relative_residual
 from .solve import Map, Solver, solve
 from .solvers import Anderson, Broyden, FixedPointIteration
+from .spectrum import spectral_radius
 from .unroll import conclude, unroll
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "first_below",
     "relative_residual",
     "solve",
+    "spectral_radius",
     "unroll",
 ]
