@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from ..checkpoints.files import write_text
+from ..errors import plural
 from .accuracy import Accuracy
 from .cost import Cost
 from .duplicates import DUPLICATE_COLUMNS, DUPLICATES_NOTE
@@ -103,7 +104,7 @@ def _notes(report: Report) -> list[str]:
     solvers = ", ".join(f"{results.name}: {results.solver}" for results in report.results)
     failed = ", ".join(f"{results.nonfinite} with {results.name}" for results in report.results if results.nonfinite)
     return [
-        f"{report.images} image(s) of {report.dataset}, weights {report.weights}.",
+        f"{plural(report.images, 'image')} of {report.dataset}, weights {report.weights}.",
         *([f"Images whose states became infinite or NaN, and that keep the last finite one: {failed}."] * bool(failed)),
         f"Solvers: {solvers}. Each image is walked once with each solver; every row is read off that path.",
         f"Multiply-adds of convolutions and linear layers, as the paper counts them, on an image of {height} x {width} "
