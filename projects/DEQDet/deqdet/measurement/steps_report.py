@@ -139,7 +139,8 @@ def plot_results(several: Sequence[Results], path: Path) -> None:
         residual.plot(range(1, len(residuals) + 1), residuals, color=colour)
         _plot_tolerances(tolerance, results, colour)
     steps = sorted({row.steps for results in several for row in results.steps})
-    for axes, ticks in ((accuracy, steps), (residual, sorted({1, 2, *steps}))):
+    last = max((len(results.median_residuals) for results in several), default=1)
+    for axes, ticks in ((accuracy, steps), (residual, sorted({*_round_numbers(last), *steps, last}))):
         axes.xaxis.set_major_locator(FixedLocator(_spread(ticks)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:.0f}")
@@ -150,7 +151,8 @@ def plot_results(several: Sequence[Results], path: Path) -> None:
     for axes in (accuracy, tolerance):
         low, high = axes.get_ylim()
         margin = max(0.0, LEAST_RANGE - (high - low)) / 2
-        axes.set_ylim(low - margin, high + margin)
+        low = max(0.0, low - margin)  # AP is not negative
+        axes.set_ylim(low, max(high + margin, low + LEAST_RANGE))
     for axes in (accuracy, residual, tolerance):
         axes.grid(alpha=0.3)
     accuracy.legend(frameon=False)
@@ -170,13 +172,20 @@ def _plot_tolerances(axes: Axes, results: Results, colour: tuple[float, ...]) ->
         axes.plot(*point, color=colour, marker=marker, markersize=6, linestyle="")
 
 
+def _round_numbers(last: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... up to `last`."""
+    return [digit * 10**power for power in range(len(str(last))) for digit in (1, 2, 5) if digit * 10**power <= last]
+
+
 def _spread(ticks: Sequence[int]) -> list[int]:
-    """Choose those of the rising numbers whose labels do not touch on a logarithmic axis."""
+    """Choose those of the rising numbers whose labels do not touch on a logarithmic axis, the last one among them."""
     gap = 0.045 * math.log(ticks[-1] / ticks[0])
     kept = [ticks[0]]
     for tick in ticks[1:]:
         if math.log(tick / kept[-1]) >= gap:
             kept.append(tick)
+    if kept[-1] != ticks[-1]:
+        kept[-1] = ticks[-1]
     return kept
 
 

@@ -32,7 +32,7 @@ from ..measurement.accuracy import Evaluation
 from ..measurement.speed_accuracy import TIMED, Report, Way, format_report, measure_ways, write_report
 from ..measurement.timing import describe_machine
 from ..predictor import Predictor
-from .trained import load_trained
+from .trained import choose_test_set, load_trained
 
 STEPS = (5, 8, 25)
 PRECISIONS = ("float32", "bfloat16")  # those of TEST.PRECISION
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
     _, cfg = load_trained(first, args.output)
     if args.threads:
         torch.set_num_threads(args.threads)
-    dataset = cfg.DATASETS.TEST[0]
+    dataset = choose_test_set(cfg)
     records = get_detection_dataset_dicts(dataset, filter_empty=False)[: args.limit]
     timed = min(TIMED, len(records))
     if timed < 2:
