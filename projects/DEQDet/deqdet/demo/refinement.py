@@ -109,7 +109,7 @@ def plot_convergence(refinement: Refinement, title: str, rtol: float) -> Figure:
     relative = [
         (parts.content, "C0-o", "content"),
         (parts.position, "C1-o", "position (packing units)"),
-        (refinement.residuals, "k:", "both together: compared with rtol"),
+        (refinement.residuals, "k:", "both together, compared with rtol"),
     ]
     for axes, kind, lines in ((axes_absolute, "absolute", absolute), (axes_relative, "relative", relative)):
         for values, style, label in lines:
