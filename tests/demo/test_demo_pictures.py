@@ -356,3 +356,4 @@ def test_the_plot_shows_the_residuals():
         assert line[:, 1] == pytest.approx(factor * falling.numpy(), rel=1e-5), label
     assert absolute.get_yscale() == relative.get_yscale() == "log"
     assert "px" in list(lines)[1] and "px" in list(lines)[2]
+    assert list(lines)[3:] == ["content", "position (packing units)", "both together, compared with rtol"]

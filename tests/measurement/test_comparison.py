@@ -1,23 +1,27 @@
 """The comparison: what a training's files say, what is trained again; and the tool once for real."""
 
-import fcntl
+import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import pytest
 
 from deqdet.errors import UserError
-from deqdet.measurement.comparison import Run, check_record, complete, prepare_runs, read_metrics
+from deqdet.measurement import comparison
+from deqdet.measurement.comparison import (
+    Run,
+    check_record,
+    complete,
+    find_unlisted,
+    name_seeds,
+    prepare_runs,
+    read_metrics,
+)
 from deqdet.measurement.comparison_settings import check_budgets
 from deqdet.measurement.timing import Measurement
 
@@ -48,22 +52,6 @@ def write_lines(path: Path, *lines: dict) -> None:
 
 def evaluation(iteration: int, ap: float, aps: float = 1.0, **others: float) -> dict:
     return {"bbox/AP": ap, "bbox/AP50": 2 * ap, "bbox/APs": aps, "iteration": iteration, **others}
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
-def is_free(file: TextIO) -> bool:
-    """Whether no process holds a lock on the file."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class TestMetrics:
@@ -160,35 +148,46 @@ class TestRestart:
         with pytest.raises(UserError, match="left no model or no final AP"):
             complete(run, [sys.executable, "-c", ""], lambda run: MEASURED)
 
-    def test_an_interruption_ends_every_process_of_the_training(self, run):
-        """The stub and a process that it starts hold a lock, for longer than the test waits."""
+    def test_minutes_are_those_of_all_starts(self, run, train, monkeypatch):
+        """The clock of this test goes on by 90 s at each look: a start takes 1.5 minutes."""
+        monkeypatch.setattr(comparison.time, "monotonic", itertools.count(0, 90).__next__)
         run.folder.mkdir()
-        lock, ready = run.folder / "lock", run.folder / "ready"
-        sleep = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(300)"
-        stub = f"""
-import fcntl, subprocess, sys, time
-lock = open({str(lock)!r}, "w")
-fcntl.flock(lock, fcntl.LOCK_EX)
-subprocess.Popen([sys.executable, "-c", {sleep!r}], pass_fds=[lock.fileno()])
-time.sleep(300)"""
+        (run.folder / "broken").touch()
+        for _ in range(2):
+            with pytest.raises(UserError, match="failed with exit code 3"):
+                complete(run, train, lambda run: MEASURED)
+        (run.folder / "broken").unlink()
+        assert complete(run, train, lambda run: MEASURED).minutes == 4.5
+        run.result_file.unlink()  # trained, but not measured
+        assert complete(run, train, lambda run: MEASURED).minutes == 4.5
+        assert complete(run, train, lambda run: MEASURED).minutes == 4.5
 
-        def interrupt(*_) -> None:
-            raise KeyboardInterrupt
+    def test_minutes_are_none_where_a_start_is_not_known(self, run, train):
+        """A training that deqdet-train began, one that it ended, and one in which the power failed."""
+        run.folder.mkdir()
+        (run.folder / "metrics.json").write_text("")
+        assert complete(run, train, lambda run: MEASURED).minutes is None
+        run.result_file.unlink()
+        run.minutes_file.unlink()
+        assert complete(run, train, lambda run: MEASURED).minutes is None
+        run.result_file.unlink()
+        run.weights.unlink()
+        run.minutes_file.write_text("[2.0, null]")
+        assert complete(run, train, lambda run: MEASURED).minutes is None
+        assert len(json.loads(run.minutes_file.read_text())) == 3
 
-        def alarm() -> None:
-            wait_for(ready.exists)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-
-        before = signal.signal(signal.SIGUSR1, interrupt)
-        thread = threading.Thread(target=alarm)
-        thread.start()
-        with pytest.raises(KeyboardInterrupt):
-            complete(run, [sys.executable, "-c", stub], lambda run: MEASURED)
-        thread.join()
-        signal.signal(signal.SIGUSR1, before)
-        assert ready.exists()
-        with open(lock) as file:
-            assert wait_for(lambda: is_free(file))
+    def test_finished_runs_that_are_not_in_the_report(self, run, train):
+        others = [("y", 2), ("y", 10), ("y", 1), ("z-seed1", 3), ("unfinished", 1)]
+        for name, seed in others:
+            folder = run.folder.with_name(f"{name}-seed{seed}")
+            if name == "unfinished":
+                folder.mkdir()
+            else:
+                complete(replace(run, name=name, seed=seed, folder=folder, arguments=("OUTPUT_DIR", str(folder))),
+                         train, lambda run: MEASURED)  # fmt: skip
+        complete(run, train, lambda run: MEASURED)
+        assert find_unlisted([run], run.folder.parent) == {"y": [1, 2, 10], "z-seed1": [3]}
+        assert name_seeds([1, 2, 10]) == "seeds 1, 2, 10" and name_seeds([3]) == "seed 3"
 
     @pytest.mark.parametrize("now, error", [(0.9, None), (0.5, "SOLVER.MOMENTUM 0.9, which is now 0.5")])
     def test_a_key_that_is_newer_than_the_run_had_its_default(self, run, train, now, error):
@@ -283,6 +282,14 @@ class TestPreparation:
         with pytest.raises(UserError, match=message):
             prepare(QUICK / "deqdet_shapes.yaml", overrides=overrides)
 
+    @pytest.mark.parametrize("seeds, message", [
+        ([1, -1], "^--seeds -1: a negative seed stands for a random one: give numbers from 0 on"),
+        ([1, 2, 1], "^--seeds has 1 twice: give each seed once"),
+    ])  # fmt: skip
+    def test_wrong_seeds(self, prepare, seeds, message):
+        with pytest.raises(UserError, match=message):
+            prepare(QUICK / "deqdet_shapes.yaml", seeds=seeds)
+
     def test_two_configs_of_one_name(self, prepare, write_config):
         with pytest.raises(UserError, match="the same name"):
             prepare(write_config("a/x.yaml"), write_config("b/x.yaml"))
@@ -305,10 +312,12 @@ def test_the_tool_trains_two_detectors_once(tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "compare.py"), *configs, *options.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(tmp_path / "datasets")}
 
-    def compare() -> dict:
+    def compare(command: list[str] = command, count: int = 2) -> dict:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        assert done.stdout.count("AP 0.0") == 2
+        assert done.stdout.count("AP 0.0") == count
+        unlisted = "finished runs rnn_sparse_rcnn_shapes (seed 1) in out; to include them, add their"
+        assert (unlisted in done.stdout) == (count == 1) == ("Not in this table" in done.stdout)
         return json.loads((tmp_path / "out" / "comparison.json").read_text())
 
     first = compare()
@@ -323,3 +332,5 @@ def test_the_tool_trains_two_detectors_once(tmp_path):
     logs = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("*/log"))]
     assert compare() == first
     assert len(logs) == 2 and logs == [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("*/log"))]
+    command.remove(configs[1])
+    assert [config["name"] for config in compare(command, 1)["configs"]] == ["deqdet_shapes"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import cv2
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from deqdet.measurement.comparison_report import summarize, write_report
 
@@ -80,6 +81,31 @@ def test_curve_has_a_colour_for_each_config(tmp_path):
     for colour in ([31, 119, 180], [255, 127, 14], [255, 255, 255]):  # tab10's first two, the ground
         assert (abs(picture.astype(int) - colour).max(axis=-1) < 3).sum() > 300
     assert (abs(picture.astype(int) - [44, 160, 44]).max(axis=-1) < 3).sum() == 0  # there is no third
+
+
+def figure_of(monkeypatch, module: str) -> list[Figure]:
+    """The list that gets every figure which a module of deqdet.measurement saves from now on."""
+    figures = []
+    monkeypatch.setattr(f"deqdet.measurement.{module}.save_figure", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def test_axes_of_a_short_training_that_found_nothing(tmp_path, monkeypatch):
+    figures = figure_of(monkeypatch, "comparison_report")
+    write_report([make_result("A", 1, 0.0, curve=[[1, 0.0], [2, 0.0]])], tmp_path, "")
+    (axes,) = figures[0].axes
+    assert axes.get_ylim() == (0, 1) and axes.get_xlim()[0] == 0
+    ticks = [tick for tick in axes.get_xticks() if tick <= 2]
+    assert len(ticks) > 1 and all(tick == round(tick) for tick in ticks)
+
+
+def test_numbers_have_their_nouns(tmp_path):
+    two, one = make_result("A", 1, 20.0), make_result("A", 2, 20.0)
+    one.settings["num_gpus"] = 1
+    for results, words in (([two, one], ["seeds 1, 2;", "with 2 processes."]), ([one], ["seed 2;", "with 1 process."])):
+        write_report(results, tmp_path, "")
+        text = (tmp_path / "comparison.md").read_text()
+        assert all(word in text for word in words) and "memory, training (MiB) | memory, inference (MiB)" in text
 
 
 def test_an_eleventh_curve_is_dashed(tmp_path, monkeypatch):

@@ -341,6 +341,14 @@ def test_the_tool(tool, tmp_path, small_model, capsys):
     assert any(line.startswith("3 steps ") for line in printed)
 
 
+def test_another_size_of_the_image(tool, tmp_path, small_model, capsys):
+    tool("--tasks", "flop", "--size", "160", "190", "--output", str(tmp_path / "out.json"), "MODEL.MASK_ON", "False")
+    flops = json.loads((tmp_path / "out.json").read_text())["flops"]
+    assert (flops["image_size"], flops["padded_size"]) == ([160, 190], [160, 192])
+    assert flops["linear"]["backbone"] == count_multiply_adds(small_model(), **SMALL_IMAGE).backbone.linear
+    assert "Multiply-adds at 160 x 190 pixels, padded to 160 x 192" in capsys.readouterr().out
+
+
 def test_overrides_may_follow_the_tasks(tool, tmp_path, capsys):
     tool("--output", str(tmp_path / "out.json"), "--tasks", "parameter", "MODEL.DEQDET.NUM_QUERIES", "9")
     found = json.loads((tmp_path / "out.json").read_text())
@@ -350,6 +358,9 @@ def test_overrides_may_follow_the_tasks(tool, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--tasks", "parameter", "--steps", "3"], "--steps is only for the task flop"),
+    (["--tasks", "parameter", "--size", "160", "160"], "--size is only for the task flop"),
+    (["--size", "160", "0"], "--size must be two positive numbers of pixels, height and width, got 160 0"),
+    (["--size", "-160", "160"], "height and width, got -160 160"),
     (["--steps", "3", "MODEL.DEQDET.DECODER", "StackedDecoder"], "a StackedDecoder of 6 layers takes 5"),
     (["--tasks", "parameter", "MODEL.DEQDET.DECODER", "Stack"], "MODEL.DEQDET.DECODER is 'Stack': it must be one of"),
     (["MODEL.DEQDET.NUM_QUERYS", "3"], "did you mean MODEL.DEQDET.NUM_QUERIES?"),

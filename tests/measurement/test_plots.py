@@ -97,6 +97,12 @@ def test_curves_show_losses_and_every_ap(tmp_path, monkeypatch):
     for name in "xy":
         plot_curves(lines[: 2 if name == "x" else 3], tmp_path / f"{name}.png")
         pictures.append(cv2.imread(str(tmp_path / f"{name}.png")))
+    figures = []
+    with monkeypatch.context() as patch:
+        patch.setattr("deqdet.measurement.plots.save_figure", lambda figure, path: figures.append(figure))
+        plot_curves(lines, tmp_path / "curves.png")
+    for axes in figures[0].axes:
+        assert all(tick == round(tick) for tick in axes.get_xticks())
     assert pictures[0].shape == (480, 1320, 3) and (pictures[0] != pictures[1]).any()
     plot_curves([], tmp_path / "none.png")
     assert cv2.imread(str(tmp_path / "none.png")).std() > 5

@@ -85,6 +85,25 @@ class TestReport:
         assert pictures[0].shape[1] == 1800 and (pictures[0] != pictures[1]).any()
         assert np.array_equal(pictures[1], pictures[2])
 
+    def test_axes(self, report, tmp_path, monkeypatch):
+        """The residuals' axis has ticks up to its end, beyond --steps; AP of 0 lies on an axis from 0 on."""
+        figures = []
+        monkeypatch.setattr("deqdet.measurement.steps_report.save_figure", lambda figure, path: figures.append(figure))
+        nothing = Accuracy(AP=0.0, AP50=0.0, AP75=0.0, APs=0.0, APm=None, APl=None)
+        results = summarize("plain", "Plain()", [make_path(1, [0.5] * 49)], plan=Plan((2, 8), (0.1,), 49), cost=COST,
+                            evaluate=lambda paths, choices: [nothing] * len(choices),
+                            count_duplicates=lambda paths, step: Duplicates(0, None, None, None),
+                            latency=Latency(0.1, 0.1))  # fmt: skip
+        write_report(replace(report, results=[results]), tmp_path)
+        accuracy, residual, tolerance = figures[0].axes
+        assert list(accuracy.get_xticks()) == [2, 8]
+        assert list(residual.get_xticks()) == [1, 2, 5, 8, 10, 20, 49]
+        assert accuracy.get_ylim() == tolerance.get_ylim() == (0, 3)
+
+    def test_a_number_has_its_noun(self, report):
+        assert "- 4 images of some_val" in format_report(report)
+        assert "- 1 image of some_val" in format_report(replace(report, images=1))
+
     @pytest.mark.filterwarnings("error")
     def test_a_report_without_any_number_can_be_drawn(self, report, tmp_path):
         """One image of NaN, one step, no rtol, no AP."""

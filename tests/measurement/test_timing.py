@@ -1,6 +1,10 @@
 """Seconds, bytes and other figures of a small model."""
 
 import math
+import os
+import signal
+import threading
+import time
 from itertools import repeat
 
 import pytest
@@ -15,6 +19,7 @@ from deqdet.measurement.timing import (
     Latency,
     describe_machine,
     measure,
+    measure_apart,
     measure_latencies,
     peak_memory,
 )
@@ -32,7 +37,8 @@ def test_latency_is_measured_for_every_solver(small_model, make_inputs):
 
 
 def test_the_machine_is_described_in_one_line():
-    threads = f"{torch.get_num_threads()} thread(s)"
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}, "
     whole, device = describe_machine(), describe_machine(torch.device("cpu"))
     assert threads in device and threads not in whole
     for text in (whole, device):
@@ -54,7 +60,7 @@ def test_figures_of_a_model(small_model, make_inputs):
 
 
 def test_two_images_are_too_few(small_model, make_inputs):
-    with pytest.raises(UserError, match="2 image.s. are too few"):
+    with pytest.raises(UserError, match="2 images cannot time a model, for which more than 2 are needed: use"):
         measure(small_model().eval(), [make_inputs(1)] * 2)
 
 
@@ -68,3 +74,39 @@ def test_peak_of_memory():
         return more.sum()  # 8 and a little
 
     assert peak_memory(step, torch.device("cpu")) / 2**20 == pytest.approx(12, abs=0.1)
+
+
+def test_an_interruption_kills_the_measuring_process(tmp_path):
+    """A plugin keeps it busy for longer than the test waits, and says that Ctrl-C at a terminal would not reach it."""
+    said = tmp_path / "said"
+    (tmp_path / "slow_plugin.py").write_text(f"""
+import pathlib, os, signal, time
+blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+part = pathlib.Path({str(said)!r} + ".part")
+part.write_text(f"{{os.getpid()}} {{blocked}}")
+part.rename({str(said)!r})
+time.sleep(600)
+""")
+
+    def interrupt() -> None:
+        end = time.monotonic() + 240
+        while not said.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    words = ["--config-file", "quick/deqdet_shapes", "--plugin", str(tmp_path / "slow_plugin.py")]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            measure_apart(words, tmp_path / "weights.pth", tmp_path / "log")
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - start < 300
+    pid, blocked = said.read_text().split()
+    assert blocked == "True"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)

@@ -19,12 +19,13 @@ from detectron2.structures import Boxes, Instances
 from deqdet import Predictor
 from deqdet.checkpoints import write_model_file
 from deqdet.data import ShapesConfig, read_image, register_shapes
-from deqdet.data.shapes import CLASSES
+from deqdet.data.shapes import CLASSES, generate_shapes
 from deqdet.decoders import DecodingGraphs
 from deqdet.errors import UserError
 from deqdet.measurement.accuracy import Evaluation
 from deqdet.measurement.speed_accuracy import Way, measure_ways
 from deqdet.tools import analyze_model, evaluate_steps, report, residual_signal, speed_accuracy
+from deqdet.tools.trained import choose_test_set
 
 from helpers.engine_toy import IN_PROCESS
 from helpers.paths import TOOLS
@@ -81,6 +82,61 @@ def test_a_model_file_gives_the_same_figures_as_its_config_and_checkpoint(traine
         assert all(one["accuracy"] == other["accuracy"] for one, other in pairs)
     assert file["weights"].endswith("small.safetensors") and config["weights"].endswith("model_final.pth")
     assert f"deqdet-evaluate-steps --model {tmp_path}" in file["command"]
+
+
+class TestGradients:
+    """The training set is drawn, or registered, by the tool; no other test of this process names these sets."""
+
+    @pytest.mark.parametrize("kind", ["config", "file"])
+    def test_of_a_generated_set(self, trained, kind, tmp_path):
+        name = {"config": "shapes_seed44_4", "file": "shapes_seed45_4"}[kind]
+        words = ["--tasks", "gradient", "--batches", "1", "--output", str(tmp_path / "out.json"), "DATASETS.TRAIN",
+                 f"('{name}',)", "SOLVER.IMS_PER_BATCH", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)"]  # fmt: skip
+        analyze_model.main([*trained[kind], *words])
+        found = json.loads((tmp_path / "out.json").read_text())["gradients"]
+        assert found.keys() == {"bfloat16", "float16"}
+        assert all(len(part["norms"]) == 1 and part["norms"][0] > 0 for part in found["bfloat16"].values())
+
+    def test_of_a_registered_set(self, trained, tmp_path):
+        file = generate_shapes(tmp_path / "shapes", ShapesConfig(seed=46, num_images=4))
+        entry = [["registered_for_gradients", file, str(tmp_path / "shapes" / "images")]]
+        words = ["--tasks", "gradient", "--batches", "1", "--output", str(tmp_path / "out.json"), "DATASETS.REGISTER",
+                 str(entry), "DATASETS.TRAIN", "('registered_for_gradients',)", "SOLVER.IMS_PER_BATCH", "2",
+                 "INPUT.MIN_SIZE_TRAIN", "(64,)"]  # fmt: skip
+        analyze_model.main([*trained["file"], *words])
+        assert "gradients" in json.loads((tmp_path / "out.json").read_text())
+
+    @pytest.mark.parametrize("sets, message", [
+        ("()", "DATASETS.TRAIN is empty: name a built-in data set or one of DATASETS.REGISTER"),
+        ("('shapes_trian',)", "shapes_trian"),
+        ("('shapes_seed44_0',)", "the generated set shapes_seed44_0 has no images: end its name in their number"),
+    ])  # fmt: skip
+    def test_one_line_about_the_training_set(self, trained, sets, message):
+        with pytest.raises(SystemExit) as stopped:
+            analyze_model.main([*trained["file"], "--tasks", "gradient", "DATASETS.TRAIN", sets])
+        error = str(stopped.value.code)
+        assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_one_line_says_which_of_several_test_sets_is_used(small_cfg, capsys):
+    cfg = small_cfg("DATASETS.TEST", ("a", "b", "c"))
+    assert choose_test_set(cfg) == "a"
+    assert capsys.readouterr().out == "DATASETS.TEST has 3 sets: only a is used, not b, c; name the one to use there\n"
+    assert choose_test_set(small_cfg("DATASETS.TEST", ("a",))) == "a" and capsys.readouterr().out == ""
+
+
+def test_the_tools_say_which_test_set_they_use(trained, tmp_path, capsys):
+    sets = ["DATASETS.TEST", "('shapes_seed43_3','shapes_seed47_2')"]
+    file, output = trained["file"], ["--output", str(tmp_path / "out"), "--limit", "2"]
+    short = ["--solvers", "plain", "--steps", "1", "--rtols", "0.5"]
+    for tool, words in (
+        (evaluate_steps, [*file, *output, *short]),
+        (residual_signal, [*file, *output, "--steps", "1"]),
+        (speed_accuracy, [file[1], *output, "--steps", "1", "--precisions", "float32", "--modes", "eager"]),
+        (report, [*file, "--steps", "1", "--images", "1"]),
+    ):
+        tool.main([*words, *sets])
+        assert "2 sets: only shapes_seed43_3 is used, not shapes_seed47_2" in capsys.readouterr().out, tool.__name__
 
 
 def test_a_report_of_a_detector_without_an_equilibrium_has_no_residuals(trained, small_cfg, tmp_path, capsys):

@@ -331,6 +331,8 @@ def _draw_shapes(names: Sequence[str]) -> None:
 def _register_seeded_shapes(name: str) -> None:
     parts = re.fullmatch(r"shapes_(free_)?seed(\d+)_(\d+)", name)
     if parts:
+        if int(parts[3]) < 1:
+            raise UserError(f"the generated set {name} has no images: end its name in their number, at least 1")
         turn = {"max_rotation": 180.0} if parts[1] else {}
         register_shapes(name, ShapesConfig(seed=int(parts[2]), num_images=int(parts[3]), **turn))
 

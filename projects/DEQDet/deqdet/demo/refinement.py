@@ -108,8 +108,8 @@ def plot_convergence(refinement: Refinement, title: str, rtol: float) -> Figure:
         absolute.append((_rms(found), "C1--s", "corners of the detections: RMS, px"))
     relative = [
         (parts.content, "C0-o", "content"),
-        (parts.position, "C1-o", "position (packed units)"),
-        (refinement.residuals, "k:", "whole state, as rtol is compared with"),
+        (parts.position, "C1-o", "position (packing units)"),
+        (refinement.residuals, "k:", "both together, compared with rtol"),
     ]
     for axes, kind, lines in ((axes_absolute, "absolute", absolute), (axes_relative, "relative", relative)):
         for values, style, label in lines:

@@ -3,7 +3,7 @@
 from ..errors import UserError
 from .arguments import add_config_arguments, add_plugin_argument, exit_on_user_error, parse_arguments
 from .cluster import check_alone
-from .configuration import adapt_device, check_run, load_config, setup
+from .configuration import adapt_device, check_run, check_training_sets, load_config, setup
 from .launcher import argument_parser, run
 from .models import build_model
 from .options import check_options, check_processes
@@ -21,6 +21,7 @@ __all__ = [
     "check_options",
     "check_processes",
     "check_run",
+    "check_training_sets",
     "exit_on_user_error",
     "load_config",
     "load_weights",

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from ..errors import UserError, one_line
 from ..model_zoo import is_key
 from .cluster import check_alone
 from .derivation import SIZES
+from .signals import Interrupted
 
 
 def parse_arguments(
@@ -101,10 +103,12 @@ def add_folder_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
 def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
     """End the process with one line on stderr and exit code 1 for a UserError within it, 130 for Ctrl-C.
 
+    After an Interrupted, the exit code is 128 + the number of its signal.
+
     From then on, names of files that are not UTF-8 are printed with escapes, as on stderr.
 
     Args:
-        interrupted: what to say after Ctrl-C.
+        interrupted: what to say after Ctrl-C or an Interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another one
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -112,9 +116,9 @@ def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
         yield
     except UserError as error:
         sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(interrupted, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT))
 
 
 def _fraction(text: str) -> float:

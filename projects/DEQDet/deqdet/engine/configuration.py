@@ -180,6 +180,20 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
             check_backbone_weights(cfg)
 
 
+def check_training_sets(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Register the sets of DATASETS.TRAIN as well, for a command that evaluates a model but needs its training images.
+
+    Args:
+        cfg: of `setup` with args.eval_only, which has registered the test sets.
+
+    Raises:
+        UserError: as `check_run` about the data sets of a training.
+    """
+    with explained_datasets():
+        prepare_datasets(cfg, class_names=_known_classes(cfg, args))
+        check_datasets(cfg)
+
+
 def _known_classes(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
     """The class names that a model file holds, where one is evaluated; none where it holds mere numbers."""
     weights = cfg.MODEL.WEIGHTS

@@ -1,10 +1,12 @@
-"""SIGTERM and Ctrl-C in a training: finish the iteration, save a checkpoint, and end."""
+"""SIGTERM and Ctrl-C in a training: finish the iteration, save a checkpoint, and end. Other commands end at once."""
 
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
@@ -17,9 +19,52 @@ from .hooks import average_batch_norm
 from .resume import batch_norm_statistics
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTIONS = (*SIGNALS, signal.SIGHUP)  # of a command that trains in processes of its own
 # A signal to a whole process group reaches a rank twice, since the launcher hands it on too.
-_ONE_SIGNAL = 0.3  # seconds
+ONE_SIGNAL = 0.3  # seconds
 CONFIRMATION = "the training ends with a checkpoint after this iteration or evaluation; a second signal ends it at once"
+
+AT_ONCE = "stopped at once by a second signal: the last iterations are not saved"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended what this process did; the exit code is 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give INTERRUPTIONS to a handler within it, in the main thread. A SIGHUP that nohup has made ignored stays so."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        numbers = [n for n in INTERRUPTIONS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let INTERRUPTIONS raise Interrupted within it, so that cleaning up can be done; a second one exits at once."""
+    first: float | None = None
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if first is None:
+            first = now
+            raise Interrupted(number)
+        if now - first > ONE_SIGNAL:
+            os._exit(128 + number)
+
+    with handled_by(interrupt):
+        yield
 
 
 class Stopped(SystemExit):
@@ -83,9 +128,9 @@ class StopOnSignal(HookBase):
             self._signal, self._time = number, now
             if comm.is_main_process():
                 os.write(2, f"{signal.Signals(number).name}: {CONFIRMATION}\n".encode())
-        elif now - self._time > _ONE_SIGNAL:
+        elif now - self._time > ONE_SIGNAL:
             if comm.is_main_process():
-                os.write(2, b"stopped at once by a second signal: the last iterations are not saved\n")
+                os.write(2, f"{AT_ONCE}\n".encode())
             os._exit(128 + number)
 
 

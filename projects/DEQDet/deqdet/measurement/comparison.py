@@ -6,11 +6,9 @@ last and marks it as done. A comparison that was interrupted goes on from there.
 
 import json
 import math
-import os
-import signal
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -29,6 +27,7 @@ from .comparison_settings import (
 )
 from .metrics_file import read_lines
 from .timing import Measurement, describe_machine
+from .training_process import run_training
 
 EVALUATIONS = 6  # of a training, if no period is given
 
@@ -61,6 +60,11 @@ class Run:
     def result_file(self) -> Path:
         return self.folder / "result.json"
 
+    @property
+    def minutes_file(self) -> Path:
+        """The file in which the minutes of each start of the training are noted."""
+        return self.folder / "minutes.json"
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -84,7 +88,7 @@ class Result:
     metrics: Metrics
     measurement: Measurement
     machine: str
-    minutes: float  # that the last start of the training took, evaluations included
+    minutes: float | None  # of all starts of the training, evaluations included; None if one of them is not known
 
 
 def prepare_runs(
@@ -109,9 +113,10 @@ def prepare_runs(
         plugins: modules of the user's own to import first.
 
     Raises:
-        UserError: a config is wrong or has another budget than the first, two have the same name, a row cannot be
-            put on `scale`, or a run was begun with other settings.
+        UserError: a seed is negative or given twice, a config is wrong or has another budget than the first, two have
+            the same name, a row cannot be put on `scale`, or a run was begun with other settings.
     """
+    _check_seeds(seeds)
     files = {Path(file).stem: file for file in map(find_config, config_files)}
     if len(files) < len(config_files):
         raise UserError("two config files have the same name, which is that of a run's folder: rename one")
@@ -125,7 +130,7 @@ def prepare_runs(
     if eval_period is None:
         eval_period = max(1, round(next(iter(configs.values()))["SOLVER.MAX_ITER"] / EVALUATIONS))
     runs = []
-    for seed in dict.fromkeys(seeds):
+    for seed in seeds:
         for name, mine in arguments.items():
             folder = output / f"{name}-seed{seed}"
             own = ("OUTPUT_DIR", str(folder), "SEED", str(seed), "TEST.EVAL_PERIOD", str(eval_period))
@@ -135,6 +140,19 @@ def prepare_runs(
         check_record(run)
     check_trainings([run for run in runs if not run.result_file.is_file()])
     return runs
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        if seed < 0:
+            raise UserError(f"--seeds {seed}: a negative seed stands for a random one: give numbers from 0 on")
+        if seeds.count(seed) > 1:
+            raise UserError(f"--seeds has {seed} twice: give each seed once")
+
+
+def name_seeds(seeds: Sequence[int]) -> str:
+    """Several seeds as words: "seed 1" or "seeds 1, 2"."""
+    return f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
 
 
 def _prepare_named(name: str, arguments: Sequence[str]) -> dict[str, object]:
@@ -203,6 +221,7 @@ def complete(run: Run, train: Sequence[str], measure: Callable[[Run], Measuremen
 
     Raises:
         UserError: the command failed, or left no model or no final AP.
+        Interrupted: as `run_training`.
     """
     if run.result_file.is_file():
         known = json.loads(run.result_file.read_text())
@@ -210,30 +229,49 @@ def complete(run: Run, train: Sequence[str], measure: Callable[[Run], Measuremen
         return Result(**{**known, **parts, "name": run.name})  # config and folder may have been renamed
     run.folder.mkdir(parents=True, exist_ok=True)
     _write(run.folder / "run.json", run.settings)
-    start = time.monotonic()
     metrics = _trained_metrics(run)
     if metrics is None:
-        code = _execute([*train, *run.arguments], run.log)
+        with _timed_start(run):
+            code = run_training([*train, *run.arguments], run.log)
         metrics = _trained_metrics(run)
         if code or metrics is None:
             fault = f"failed with exit code {code}" if code else "left no model or no final AP"
             raise UserError(f"the training of {run.label} {fault}: see {run.log}")
-    minutes = (time.monotonic() - start) / 60
-    result = Result(run.name, run.seed, run.settings, metrics, measure(run), describe_machine(), minutes)
+    result = Result(run.name, run.seed, run.settings, metrics, measure(run), describe_machine(), _sum_minutes(run))
     _write(run.result_file, asdict(result))
     return result
 
 
-def _execute(command: Sequence[str], log: Path) -> int:
-    """Run a command, and return its exit code. An interruption of this process ends all processes of the command."""
-    with open(log, "a") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+@contextmanager
+def _timed_start(run: Run) -> Iterator[None]:
+    """Note in the run's minutes.json how long one start of the training takes, also if it is interrupted.
+
+    The file is a list with a number for each start, which is null until the start has ended. A start of which the file
+    knows nothing, because an earlier version or deqdet-train made it, is null too.
+    """
+    begun = (run.folder / "metrics.json").is_file()
+    earlier = json.loads(run.minutes_file.read_text()) if run.minutes_file.is_file() else [None] * begun
+    _write(run.minutes_file, [*earlier, None])
+    start = time.monotonic()
     try:
-        return process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
+        yield
+    finally:
+        _write(run.minutes_file, [*earlier, (time.monotonic() - start) / 60])
+
+
+def _sum_minutes(run: Run) -> float | None:
+    minutes = json.loads(run.minutes_file.read_text()) if run.minutes_file.is_file() else [None]
+    return None if None in minutes else sum(minutes)
+
+
+def find_unlisted(runs: Sequence[Run], output: Path) -> dict[str, list[int]]:
+    """The seeds of finished runs in the folder `output` that are not among `runs`, by the names of their configs."""
+    listed, found = {run.folder.name for run in runs}, {}
+    for file in sorted(output.glob("*-seed*/result.json")):
+        name, _, seed = file.parent.name.rpartition("-seed")
+        if file.parent.name not in listed and seed.isdigit():
+            found.setdefault(name, []).append(int(seed))
+    return {name: sorted(seeds) for name, seeds in found.items()}
 
 
 def _trained_metrics(run: Run) -> Metrics | None:
@@ -264,5 +302,5 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _write(path: Path, content: dict) -> None:
+def _write(path: Path, content: dict | list) -> None:
     write_text(json.dumps(content, indent=1, allow_nan=False), path)

@@ -9,9 +9,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..checkpoints.files import write_text
-from .comparison import Result
+from .comparison import Result, name_seeds
 from .duplicates import DUPLICATE_COLUMNS, DUPLICATES_NOTE
 from .plots import save_figure
 from .tables import format_table, format_value
@@ -24,8 +25,8 @@ COLUMNS = (
     ("multiply-adds (G)", "multiply_adds", 1e9, ".3g"),
     ("s / iteration", "seconds_per_iteration", 1, ".3g"),
     ("ms / image", "ms_per_image", 1, ".3g"),
-    ("memory, training (MB)", "training_memory_mb", 1, ".0f"),
-    ("memory, inference (MB)", "inference_memory_mb", 1, ".0f"),
+    ("memory, training (MiB)", "training_memory_mb", 1, ".0f"),
+    ("memory, inference (MiB)", "inference_memory_mb", 1, ".0f"),
 )
 
 
@@ -79,7 +80,7 @@ def summarize(results: Sequence[Result]) -> list[dict]:
 
 def format_report(configs: Sequence[dict], results: Sequence[Result], command: str) -> str:
     """Markdown: a row for each config, and below the table what its columns mean and how to repeat it."""
-    budget, seeds = results[0].settings, dict.fromkeys(result.seed for result in results)
+    budget, seeds = results[0].settings, list(dict.fromkeys(result.seed for result in results))
     sizes = dict.fromkeys("{} x {}".format(*config["image_size"]) for config in configs)
     doubles = [heading for heading, *_ in DUPLICATE_COLUMNS]
     rows = [["config", "decoder", "layer", "AP", "AP of each seed", *doubles, *(column[0] for column in COLUMNS)]]
@@ -90,17 +91,18 @@ def format_report(configs: Sequence[dict], results: Sequence[Result], command: s
         cells += [format_value(config[key], form, unit) for _, key, unit, form in COLUMNS]
         rows.append([*names, format_value(config["AP"], ".1f"), each, *cells])
     text = format_table(rows, names=3)
+    processes = f"{budget['num_gpus']} process{'es' * (budget['num_gpus'] != 1)}"
     changes = "".join(f"  - {config['name']}: {_format_changes(config['changes'])}\n" for config in configs[1:])
     if changes:
         changes = f"- What differs from {configs[0]['name']}:\n{changes}"
     return f"""{text}
 
 {changes}- {budget["SOLVER.MAX_ITER"]} iterations of {budget["SOLVER.IMS_PER_BATCH"]} images of \
-{", ".join(budget["DATASETS.TRAIN"])}; seed {", ".join(map(str, seeds))}; every figure is the mean of the seeds.
+{", ".join(budget["DATASETS.TRAIN"])}; {name_seeds(seeds)}; every figure is the mean of the seeds.
 - AP on {budget["DATASETS.TEST"][0]} after the last iteration.
 - {DUPLICATES_NOTE}
 - Multiply-adds of convolutions and linear layers on an image of {", ".join(sizes)} pixels.
-- s / iteration: median, with {budget["num_gpus"]} process(es). ms / image: median, one image at a time, \
+- s / iteration: median, with {processes}. ms / image: median, one image at a time, \
 without loading it.
 - Memory in training: on a GPU, the most that tensors took of the first one; on a CPU, the most that the first process \
 had resident, with more than 0.5 GB of libraries.
@@ -124,7 +126,9 @@ def plot_curves(configs: Sequence[dict], path: Path) -> None:
                 _plot(axes, seed["curve"], color=colour, linestyle=line, linewidth=0.8, alpha=0.5)
         style = {"color": colour, "linestyle": line, "linewidth": 2.2, "marker": "o", "markersize": 4}
         _plot(axes, config["curve"], **style, label=config["name"])
-    axes.set(xlabel="iterations", ylabel="AP", xlim=(0, None), ylim=(0, None))
+    axes.set(xlabel="iterations", ylabel="AP", xlim=(0, None))
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))  # where every AP is 0, the axis would reach below it
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if len(configs) > len(colours):
         figure.legend(loc="outside right upper", frameon=False, fontsize="small", handlelength=4)

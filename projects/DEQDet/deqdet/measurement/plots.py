@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -108,6 +109,7 @@ def plot_curves(lines: Sequence[Mapping], path: str | Path) -> None:
     last = max((line["iteration"] for line in lines), default=0)
     for axes in (losses, accuracy):
         axes.set_xlim(0, max(1, 1.02 * last))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False)
@@ -138,6 +140,7 @@ def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
         sums = [sum(v for k, v in line.items() if k.startswith("loss_") and k.endswith(f"_{name}")) for line in lines]
         axes.plot(iterations, sums, label=name, linewidth=1.2)
     axes.set(xlabel="iteration", ylabel="weighted loss of a prediction", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(title="prediction", frameon=False)
     save_figure(figure, Path(path))

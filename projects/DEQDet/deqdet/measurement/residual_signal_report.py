@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..checkpoints.files import write_text
+from ..errors import plural
 from .corruptions import CLEAN, CONDITIONS, CORRUPTIONS
 from .duplicates import CONFIDENT, SAME_OBJECT
 from .plots import save_figure
@@ -121,7 +122,7 @@ def _format_estimate(estimate: Estimate, sign: str = "+") -> str:
 def _notes(report: Report) -> list[str]:
     strengths = "; ".join(f"{name} is the {kind.meaning}" for name, kind in CORRUPTIONS.items())
     return [
-        f"{report.images} image(s) of {report.dataset}, each under {len(report.conditions)} conditions, after "
+        f"{plural(report.images, 'image')} of {report.dataset}, each under {len(report.conditions)} conditions, after "
         f"{report.steps} steps; weights {report.weights}; {report.device}.",
         f"Images: Spearman's rank correlation of the signal with the COCO AP of the image alone, in brackets the "
         f"{LEVEL:.0%} interval of a bootstrap over images ({RESAMPLES} resamples). The sign of residuals is turned, so "

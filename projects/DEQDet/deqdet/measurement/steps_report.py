@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from ..checkpoints.files import write_text
+from ..errors import plural
 from .accuracy import Accuracy
 from .cost import Cost
 from .duplicates import DUPLICATE_COLUMNS, DUPLICATES_NOTE
@@ -103,7 +104,7 @@ def _notes(report: Report) -> list[str]:
     solvers = ", ".join(f"{results.name}: {results.solver}" for results in report.results)
     failed = ", ".join(f"{results.nonfinite} with {results.name}" for results in report.results if results.nonfinite)
     return [
-        f"{report.images} image(s) of {report.dataset}, weights {report.weights}.",
+        f"{plural(report.images, 'image')} of {report.dataset}, weights {report.weights}.",
         *([f"Images whose states became infinite or NaN, and that keep the last finite one: {failed}."] * bool(failed)),
         f"Solvers: {solvers}. Each image is walked once with each solver; every row is read off that path.",
         f"Multiply-adds of convolutions and linear layers, as the paper counts them, on an image of {height} x {width} "
@@ -138,7 +139,8 @@ def plot_results(several: Sequence[Results], path: Path) -> None:
         residual.plot(range(1, len(residuals) + 1), residuals, color=colour)
         _plot_tolerances(tolerance, results, colour)
     steps = sorted({row.steps for results in several for row in results.steps})
-    for axes, ticks in ((accuracy, steps), (residual, sorted({1, 2, *steps}))):
+    last = max((len(results.median_residuals) for results in several), default=1)
+    for axes, ticks in ((accuracy, steps), (residual, sorted({*_round_numbers(last), *steps, last}))):
         axes.xaxis.set_major_locator(FixedLocator(_spread(ticks)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:.0f}")
@@ -149,7 +151,8 @@ def plot_results(several: Sequence[Results], path: Path) -> None:
     for axes in (accuracy, tolerance):
         low, high = axes.get_ylim()
         margin = max(0.0, LEAST_RANGE - (high - low)) / 2
-        axes.set_ylim(low - margin, high + margin)
+        low = max(0.0, low - margin)  # AP is not negative
+        axes.set_ylim(low, max(high + margin, low + LEAST_RANGE))
     for axes in (accuracy, residual, tolerance):
         axes.grid(alpha=0.3)
     accuracy.legend(frameon=False)
@@ -169,13 +172,20 @@ def _plot_tolerances(axes: Axes, results: Results, colour: tuple[float, ...]) ->
         axes.plot(*point, color=colour, marker=marker, markersize=6, linestyle="")
 
 
+def _round_numbers(last: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... up to `last`."""
+    return [digit * 10**power for power in range(len(str(last))) for digit in (1, 2, 5) if digit * 10**power <= last]
+
+
 def _spread(ticks: Sequence[int]) -> list[int]:
-    """Choose those of the rising numbers whose labels do not touch on a logarithmic axis."""
+    """Choose those of the rising numbers whose labels do not touch on a logarithmic axis, the last one among them."""
     gap = 0.045 * math.log(ticks[-1] / ticks[0])
     kept = [ticks[0]]
     for tick in ticks[1:]:
         if math.log(tick / kept[-1]) >= gap:
             kept.append(tick)
+    if kept[-1] != ticks[-1]:
+        kept[-1] = ticks[-1]
     return kept
 
 

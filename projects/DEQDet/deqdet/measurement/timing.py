@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import platform
+import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, cycle, islice
@@ -26,7 +28,7 @@ from ..detector import DEQDet
 from ..engine import argument_parser, check_run, load_config, parse_arguments
 from ..engine.launcher import count_cores
 from ..equilibrium import Solver
-from ..errors import UserError
+from ..errors import UserError, plural
 from ..predictor import Predictor
 from .accuracy import Evaluation
 from .cost import count_multiply_adds, count_parameters
@@ -60,7 +62,7 @@ def describe_machine(device: torch.device | None = None) -> str:
         name = models[0] if models else name
     parts = [name, f"{count_cores()} cores"]
     if device is not None:
-        parts.append(f"{torch.get_num_threads()} thread(s)")
+        parts.append(plural(torch.get_num_threads(), "thread"))
     elif torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     return ", ".join([*parts, version])
@@ -132,14 +134,38 @@ def measure_apart(arguments: Sequence[str], weights: Path, log: Path) -> Measure
         weights: a checkpoint of that training.
         log: what the process prints is added to this file.
 
+    An interruption of this process kills the other one, which has nothing to save.
+
     Raises:
         UserError: the process was killed.
     """
+    before = multiprocessing.active_children()
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_measure_checkpoint, arguments, weights, log).result()
+            try:
+                with _without_ctrl_c():
+                    future = pool.submit(_measure_checkpoint, arguments, weights, log)
+                return future.result()
+            except KeyboardInterrupt:
+                for child in multiprocessing.active_children():
+                    if child not in before:
+                        child.kill()  # or the pool would wait until it is done
+                raise
     except BrokenProcessPool as error:
         raise UserError(f"the measurement of {weights} was killed: free memory and try again") from error
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Start processes that never get SIGINT, which a terminal sends to all; in this process it comes a moment later.
+
+    A process that is importing its libraries would answer it with a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _measure_checkpoint(arguments: Sequence[str], weights: Path, log: Path) -> Measurement:
@@ -180,7 +206,8 @@ def measure(model: DEQDet, batches: Iterable[list[dict]]) -> Measurement:
         else:
             times.append(timed(partial(model, batch), model.device)[1])
     if not times:
-        raise UserError(f"{len(sizes)} image(s) are too few to time a model: give more than {WARM_UP}")
+        images = plural(len(sizes), "image")
+        raise UserError(f"{images} cannot time a model, for which more than {WARM_UP} are needed: use a larger set")
     height, width = sizes[0]
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return Measurement(

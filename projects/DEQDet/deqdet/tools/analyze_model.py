@@ -1,6 +1,7 @@
-"""Count the parameters and multiply-adds of a detector on an 800 x 1333 image, or compare its low-precision gradients.
+"""Count the parameters and multiply-adds of a detector, or compare its low-precision gradients.
 
-    deqdet-analyze-model --config-file F [--tasks parameter flop] [--steps N] [--output OUT.json] [KEY VALUE ...]
+    deqdet-analyze-model --config-file F [--tasks parameter flop] [--size HEIGHT WIDTH] [--steps N] [--output OUT.json]
+        [KEY VALUE ...]
     deqdet-analyze-model --config-file F --tasks gradient [--batches N] MODEL.WEIGHTS CHECKPOINT [KEY VALUE ...]
 
 The default tasks need neither data nor weights nor a GPU; `--tasks gradient` needs a trained model and its training
@@ -8,15 +9,17 @@ set.
 
 Multiply-adds are counted in two ways. "linear", as in the paper: those of convolutions and linear layers, without the
 projections inside nn.MultiheadAttention, which the paper's counter misses. "all": those of every operator that fvcore
-can count. The image is padded to 800 x 1344, as at test time. A step is one refinement layer after the initialization
-layer (or after the first layer of a stack), including its prediction heads: T layers are T - 1 steps.
+can count. The image has 800 x 1333 pixels, the paper's size, whatever the config's own images have; --size counts for
+another one, such as 160 160 for quick/deqdet_shapes. It is padded as at test time (to 800 x 1344). A step is one
+refinement layer after the initialization layer (or after the first layer of a stack), including its prediction heads: T
+layers are T - 1 steps.
 
 The task gradient compares the gradients of training in bfloat16 and in float16 with those in float32, on N batches of
 DATASETS.TRAIN (see deqdet.measurement.gradients).
 
-OUT.json contains plain numbers: parameters.total and parameters.modules.NAME; flops.steps and, for WAY linear or all,
-flops.WAY.backbone, .neck, .initialization, .per_step, .read_out (the prediction heads' part of .per_step) and .total;
-and gradients.PRECISION.PART.norms, .ratios and .cosines, with one number per batch.
+OUT.json contains plain numbers: parameters.total and parameters.modules.NAME; flops.image_size, .padded_size, .steps
+and, for WAY linear or all, flops.WAY.backbone, .neck, .initialization, .per_step, .read_out (the prediction heads' part
+of .per_step) and .total; and gradients.PRECISION.PART.norms, .ratios and .cosines, with one number per batch.
 """
 
 import argparse
@@ -34,6 +37,7 @@ from ..measurement.cost import count_multiply_adds, count_parameters, format_cos
 from ..measurement.gradients import compare_gradients, format_gradients
 from .trained import load_trained
 
+SIZE = (800, 1333)  # height and width in the paper, pixels
 TASKS = ("parameter", "flop", "gradient")
 
 
@@ -57,6 +61,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=int, metavar="N", help="steps of an equilibrium decoder (default: the config's TEST_STEPS)"
     )
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+        help="size of the image for the task flop, pixels, before it is padded (default: 800 1333)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="OUT.json", help="also write the numbers to this JSON file")
     return parser
 
@@ -65,6 +73,11 @@ def analyze(args: argparse.Namespace) -> None:
     """Print the tables that the command line asks for, and write them as JSON."""
     if args.steps is not None and "flop" not in args.tasks:
         raise UserError("--steps is only for the task flop: add flop to --tasks, or omit --steps")
+    if args.size is not None and "flop" not in args.tasks:
+        raise UserError("--size is only for the task flop: add flop to --tasks, or omit --size")
+    height, width = args.size or SIZE
+    if min(height, width) < 1:
+        raise UserError(f"--size must be two positive numbers of pixels, height and width, got {height} {width}")
     if args.batches < 1:
         raise UserError(f"--batches must be at least 1, got {args.batches}")
     cfg, found, tables = load_config(args), {}, []
@@ -75,11 +88,11 @@ def analyze(args: argparse.Namespace) -> None:
         found["parameters"] = asdict(parameters)
         tables.append(format_parameters(parameters))
     if "flop" in args.tasks:
-        cost = count_multiply_adds(model, steps=args.steps)
+        cost = count_multiply_adds(model, steps=args.steps, height=height, width=width)
         found["flops"] = cost.to_dict()
         tables.append(format_cost(cost))
     if "gradient" in args.tasks:
-        trained, cfg = load_trained(args)
+        trained, cfg = load_trained(args, with_training_sets=True)
         batches = itertools.islice(iter(build_train_loader(cfg)), args.batches)
         gradients = compare_gradients(trained, list(batches))
         found["gradients"] = {

@@ -2,11 +2,13 @@
 
     deqdet-compare CONFIG [CONFIG ...] --output DIR [--seeds 1 2] [--num-gpus N] [KEY VALUE ...]
 
-The command updates DIR/comparison.md, comparison.json and comparison.png (AP against iterations) after every run. A
+The command updates DIR/comparison.md, comparison.json and comparison.png (AP against iterations) after every run. They
+have the configs and seeds of this command only; its last line names finished runs in DIR that are not among them. A
 CONFIG is a file or the name of a config in the model zoo. Each run is stored in DIR/CONFIG-seedN, its output in the
 file "log" there. If the command is run again, it skips finished runs and resumes an interrupted one from its last
-checkpoint (see SOLVER.CHECKPOINT_PERIOD). It is an error if a run was started with a different config: delete its
-folder to train it again. Changes of the code are not detected.
+checkpoint. Ctrl-C and SIGTERM end the current training after its current iteration or evaluation, with a checkpoint; a
+second signal ends it at once, and the last checkpoint is then that of SOLVER.CHECKPOINT_PERIOD. It is an error if a run
+was started with a different config: delete its folder to train it again. Changes of the code are not detected.
 
     deqdet-compare configs/ablations/{default,rag_1}.yaml --scale CONFIG --output DIR [...]
 
@@ -20,13 +22,13 @@ are applied to the other config first, and can provide such values.
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..engine import add_plugin_argument, exit_on_user_error, parse_arguments
-from ..measurement.comparison import Run, complete, prepare_runs
+from ..engine.signals import interruptible
+from ..measurement.comparison import Run, complete, find_unlisted, name_seeds, prepare_runs
 from ..measurement.comparison_report import write_report
 from ..measurement.timing import Measurement, measure_apart
 
@@ -35,10 +37,8 @@ TRAIN = (sys.executable, "-m", "deqdet.tools.train_net")
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the tool with the given command line, by default that of the process."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # an exit by exception ends the training too
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     words = sys.argv[1:] if words is None else words
-    with exit_on_user_error(interrupted="interrupted: run the same command again to continue"):
+    with interruptible(), exit_on_user_error(interrupted="interrupted: run the same command again to continue"):
         args = parse_arguments(make_parser(), words)
         compare(args, command=shlex.join(["deqdet-compare", *words]))
 
@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", metavar="CONFIG", help="config to which the changes of each row are applied")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1], metavar="N",
-        help="random seeds; each config is trained once per seed (default: 1)",
+        help="random seeds, from 0 on; each config is trained once per seed (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--num-gpus", type=int, default=1, metavar="N", help="GPUs, or CPU processes, of each training (default: 1)"
@@ -88,9 +88,14 @@ def compare(args: argparse.Namespace, command: str) -> None:
         result = complete(run, TRAIN, measure)
         results.append(result)
         score = "no AP" if result.metrics.AP is None else f"AP {result.metrics.AP:.1f}"
-        print(f"{where}: {score}, {result.minutes:.1f} min of training", flush=True)
+        minutes = "trained earlier" if result.minutes is None else f"{result.minutes:.1f} min of training"
+        print(f"{where}: {score}, {minutes}", flush=True)
         write_report(results, args.output, command)
     print(f"Table: {args.output}/comparison.md, comparison.json; curve: {args.output}/comparison.png")
+    if unlisted := find_unlisted(runs, args.output):
+        names = ", ".join(f"{name} ({name_seeds(seeds)})" for name, seeds in unlisted.items())
+        print(f"Not in this table: the finished runs {names} in {args.output}; to include them, add their configs and "
+              "--seeds to the command")  # fmt: skip
 
 
 def measure(run: Run) -> Measurement:

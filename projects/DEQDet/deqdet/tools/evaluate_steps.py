@@ -31,7 +31,7 @@ from ..measurement.duplicates import DuplicateCounter
 from ..measurement.steps import Plan, Results, build_solvers, summarize, walk_paths
 from ..measurement.steps_report import Report, format_report, write_report
 from ..measurement.timing import describe_machine, measure_latencies
-from .trained import load_trained
+from .trained import choose_test_set, load_trained
 
 STEPS = (4, 5, 6, 8, 10, 15, 20, 25, 50, 200)  # those of Tables 7 and 8
 SOLVERS = ("plain", "anderson2", "anderson4", "broyden")
@@ -71,7 +71,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     model, cfg = load_trained(args, args.output)
-    dataset, solvers = cfg.DATASETS.TEST[0], build_solvers(cfg, args.solvers)
+    dataset, solvers = choose_test_set(cfg), build_solvers(cfg, args.solvers)
     plan = make_plan(args, model.decoder.execution().steps)
     loader = build_test_loader(cfg, dataset, args.limit)
     evaluation = Evaluation(dataset, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)

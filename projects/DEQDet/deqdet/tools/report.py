@@ -9,8 +9,8 @@ The command writes into OUTPUT_DIR:
 - curves.png: loss and AP against the iteration;
 - worst.jpg: the test images with the most mistakes, ground truth beside detections (one file per test set);
 - loss.png: the loss of each supervised prediction;
-- detections.png: the first test images, ground truth beside the detections of the model;
-- residual.png, residual.json: the residual against the step, for an equilibrium detector.
+- detections.png: the first images of the first test set, ground truth beside the detections of the model;
+- residual.png, residual.json: the residual against the step, for an equilibrium detector, on the same set.
 
 The first three are made from the files that the training and its last evaluation left in OUTPUT_DIR (metrics.json and
 inference/), without running the model; with --page-only, only these are written. loss.png is made from metrics.json
@@ -37,7 +37,7 @@ from ..errors import UserError
 from ..measurement.plots import contact_sheet, draw_pair, plot_losses, plot_residuals
 from ..measurement.residuals import measure_residuals
 from ..measurement.training_report import write_training_report
-from .trained import load_trained
+from .trained import choose_test_set, load_trained
 
 SHEET_SCORE = 0.3  # detections with a lower score are not drawn
 
@@ -80,7 +80,7 @@ def report(args: argparse.Namespace) -> None:
         _write_page(Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST, args.images)
         return
     model, cfg = load_trained(args)
-    output, dataset = Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST[0]
+    output, dataset = Path(cfg.OUTPUT_DIR), choose_test_set(cfg)
     draw_first(model, build_test_loader(cfg, dataset), dataset, args.images, output / "detections.png")
     pictures = ["detections.png"]
     if (output / "metrics.json").is_file():

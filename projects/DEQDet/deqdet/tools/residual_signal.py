@@ -33,7 +33,7 @@ from ..measurement.residual_signal import (
 )
 from ..measurement.residual_signal_report import Report, format_report, write_report
 from ..measurement.timing import describe_machine
-from .trained import load_trained
+from .trained import choose_test_set, load_trained
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
         raise UserError(
             "MODEL.DEQDET.SOLVER.RETURN_BEST is True: set it to False, since the residuals are those of the last step"
         )
-    steps, dataset = args.steps or model.decoder.execution().steps, cfg.DATASETS.TEST[0]
+    steps, dataset = args.steps or model.decoder.execution().steps, choose_test_set(cfg)
     loader = build_test_loader(cfg, dataset, args.limit)
     evaluation = Evaluation(dataset, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)
     truths = read_truths(dataset)

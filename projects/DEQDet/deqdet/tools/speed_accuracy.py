@@ -26,13 +26,13 @@ from detectron2.structures import Boxes, Instances
 
 from ..decoders import DecodingGraphs
 from ..engine import add_plugin_argument, exit_on_user_error, load_config, parse_arguments
-from ..errors import UserError
+from ..errors import UserError, plural
 from ..extras import how_to_install
 from ..measurement.accuracy import Evaluation
 from ..measurement.speed_accuracy import TIMED, Report, Way, format_report, measure_ways, write_report
 from ..measurement.timing import describe_machine
 from ..predictor import Predictor
-from .trained import load_trained
+from .trained import choose_test_set, load_trained
 
 STEPS = (5, 8, 25)
 PRECISIONS = ("float32", "bfloat16")  # those of TEST.PRECISION
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
     _, cfg = load_trained(first, args.output)
     if args.threads:
         torch.set_num_threads(args.threads)
-    dataset = cfg.DATASETS.TEST[0]
+    dataset = choose_test_set(cfg)
     records = get_detection_dataset_dicts(dataset, filter_empty=False)[: args.limit]
     timed = min(TIMED, len(records))
     if timed < 2:
@@ -113,8 +113,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
         # A detector never returns more detections than its own limit, so under the largest one all of them count.
         limit = max(way.max_detections for way in ways)
         rows = measure_ways(ways, records, Evaluation(dataset, max_detections=limit), images=timed)
-    threads = torch.get_num_threads()
-    device = f"{describe_machine()}, {threads} thread{'s' if threads > 1 else ''}"
+    device = f"{describe_machine()}, {plural(torch.get_num_threads(), 'thread')}"
     report = Report(command, dataset, len(records), timed, device, rows)
     write_report(report, args.output)
     print(f"\n{format_report(report)}\nWritten: speed_accuracy.md, .json and .png in {args.output}")

@@ -9,12 +9,14 @@ from detectron2.config import CfgNode
 
 from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
-from ..engine import load_config, setup
+from ..engine import check_training_sets, load_config, setup
 from ..errors import UserError
 from ..predictor import Predictor
 
 
-def load_trained(args: argparse.Namespace, output: Path | None = None) -> tuple[DEQDet, CfgNode]:
+def load_trained(
+    args: argparse.Namespace, output: Path | None = None, *, with_training_sets: bool = False
+) -> tuple[DEQDet, CfgNode]:
     """Set up the run that a command line describes, and load its model with the weights.
 
     Without --model or a MODEL.WEIGHTS among the overrides, the weights are those of OUTPUT_DIR/model_final.pth, and of
@@ -23,6 +25,7 @@ def load_trained(args: argparse.Namespace, output: Path | None = None) -> tuple[
     Args:
         args: with the flags of `add_config_arguments`, parsed by `parse_arguments`.
         output: the folder of the log and of a copy of the config; by default OUTPUT_DIR.
+        with_training_sets: check and register the sets of DATASETS.TRAIN too, not only those of DATASETS.TEST.
 
     Returns:
         The model in evaluation mode, and its frozen config.
@@ -43,8 +46,20 @@ def load_trained(args: argparse.Namespace, output: Path | None = None) -> tuple[
     if output is not None:
         opts += ["OUTPUT_DIR", str(output)]
     launch = {"eval_only": True, "resume": False, "num_gpus": 1, "num_machines": 1}
-    cfg = setup(argparse.Namespace(**{**vars(args), **launch, "opts": opts}))
+    args = argparse.Namespace(**{**vars(args), **launch, "opts": opts})
+    cfg = setup(args)
+    if with_training_sets:
+        check_training_sets(cfg, args)
     return Predictor.from_config(cfg).model, cfg
+
+
+def choose_test_set(cfg: CfgNode) -> str:
+    """The first set of DATASETS.TEST, for a tool that uses one; a line says so where there are others."""
+    first, *others = cfg.DATASETS.TEST
+    if others:
+        count, unused = 1 + len(others), ", ".join(others)
+        print(f"DATASETS.TEST has {count} sets: only {first} is used, not {unused}; name the one to use there")
+    return first
 
 
 def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
