@@ -97,3 +97,20 @@ def test_other_decoders_have_no_trajectory(small_decoder, name):
         decoder.walk(initial, features)
     with torch.no_grad():
         assert decoder.decode(initial, features).residual is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [0, -1])
+@pytest.mark.parametrize("read", ["application", "residual_parts"])
+def test_steps_begin_at_one(small_decoder, read, step):
+    path = small_decoder().walk(*make_problem(), steps=2, record=range(3), record_iterates=True)
+    with pytest.raises(ValueError, match=f"^step must be at least 1, got {step}: step 1 is the first application of f"):
+        getattr(path, read)(step)
+    with pytest.raises(KeyError, match="step 3 was not recorded: walk with record_iterates=True and record="):
+        getattr(path, read)(3)
+
+
+@pytest.mark.parametrize("solver", ["anderson", Anderson])
+def test_a_walk_with_no_solver_object(small_model, make_inputs, solver):
+    with pytest.raises(TypeError, match="solver must be an object with the methods init and step"):
+        small_model().eval().walk(make_inputs(1), solver=solver)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from deqdet.equilibrium import FixedPointIteration, Status, first_below, relative_residual, solve
+from deqdet.equilibrium import Anderson, FixedPointIteration, Status, first_below, relative_residual, solve
 
 PLAIN = FixedPointIteration()
 
@@ -526,3 +526,28 @@ def test_the_residual_of_a_failure_is_infinite(options):
     repaired = solve(torch.nan_to_num, torch.tensor([[math.nan, 1.0]]), solver=PLAIN, max_steps=1, **options)
     assert repaired.value.tolist() == [[0.0, 1.0]]
     assert repaired.residual.item() == repaired.residuals.item() == math.inf
+
+
+@pytest.mark.parametrize("solver, told", [
+    ("anderson", "not 'anderson'"), (Anderson, "not the class Anderson"), (None, "not None"), (3, "not 3"),
+])  # fmt: skip
+def test_what_is_no_solver(solver, told):
+    def fail(flat):
+        raise AssertionError("f is not applied")
+
+    message = "^solver must be an object with the methods init and step, such as Anderson\\(\\), " + told
+    with pytest.raises(TypeError, match=message):
+        solve(fail, torch.ones(2, 2), solver=solver, max_steps=3)
+
+
+@pytest.mark.parametrize("initial, error, message", [
+    (torch.ones(2, 2, dtype=torch.int64), TypeError, "initial must be a tensor of floating-point .*torch.int64"),
+    (torch.ones(2, 2, dtype=torch.complex64), TypeError, "initial must be a tensor of floating-point .*complex64"),
+    ([[1.0, 2.0]], TypeError, r"initial must be a tensor of floating-point numbers \(B, D\), not a list"),
+    (torch.ones(2), ValueError, r"initial must have the shape \(B, D\), got \(2,\)"),
+    (torch.ones(1, 2, 2), ValueError, r"initial must have the shape \(B, D\), got \(1, 2, 2\)"),
+])  # fmt: skip
+@pytest.mark.parametrize("max_steps", [0, 3])
+def test_what_is_no_start(initial, error, message, max_steps):
+    with pytest.raises(error, match=message):
+        solve(affine, initial, solver=PLAIN, max_steps=max_steps)

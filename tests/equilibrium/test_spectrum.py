@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqdet.equilibrium.spectrum import spectral_radius
+from deqdet.equilibrium import spectral_radius
 from deqdet.structures import QueryState
 
 from helpers.small_layers import CASES

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from deqdet import Predictor, UserError
 from deqdet.checkpoints import write_model_file
-from deqdet.equilibrium import Anderson
+from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
 from deqdet.export import Difference, Encoder, OneGraph, OnnxDetector, check_export, export_detector
 from deqdet.export.check import BATCHES, SIZES
 from deqdet.export.graphs import EXPORTED, ExportedSparseRCNNLayer
@@ -343,6 +343,10 @@ def test_defaults_come_from_the_config(make_predictor, tmp_path):
     assert (notes["solver"], notes["history_size"], notes["rtol"], notes["steps"]) == ("anderson", 3, 0.25, 6)
     with pytest.raises(UserError, match="no exported form with --form one.*FixedPointIteration"):
         export_detector(predictor, tmp_path / "small.onnx", form="one")
+    notes = build_notes(predictor.cfg, predictor, form="one", solver=FixedPointIteration(damping=0.5), rtol=0.5)
+    assert (notes["solver"], notes["damping"], notes["rtol"], notes["steps"]) == ("plain", 0.5, 0.0, 4)
+    notes = build_notes(predictor.cfg, predictor, form="two", solver=Anderson(history_size=5), rtol=0.0)
+    assert (notes["solver"], notes["history_size"], notes["rtol"]) == ("anderson", 5, 0.0)
 
 
 @pytest.mark.parametrize("overrides, options, message", [
@@ -351,6 +355,8 @@ def test_defaults_come_from_the_config(make_predictor, tmp_path):
     (("MODEL.DEQDET.SOLVER.NAME", "Broyden"), {"form": "two"}, "Broyden has no exported form"),
     (("MODEL.DEQDET.SOLVER.RETURN_BEST", True), {"form": "two"}, "RETURN_BEST has no exported form"),
     ((), {"form": "one", "steps": 0}, "--steps must be at least 1"),
+    (RECURRENT, {"form": "two", "rtol": 0.1}, "RecurrentDecoder, which takes no --rtol and no --solver"),
+    ((), {"form": "two", "solver": Broyden()}, "Broyden has no exported form"),
 ])  # fmt: skip
 def test_what_cannot_be_exported_leaves_no_file(overrides, options, message, make_predictor, tmp_path):
     with pytest.raises(UserError, match=message):

@@ -1,8 +1,11 @@
 """A user's own part that does not fit: one line names its module and class, and says what is expected."""
 
+import importlib
 import re
+import sys
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +16,19 @@ from detectron2.utils.registry import Registry
 
 from deqdet import UserError
 from deqdet.contract import raised_in
-from deqdet.decoders import DECODER_REGISTRY, SOLVER_REGISTRY, EquilibriumDecoder, build_decoder, build_solver
+from deqdet.decoders import (
+    DECODER_REGISTRY,
+    SOLVER_REGISTRY,
+    Decoder,
+    DecodingGraphs,
+    EquilibriumDecoder,
+    build_decoder,
+    build_solver,
+)
 from deqdet.engine import build_model
 from deqdet.engine.health import FiniteGuard
 from deqdet.equilibrium import FixedPointIteration
+from deqdet.export.graphs import Encoder, OneGraph, check_walk
 from deqdet.layers import REFINEMENT_LAYER_REGISTRY, AdaMixerLayer, build_refinement_layer
 from deqdet.plugins import import_plugins
 from deqdet.structures import Decoded, Prediction, QueryState
@@ -252,6 +264,73 @@ class TestDecoders:
         monkeypatch.setattr(model.decoder, "decode", lambda initial, features: decoded)
         with pytest.raises(UserError, match="decode gave a tuple: it must be a Prediction of logits"):
             model(make_inputs(2, 0))
+
+
+class TestEquilibria:
+    """A decoder that sets has_equilibrium, and is no EquilibriumDecoder."""
+
+    @pytest.fixture
+    def walking(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(Path(__file__).parent))
+        monkeypatch.setattr(DECODER_REGISTRY, "_obj_map", dict(DECODER_REGISTRY._obj_map))
+        yield importlib.import_module("walking_decoder").WalkingDecoder
+        del sys.modules["walking_decoder"]
+
+    @pytest.mark.parametrize("changes, message", [
+        ({"test_steps": ...}, "has no attribute test_steps: it must be a whole number of at least 1"),
+        ({"test_steps": 0}, "its attribute test_steps is 0: it must be"),
+        ({"rtol": -1.0}, "its attribute rtol is -1.0: it must be 0 or a positive number"),
+        ({"rtol": ...}, "has no attribute rtol"),
+        ({"solver": ...}, "has no attribute solver: it must be a solver such as deqdet.equilibrium.FixedPointIter"),
+        ({"solver": FixedPointIteration}, "its attribute solver is <class"),
+        ({"solver": "anderson"}, "its attribute solver is 'anderson'"),
+        ({"return_best": None}, "its attribute return_best is None: it must be True or False"),
+        ({"walk": Decoder.walk}, "implements no walk"),
+        ({"walk": lambda self, initial, features, *, steps=None: None}, "its walk does not fit: got an unexpected"),
+    ])  # fmt: skip
+    def test_what_is_missing(self, small_cfg, register, walking, monkeypatch, changes, message):
+        def make(cfg, input_shapes):
+            built = walking(cfg, input_shapes)
+            for name, value in changes.items():
+                if value is ...:
+                    delattr(built, name)
+                else:
+                    built.__dict__.pop(name, None)
+                    monkeypatch.setattr(walking, name, value, raising=False)
+            return built
+
+        register(DECODER_REGISTRY, make)
+        with refused(f"walking_decoder.WalkingDecoder sets has_equilibrium, but {message}"):
+            build_decoder(small_cfg(*DECODER), SHAPES)
+
+    def test_the_one_of_the_page(self, small_cfg, make_inputs, walking):
+        """Its options hold, also where a CUDA graph would be recorded, of which replays are counted here."""
+        torch.manual_seed(0)
+        model = build_model(small_cfg("MODEL.DEQDET.DECODER", "WalkingDecoder", "MODEL.DEQDET.CUDA_GRAPHS", 2)).eval()
+        replays = []
+
+        def record(function):
+            return function(), lambda: replays.append(1)
+
+        model.graphs, inputs = DecodingGraphs(2, record), make_inputs(1)
+        with torch.no_grad():
+            assert [int(model.infer(inputs, steps=steps)[0]["steps"]) for steps in (None, 2, 3)] == [4, 2, 3]
+        assert len(replays) == 2  # the third choice of options is one too many to record
+
+    def test_an_export_of_another_walk(self, small_cfg, walking, monkeypatch, tmp_path):
+        model = build_model(small_cfg("MODEL.DEQDET.DECODER", "WalkingDecoder")).eval()
+        check_walk(model, 32)
+        original = walking.walk
+        monkeypatch.setattr(walking, "walk", lambda *given, steps, **named: original(*given, steps=steps + 1, **named))
+        with refused("MODEL.DEQDET.DECODER is WalkingDecoder, whose walk is not what its execution() says: "):
+            check_walk(model, 32)
+
+    def test_an_export_without_equilibrium(self, small_cfg, walking, monkeypatch):
+        model = build_model(small_cfg("MODEL.DEQDET.DECODER", "WalkingDecoder")).eval()
+        monkeypatch.setattr(walking, "has_equilibrium", False)
+        for graphs in (Encoder, OneGraph):
+            with refused("MODEL.DEQDET.DECODER is WalkingDecoder, for which there is no export: it needs an equilib"):
+                graphs(model)
 
 
 PLAIN = FixedPointIteration()

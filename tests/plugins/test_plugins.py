@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -65,7 +66,7 @@ def config(tmp_path, small_cfg):
 
 def test_the_page_shows_the_files():
     page = (ROOT / "docs" / "extending.md").read_text()
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     for name in EXAMPLES:
         assert (HERE / name).read_text().rstrip() in page, f"docs/extending.md shows another {name}"
 
@@ -152,6 +153,27 @@ def test_a_decoder_and_a_backbone(use, config, tmp_path, plugin, pairs):
         ["publish", tmp_path / "out" / "model_final.pth", *common, "--output", tmp_path / "own.safetensors"],
     )
     assert "one step" in printed and (tmp_path / "own.safetensors").is_file()
+
+
+def test_a_decoder_with_a_walk_of_its_own(use, config, tmp_path):
+    """It is no EquilibriumDecoder; training with insight, CUDA graphs, the pictures of the demo and the export work."""
+    plugin, model = HERE / "walking_decoder.py", tmp_path / "out" / "model_final.safetensors"
+    pairs = ["MODEL.DEQDET.DECODER", "WalkingDecoder", "MODEL.DEQDET.INSIGHT.PERIOD", "1", "INPUT.MAX_SIZE_TEST", "64"]
+    common = ["--plugin", plugin, "--model", model]
+    printed = use(
+        ["train_net", "--plugin", plugin, "--config-file", config("walking", *pairs), "OUTPUT_DIR", tmp_path / "out",
+         "MODEL.DEQDET.CUDA_GRAPHS", "1"],
+        ["demo", *common, "--input", ROOT / "docs" / "detections.jpg", "--output", tmp_path / "seen", "--steps", "4",
+         "--solver", "anderson2", "--refinement-strip", "--convergence-plot"],
+        ["export_model", *common, "--output", tmp_path / "walking.onnx", "--solver", "Anderson(history_size=3)",
+         "--rtol", "0.1"],
+    )  # fmt: skip
+    figures = [json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
+    assert any("equilibrium/residual" in line for line in figures) and "with PyTorch after 3 steps" in printed
+    names = {path.name for path in (tmp_path / "seen").iterdir()}
+    assert names == {"detections.jpg", "detections_strip.png", "detections_convergence.png"}
+    props = {x.key: json.loads(x.value) for x in onnx.load(tmp_path / "walking.step.onnx").metadata_props}
+    assert (props["solver"], props["history_size"], props["rtol"], props["steps"]) == ("anderson", 3, 0.1, 3)
 
 
 def test_a_model_file_without_its_plugin(use, config, tmp_path, environment):

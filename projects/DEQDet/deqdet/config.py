@@ -1,9 +1,14 @@
 """Every config key that DEQDet adds to Detectron2's, with the paper's symbol where it has one."""
 
+import logging
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode as CN
 
+logger = logging.getLogger(__name__)
+
+BASE = "_BASE_"  # the key of a config file that names the files that it inherits from
+DEFAULT_SOLVER = "FixedPointIteration"
 # The sections whose keys are not fixed: options of solvers, and whatever a user's own modules read.
 OPEN_SECTIONS = ("MODEL.DEQDET.SOLVER.OPTIONS", "MODEL.DEQDET.PLUGIN")
 
@@ -28,19 +33,62 @@ def add_deqdet_config(cfg: CN) -> None:
 def merge_overrides(cfg: CN, pairs: Sequence[str]) -> None:
     """Put KEY VALUE pairs into a config in place, as merge_from_list does; open sections take new keys.
 
+    A pair that names another solver drops the options of the solver that the config has, which would not fit. A whole
+    open section as the key replaces that section: OPTIONS "{}" empties it.
+
     Args:
         pairs: keys and values in turn; a key of OPEN_SECTIONS need not be in the config yet.
 
     Raises:
         AssertionError, KeyError, ValueError: as CfgNode.merge_from_list.
     """
+    named = dict(zip(pairs[::2], pairs[1::2], strict=True)).get("MODEL.DEQDET.SOLVER.NAME")
+    if named is not None:
+        _drop_options_of_another_solver(cfg.MODEL.DEQDET.SOLVER, CN._decode_cfg_value(named))
+    nodes = dict(zip(OPEN_SECTIONS, (cfg.MODEL.DEQDET.SOLVER.OPTIONS, cfg.MODEL.DEQDET.PLUGIN), strict=True))
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
         section, _, name = key.rpartition(".")
         if section in OPEN_SECTIONS:
-            node = cfg.MODEL.DEQDET.SOLVER.OPTIONS if section.endswith(".OPTIONS") else cfg.MODEL.DEQDET.PLUGIN
-            node[name] = CN._decode_cfg_value(value)
+            nodes[section][name] = CN._decode_cfg_value(value)
+        elif key in OPEN_SECTIONS and isinstance(values := CN._decode_cfg_value(value), dict):
+            nodes[key].clear()
+            nodes[key].update(values)
         else:
             cfg.merge_from_list([key, value])
+
+
+def merge_file(values: dict, merged: dict, prefix: str = "") -> None:
+    """Put the values of a config file over those of its bases, in place.
+
+    As in `merge_overrides`, another solver drops the options that the bases have, and an empty open section empties
+    that of the bases.
+
+    Args:
+        values: of the file, as YAML has them.
+        merged: the values of its bases.
+        prefix: the section of both, with a dot at its end.
+
+    Raises:
+        ValueError: a section would take the place of a value.
+    """
+    if prefix == "MODEL.DEQDET.SOLVER." and "NAME" in values:
+        _drop_options_of_another_solver(merged, values["NAME"])
+    for key, value in values.items():
+        if not isinstance(value, dict) or key not in merged or (not value and f"{prefix}{key}" in OPEN_SECTIONS):
+            merged[key] = value
+        elif isinstance(merged[key], dict):
+            merge_file(value, merged[key], f"{prefix}{key}.")
+        else:
+            raise ValueError(f"{prefix}{key} is a section here, but one value in the file that {BASE} names")
+
+
+def _drop_options_of_another_solver(section: dict, name: object) -> None:
+    """Empty OPTIONS in MODEL.DEQDET.SOLVER, in place, if the section is about to name another solver."""
+    present, options = section.get("NAME", DEFAULT_SOLVER), section.get("OPTIONS")
+    if options and name != present:
+        told = dict(options) if isinstance(options, dict) else options
+        logger.warning("MODEL.DEQDET.SOLVER.OPTIONS %s of %s are dropped, since NAME is now %s", told, present, name)
+        section["OPTIONS"] = type(section)(new_allowed=True) if isinstance(section, CN) else {}
 
 
 def _add_model_keys(cfg: CN) -> None:
@@ -148,7 +196,7 @@ def _add_equilibrium_keys(deqdet: CN) -> None:
     deqdet.EQUILIBRIUM.CHECKPOINT_SEGMENTS = False
 
     deqdet.SOLVER = CN()  # at test time; training iterates plainly
-    deqdet.SOLVER.NAME = "FixedPointIteration"  # a name in SOLVER_REGISTRY: that, "Anderson" or "Broyden"
+    deqdet.SOLVER.NAME = DEFAULT_SOLVER  # a name in SOLVER_REGISTRY: that, "Anderson" or "Broyden"
     # Options of the solver by its fields' names in upper case, e.g. OPTIONS: {WINDOW: 3} for a solver of your own with
     # a field `window`; they come before the three keys below.
     deqdet.SOLVER.OPTIONS = CN(new_allowed=True)

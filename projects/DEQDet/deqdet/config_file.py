@@ -1,22 +1,22 @@
-"""Config files are checked, with all of their bases, before detectron2 merges them, so that no config runs code."""
+"""The reading of config files with all of their bases, as plain values, so that no config runs code."""
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import yaml
 
 from detectron2.utils.file_io import PathManager
 
+from .config import BASE
 from .errors import UserError, describe_os_error, one_line
 
-BASE = "_BASE_"
 MOST_FILES = 100  # that one config may consist of; a server could go on naming new bases for ever
 MODEL_ZOO = "detectron2://"  # detectron2's own server
 
 
-def check_config_file(path: str, *, allow_remote: bool) -> None:
-    """See that a config file and every file that it inherits from hold plain values only.
+def read_config_file(path: str, *, allow_remote: bool, find_named: Callable[[str, str], str]) -> list[dict]:
+    """Read a config file and every file that it inherits from; each must hold plain values only.
 
     YAML can name a Python object to build, and building it can run code. Nothing is built here: yaml.safe_load refuses
     every such tag.
@@ -24,14 +24,21 @@ def check_config_file(path: str, *, allow_remote: bool) -> None:
     Args:
         path: a file, or a URL.
         allow_remote: whether the config and its bases may come from the network.
+        find_named: the file that a name in a _BASE_ stands for where no file of this name lies beside the config. Its
+            second argument begins the message of the UserError that it raises if there is none.
+
+    Returns:
+        The values of the files without _BASE_, each after those of its bases, so that later ones take precedence.
 
     Raises:
         UserError: a file is missing, from the network, no YAML mapping or holds Python objects, or a _BASE_ leads back
             to a file that inherits from it. Says which file and, for YAML, which line.
     """
-    pending, count = [(path,)], 0
-    while pending:
-        chain = pending.pop()
+    found: list[dict] = []
+    count = 0
+
+    def read(chain: tuple[str, ...]) -> None:
+        nonlocal count
         file = chain[-1]
         if _identity(file) in map(_identity, chain[:-1]):
             raise UserError(f"{path}: its {BASE} loops, {' -> '.join(chain)}: remove one of these {BASE} keys")
@@ -40,7 +47,13 @@ def check_config_file(path: str, *, allow_remote: bool) -> None:
             raise UserError(f"{path} inherits from more than {MOST_FILES} files by {BASE}: a config must be simpler")
         inherited = f"{chain[-2]}: its {BASE} {file}" if len(chain) > 1 else f"config file {file}"
         _check_place(file, inherited, allow_remote=allow_remote)
-        pending += [(*chain, base) for base in _read_bases(file)]
+        values = _load_plain(file)
+        for base in _find_bases(file, values.pop(BASE, []), find_named):
+            read((*chain, base))
+        found.append(values)
+
+    read((path,))
+    return found
 
 
 def is_remote(path: str) -> bool:
@@ -64,8 +77,7 @@ def _check_place(file: str, named: str, *, allow_remote: bool) -> None:
         )
 
 
-def _read_bases(file: str) -> Iterator[str]:
-    """The files that a config file names as its bases, relative to its own folder as detectron2 takes them."""
+def _load_plain(file: str) -> dict:
     try:
         with PathManager.open(file, "r") as stream:
             loaded = yaml.safe_load(stream)
@@ -80,10 +92,18 @@ def _read_bases(file: str) -> Iterator[str]:
         raise UserError(f"{file}: {one_line(error)}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{file} is not a config: it must be a YAML mapping of keys to values")
-    bases = loaded.get(BASE, [])
+    return loaded
+
+
+def _find_bases(file: str, bases: object, find_named: Callable[[str, str], str]) -> Iterator[str]:
+    """The files that a config file names as its bases: relative to its own folder, else by names as `find_named`."""
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise UserError(f"{file}: {BASE} must be the name of a file, or a list of names, got {one_line(base)}")
-        base = os.path.expanduser(base)
-        absolute = base.startswith(("/", "https://", "http://"))
-        yield base if absolute else os.path.join(os.path.dirname(file), base)
+        place = os.path.expanduser(base)
+        if not place.startswith(("/", "https://", "http://")):
+            place = os.path.join(os.path.dirname(file), place)
+        if is_remote(place) or os.path.isfile(place):
+            yield place
+        else:
+            yield find_named(base, f"{file}: its {BASE} {place} does not exist, or is not a regular file")

@@ -4,6 +4,7 @@ Only what is wrong between it and the package is told here. A fault within its o
 """
 
 import inspect
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +13,18 @@ from typing import Any
 from detectron2.config import configurable
 from detectron2.structures import Boxes
 
+from .equilibrium import is_solver
 from .errors import UserError, plural
 from .structures import Decoded, Prediction, QueryState
+
+_MISSING = object()
+_WALK = ("steps", "rtol", "solver", "record", "record_iterates")  # what `walk` takes by name
+_DEFAULTS_OF_WALK: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "test_steps": (lambda x: type(x) is int and x >= 1, "a whole number of at least 1"),
+    "rtol": (lambda x: type(x) in (int, float) and 0 <= x < math.inf, "0 or a positive number"),
+    "solver": (is_solver, "a solver such as deqdet.equilibrium.FixedPointIteration()"),
+    "return_best": (lambda x: isinstance(x, bool), "True or False"),
+}
 
 
 def describe(part: object) -> str:
@@ -64,6 +75,35 @@ def construct(maker: Callable, arguments: tuple, base: type, methods: Mapping[st
             called = f"it is called with {plural(count, 'argument')}, see {base.__name__}.{name}"
             raise UserError(f"{describe(built)}.{name} does not fit: {error}; {called}") from error
     return built
+
+
+def check_equilibrium(decoder: Any, base: type) -> None:
+    """See that a decoder whose `has_equilibrium` is True has the method and the attributes that the tools need.
+
+    Args:
+        base: the class whose `walk` only says that there is no equilibrium.
+
+    Raises:
+        UserError: one is missing or no such value; says which.
+    """
+    problem = next(_faults(decoder, base), None)
+    if problem is not None:
+        raise UserError(f"{describe(decoder)} sets has_equilibrium, but {problem} (see docs/extending.md, A decoder)")
+
+
+def _faults(decoder: Any, base: type) -> Iterator[str]:
+    if type(decoder).walk is base.walk:
+        yield "implements no walk"
+    for name, (fits, wanted) in _DEFAULTS_OF_WALK.items():
+        value = getattr(decoder, name, _MISSING)
+        if value is _MISSING:
+            yield f"has no attribute {name}: it must be {wanted}"
+        elif not fits(value):
+            yield f"its attribute {name} is {value!r}: it must be {wanted}"
+    try:
+        inspect.signature(decoder.walk).bind(None, None, **dict.fromkeys(_WALK))
+    except TypeError as error:
+        yield f"its walk does not fit: {error}; it is called with the keyword arguments {', '.join(_WALK)}"
 
 
 def check_refined(layer: object, state: QueryState, refined: object) -> None:

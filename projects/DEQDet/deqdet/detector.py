@@ -298,6 +298,7 @@ class DEQDet(nn.Module):
 
         Raises:
             UserError: the decoder has no equilibrium.
+            TypeError: the solver is not an object such as Anderson(), but a name, for example.
         """
         images = self.preprocess(batched_inputs)
         options = {"steps": steps, "rtol": rtol, "solver": solver, "record": record, "record_iterates": record_iterates}

@@ -18,8 +18,8 @@ import yaml
 
 from detectron2.config import CfgNode, get_cfg
 
-from .config import OPEN_SECTIONS, add_deqdet_config, merge_overrides
-from .config_file import check_config_file, is_remote
+from .config import OPEN_SECTIONS, add_deqdet_config, merge_file, merge_overrides
+from .config_file import is_remote, read_config_file
 from .config_types import describe_mismatch
 from .errors import UserError, one_line
 
@@ -54,12 +54,13 @@ def get_config(name: str | os.PathLike, overrides: Sequence[str] = (), *, allow_
     cfg = get_cfg()
     add_deqdet_config(cfg)
     file = find_config(name)
-    check_config_file(file, allow_remote=allow_remote)
+    files, merged = read_config_file(file, allow_remote=allow_remote, find_named=_find_named), {}
     with explained(cfg, str(name)):
-        if is_remote(file):  # merge_from_file takes local files only
-            cfg.merge_from_other_cfg(CfgNode(CfgNode.load_yaml_with_base(file, allow_unsafe=False)))
-        else:
-            cfg.merge_from_file(file, allow_unsafe=False)
+        for values in files:
+            merge_file(values, merged)
+        if merged.get("VERSION", cfg.VERSION) != cfg.VERSION:
+            raise ValueError(f"VERSION is {merged['VERSION']}: it must be {cfg.VERSION}, detectron2's present one")
+        cfg.merge_from_other_cfg(CfgNode(merged))
     if cfg.MODEL.TRUST_PICKLE:
         logger.warning("%s: MODEL.TRUST_PICKLE is ignored in a file: it counts on the command line only", name)
         cfg.MODEL.TRUST_PICKLE = False
@@ -91,16 +92,28 @@ def find_config(name: str | os.PathLike) -> str:
     text = os.fspath(name)
     if is_remote(text) or os.path.isfile(text):
         return text
+    return _find_named(text, f"config file {text} does not exist")
+
+
+def _find_named(text: str, missing: str) -> str:
+    """The file of the model zoo that a name stands for, which may end in .yaml.
+
+    Args:
+        missing: that there is no such file elsewhere, which begins the message of an error.
+
+    Raises:
+        UserError: none has this name, or the last part of a name stands for several; says which names are like it.
+    """
     stem, known = text.removeprefix("configs/").removesuffix(".yaml"), list_configs()
     found = [config for config in known if config == stem] or [x for x in known if x.rpartition("/")[2] == stem]
     if len(found) > 1:
-        raise UserError(f"config {text} is ambiguous: give {' or '.join(found)}")
+        raise UserError(f"{missing}, and several configs have this name: give {' or '.join(found)}")
     if found:
         return str(config_folder() / f"{found[0]}.yaml")
     last_parts = {config.rpartition("/")[2]: config for config in known}
     close = _close(stem, known) or [last_parts[part] for part in _close(stem.rpartition("/")[2], list(last_parts))]
     hint = f"did you mean {' or '.join(close[:3])}?" if close else "deqdet.model_zoo.list_configs() lists them"
-    raise UserError(f"config file {text} does not exist, and no config of the model zoo has this name; {hint}")
+    raise UserError(f"{missing}, and no config of the model zoo has this name; {hint}")
 
 
 def config_folder() -> Path:

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
-from ..contract import construct
+from ..contract import check_equilibrium, construct
 from ..equilibrium import Solver
 from ..errors import UserError
 from ..layers import RefinementLayer, compile_layer, look_up
@@ -38,9 +38,17 @@ class Decoder(nn.Module, ABC):
     """From initial queries and features to predictions: `supervise` for training, `decode` at test time.
 
     `initial` is a QueryState of B rows, `features` are the pyramid's levels (B, C, H_l, W_l), finest first.
+
+    A decoder whose `has_equilibrium` is True implements `walk` as well, so that steps, rtol and solver can be chosen at
+    test time. It has the attributes `test_steps`, `rtol`, `solver` and `return_best`: the defaults of `walk`, which the
+    tools read. `build_decoder` checks them.
     """
 
-    has_equilibrium = False  # True: `walk` works, and the number of steps, rtol and solver can be chosen at test time
+    has_equilibrium = False
+    test_steps: int  # the most applications of f, at least 1
+    rtol: float  # the relative residual at which an image stops; 0 takes all steps
+    solver: Solver
+    return_best = False  # True: the result is f of the iterate with the smallest residual, not of the last one
 
     @abstractmethod
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
@@ -53,6 +61,16 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def execution(self) -> Execution:
         """Which layers `decode` runs how often, from which the cost of an image is computed."""
+
+    def options(
+        self, steps: int | None = None, rtol: float | None = None, solver: Solver | None = None
+    ) -> tuple[int, float, Solver]:
+        """The options of a walk, with the decoder's own value in place of each None; only with an equilibrium."""
+        return (
+            self.test_steps if steps is None else steps,
+            self.rtol if rtol is None else rtol,
+            self.solver if solver is None else solver,
+        )
 
     def walk(
         self,
@@ -77,9 +95,16 @@ class Decoder(nn.Module, ABC):
 
 
 def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> Decoder:
-    """Build the decoder that MODEL.DEQDET.DECODER names."""
+    """Build the decoder that MODEL.DEQDET.DECODER names.
+
+    Raises:
+        UserError: a decoder of the user's own does not fit; see `construct` and `check_equilibrium`.
+    """
     decoder = look_up(DECODER_REGISTRY, "MODEL.DEQDET.DECODER", cfg.MODEL.DEQDET.DECODER)
-    return construct(decoder, (cfg, input_shapes), Decoder, {"supervise": 2, "decode": 2, "execution": 0})
+    built = construct(decoder, (cfg, input_shapes), Decoder, {"supervise": 2, "decode": 2, "execution": 0})
+    if built.has_equilibrium:
+        check_equilibrium(built, Decoder)
+    return built
 
 
 def compile_refinement(decoder: Decoder) -> None:

@@ -142,14 +142,6 @@ class EquilibriumDecoder(Decoder):
         """y_0 = g(x, y_0-) (Eq. 7); without a g, the initial queries themselves."""
         return initial if self.initialization is None else self.initialization(initial, features)
 
-    def options(self, steps: int | None, rtol: float | None, solver: Solver | None) -> tuple[int, float, Solver]:
-        """The options of a walk, with the decoder's own value in place of each None."""
-        return (
-            self.test_steps if steps is None else steps,
-            self.rtol if rtol is None else rtol,
-            self.solver if solver is None else solver,
-        )
-
     def walk(
         self,
         initial: QueryState,

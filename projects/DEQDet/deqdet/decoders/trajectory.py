@@ -76,8 +76,11 @@ class Trajectory:
         An image that stopped before this step has those of its last step.
 
         Raises:
+            ValueError: the step is below 1. Step 0 is y_0, to which f has not been applied.
             KeyError: that step was not recorded, or the walk was made without record_iterates=True.
         """
+        if step < 1:
+            raise ValueError(f"step must be at least 1, got {step}: step 1 is the first application of f")
         queries = self.start.content.shape[1]
         needed = "record_iterates=True and record"
         iterate = _recorded(self.solution.iterates, step, needed)

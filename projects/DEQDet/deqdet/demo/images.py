@@ -83,16 +83,17 @@ class ImageDemo:
         if not extras:
             return
         names, threshold, decoder = self.predictor.class_names, self.predictor.threshold, self.predictor.model.decoder
-        chosen = {"steps": decoder.test_steps, "rtol": decoder.rtol, "solver": decoder.solver}
-        chosen |= {key: value for key, value in self.options.items() if value is not None}
-        walk = self.predictor.walk(image, **chosen, record=range(chosen["steps"] + 1), record_iterates=True)
+        steps, rtol, solver = decoder.options(**self.options)
+        walk = self.predictor.walk(
+            image, steps=steps, rtol=rtol, solver=solver, record=range(steps + 1), record_iterates=True
+        )
         refinement = trace_refinement(walk, threshold)
         for ending, side, write in ((GIF, GIF_SIDE, write_gif), (STRIP, PANEL_SIDE, write_strip)):
             if ending in extras:
                 write(build_scene(image, refinement, names, threshold, side), beside(picture, ending))
         if PLOT in extras:
-            title = f"{os.fsencode(source.name).decode(errors='replace')}, {type(chosen['solver']).__name__}"
-            plot_convergence(refinement, title, chosen["rtol"]).savefig(beside(picture, PLOT), dpi=120)
+            title = f"{os.fsencode(source.name).decode(errors='replace')}, {type(solver).__name__}"
+            plot_convergence(refinement, title, rtol).savefig(beside(picture, PLOT), dpi=120)
 
 
 def _save(picture: np.ndarray, path: Path) -> None:

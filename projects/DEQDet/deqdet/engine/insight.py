@@ -16,6 +16,7 @@ from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 
 from ..data import build_mapper, random_state_kept
+from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, first_below, spectral_radius
 from ..errors import UserError
@@ -92,19 +93,22 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
     """How plain iteration without noise, as training has it, converges: medians over the images of a batch.
 
     Args:
-        model: with an EquilibriumDecoder; its training mode is restored afterwards.
+        model: with an equilibrium; its training mode is restored afterwards.
         batch: of detectron2's inputs, as a test loader gives them.
         power_iterations: of the spectral radius.
 
     Returns:
         "residual_step1" and "residual": relative residuals at the first and at step T_train;
         "steps_to_rtol0.05": the first step with a residual below that, T where there is none, T being the larger of
-        T_train and T_infer;
+        T_train and T_infer. A decoder of the user's own that is no EquilibriumDecoder has no T_train: T_infer, its
+        `test_steps`, stands for it;
         "spectral_radius": of f's Jacobian along the content at y_T_train (see
-        `deqdet.equilibrium.spectrum`); above 1, small changes of the content grow.
+        `deqdet.equilibrium.spectral_radius`); above 1, small changes of the content grow.
     """
-    train_steps = model.decoder.supervision.train_steps
-    steps = max(train_steps, model.decoder.test_steps)
+    decoder = model.decoder
+    supervision = decoder.supervision if isinstance(decoder, EquilibriumDecoder) else None
+    train_steps = decoder.test_steps if supervision is None else supervision.train_steps
+    steps = max(train_steps, decoder.test_steps)
     with inference_context(model):
         options = {"steps": steps, "rtol": 0.0, "solver": FixedPointIteration()}
         path = model.walk(batch, **options, record=[train_steps], record_iterates=True).trajectory

@@ -6,7 +6,7 @@ It depends on torch alone and knows neither boxes nor detectors: f is any functi
 from .estimators import Implicit, Phantom, Unrolled
 from .records import Solution, Status
 from .residuals import first_below, relative_residual
-from .solve import Map, Solver, solve
+from .solve import Map, Solver, is_solver, solve
 from .solvers import Anderson, Broyden, FixedPointIteration
 from .spectrum import spectral_radius
 from .unroll import conclude, unroll
@@ -24,6 +24,7 @@ __all__ = [
     "Unrolled",
     "conclude",
     "first_below",
+    "is_solver",
     "relative_residual",
     "solve",
     "spectral_radius",

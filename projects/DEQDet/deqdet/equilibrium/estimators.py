@@ -84,6 +84,8 @@ class Implicit:
 
     For a loss with the gradient v at y*, back-propagation needs u = (I - J)^-T v. That is the fixed point of the
     adjoint map u = J^T u + v, which the backward pass finds by plain iteration; so f must be a contraction.
+
+    There is no second derivative: the backward pass itself records no graph, so that create_graph=True does not help.
     """
 
     max_steps: int = 200

@@ -43,6 +43,11 @@ class Solver(Protocol):
         """
 
 
+def is_solver(value: object) -> bool:
+    """Whether a value is an object with the methods of Solver, and not a class or a name."""
+    return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in ("init", "step"))
+
+
 def solve(
     function: Map,
     initial: Tensor,
@@ -75,9 +80,12 @@ def solve(
             that have stopped leave the batch and cost nothing any more.
 
     Raises:
-        ValueError: max_steps or rtol is negative or not finite, a recorded step lies outside 0..max_steps, or rtol or
-            best need the residuals.
+        TypeError: the solver is not an object such as Anderson(), or initial holds no floating-point numbers.
+        ValueError: initial is not (B, D), max_steps or rtol is negative or not finite, a recorded step lies outside
+            0..max_steps, or rtol or best need the residuals.
     """
+    _check_solver(solver)
+    _check_start(initial)
     _check(max_steps, rtol, record)
     if rtol == 0 and not best:
         results = FixedRecord(initial, keep_iterates=record_iterates, residuals=residuals)
@@ -102,6 +110,31 @@ def solve(
         if step in record:
             results.keep(step)
     return results.finish(record)
+
+
+def _check_solver(solver: object) -> None:
+    """See that a solver is an object with the methods of Solver.
+
+    Raises:
+        TypeError: it is not; says what it is.
+    """
+    if not is_solver(solver):
+        what = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
+        raise TypeError(f"solver must be an object with the methods init and step, such as Anderson(), not {what}")
+
+
+def _check_start(initial: object) -> None:
+    """See that y_0 is a tensor of floating-point numbers with one row for each problem.
+
+    Raises:
+        TypeError: it is no tensor, or one of whole or complex numbers.
+        ValueError: it has another number of dimensions than two.
+    """
+    if not isinstance(initial, Tensor) or not initial.is_floating_point():
+        what = f"a tensor of {initial.dtype}" if isinstance(initial, Tensor) else f"a {type(initial).__name__}"
+        raise TypeError(f"initial must be a tensor of floating-point numbers (B, D), not {what}")
+    if initial.ndim != 2:
+        raise ValueError(f"initial must have the shape (B, D), got {tuple(initial.shape)}")
 
 
 def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:

@@ -14,9 +14,9 @@ from torchvision.ops import roi_align
 
 from detectron2.modeling.backbone.swin import BasicLayer, SwinTransformerBlock
 
-from ..decoders import EquilibriumDecoder, RecurrentDecoder, StackedDecoder
+from ..decoders import Decoder, EquilibriumDecoder, Execution, RecurrentDecoder, StackedDecoder
 from ..detector import DEQDet
-from ..equilibrium import relative_residual
+from ..equilibrium import FixedPointIteration, relative_residual
 from ..errors import UserError
 from ..layers import SparseRCNNLayer
 from ..structures import QueryState
@@ -79,15 +79,16 @@ class Encoder(nn.Module):
         """
         super().__init__()
         model = _exportable(model)
-        if not isinstance(model.decoder, EquilibriumDecoder | RecurrentDecoder):
+        if isinstance(model.decoder, StackedDecoder):
             raise UserError(
                 f"MODEL.DEQDET.DECODER is {type(model.decoder).__name__}, whose layers have weights of their own: two "
                 "graphs need one layer that is applied again and again; give --form one"
             )
+        execution = _execution(model.decoder)
         self.backbone, self.in_features, self.queries = model.backbone, model.in_features, model.queries
-        self.initialization, self.refinement = model.decoder.initialization, None
+        self.initialization, self.refinement = execution.initialization, None
         if self.initialization is None:
-            self.refinement = model.decoder.refinement  # y_0 is then read out by f
+            self.refinement = execution.refinement  # y_0 is then read out by f
         self.register_buffer("pixel_mean", model.pixel_mean)
         self.register_buffer("pixel_std", model.pixel_std)
 
@@ -116,7 +117,7 @@ class Step(nn.Module):
     def __init__(self, model: DEQDet):
         super().__init__()
         model = _exportable(model)
-        self.refinement = model.decoder.refinement
+        self.refinement = model.decoder.execution().refinement
         self.num_queries = model.queries.content.num_embeddings
 
     def forward(self, state: Tensor, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -233,6 +234,34 @@ class OneGraph(nn.Module):
         return QueryState.unpack(flat, self.queries.content.num_embeddings)
 
 
+def check_walk(model: DEQDet, unit: int) -> None:
+    """See that the walk of a decoder of the user's own is what two graphs compute: g once, then f again and again.
+
+    Args:
+        unit: the size divisibility, of which the sides of the example are multiples.
+
+    Raises:
+        UserError: it ends at another state after two plain steps.
+    """
+    if type(model.decoder) is EquilibriumDecoder or not model.decoder.has_equilibrium:
+        return
+    model, encoder, step = _exportable(model), Encoder(model), Step(model)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 3 * unit, 4 * unit), dtype=torch.uint8, generator=generator)
+    sizes = torch.tensor([[3 * unit, 4 * unit]] * 2)
+    with torch.no_grad():
+        state, _, _, *levels = encoder(images, sizes)
+        for _ in range(2):
+            state = step(state, levels)[0]
+        initial = encoder.queries(sizes.flip(1).to(state.dtype))
+        walk = model.decoder.walk(initial, levels, steps=2, rtol=0.0, solver=FixedPointIteration())
+    if not torch.allclose(walk.solution.value, state, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"MODEL.DEQDET.DECODER is {type(model.decoder).__name__}, whose walk is not what its execution() says: the "
+            "export needs its initialization once, if there is one, and then plain steps of its refinement"
+        )
+
+
 def _layers(model: DEQDet, steps: int | None) -> tuple[nn.ModuleList, nn.ModuleList, int]:
     """The layers that run once, those that run in turn after them, and how many of these applications there are."""
     decoder = model.decoder
@@ -240,13 +269,22 @@ def _layers(model: DEQDet, steps: int | None) -> tuple[nn.ModuleList, nn.ModuleL
         if steps is not None:
             raise UserError("MODEL.DEQDET.DECODER is StackedDecoder, whose number of steps is fixed: give no --steps")
         return nn.ModuleList(), decoder.layers, len(decoder.layers)
-    if not isinstance(decoder, EquilibriumDecoder | RecurrentDecoder):
-        raise UserError(f"MODEL.DEQDET.DECODER is {type(decoder).__name__}, for which there is no export")
-    first = [] if decoder.initialization is None else [decoder.initialization]
-    count = decoder.execution().steps if steps is None else steps
+    execution = _execution(decoder)
+    first = [] if execution.initialization is None else [execution.initialization]
+    count = execution.steps if steps is None else steps
     if count < (0 if first else 1):
         raise UserError(f"steps must be at least {0 if first else 1}, got {count}")
-    return nn.ModuleList(first), nn.ModuleList([decoder.refinement]), count
+    return nn.ModuleList(first), nn.ModuleList([execution.refinement]), count
+
+
+def _execution(decoder: Decoder) -> Execution:
+    """The layers of a decoder that applies one layer again and again."""
+    if decoder.has_equilibrium or isinstance(decoder, RecurrentDecoder):
+        return decoder.execution()
+    raise UserError(
+        f"MODEL.DEQDET.DECODER is {type(decoder).__name__}, for which there is no export: it needs an equilibrium "
+        "(has_equilibrium), or must be a RecurrentDecoder or StackedDecoder"
+    )
 
 
 def _exportable(model: DEQDet) -> DEQDet:

@@ -19,11 +19,11 @@ from detectron2.modeling.backbone.swin import SwinTransformerBlock
 
 from ..checkpoints.files import replacing
 from ..decoders import StackedDecoder
-from ..equilibrium import Anderson, FixedPointIteration
+from ..equilibrium import Anderson, FixedPointIteration, Solver
 from ..errors import UserError, one_line
 from ..predictor import Predictor
 from ..version import __version__
-from .graphs import Best, Encoder, LoopBody, OneGraph, Step
+from .graphs import Best, Encoder, LoopBody, OneGraph, Step, check_walk
 from .loop import CARRIED, join_loop
 
 TARGETS = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -60,6 +60,8 @@ def export_detector(
     target: str = "onnx",
     form: str = "two",
     steps: int | None = None,
+    rtol: float | None = None,
+    solver: Solver | None = None,
     say: Callable[[str], None] = say_nothing,
 ) -> Exported:
     """Write a detector for any batch size and image size.
@@ -71,6 +73,8 @@ def export_detector(
         form: "one": the whole detector with plain steps; "two": the encoder with g, and a step of f.
         steps: how often f is applied; by default as often as the decoder does. Whoever runs the ONNX files may choose
             another number. In a .pt2 file of one graph it is fixed.
+        rtol, solver: the defaults of whoever runs two graphs; by default those of the decoder. One graph has plain
+            iteration without a tolerance.
         say: called with a line before each slow stage, such as print.
 
     Raises:
@@ -82,9 +86,10 @@ def export_detector(
         raise UserError(f"{path}: the output of --to {target} must end in {TARGETS[target]}")
     if target == "torch-export" and any(isinstance(x, SwinTransformerBlock) for x in predictor.model.modules()):
         raise UserError("Swin can be exported as ONNX only: torch.export's programs would take few sizes of images")
-    notes = build_notes(predictor.cfg, predictor, form, steps)
+    notes = build_notes(predictor.cfg, predictor, form, steps, rtol, solver)
     unit = notes["size_divisibility"]
     model = predictor.model
+    check_walk(model, unit)
     if form == "one":
         stacked = isinstance(model.decoder, StackedDecoder)
         module = OneGraph(model, None if stacked else notes["steps"], notes["damping"])
@@ -129,21 +134,36 @@ def _write_loop(predictor: Predictor, path: Path, notes: dict, say: Callable[[st
     _write_onnx(join_loop(encoder, body, best, notes["steps"]), path, notes)
 
 
-def build_notes(cfg, predictor: Predictor, form: str, steps: int | None) -> dict[str, object]:
+def build_notes(
+    cfg,
+    predictor: Predictor,
+    form: str,
+    steps: int | None = None,
+    rtol: float | None = None,
+    solver: Solver | None = None,
+) -> dict[str, object]:
     """What a caller of the files must know: classes, preparation of images, defaults of the iteration.
+
+    Args:
+        steps, rtol, solver: see `export_detector`.
 
     Raises:
         UserError: the config asks for what this form cannot do.
     """
     decoder = predictor.model.decoder
-    solver = decoder.solver if decoder.has_equilibrium else FixedPointIteration()
+    if (rtol, solver) != (None, None) and not decoder.has_equilibrium:
+        raise UserError(f"MODEL.DEQDET.DECODER is {type(decoder).__name__}, which takes no --rtol and no --solver")
+    if decoder.has_equilibrium:
+        _, rtol, solver = decoder.options(None, rtol, solver)
+    else:
+        rtol, solver = 0.0, FixedPointIteration()
     kinds = {FixedPointIteration: "plain", Anderson: "anderson"}
     name = kinds.get(type(solver))
     if name is None or (form == "one" and name != "plain"):
         possible = "FixedPointIteration" if form == "one" else "FixedPointIteration or Anderson"
         raise UserError(
-            f"the solver {type(solver).__name__} has no exported form with --form {form}: set "
-            f"MODEL.DEQDET.SOLVER.NAME to {possible}"
+            f"the solver {type(solver).__name__} has no exported form with --form {form}: give --solver or "
+            f"MODEL.DEQDET.SOLVER.NAME {possible}"
         )
     if decoder.has_equilibrium and decoder.return_best:
         raise UserError("MODEL.DEQDET.SOLVER.RETURN_BEST has no exported form: set it to False")
@@ -164,7 +184,7 @@ def build_notes(cfg, predictor: Predictor, form: str, steps: int | None) -> dict
         "strides": [shapes[level].stride for level in predictor.model.in_features],
         "max_detections": predictor.model.max_detections,
         "steps": decoder.execution().steps if steps is None else steps,
-        "rtol": decoder.rtol if decoder.has_equilibrium and form == "two" else 0.0,
+        "rtol": rtol if form == "two" else 0.0,
         "solver": name,
         "damping": solver.damping,
         "history_size": anderson.history_size,

@@ -21,7 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detectron2.structures import Boxes, Instances
 
 from ..boxes import encode_boxes
-from ..decoders import DecodingGraphs, compile_refinement, iterate, prepare_features, record_cuda_graph
+from ..decoders import (
+    DecodingGraphs,
+    EquilibriumDecoder,
+    compile_refinement,
+    iterate,
+    prepare_features,
+    record_cuda_graph,
+)
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration
 from ..errors import UserError
@@ -255,7 +262,7 @@ def _memory(model: DEQDet, setting: Setting) -> dict[str, Any]:
     with torch.no_grad():
         initial, features = _encoded(model, setting)
     decoder = model.decoder
-    counts = range(decoder.supervision.count + 1) if decoder.has_equilibrium else ()
+    counts = range(decoder.supervision.count + 1) if isinstance(decoder, EquilibriumDecoder) else ()
     with _autocast(model, setting):
         found = training_memory(decoder, initial, features, counts, compute=setting.compute)
     rows = []

@@ -1,6 +1,7 @@
 """Export a trained detector to ONNX or torch.export files, which run without this package, and check them.
 
     deqdet-export-model --model FILE.safetensors --output detector.onnx [--to onnx] [--form two] [--steps N]
+        [--rtol R] [--solver S]
     deqdet-export-model --config-file FILE --output detector.onnx MODEL.WEIGHTS CHECKPOINT
 
 --form two, for detectors that apply one layer repeatedly, writes detector.encoder.onnx and detector.step.onnx, which
@@ -18,6 +19,7 @@ from ..engine import add_config_arguments, exit_on_user_error, load_config, pars
 from ..errors import UserError
 from ..extras import how_to_install
 from ..predictor import Predictor
+from .trained import add_solver_arguments
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -34,10 +36,13 @@ def main(words: Sequence[str] | None = None) -> None:
             raise UserError(f"{error}, which the export needs: {how_to_install('export')}") from error
         cfg = load_config(args)
         predictor = Predictor.from_config(cfg, device="cpu")
-        if args.form == "one" and predictor.has_equilibrium and (rtol := predictor.model.decoder.rtol) > 0:
-            print(f"One graph always takes all its steps: MODEL.DEQDET.SOLVER.RTOL {rtol} has no effect.")
+        options = predictor.options(args.steps, args.rtol, args.solver)
+        if args.form == "one" and predictor.has_equilibrium:
+            _, rtol, _ = predictor.model.decoder.options(**options)
+            if rtol > 0:
+                print(f"One graph always takes all its steps: the tolerance {rtol} has no effect.")
         say = partial(print, flush=True)  # each line before its stage, also into a pipe
-        exported = export_detector(predictor, args.output, target=args.to, form=args.form, steps=args.steps, say=say)
+        exported = export_detector(predictor, args.output, target=args.to, form=args.form, **options, say=say)
         for path in exported.files:
             print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
         check_export(exported, say)
@@ -54,9 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--form", choices=("one", "two"), default="two",
         help="one graph, or two graphs: an encoder and one step (default: two)",
     )  # fmt: skip
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="number of solver steps (default: the config's TEST_STEPS)"
-    )
+    add_solver_arguments(parser)
     add_config_arguments(parser)
     return parser
 
