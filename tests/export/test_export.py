@@ -1,6 +1,8 @@
 """Exported detectors beside PyTorch: both forms, all six detectors, other sizes and batches than were traced."""
 
+import io
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -20,8 +23,8 @@ from deqdet.export import Difference, Encoder, OneGraph, OnnxDetector, check_exp
 from deqdet.export.check import BATCHES, SIZES
 from deqdet.export.graphs import EXPORTED, ExportedSparseRCNNLayer
 from deqdet.export.swin import ExportedSwinBlock, ExportedSwinStage
-from deqdet.export.write import _trace_images, build_notes
-from deqdet.layers import SparseRCNNLayer
+from deqdet.export.write import _trace_images, _trace_step, build_notes
+from deqdet.layers import RefinementLayer, SparseRCNNLayer
 from deqdet.tools.export_model import main
 
 NAMES = ("ox", "ass", "hen")
@@ -242,6 +245,64 @@ def test_a_graph_for_some_sizes_only_is_refused(chosen, size):
     """torch.export fixes such a choice as it was for the traced sizes, without an error."""
     with pytest.raises(UserError, match=f"the graph is wrong for {size}|cannot trace this detector"):
         _trace_images(Choosy(chosen), 32)
+
+
+def loop_over_images(state, level):
+    return torch.stack([row + 1 for row in state])
+
+
+def loop_over_a_count(state, level):
+    return torch.cat([state[i : i + 1] for i in range(len(state))])
+
+
+def unbind_images(state, level):
+    return torchvision.ops.roi_align(level, list(state.reshape(len(state), -1, 4).unbind(0)), 1).flatten(1)
+
+
+def loop_over_rows(state, level):
+    return state + sum(row.mean() for row in level.unbind(2))
+
+
+class Constant(RefinementLayer):
+    """A layer whose function treats a size as a constant."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def __call__(self, state, features):
+        return nn.Module.__call__(self, state, features)
+
+    def forward(self, state, features):
+        return self.function(state, features[0])
+
+    def predict(self, state):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("function, size, hint", [
+    (loop_over_images, "the batch size", "a loop or unbind over the images"),
+    (loop_over_a_count, "the batch size", "a loop or unbind over the images"),
+    (unbind_images, "the batch size", "a loop or unbind over the images"),
+    (loop_over_rows, "a size of the images or levels", "a loop over its elements"),
+])  # fmt: skip
+def test_a_layer_that_treats_a_size_as_a_constant(function, size, hint, capfd):
+    """One line with the class and the place, and nothing of torch's log, whose levels are then as before."""
+    names = ("torch", "torch._guards", "torch._dynamo", "torch._dynamo.output_graph")
+    levels = [logging.getLogger(name).level for name in names]
+    handlers = logging.getLogger("torch").handlers
+    stream = io.StringIO()
+    handlers.append(handler := logging.StreamHandler(stream))
+    try:
+        with pytest.raises(UserError) as error:
+            _trace_step(Constant(function), [torch.ones(2, 8)], [torch.ones(2, 3, 4, 5)])
+    finally:
+        handlers.remove(handler)
+    line = function.__code__.co_firstlineno + 1
+    where = f"{__name__}.Constant treats {size} as a constant ({__file__}, line {line}), for example by {hint} "
+    assert str(error.value).startswith(f"the export must hold for all sizes, but {where}")
+    assert stream.getvalue() == "" and capfd.readouterr() == ("", "")
+    assert [logging.getLogger(name).level for name in names] == levels
 
 
 def test_a_graph_for_all_sizes_is_not_refused():

@@ -1,12 +1,14 @@
 """Write a detector as ONNX graphs or torch.export programs, with what a caller must know in the same files."""
 
+import inspect
 import json
 import logging
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 
 import torch
@@ -18,9 +20,11 @@ from torch.export import Dim, ExportedProgram
 from detectron2.modeling.backbone.swin import SwinTransformerBlock
 
 from ..checkpoints.files import replacing
+from ..contract import describe
 from ..decoders import StackedDecoder
 from ..equilibrium import Anderson, FixedPointIteration, Solver
 from ..errors import UserError, one_line
+from ..layers import RefinementLayer
 from ..predictor import Predictor
 from ..version import __version__
 from .graphs import Best, Encoder, LoopBody, OneGraph, Step, check_walk
@@ -219,7 +223,7 @@ def _require_free_sizes(program: ExportedProgram, module: nn.Module, others: lis
         others: batch, height and width of images, pixels.
     """
     # Without the guards that torch.export has recorded: they would end the call before there is a result to compare.
-    options = {"check_guards": False} if "check_guards" in signature(program.module).parameters else {}
+    options = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
     traced = program.module(**options)
     generator = torch.Generator().manual_seed(1)
     for batch, height, width in others:
@@ -250,7 +254,40 @@ def _export(module: nn.Module, inputs: tuple, shapes: tuple) -> ExportedProgram:
         try:
             return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=True)
         except Exception as error:  # of many types, depending on the operation
-            raise UserError(f"torch.export cannot trace this detector: {one_line(error)[:400]}") from error
+            general = f"torch.export cannot trace this detector: {one_line(error)[:400]}"
+            raise UserError(_explain_constant(error, module) or general) from error
+
+
+def _explain_constant(error: Exception, module: nn.Module) -> str | None:
+    """Say which part of a module has made a constant of a size that must be free; None for any other error.
+
+    The message of torch.export names the sizes, and ends with the lines of code that were being traced.
+    """
+    violated = re.search(r"Constraints violated \((.*?)\)!", str(error))
+    if violated is None:
+        return None
+    batch = "batch" in re.split(r"\W+", violated[1])
+    size = "the batch size" if batch else "a size of the images or levels"
+    hint = "a loop or unbind over the images" if batch else "a loop over its elements"
+    lines = re.findall(r'File "(.+)", line (\d+), in ', str(error))
+    part, place = _find_part(module, lines)
+    return (
+        f"the export must hold for all sizes, but {part} treats {size} as a constant{place}, for example by {hint} "
+        "(see docs/extending.md, What the export needs)"
+    )
+
+
+def _find_part(module: nn.Module, lines: list[tuple[str, str]]) -> tuple[str, str]:
+    """The innermost part of a module that lines of code, outermost first, belong to; and its line, in parentheses."""
+    files = {}
+    for part in module.modules():
+        with suppress(TypeError, OSError):  # a class of a notebook has no file
+            files.setdefault(inspect.getfile(type(part)), describe(part))
+    for file, line in reversed(lines):
+        if file in files:
+            return files[file], f" ({file}, line {line})"
+    layers = {describe(part): None for part in module.modules() if isinstance(part, RefinementLayer)}
+    return " or ".join(layers) or describe(module), ""
 
 
 def _write(program: ExportedProgram, path: Path, target: str, notes: dict, inputs: list, outputs: list) -> None:
@@ -282,11 +319,21 @@ def _write_onnx(model: ModelProto, path: Path, notes: dict) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and remarks, which are about its own workings, from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    """Keep the exporter's warnings and remarks, which are about its own workings, from the user.
+
+    Its errors as well: what they say is raised too. With TORCH_LOGS in the environment, torch's log stays as it is.
+    """
+    names = ["onnxscript", "onnx_ir", *([] if "TORCH_LOGS" in os.environ else ["torch"])]
+    loggers = [logging.getLogger(name) for name in names]
+    # Some loggers below these have levels of their own.
+    loggers += [
+        logger
+        for name, logger in list(logging.root.manager.loggerDict.items())
+        if isinstance(logger, logging.Logger) and "." in name and name.partition(".")[0] in names
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
