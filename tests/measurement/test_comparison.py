@@ -161,6 +161,8 @@ class TestRestart:
         run.result_file.unlink()  # trained, but not measured
         assert complete(run, train, lambda run: MEASURED).minutes == 4.5
         assert complete(run, train, lambda run: MEASURED).minutes == 4.5
+        run.minutes_file.unlink()  # an earlier version made the result
+        assert complete(run, train, lambda run: MEASURED).minutes is None
 
     def test_minutes_are_none_where_a_start_is_not_known(self, run, train):
         """A training that deqdet-train began, one that it ended, and one in which the power failed."""

@@ -1,7 +1,8 @@
 """Several configs trained on the same data for the same budget, each in a folder of its own.
 
 In a run's folder, run.json is written first and holds the settings with which the run was begun; result.json is written
-last and marks it as done. A comparison that was interrupted goes on from there.
+last and marks it as done; minutes.json has the minutes of each start of the training. A comparison that was interrupted
+goes on from there.
 """
 
 import json
@@ -226,6 +227,8 @@ def complete(run: Run, train: Sequence[str], measure: Callable[[Run], Measuremen
     if run.result_file.is_file():
         known = json.loads(run.result_file.read_text())
         parts = {"metrics": Metrics(**known["metrics"]), "measurement": Measurement.from_dict(known["measurement"])}
+        if not run.minutes_file.is_file():  # an earlier version noted the minutes of the last start only
+            parts["minutes"] = None
         return Result(**{**known, **parts, "name": run.name})  # config and folder may have been renamed
     run.folder.mkdir(parents=True, exist_ok=True)
     _write(run.folder / "run.json", run.settings)
