@@ -14,7 +14,8 @@ import torch
 from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 
-from deqdet import UserError
+from deqdet import Predictor, UserError
+from deqdet.checkpoints import write_model_file
 from deqdet.contract import raised_in
 from deqdet.decoders import (
     DECODER_REGISTRY,
@@ -30,6 +31,8 @@ from deqdet.engine.health import FiniteGuard
 from deqdet.equilibrium import FixedPointIteration
 from deqdet.export.graphs import Encoder, OneGraph, check_walk
 from deqdet.layers import REFINEMENT_LAYER_REGISTRY, AdaMixerLayer, build_refinement_layer
+from deqdet.measurement.benchmark import Setting, benchmark
+from deqdet.model_zoo import put_overrides
 from deqdet.plugins import import_plugins
 from deqdet.structures import Decoded, Prediction, QueryState
 
@@ -317,6 +320,12 @@ class TestEquilibria:
             assert [int(model.infer(inputs, steps=steps)[0]["steps"]) for steps in (None, 2, 3)] == [4, 2, 3]
         assert len(replays) == 2  # the third choice of options is one too many to record
 
+    def test_its_training_memory(self, small_cfg, walking):
+        """It has no Omega, over which the memory of training is measured."""
+        model = build_model(small_cfg("MODEL.DEQDET.DECODER", "WalkingDecoder"))
+        with refused("MODEL.DEQDET.DECODER is WalkingDecoder, which has no |Omega|: --task memory needs"):
+            benchmark(model, Setting(task="memory", height=64, width=64, batch=1, precision="float32"))
+
     def test_an_export_of_another_walk(self, small_cfg, walking, monkeypatch, tmp_path):
         model = build_model(small_cfg("MODEL.DEQDET.DECODER", "WalkingDecoder")).eval()
         check_walk(model, 32)
@@ -369,6 +378,23 @@ class TestSolvers:
                 build_solver(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine"), spec)
         with refused(f"{WHERE}Momentum{message}"):  # as a command tells it
             build_model(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine"))
+
+    def test_another_solver_for_a_model_file(self, small_cfg, register, tmp_path):
+        """Whose own solver has an option that the other one does not know."""
+
+        @dataclass(frozen=True)
+        class Damped(Momentum):
+            start: float = 0.5
+
+        register(SOLVER_REGISTRY, Damped)
+        name = "MODEL.DEQDET.SOLVER.NAME"
+        cfg, file = small_cfg(name, "Mine"), tmp_path / "a.safetensors"
+        put_overrides(cfg, ["MODEL.DEQDET.SOLVER.OPTIONS.START", "0.8"])
+        weights = build_model(cfg).state_dict()
+        write_model_file(file, weights=weights, cfg=cfg, class_names=("ox", "ass", "hen"))
+        assert Predictor.from_file(file, device="cpu").model.decoder.solver == Damped(start=0.8)
+        other = Predictor.from_file(file, device="cpu", overrides=[name, "FixedPointIteration"])
+        assert other.model.decoder.solver == FixedPointIteration() and other.cfg.MODEL.DEQDET.SOLVER.OPTIONS == {}
 
     def test_one_that_fits(self, small_cfg, register):
         register(SOLVER_REGISTRY, Momentum)
