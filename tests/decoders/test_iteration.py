@@ -32,6 +32,7 @@ def case():
 def compiles(monkeypatch):
     """torch.compile traces as inductor does, but generates no code."""
     torch._dynamo.reset()
+    counters.clear()  # of other tests in this process
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     iteration._compiled_conclude.cache_clear()
     yield

@@ -63,6 +63,7 @@ def test_an_unknown_precision_is_an_error(small_model):
 def traced(monkeypatch):
     """torch.compile traces, but generates no code, which would take a minute."""
     torch._dynamo.reset()
+    counters.clear()  # of other tests in this process
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
