@@ -29,7 +29,7 @@ from .detections import Detections
 from .detector import BatchTrajectory, DEQDet
 from .engine import adapt_device, build_model, check_options, load_weights
 from .engine.health import check_finite_model
-from .equilibrium import Solver
+from .equilibrium import Solver, is_solver
 from .errors import UserError, one_line
 from .model_zoo import get_config, put_overrides
 
@@ -311,7 +311,7 @@ class Predictor:
                 solver = build_solver(self.cfg, solver)
             except ValueError as error:
                 raise UserError(one_line(error)) from error
-        elif solver is not None and (isinstance(solver, type) or not hasattr(solver, "step")):
+        elif solver is not None and not is_solver(solver):
             raise UserError(f"solver must be a name or an object such as Anderson(history_size=4), got {solver!r}")
         return {"steps": steps, "rtol": rtol, "solver": solver}
 

@@ -5,8 +5,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import torch
@@ -23,7 +23,6 @@ INTERRUPTIONS = (*SIGNALS, signal.SIGHUP)  # of a command that trains in process
 # A signal to a whole process group reaches a rank twice, since the launcher hands it on too.
 ONE_SIGNAL = 0.3  # seconds
 CONFIRMATION = "the training ends with a checkpoint after this iteration or evaluation; a second signal ends it at once"
-
 AT_ONCE = "stopped at once by a second signal: the last iterations are not saved"
 
 
@@ -35,35 +34,50 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class FirstAndSecond:
+    """A signal handler that tells a second signal from the first one, and from the first one that arrives twice."""
+
+    def __init__(self, first: Callable[[int], None], second: Callable[[int], None]):
+        """
+        Args:
+            first: is called with the number of the first signal.
+            second: is called with the number of each signal that comes more than ONE_SIGNAL later.
+        """
+        self.number = 0  # of the first signal; 0 before it
+        self._first, self._second = first, second
+        self._time = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.number:
+            self.number, self._time = number, now
+            self._first(number)
+        elif now - self._time > ONE_SIGNAL:
+            self._second(number)
+
+
 @contextmanager
-def handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Give INTERRUPTIONS to a handler within it, in the main thread. A SIGHUP that nohup has made ignored stays so."""
+def handled_by(handler: FirstAndSecond, numbers: Sequence[int] = INTERRUPTIONS) -> Iterator[None]:
+    """Give these signals to a handler within it, in the main thread. A SIGHUP that nohup has made ignored stays so."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        numbers = [n for n in INTERRUPTIONS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        before = {number: signal.signal(number, handle) for number in numbers}
+        numbers = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Let INTERRUPTIONS raise Interrupted within it, so that cleaning up can be done; a second one exits at once."""
-    first: float | None = None
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        now = time.monotonic()
-        if first is None:
-            first = now
-            raise Interrupted(number)
-        if now - first > ONE_SIGNAL:
-            os._exit(128 + number)
+    def interrupt(number: int) -> None:
+        raise Interrupted(number)
 
-    with handled_by(interrupt):
+    with handled_by(FirstAndSecond(interrupt, lambda number: os._exit(128 + number))):
         yield
 
 
@@ -83,16 +97,14 @@ class StopOnSignal(HookBase):
     """
 
     def __init__(self) -> None:
-        self._signal = 0
-        self._time = 0.0
-        self._before: dict[int, object] = {}
+        self._handler = FirstAndSecond(_confirm, _exit_at_once)
+        self._handled = ExitStack()
 
     def before_train(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._handled.enter_context(handled_by(self._handler, SIGNALS))
 
     def after_step(self) -> None:
-        number = _largest(self._signal)
+        number = _largest(self._handler.number)
         if not number:
             return
         trainer = self.trainer
@@ -114,24 +126,18 @@ class StopOnSignal(HookBase):
         raise Stopped(128 + number)
 
     def after_train(self) -> None:
-        self.restore()
+        self._handled.close()  # the former handlers are back
 
-    def restore(self) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self._signal:
-            self._signal, self._time = number, now
-            if comm.is_main_process():
-                os.write(2, f"{signal.Signals(number).name}: {CONFIRMATION}\n".encode())
-        elif now - self._time > ONE_SIGNAL:
-            if comm.is_main_process():
-                os.write(2, f"{AT_ONCE}\n".encode())
-            os._exit(128 + number)
+def _confirm(number: int) -> None:
+    if comm.is_main_process():
+        os.write(2, f"{signal.Signals(number).name}: {CONFIRMATION}\n".encode())
+
+
+def _exit_at_once(number: int) -> None:
+    if comm.is_main_process():
+        os.write(2, f"{AT_ONCE}\n".encode())
+    os._exit(128 + number)
 
 
 def _largest(value: int) -> int:

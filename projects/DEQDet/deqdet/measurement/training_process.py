@@ -3,13 +3,11 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
-from ..engine.signals import AT_ONCE, CONFIRMATION, ONE_SIGNAL, Interrupted, handled_by
+from ..engine.signals import AT_ONCE, CONFIRMATION, FirstAndSecond, Interrupted, handled_by
 
 
 def run_training(command: Sequence[str], log: Path) -> int:
@@ -22,7 +20,7 @@ def run_training(command: Sequence[str], log: Path) -> int:
         Interrupted: a signal came; no process of the training is left.
     """
     stop = _Stop()
-    with handled_by(stop.handle):
+    with handled_by(stop.handler):
         with open(log, "a") as output:
             # In a session of its own, Ctrl-C at a terminal reaches the training through this process only.
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -33,9 +31,9 @@ def run_training(command: Sequence[str], log: Path) -> int:
             _kill(process)
             process.wait()
             raise
-        if stop.number:
+        if number := stop.handler.number:
             _kill(process)  # processes that the training has started may still be there
-            raise Interrupted(stop.number)
+            raise Interrupted(number)
         return code
 
 
@@ -43,23 +41,21 @@ class _Stop:
     """Hands the first signal on to the training, and kills it at the second one."""
 
     def __init__(self) -> None:
-        self.number = 0  # of the first signal; 0 before it
-        self._time = 0.0
+        self.handler = FirstAndSecond(self._ask_to_end, self._end_at_once)
         self._process: subprocess.Popen | None = None
 
     def attach(self, process: subprocess.Popen) -> None:
         self._process = process
-        if self.number:  # the signal came before the process
+        if self.handler.number:  # the signal came before the process
             process.send_signal(signal.SIGTERM)
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.number:
-            self.number, self._time = number, now
-            _say(f"{signal.Signals(number).name}: {CONFIRMATION}")
-            if self._process is not None:
-                self._process.send_signal(signal.SIGTERM)  # its launcher hands it on to the other ranks
-        elif now - self._time > ONE_SIGNAL and self._process is not None:
+    def _ask_to_end(self, number: int) -> None:
+        _say(f"{signal.Signals(number).name}: {CONFIRMATION}")
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)  # its launcher hands it on to the other ranks
+
+    def _end_at_once(self, number: int) -> None:
+        if self._process is not None:
             _say(AT_ONCE)
             _kill(self._process)
 
