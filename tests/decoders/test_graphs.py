@@ -89,7 +89,7 @@ class TestRecordings:
             assert found.prediction.boxes.unique().tolist() == [3.0]
 
     @pytest.mark.parametrize("record, reason", [
-        (None, "there is no CUDA graph on the device cpu"),
+        (None, "CUDA graphs do not exist on the device cpu"),
         (fail, "the decoder could not be recorded: operation not permitted when stream is capturing"),
     ])  # fmt: skip
     def test_without_recordings_it_says_so_once_and_decodes(self, record, reason, caplog):

@@ -188,7 +188,7 @@ def test_beyond_the_limit_of_graphs_a_function_runs_as_it_is(compiles, monkeypat
     assert found == [1, 2, 3, 4, 2] and function.works
     assert counters["stats"]["unique_graphs"] == before + 2
     (message,) = [x.getMessage() for x in caplog.records if x.name.startswith("deqdet")]  # it says so once
-    assert message.startswith("this function runs as it is where none of its graphs fits: ")
+    assert message.startswith("this function runs eagerly for inputs that fit none of its compiled graphs: ")
 
 
 def test_a_function_that_cannot_be_compiled_runs_as_it_is(caplog):
@@ -197,4 +197,4 @@ def test_a_function_that_cannot_be_compiled_runs_as_it_is(caplog):
         for _ in range(2):
             assert function(torch.ones(2)).tolist() == [2.0, 2.0]
     (record,) = caplog.records  # it says so once
-    assert record.getMessage().startswith("the function of this test cannot be compiled and runs as it is: ")
+    assert record.getMessage().startswith("the function of this test cannot be compiled and runs eagerly: ")

@@ -105,7 +105,7 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is(caplog):
         for _ in range(2):
             assert layer(state, []).content.tolist() == [[[2.0] * 3] * 2]
     (record,) = caplog.records  # it says so once
-    assert record.getMessage().startswith("HostLayer cannot be compiled and runs as it is: ")
+    assert record.getMessage().startswith("HostLayer cannot be compiled and runs eagerly: ")
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def test_a_layer_whose_weights_must_not_be_cast_keeps_them(traced, monkeypatch, 
             assert torch.equal(cast_once(layer, CPU)(state, []).content, expected)
         assert cast_once(layer, CPU) is layer
     (message,) = [x.getMessage() for x in caplog.records if x.name.startswith("deqdet")]
-    assert message.startswith("ExactLayer, compiled, casts its weights to torch.bfloat16 in every step, since a copy ")
+    assert message.startswith("The compiled ExactLayer casts its weights to torch.bfloat16 in every step, because ")
 
 
 class AttentiveLayer(RefinementLayer):

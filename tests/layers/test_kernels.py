@@ -102,7 +102,7 @@ def test_without_a_compiler_a_warning_says_so_and_the_operations_are_used(works,
         assert not works(RuntimeError("Failed to find C compiler.\nSet CC."))
     (record,) = caplog.records
     assert record.getMessage() == (
-        "Sampling on the GPU is slower than it could be, since Triton does not work here: "
+        "Sampling on the GPU is slow, because Triton does not work on this machine: "
         "RuntimeError: Failed to find C compiler."
     )
 

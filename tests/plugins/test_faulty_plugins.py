@@ -123,7 +123,7 @@ class TestConstructors:
         (Abstract, "Abstract cannot be built: Can't instantiate abstract class Abstract with"),
         (OtherArguments, "OtherArguments cannot be built: OtherArguments.from_config() takes 2 positional"),
         (ReadsAKey, "ReadsAKey cannot be built: it reads the config key WIDTH, which is not set"),
-        (Unrelated, "Unrelated made a Unrelated: it must be a subclass of RefinementLayer"),
+        (Unrelated, "Unrelated built a Unrelated: it must be a subclass of RefinementLayer"),
         (OneArgument, "OneArgument.forward does not fit: too many positional arguments; it is called with 2 arguments"),
     ])  # fmt: skip
     def test_a_layer(self, small_cfg, register, part, message):
@@ -141,7 +141,7 @@ class TestConstructors:
         with refused(f"{WHERE}TestConstructors.test_a_decoder.<locals>.Mine cannot be built: "):
             build_decoder(small_cfg(*DECODER), SHAPES)
         register(DECODER_REGISTRY, Unrelated)
-        with refused(f"{WHERE}Unrelated made a Unrelated: it must be a subclass of Decoder"):
+        with refused(f"{WHERE}Unrelated built a Unrelated: it must be a subclass of Decoder"):
             build_decoder(small_cfg(*DECODER), SHAPES)
 
     def test_a_fault_within_the_code_keeps_its_traceback(self, small_cfg, register):
@@ -203,7 +203,8 @@ class TestLayers:
     def test_a_state_that_does_not_fit(self, spoiled, make_inputs, change, returned):
         model, inputs = spoiled(forward=change), make_inputs(2, 0)
         for mode in (True, False):
-            with refused(f"{WHERE}Spoiled.forward returned {returned}: it must return {SHAPE}, as it got"):
+            expected = f"it must return the shapes of its input, {SHAPE}"
+            with refused(f"{WHERE}Spoiled.forward returned {returned}: {expected}"):
                 model.train(mode)(inputs)
 
     @pytest.mark.parametrize("change, logits, boxes", [
@@ -216,7 +217,7 @@ class TestLayers:
         wrong = f"a Prediction of logits {logits} and boxes {boxes}"
         want = "a Prediction of logits (2, N, 3) and boxes (2, N, 4)"
         for mode, where in ((True, "supervise, init"), (False, "decode")):
-            with refused(f"{BOTH}: {where} gave {wrong}: it must be {want}"):
+            with refused(f"{BOTH}: {where} returned {wrong}: it must be {want}"):
                 model.train(mode)(inputs)
 
     @pytest.mark.parametrize("changes", [
@@ -265,7 +266,7 @@ class TestDecoders:
         model = small_model().eval()
         decoded = Decoded((1, 2), torch.ones(2), torch.ones(2, dtype=torch.bool))
         monkeypatch.setattr(model.decoder, "decode", lambda initial, features: decoded)
-        with pytest.raises(UserError, match="decode gave a tuple: it must be a Prediction of logits"):
+        with pytest.raises(UserError, match="decode returned a tuple: it must be a Prediction of logits"):
             model(make_inputs(2, 0))
 
 

@@ -1,8 +1,8 @@
 """Boxes as positions (cx, cy, z, r) (Eq. 3) and as corners xyxy: pure functions, with all lengths in pixels.
 
-A position has the centre (cx, cy), the scale z = log2 sqrt(w h) and the aspect ratio r = log2(h / w). Four real
-numbers of any size make a valid box, so that a solver may add and extrapolate positions. Corners that are treated so
-can come out inverted, with x2 < x1.
+A position has the centre (cx, cy), the scale z = log2 sqrt(w h) and the aspect ratio r = log2(h / w). Any four real
+numbers make a valid box, so a solver may add and extrapolate positions. Corners treated in this way could come out
+inverted, with x2 < x1.
 """
 
 import math
@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The natural logarithm of the largest factor, 6,250, by which one refinement by deltas may enlarge a side (as in
-# R-CNN).
+# The natural logarithm of 6,250, the largest factor by which one refinement by deltas enlarges a side (as in R-CNN).
 MAX_LOG_SCALE = math.log(100000 / 16)
 
 
 @dataclass(frozen=True)
 class BoxGeometry:
-    """What the parts of a refinement layer read of its boxes, computed once in a step."""
+    """All functions of the boxes that the parts of a refinement layer need, computed once in a step."""
 
     corners: Tensor  # (..., 4)  xyxy, pixels
     area: Tensor  # (...)  w h, square pixels
@@ -27,10 +26,10 @@ class BoxGeometry:
 
     @classmethod
     def of(cls, position: Tensor, exponents: Tensor) -> "BoxGeometry":
-        """Compute it for positions (..., 4) cx, cy, z, r; `exponents` is what `geometry_exponents` returns."""
+        """Compute the geometry of positions (..., 4) cx, cy, z, r; `exponents` is the result of geometry_exponents."""
         z, r = position[..., 2:].split(1, dim=-1)
         of_z, of_r = exponents
-        # Every number is a power of two of some a z + b r, with 1 = 2^0 among them: one exponential makes them all.
+        # Every number, including 1 = 2^0, is 2^(a z + b r) for some a and b, so that one exponential computes them all.
         powers = torch.addcmul(z * of_z, r, of_r).exp2()  # (..., 8)
         point_scale, delta_scale, area = powers.split([3, 4, 1], dim=-1)
         center, sizes = position[..., None, :2], powers[..., None, :2]
@@ -39,7 +38,7 @@ class BoxGeometry:
 
 
 def geometry_exponents() -> Tensor:
-    """The factors (2, 8) of z and of r in the exponents of BoxGeometry's numbers, for a layer to keep.
+    """Return the factors (2, 8) of z and r in the exponents of BoxGeometry's numbers; a layer keeps them in a buffer.
 
     By Eq. 3, w = 2^(z - r / 2), h = 2^(z + r / 2) and w h = 2^(2 z).
     """
@@ -65,7 +64,7 @@ def _sizes(position: Tensor, halves: Tensor) -> Tensor:
 
 
 def _halves(position: Tensor) -> Tensor:
-    """(2,) -1/2 and 1/2, made on the device of the position, so that nothing is copied to it."""
+    """Return -1/2 and 1/2, (2,), computed on the device of the position, so that nothing is copied to it."""
     return torch.linspace(-0.5, 0.5, 2, dtype=position.dtype, device=position.device)
 
 
@@ -73,8 +72,7 @@ def encode_boxes(boxes: Tensor, min_size: float = 1e-3, flipped: bool = False) -
     """Convert corners (..., 4) xyxy to positions (..., 4) cx, cy, z, r (Eq. 3).
 
     Args:
-        min_size: the smallest side, in pixels. Shorter sides count as this long, so that the logarithms of an empty box
-            are finite.
+        min_size: the smallest side, in pixels. Shorter sides are set to it, so that an empty box has finite logarithms.
         flipped: whether corners may come in either order. If not, a box with x2 < x1 counts as empty.
     """
     low, high = boxes[..., :2], boxes[..., 2:]
@@ -91,8 +89,8 @@ def refine_position(position: Tensor, delta: Tensor, scale: Tensor | None = None
     Args:
         position: (..., 4) cx, cy, z, r.
         delta: (..., 4) d_x, d_y, d_z, d_r, perhaps in a lower precision.
-        scale: (..., 4) 2^z, 2^z, 1, 1, if the caller has computed it. A gradient reaches z through the shift only
-            without it.
+        scale: (..., 4) 2^z, 2^z, 1, 1, if the caller has computed it. Only without it does a gradient reach z through
+            the shift.
 
     Returns:
         (..., 4) cx, cy, z, r.
@@ -108,9 +106,9 @@ def refine_position(position: Tensor, delta: Tensor, scale: Tensor | None = None
 def refine_position_by_deltas(position: Tensor, deltas: Tensor) -> Tensor:
     """Move boxes as R-CNN does, with the weights (2, 2, 1, 1) by which Sparse R-CNN divides the deltas.
 
-    On the sides of a box this is cx += w dx / 2, cy += h dy / 2, w *= exp(dw), h *= exp(dh), where neither factor is
-    above 6,250. With z = log2 sqrt(w h) and r = log2(h / w) the last two become z += (dw + dh) / (2 ln 2) and r +=
-    (dh - dw) / ln 2.
+    In terms of the sides, cx += w dx / 2, cy += h dy / 2, w *= exp(dw) and h *= exp(dh), where both factors are limited
+    to 6,250. With z = log2 sqrt(w h) and r = log2(h / w), the last two become z += (dw + dh) / (2 ln 2) and
+    r += (dh - dw) / ln 2.
 
     Args:
         position: (..., 4) cx, cy, z, r.
@@ -127,11 +125,11 @@ def refine_position_by_deltas(position: Tensor, deltas: Tensor) -> Tensor:
 
 
 def pairwise_intersection(boxes: Tensor) -> Tensor:
-    """Compute the areas (B, N, N), in square pixels, in which boxes (B, N, 4) xyxy overlap each other."""
-    # (2 corners, 2 axes, B, N): the axes first, and the loops over boxes contiguous.
+    """Compute the intersection areas (B, N, N), in square pixels, of all pairs of boxes (B, N, 4) xyxy."""
+    # (2 corners, 2 axes, B, N): with the boxes last, the arithmetic runs over contiguous memory.
     corners = boxes.unflatten(-1, (2, 2)).movedim((-2, -1), (0, 1))
-    # On each axis the overlap begins and ends at the corners of box i, moved into box j. Were i and j exchanged, the
-    # result would have the same values but not be contiguous, and fast kernels of attention refuse such a bias.
+    # On each axis the overlap begins and ends at the corners of box i, clamped into box j. Exchanging i and j would
+    # give the same values in a tensor that is not contiguous, which fast attention kernels do not accept as a bias.
     start, end = corners[..., None].clamp(corners[0, ..., None, :], corners[1, ..., None, :])  # (2, B, N_i, N_j) each
     width, height = end - start
     return width * height
@@ -140,17 +138,17 @@ def pairwise_intersection(boxes: Tensor) -> Tensor:
 def embed_position(
     position: Tensor, dim: int, temperature: float = 10000.0, waves: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Embed positions by sines and cosines of many wavelengths, as the Transformer embeds the positions of words.
+    """Embed positions by sines and cosines of many wavelengths, like the positional encoding of the Transformer.
 
     Each of the four coordinates v gets d = dim / 4 features. Feature i is the sine (i even) or cosine (i odd) of
-    v / temperature^(2 floor(i / 2) / d): the short wavelengths tell close positions apart, the long ones order distant
-    positions. cx and cy are divided by 1000 first, which brings pixels to about the range of z and r.
+    v / temperature^(2 floor(i / 2) / d): short wavelengths distinguish close positions, long ones order distant
+    positions. cx and cy are first divided by 1000, which brings pixels to about the range of z and r.
 
     Args:
         position: (B, N, 4) cx, cy, z, r.
         dim: the number of features, a multiple of 8.
-        temperature: the ratio of the longest wavelength to the shortest, nearly.
-        waves: what `embedding_waves` returns for this dim and temperature, if the caller has kept it.
+        temperature: approximately the ratio of the longest to the shortest wavelength.
+        waves: the result of `embedding_waves` for this dim and temperature, if the caller has kept it.
 
     Returns:
         (B, N, dim), the features of cx first, then those of cy, z and r.
@@ -164,7 +162,7 @@ def embed_position(
 def embedding_waves(
     dim: int, temperature: float = 10000.0, *, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The frequencies (4, d) and phases (d,) of `embed_position`: a cosine is a sine a quarter of a period earlier."""
+    """Return the frequencies (4, d) and phases (d,) of `embed_position`. A cosine is a sine with phase pi / 2."""
     features = torch.arange(dim // 4, device=device)
     exponents = (features // 2).to(dtype or torch.get_default_dtype()) * (-2.0 / (dim // 4))
     frequency = temperature**exponents

@@ -1,6 +1,6 @@
-"""What a layer, decoder or solver of a user's own must fit, and one line that names it where it does not.
+"""Checks that a user's layer, decoder or solver fits the interface of the package, each with a one-line error.
 
-Only what is wrong between it and the package is told here. A fault within its own code keeps its traceback.
+They cover the interface only. An error inside the user's own code keeps its traceback.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from .errors import UserError, plural
 from .structures import Decoded, Prediction, QueryState
 
 _MISSING = object()
-_WALK = ("steps", "rtol", "solver", "record", "record_iterates")  # what `walk` takes by name
+_WALK = ("steps", "rtol", "solver", "record", "record_iterates")  # the keyword arguments of `walk`
 _DEFAULTS_OF_WALK: dict[str, tuple[Callable[[Any], bool], str]] = {
     "test_steps": (lambda x: type(x) is int and x >= 1, "a whole number of at least 1"),
     "rtol": (lambda x: type(x) in (int, float) and 0 <= x < math.inf, "0 or a positive number"),
@@ -28,28 +28,29 @@ _DEFAULTS_OF_WALK: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def describe(part: object) -> str:
-    """The module and the class of an object, or of a class or function: "deqdet_plugin_my_layer.MyLayer"."""
+    """Return the full name of an object's class, or of a class or function: "deqdet_plugin_my_layer.MyLayer"."""
     kind = part if inspect.isclass(part) or inspect.isfunction(part) else type(part)
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def raised_in(error: BaseException, *modules: str) -> bool:
-    """Whether one of these modules raised an exception itself, and not what it called."""
+    """Whether an exception was raised by code of one of these modules, and not by functions that it called."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__") in modules
 
 
 def construct(maker: Callable, arguments: tuple, base: type, methods: Mapping[str, int]) -> Any:
-    """Call what a registry holds, a class with from_config or a function, and see that its object can be used.
+    """Build a registered part, and check that the result fits the interface.
 
     Args:
-        arguments: for the call.
-        base: the class of which the object must be.
-        methods: names of its methods, each with the number of arguments that it is called with.
+        maker: the registered object, a class with from_config or a function.
+        arguments: the arguments of the call.
+        base: the class that the result must be an instance of.
+        methods: the names of its methods, each with the number of arguments that it is called with.
 
     Raises:
-        UserError: the arguments do not fit, a key of the config is not set, an abstract method is missing, the object
-            is of another class, or one of the methods takes other arguments.
+        UserError: the arguments do not fit, a config key is not set, an abstract method is missing, the result has
+            another class, or one of the methods takes other arguments.
     """
     try:
         built = maker(*arguments)
@@ -67,7 +68,7 @@ def construct(maker: Callable, arguments: tuple, base: type, methods: Mapping[st
             f"{describe(maker)} cannot be built: it reads the config key {error}, which is not set"
         ) from error
     if not isinstance(built, base):
-        raise UserError(f"{describe(maker)} made a {type(built).__name__}: it must be a subclass of {base.__name__}")
+        raise UserError(f"{describe(maker)} built a {type(built).__name__}: it must be a subclass of {base.__name__}")
     for name, count in methods.items():
         try:
             inspect.signature(getattr(built, name)).bind(*[None] * count)
@@ -78,13 +79,13 @@ def construct(maker: Callable, arguments: tuple, base: type, methods: Mapping[st
 
 
 def check_equilibrium(decoder: Any, base: type) -> None:
-    """See that a decoder whose `has_equilibrium` is True has the method and the attributes that the tools need.
+    """Check that a decoder with `has_equilibrium = True` has the method and the attributes that the tools need.
 
     Args:
-        base: the class whose `walk` only says that there is no equilibrium.
+        base: the class whose `walk` only raises an error, and must be overridden.
 
     Raises:
-        UserError: one is missing or no such value; says which.
+        UserError: one of them is missing or has an invalid value; the message says which.
     """
     problem = next(_faults(decoder, base), None)
     if problem is not None:
@@ -107,24 +108,25 @@ def _faults(decoder: Any, base: type) -> Iterator[str]:
 
 
 def check_refined(layer: object, state: QueryState, refined: object) -> None:
-    """See that a layer returned a state in the shapes of the one that it was given.
+    """Check that a layer returned a state of the same shapes as its input.
 
     Raises:
-        UserError: it did not; says what it returned.
+        UserError: it did not; the message says what it returned.
     """
     given = f"a {type(refined).__name__}"
     if isinstance(refined, QueryState):
         if refined.content.shape == state.content.shape and refined.position.shape == state.position.shape:
             return
         given = _describe_state(refined)
-    raise UserError(f"{describe(layer)}.forward returned {given}: it must return {_describe_state(state)}, as it got")
+    expected = _describe_state(state)
+    raise UserError(f"{describe(layer)}.forward returned {given}: it must return the shapes of its input, {expected}")
 
 
 def check_supervised(decoder: object, predictions: object, num_images: int, num_classes: int) -> None:
-    """See that a decoder's `supervise` returned predictions by their names, of B images and K classes.
+    """Check that a decoder's `supervise` returned named predictions for B images and K classes.
 
     Raises:
-        UserError: it did not; says what it returned.
+        UserError: it did not; the message says what it returned.
     """
     if not isinstance(predictions, dict) or not predictions:
         raise UserError(f"{describe(decoder)}.supervise returned a {type(predictions).__name__}: it must return a dict "
@@ -134,10 +136,10 @@ def check_supervised(decoder: object, predictions: object, num_images: int, num_
 
 
 def check_decoded(decoder: object, decoded: object, num_images: int, num_classes: int) -> None:
-    """See that a decoder's `decode` returned Decoded with a prediction of B images and K classes.
+    """Check that a decoder's `decode` returned a Decoded with a prediction for B images and K classes.
 
     Raises:
-        UserError: it did not; says what it returned.
+        UserError: it did not; the message says what it returned.
     """
     if not isinstance(decoded, Decoded):
         raise UserError(f"{describe(decoder)}.decode returned a {type(decoded).__name__}: it must return a Decoded")
@@ -146,7 +148,7 @@ def check_decoded(decoder: object, decoded: object, num_images: int, num_classes
 
 @contextmanager
 def finite_boxes(source: Callable[[], str]) -> Iterator[None]:
-    """Turn detectron2's bare AssertionError about infinite boxes, which it tests as it clips them, into a UserError.
+    """Turn the bare AssertionError with which detectron2 refuses to clip infinite boxes into a UserError.
 
     Args:
         source: returns the names of the parts that predicted the boxes.
@@ -163,7 +165,7 @@ def finite_boxes(source: Callable[[], str]) -> Iterator[None]:
 
 
 def describe_source(decoder: Any) -> str:
-    """A decoder and the layer whose predictions it returns, for messages about these."""
+    """Return the names of a decoder and of the layer whose predictions it returns, for error messages."""
     return f"{describe(decoder)} with {describe(decoder.execution().refinement)}"
 
 
@@ -175,7 +177,7 @@ def _check_prediction(decoder: Any, where: str, prediction: object, num_images: 
             return
         given += f" of logits {logits} and boxes {boxes}"
     want = f"a Prediction of logits ({num_images}, N, {num_classes}) and boxes ({num_images}, N, 4)"
-    raise UserError(f"{describe_source(decoder)}: {where} gave {given}: it must be {want}")
+    raise UserError(f"{describe_source(decoder)}: {where} returned {given}: it must be {want}")
 
 
 def _describe_state(state: QueryState) -> str:

@@ -1,7 +1,7 @@
 """The training losses of all supervised predictions (Sec. 4, Table 5).
 
-S: named predictions, B: images, R = S * B: rows in the order of matcher.py, where row r is of image r % B; N: queries,
-K: classes, P: matched pairs.
+S: named predictions, B: images, R = S * B: rows in the order of matcher.py, where row r belongs to image r % B,
+N: queries, K: classes, P: matched pairs.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from .matcher import HungarianMatcher, Matches
 from .structures import Prediction, Targets
 
-# Iterations between two logged accuracies, the period of detectron2's writers. Each one makes the host wait for the
-# device.
+# The accuracy is logged every so many iterations, the period of detectron2's writers, because logging it makes the host
+# wait for the device.
 LOG_PERIOD = 20
 
 
 class Criterion(nn.Module):
     """The sigmoid focal loss of all queries, and the L1 and GIoU losses of the matched ones.
 
-    Each is summed over the batch, and divided by the number of matched boxes, which is averaged over the ranks (in
-    evaluation mode it is this rank's own) and at least 1.
+    Each loss is summed over the batch and divided by the number of matched boxes, but at least by 1. In training that
+    number is averaged over the ranks, in evaluation mode it is the rank's own.
     """
 
     @configurable
@@ -85,13 +85,13 @@ class Criterion(nn.Module):
             predictions: S predictions by name; logits (B, N, K), boxes (B, N, 4) xyxy, pixels.
             targets: the boxes of B images. An image, or all of them, may have none.
             image_names: the file names of the B images, for error messages.
-            normalizer: () what the sums are divided by, if the images are part of a larger batch: its
-                `mean_matches`.
+            normalizer: () the divisor of the sums, `mean_matches` of the whole batch, if the images are only a part of
+                it.
 
         Returns:
             loss_cls_<name>, loss_l1_<name> and loss_giou_<name> for each prediction: weighted scalars, to be summed.
-            In a batch without any box the last two are 0, but still part of the graph of the predicted boxes, so that
-            every parameter has a gradient, which DistributedDataParallel asks for.
+            In a batch without any box the last two are 0, but still connected to the predicted boxes in the graph,
+            because DistributedDataParallel requires a gradient for every parameter.
 
         Raises:
             FloatingPointError: logits or boxes are not finite. The message names the predictions and the images.
@@ -116,7 +116,7 @@ class Criterion(nn.Module):
         )
         _log_accuracy(logits, labels, matches, matched)
         if normalizer is None:
-            # In evaluation mode the ranks have different numbers of batches, so that none may wait for another.
+            # In evaluation mode, ranks may have different numbers of batches: a collective operation would hang.
             normalizer = mean_matches(matched, logits.device) if self.training else max(matched, 1)
         losses = sums / normalizer
         return {
@@ -126,9 +126,9 @@ class Criterion(nn.Module):
         }
 
     def _focal_loss(self, logits: Tensor, labels: Tensor, matches: Matches) -> Tensor:
-        """Compute the focal loss (R, N, K); its target is 1 for the class of a matched query, and 0 for all else."""
+        """Compute the focal loss (R, N, K), with target 1 for the class of each matched query and 0 otherwise."""
         one_hot = torch.zeros_like(logits)
-        # Assigning the number 1 would copy it from the host to the device, and the host would wait for the copy.
+        # Assigning the Python number 1 would make the host wait while it is copied to the device.
         one_hot.index_put_((matches.rows, matches.queries, labels), torch.ones_like(labels, dtype=logits.dtype))
         return sigmoid_focal_loss(logits, one_hot, self.focal_alpha, self.focal_gamma, reduction="none")
 
@@ -155,12 +155,12 @@ class Criterion(nn.Module):
 def giou_loss(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
     """Compute 1 - GIoU (Rezatofighi et al., CVPR 2019) of pairs of boxes.
 
-    It equals torchvision's generalized_box_iou_loss, which selects the boxes that overlap, and so makes the host wait
-    for the device. Here the sides of an overlap are cut off at 0 instead.
+    It equals torchvision's generalized_box_iou_loss, which selects the overlapping boxes with a mask and so makes the
+    host wait for the device. Here the sides of the intersection are clamped at 0 instead.
 
     Args:
         boxes, others: (P, 4) xyxy, with x1 <= x2 and y1 <= y2.
-        eps: added to the areas by which is divided.
+        eps: added to the denominators.
 
     Returns:
         (P,).
@@ -174,17 +174,17 @@ def giou_loss(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def _area(sides: Tensor) -> Tensor:
-    """Width times height, (P, 2) to (P,).
+    """Multiply width and height, (P, 2) to (P,).
 
-    This is not Tensor.prod, since its gradient looks for zeros, for which the host waits for the device.
+    The gradient of Tensor.prod would look for zeros, and so make the host wait for the device.
     """
     return sides[:, 0] * sides[:, 1]
 
 
 def mean_matches(count: int, device: torch.device) -> Tensor:
-    """The number of matched boxes of a batch, averaged over the ranks and at least 1; a scalar.
+    """Return the number of matched boxes of a batch, averaged over the ranks and at least 1, as a scalar tensor.
 
-    A collective operation: every rank must call it in every iteration, even without any box, or the others hang.
+    This is a collective operation: every rank must call it in every iteration, even without boxes, or the others hang.
     """
     mean = torch.full((), float(count), device=device)
     if comm.get_world_size() > 1:
@@ -195,9 +195,9 @@ def mean_matches(count: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _log_accuracy(logits: Tensor, labels: Tensor, matches: Matches, matched: int) -> None:
-    """Write matched_accuracy into the event storage if one is active.
+    """Log matched_accuracy to the event storage, if one is active.
 
-    It is the fraction of the last prediction's matched queries whose most probable class is that of their box.
+    It is the fraction of matched queries, in the last prediction, whose most probable class is that of their box.
     """
     if matched == 0 or not has_event_storage() or (get_event_storage().iter + 1) % LOG_PERIOD:
         return

@@ -1,4 +1,4 @@
-"""The meta architecture: each detector of the paper, chosen by its refinement layer and its decoder."""
+"""The meta architecture of all six detectors; the refinement layer and the decoder make the difference."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -32,8 +32,8 @@ class BatchTrajectory:
     """The trajectory of a batch of images, from which detections are read at any recorded step."""
 
     trajectory: Trajectory
-    images: ImageList  # as the backbone got them
-    original_sizes: list[tuple[int, int]]  # height, width of the images to which detections are scaled
+    images: ImageList  # the padded input of the backbone
+    original_sizes: list[tuple[int, int]]  # height, width of the original images, to which detections are scaled
     max_detections: int
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class BatchTrajectory:
 
 @META_ARCH_REGISTRY.register()
 class DEQDet(nn.Module):
-    """Backbone and neck, initial queries, decoder; then the criterion in training, or detections at test time."""
+    """Backbone, initial queries and decoder, followed by the criterion in training or by detections at test time."""
 
     @configurable
     def __init__(
@@ -74,13 +74,13 @@ class DEQDet(nn.Module):
         """
         Args:
             in_features: names of the levels that the decoder reads, finest first.
-            max_detections: the most detections of an image.
-            pixel_mean, pixel_std: per channel, 0 to 255, in the channel order of input_format.
+            max_detections: the largest number of detections of an image.
+            pixel_mean, pixel_std: one value for each channel, 0 to 255, in the channel order of input_format.
             input_format: "RGB" or "BGR".
-            fix_bn_statistics: keep the statistics of the backbone's BatchNorm layers as the checkpoint has them.
+            fix_bn_statistics: do not update the running statistics of the backbone's BatchNorm layers.
             precision: "float32", or "bfloat16" for autocast at test time.
             compiled: compile the refinement layers after the first.
-            cuda_graphs: for how many sizes of images the decoder is recorded as a CUDA graph at test time.
+            cuda_graphs: the number of image sizes for which the decoder is recorded as a CUDA graph at test time.
 
         Raises:
             ValueError: an unknown precision.
@@ -150,7 +150,7 @@ class DEQDet(nn.Module):
     def forward(
         self, batched_inputs: list[dict], normalizer: Tensor | None = None
     ) -> dict[str, Tensor] | list[dict]:
-        """Losses in training, detections at test time, by detectron2's protocol.
+        """Compute losses in training, or detections at test time, in detectron2's format.
 
         Args:
             batched_inputs: for each image a dict with "image" (3, H, W), uint8 or float, 0 to 255, in the channel order
@@ -162,7 +162,7 @@ class DEQDet(nn.Module):
             In training the weighted losses, to be summed. At test time, see `infer`.
 
         Raises:
-            UserError: an image without "instances" in training, or a part of the user's own that does not fit.
+            UserError: an image has no "instances" in training, or a user's layer or decoder returned a wrong result.
         """
         if not self.training:
             return self.infer(batched_inputs)
@@ -171,7 +171,7 @@ class DEQDet(nn.Module):
                 f'the model is in training mode, but image {missing[0]} of the batch has no "instances" with its '
                 "boxes: call model.eval() to detect"
             )
-        # All that comes from the host is on its way before the backbone starts, so that nothing waits for it later.
+        # Start copying the targets to the device before the backbone runs, so that nothing waits for them later.
         targets = Targets.from_instances([x["instances"] for x in batched_inputs], self.device)
         features, initial = self.encode(self.preprocess(batched_inputs))
         names = [x.get("file_name", "") for x in batched_inputs]
@@ -180,15 +180,15 @@ class DEQDet(nn.Module):
         return self.criterion(predictions, targets, names, normalizer)
 
     def loss_normalizer(self, batched_inputs: list[dict]) -> Tensor:
-        """What the losses of a batch are divided by: () its matched boxes, averaged over the ranks, but at least 1.
+        """The divisor of a batch's losses, (): its number of matched boxes, averaged over the ranks, at least 1.
 
-        The losses of the parts of a batch, each from a `forward` with this normalizer, add up to those of the batch. A
-        collective operation, as `mean_matches` is.
+        If a batch is split, and each part goes through `forward` with this normalizer, the losses of the parts add up
+        to those of the batch. This is a collective operation (see `mean_matches`).
         """
         return mean_matches(self.count_matches(batched_inputs), self.device)
 
     def count_matches(self, batched_inputs: list[dict]) -> int:
-        """Count the true boxes of a batch that are matched. An image has at most as many matches as queries."""
+        """Count the ground-truth boxes of a batch that get matched, in each image at most one for each query."""
         queries = self.queries.content.num_embeddings
         return sum(min(len(x["instances"]), queries) for x in batched_inputs)
 
@@ -200,7 +200,7 @@ class DEQDet(nn.Module):
         rtol: float | None = None,
         solver: Solver | None = None,
     ) -> list[dict]:
-        """Detect, with the decoder's own number of steps, tolerance and solver or with others for this call.
+        """Detect objects. The number of steps, the tolerance and the solver can be chosen for this call.
 
         Args:
             batched_inputs: see `forward`.
@@ -208,12 +208,12 @@ class DEQDet(nn.Module):
 
         Returns:
             For each image a dict with "instances": pred_boxes (xyxy, pixels of the original image), scores,
-            pred_classes and queries (the query's index), best first; "steps": () int64, the applications of f; and,
-            with an equilibrium, "residual": () the relative residual of the last iterate.
+            pred_classes and queries (the query's index), sorted by falling score; "steps": () int64, the number of
+            applications of f; and, with an equilibrium, "residual": () the relative residual of the last iterate.
 
         Raises:
-            UserError: an option is given, but the decoder has no equilibrium; or a part of the user's own returned
-                another object, other shapes, or a box that is infinite or NaN.
+            UserError: an option is given, but the decoder has no equilibrium; or a user's layer or decoder returned an
+                object of another type, other shapes, or a box that is infinite or NaN.
         """
         decoded, found = self.decode(batched_inputs, steps=steps, rtol=rtol, solver=solver)
         if failed := int((~decoded.finite).sum()):  # last, since it waits for the device
@@ -232,7 +232,7 @@ class DEQDet(nn.Module):
         rtol: float | None = None,
         solver: Solver | None = None,
     ) -> tuple[Decoded, list[Instances]]:
-        """The decoder's last states and predictions, and the detections made from them; arguments as of `infer`."""
+        """Return the result of the decoder and the detections made from it; the arguments are those of `infer`."""
         images = self.preprocess(batched_inputs)
         with self.autocast():
             features, initial = self.encode(images)
@@ -251,9 +251,9 @@ class DEQDet(nn.Module):
         rtol: float | None = None,
         solver: Solver | None = None,
     ) -> Decoded:
-        """What the decoder makes of the initial queries and the features of a batch, both as `encode` returns them.
+        """Run the decoder on initial queries and features from `encode`.
 
-        It replays a CUDA graph where MODEL.DEQDET.CUDA_GRAPHS wants one, without a tolerance and without gradient.
+        With MODEL.DEQDET.CUDA_GRAPHS this replays a CUDA graph, unless there is a tolerance or a gradient is recorded.
 
         Args:
             steps, rtol, solver: see `infer`.
@@ -265,12 +265,12 @@ class DEQDet(nn.Module):
                 return self.decoder.decode(initial, features)
             return self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
 
-        refused = chosen and not self.decoder.has_equilibrium  # decode says so
+        refused = chosen and not self.decoder.has_equilibrium  # decode raises the error
         if self.graphs is None or torch.is_grad_enabled() or refused:
             return decode(initial, features)
         options = ()
         if self.decoder.has_equilibrium:
-            # Each recording belongs to one choice of options. The decoder's own may change between two calls.
+            # Each recording is for one choice of options. The decoder's defaults may change between two calls.
             steps, rtol, solver = self.decoder.options(steps, rtol, solver)
             if rtol > 0:
                 return decode(initial, features)
@@ -288,9 +288,9 @@ class DEQDet(nn.Module):
         record: Collection[int] = (),
         record_iterates: bool = False,
     ) -> BatchTrajectory:
-        """Walk along the solving paths of a batch of images, and keep what is asked for.
+        """Solve for the fixed points of a batch of images, and return the trajectory with the recorded steps.
 
-        Put the model in evaluation mode first. No gradient is recorded while walking.
+        Put the model in evaluation mode first. No gradient is recorded.
 
         Args:
             batched_inputs: see `forward`.
@@ -298,7 +298,7 @@ class DEQDet(nn.Module):
 
         Raises:
             UserError: the decoder has no equilibrium.
-            TypeError: the solver is not an object such as Anderson(), but a name, for example.
+            TypeError: the solver is not an object such as Anderson(), but for example a name.
         """
         images = self.preprocess(batched_inputs)
         options = {"steps": steps, "rtol": rtol, "solver": solver, "record": record, "record_iterates": record_iterates}
@@ -309,25 +309,25 @@ class DEQDet(nn.Module):
         return BatchTrajectory(trajectory, images, sizes, self.max_detections)
 
     def autocast(self) -> AbstractContextManager:
-        """Autocast in the precision of test time; with float32 whatever the caller has chosen."""
+        """Return an autocast context for TEST.PRECISION; with float32, the caller's autocast setting stays."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, and pad on the right and at the bottom to a common size that the backbone can divide."""
+        """Normalise the images, and pad them at the right and bottom to a common size that the backbone accepts."""
         images = [(move(x["image"], self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
     def encode(self, images: ImageList) -> tuple[list[Tensor], QueryState]:
-        """The pyramid, for each level (B, C, H_l, W_l), and the initial queries of the images."""
+        """Compute the pyramid, for each level (B, C, H_l, W_l), and the initial queries of the images."""
         sizes = to_device([(width, height) for height, width in images.image_sizes], torch.float32, self.device)
         levels = self.backbone(images.tensor)
         return [levels[name] for name in self.in_features], self.queries(sizes)
 
 
 def _original_sizes(batched_inputs: list[dict], image_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Height and width of each original image, by default those of the image that the model gets."""
+    """Return height and width of each original image, by default those of the model's input."""
     return [
         (inputs.get("height", height), inputs.get("width", width))
         for inputs, (height, width) in zip(batched_inputs, image_sizes, strict=True)

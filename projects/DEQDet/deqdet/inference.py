@@ -1,4 +1,4 @@
-"""From predictions to detections in the form of detectron2's Instances."""
+"""Convert predictions to detections, detectron2's Instances."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from .structures import Prediction
 def top_detections(
     prediction: Prediction, image_sizes: Sequence[tuple[int, int]], max_detections: int
 ) -> list[Instances]:
-    """Keep the best pairs of a query and a class of each image.
+    """Select the pairs of a query and a class with the highest scores in each image, without NMS.
 
-    There is no NMS. A query may give several detections, of different classes.
+    A query may give several detections of different classes.
 
     Args:
         prediction: logits (B, N, K), boxes (B, N, 4) xyxy, pixels of the padded input.
         image_sizes: height and width of each image before padding, pixels.
-        max_detections: the most detections of an image; there are never more than N * K.
+        max_detections: the largest number of detections of an image; there are never more than N * K.
 
     Returns:
         For each image Instances of the given size, sorted by falling score, with pred_boxes (xyxy, pixels, not yet
@@ -30,7 +30,7 @@ def top_detections(
     queries, classes = indices // num_classes, indices % num_classes
     boxes = prediction.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
     return [
-        # A clone, because detectron2 scales boxes in place.
+        # Clone, because detectron2 scales boxes in place.
         Instances(size, pred_boxes=Boxes(b.clone()), scores=s, pred_classes=c, queries=q)
         for size, b, s, c, q in zip(image_sizes, boxes, scores, classes, queries, strict=True)
     ]
@@ -42,10 +42,10 @@ def make_detections(
     original_sizes: Sequence[tuple[int, int]],
     max_detections: int,
 ) -> list[Instances]:
-    """The best detections of each image, scaled to its original size and clipped to it.
+    """Select the best detections of each image, scaled to its original size and clipped to it.
 
     Args:
-        image_sizes, original_sizes: height and width of each image as the model got it, and of the original image.
+        image_sizes, original_sizes: height and width of each input image before padding, and of the original image.
     """
     found = top_detections(prediction, image_sizes, max_detections)
     return [detector_postprocess(x, height, width) for x, (height, width) in zip(found, original_sizes, strict=True)]

@@ -1,8 +1,9 @@
 """Hungarian matching of queries and ground-truth boxes (Sec. 4, Table 5).
 
 The S supervised predictions of B images are matched at once, as R = S * B rows: first all images of the first
-prediction, then all images of the second, and so on. So row r is of image r % B. N: queries, K: classes, M: the
-largest number of boxes in an image.
+prediction, then all images of the second, and so on. So row r belongs to image r % B.
+
+N: queries, K: classes, M: the largest number of boxes in an image.
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,8 @@ class Matches:
 class HungarianMatcher:
     """Finds the one-to-one pairs of queries and boxes with the lowest total cost, for each image of each prediction.
 
-    The cost of a pair is a weighted sum (Table 5) of three terms: the change of the focal loss if the query gets the
-    class of the box as its target, the L1 distance of the corners, and minus the generalised IoU (GIoU).
+    The cost of a pair is a weighted sum (Table 5) of three terms: the change of the focal loss when the box's class
+    becomes the query's target, the L1 distance of the corners, and the negated generalised IoU (GIoU).
 
     Args:
         focal_weight: the weight of the focal term.
@@ -49,7 +50,7 @@ class HungarianMatcher:
     def __call__(
         self, prediction: Prediction, targets: Targets, names: Sequence[str], image_names: Sequence[str] = ()
     ) -> Matches:
-        """Match as many queries of each row as its image has valid boxes, at most N.
+        """Match the valid boxes of each row's image to queries; if there are more boxes than queries, N of them.
 
         The cost is computed in float32 on the device of the prediction; the assignment itself runs on the CPU.
 
@@ -68,7 +69,7 @@ class HungarianMatcher:
         num_classes = logits.shape[2]
         cost = self.cost(logits, boxes, targets)
         finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (logits, boxes, cost)]).all(0)
-        # One transfer for all that the CPU needs: each of its own would wait for the device once more.
+        # A single transfer, because the host waits for the device in each one.
         cost, finite, valid, labels = _to_cpu(cost, finite, targets.valid, targets.labels)
         finite, valid = finite.view(len(names), len(valid)).bool(), valid.bool()
         _check_finite(finite, names, image_names)
@@ -84,7 +85,7 @@ class HungarianMatcher:
             targets: the boxes of B images.
 
         Returns:
-            (R, N, M). The columns of padding have a cost too, which must not be read.
+            (R, N, M). The columns of padded boxes hold meaningless values.
         """
         copies = len(logits) // len(targets.labels)  # S
         labels = targets.labels.clamp(0, logits.shape[2] - 1).repeat(copies, 1)  # (R, M)
@@ -99,9 +100,9 @@ class HungarianMatcher:
 
 
 def focal_cost(scores: Tensor, alpha: float, gamma: float, eps: float = 1e-12) -> Tensor:
-    """Compute what the focal loss changes by if the target of a score turns from 0 to 1.
+    """Compute the change of the focal loss when the target of a score turns from 0 to 1.
 
-    A query without a match has the target 0 for every class, so that this is what matching it costs.
+    An unmatched query has target 0 for every class, so this change is the cost of matching it.
 
     Args:
         scores: probabilities in [0, 1], of any shape.
@@ -119,12 +120,12 @@ def focal_cost(scores: Tensor, alpha: float, gamma: float, eps: float = 1e-12) -
 def pairwise_giou(boxes: Tensor, others: Tensor, min_area: float = 1e-6) -> Tensor:
     """Compute the generalised IoU (Rezatofighi et al., CVPR 2019) of all pairs of boxes of a row.
 
-    It is the IoU minus the fraction of the hull, the smallest box around both, that neither box covers.
+    It is the IoU minus the fraction of the hull (the smallest box around both) that neither box covers.
 
     Args:
         boxes: (R, N, 4) xyxy.
         others: (R, M, 4) xyxy.
-        min_area: the smallest denominator, in square pixels, so that two boxes without area have a GIoU too.
+        min_area: the smallest denominator, in square pixels, so that boxes without area have a finite GIoU.
 
     Returns:
         (R, N, M), in [-1, 1].
@@ -132,8 +133,8 @@ def pairwise_giou(boxes: Tensor, others: Tensor, min_area: float = 1e-6) -> Tens
     boxes, others = boxes[:, :, None], others[:, None]  # (R, N, 1, 4), (R, 1, M, 4)
     low, high = torch.maximum(boxes, others), torch.minimum(boxes, others)
     overlap = (high[..., 2:] - low[..., :2]).clamp(min=0).prod(-1)
-    # `low` holds the larger of each pair of coordinates, so that the intersection begins at low[:2] and the hull ends
-    # at low[2:]; with `high` it is the other way round.
+    # `low` holds the larger of each pair of coordinates: the intersection begins at low[:2], and the hull ends at
+    # low[2:]. With `high` it is the other way round.
     hull = (low[..., 2:] - high[..., :2]).prod(-1)
     union = _area(boxes) + _area(others) - overlap
     return overlap / union.clamp(min=min_area) - (hull - union) / hull.clamp(min=min_area)
@@ -155,7 +156,7 @@ def _assign(cost: np.ndarray, valid: np.ndarray) -> Tensor:
 
     Args:
         cost: (R, N, M), finite.
-        valid: (B, M) bool, which columns are boxes and not padding.
+        valid: (B, M) bool, True for boxes and False for padding.
 
     Returns:
         (3, P) int64, the fields of Matches.
@@ -180,7 +181,7 @@ def _check_finite(finite: Tensor, names: Sequence[str], image_names: Sequence[st
 
 
 def _check_labels(labels: Tensor, valid: Tensor, num_classes: int, image_names: Sequence[str]) -> None:
-    """Raise ValueError for the first label that is no class, given `labels` and `valid`, both (B, M)."""
+    """Raise ValueError for the first valid label outside [0, K), given `labels` and `valid`, both (B, M)."""
     unknown = valid & ((labels < 0) | (labels >= num_classes))
     for image, box in unknown.nonzero().tolist():
         raise ValueError(

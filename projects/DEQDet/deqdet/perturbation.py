@@ -1,6 +1,6 @@
 """Refinement-aware perturbation (RAP): noise on the solving path in training (Sec. 3.3, Eq. 13 to 16, Algorithm 1).
 
-The layer learns to refine states that are worse than those it makes itself.
+With it, the layer learns to refine states that are worse than those it produces itself.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,17 @@ from torch import Generator, Tensor
 from .boxes import decode_boxes, encode_boxes
 from .structures import QueryState
 
-# Where the noise enters (Table 4e): before every application of f, so that the path carries it along (Eq. 15); before
-# the last application alone (Eq. 14); on the supervised state itself (Eq. 13); nowhere. The equilibrium decoder acts
-# on it.
+# Where the equilibrium decoder adds the noise (Table 4e): before every application of f, so that it travels along the
+# path (Eq. 15); only before the last application (Eq. 14); to the supervised state itself (Eq. 13); nowhere.
 KINDS = ("multi-step", "one-step", "zero-step", "none")
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """The kind and the sizes of the noise. Calling a Perturbation returns a perturbed copy of a state."""
+    """The kind and size of the noise. Calling a Perturbation returns a perturbed copy of a state."""
 
     kind: str
-    probability: float  # v; content and position are each perturbed with this probability, in the whole batch
+    probability: float  # v, for content and position each; the whole batch is perturbed or none of it
     content_size: float  # sigma_q, relative to the norm of the content of each query
     position_size: float  # sigma_p, the standard deviation of each corner coordinate in pixels
 
@@ -35,8 +34,8 @@ class Perturbation:
     def __call__(self, state: QueryState, generator: Generator | None = None) -> QueryState:
         """Perturb content and position, each with the given probability.
 
-        Both perturbations are always computed, and torch.where chooses: the host need not know the result of the
-        draw, and so does not wait for the device.
+        Both perturbations are always computed, and torch.where selects: a Python condition on the random draw would
+        make the host wait for the device.
 
         Args:
             state: position (B, N, 4), content (B, N, C).
@@ -60,7 +59,7 @@ def perturb_content(content: Tensor, size: float, generator: Generator | None = 
 
 
 def perturb_position(position: Tensor, size: float, generator: Generator | None = None) -> Tensor:
-    """Add noise N(0, size^2) in pixels to the corners of each box (Sec. 3.3), and put flipped corners in order again.
+    """Add noise N(0, size^2) in pixels to the corners of each box (Sec. 3.3), and swap corners that become inverted.
 
     Args:
         position: (B, N, 4) cx, cy, z, r.

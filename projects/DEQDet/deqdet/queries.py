@@ -11,7 +11,7 @@ from .structures import QueryState
 
 
 class InitialQueries(nn.Module):
-    """N learned queries. All images get the same ones, with the boxes scaled to the size of the image."""
+    """N learned queries, the same for all images, except that the boxes are scaled to the image."""
 
     @configurable
     def __init__(self, *, num_queries: int, hidden_dim: int, norm_content: bool, learn_boxes: bool):

@@ -1,4 +1,4 @@
-"""What the detector asks of a decoder, and the registry from which configs choose one by name."""
+"""The interface of a decoder, and the registry in which configs name one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
@@ -30,42 +30,42 @@ class Execution:
     """The layers that run at test time: `initialization` once, if there is one, then `refinement` `steps` times."""
 
     initialization: RefinementLayer | None
-    refinement: RefinementLayer  # of untied layers the last one: they differ in their weights only
+    refinement: RefinementLayer  # the last one where each step has its own weights
     steps: int
 
 
 class Decoder(nn.Module, ABC):
-    """From initial queries and features to predictions: `supervise` for training, `decode` at test time.
+    """Turns initial queries and features into predictions: `supervise` in training, `decode` at test time.
 
-    `initial` is a QueryState of B rows, `features` are the pyramid's levels (B, C, H_l, W_l), finest first.
+    `initial` is a QueryState of B rows; `features` are the pyramid's levels (B, C, H_l, W_l), finest first.
 
-    A decoder whose `has_equilibrium` is True implements `walk` as well, so that steps, rtol and solver can be chosen at
-    test time. It has the attributes `test_steps`, `rtol`, `solver` and `return_best`: the defaults of `walk`, which the
-    tools read. `build_decoder` checks them.
+    A decoder with `has_equilibrium = True` also implements `walk`, with steps, rtol and solver to be chosen at test
+    time. Its attributes `test_steps`, `rtol`, `solver` and `return_best` are the defaults of `walk`, and the tools read
+    them. `build_decoder` checks that they exist.
     """
 
     has_equilibrium = False
     test_steps: int  # the most applications of f, at least 1
     rtol: float  # the relative residual at which an image stops; 0 takes all steps
     solver: Solver
-    return_best = False  # True: the result is f of the iterate with the smallest residual, not of the last one
+    return_best = False  # True: the result is the output for the iterate with the smallest residual, not for the last
 
     @abstractmethod
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
-        """Every prediction that the criterion supervises, by a name for its losses."""
+        """Return every supervised prediction, under the name that its losses get."""
 
     @abstractmethod
     def decode(self, initial: QueryState, features: list[Tensor]) -> Decoded:
-        """The predictions from which detections are made."""
+        """Return the final prediction, from which detections are made."""
 
     @abstractmethod
     def execution(self) -> Execution:
-        """Which layers `decode` runs how often, from which the cost of an image is computed."""
+        """Return the layers that `decode` runs and how often, for computing the cost of an image."""
 
     def options(
         self, steps: int | None = None, rtol: float | None = None, solver: Solver | None = None
     ) -> tuple[int, float, Solver]:
-        """The options of a walk, with the decoder's own value in place of each None; only with an equilibrium."""
+        """Replace each None by the decoder's own value. Only decoders with an equilibrium have these values."""
         return (
             self.test_steps if steps is None else steps,
             self.rtol if rtol is None else rtol,
@@ -83,10 +83,10 @@ class Decoder(nn.Module, ABC):
         record: Collection[int] = (),
         record_iterates: bool = False,
     ) -> Trajectory:
-        """The way to the fixed point; see EquilibriumDecoder.walk.
+        """Iterate towards the fixed point; see EquilibriumDecoder.walk.
 
         Raises:
-            UserError: this decoder has no equilibrium. This is the one place that says so.
+            UserError: this decoder has no equilibrium.
         """
         raise UserError(
             f"MODEL.DEQDET.DECODER is {type(self).__name__}, whose number of steps is fixed: steps, tolerance, solver "
@@ -98,7 +98,7 @@ def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> Decoder:
     """Build the decoder that MODEL.DEQDET.DECODER names.
 
     Raises:
-        UserError: a decoder of the user's own does not fit; see `construct` and `check_equilibrium`.
+        UserError: a user's decoder does not fit the interface; see `construct` and `check_equilibrium`.
     """
     decoder = look_up(DECODER_REGISTRY, "MODEL.DEQDET.DECODER", cfg.MODEL.DEQDET.DECODER)
     built = construct(decoder, (cfg, input_shapes), Decoder, {"supervise": 2, "decode": 2, "execution": 0})
@@ -108,10 +108,7 @@ def build_decoder(cfg: CfgNode, input_shapes: list[ShapeSpec]) -> Decoder:
 
 
 def compile_refinement(decoder: Decoder) -> None:
-    """Compile the layers that a decoder applies after the first one; see `compile_layer`.
-
-    The first layer runs once for an image and stays as it is.
-    """
+    """Compile all layers of a decoder but the first, which runs only once for an image; see `compile_layer`."""
     first = decoder.execution().initialization
     for module in decoder.modules():
         if isinstance(module, RefinementLayer) and module is not first:
@@ -119,9 +116,9 @@ def compile_refinement(decoder: Decoder) -> None:
 
 
 def prepare_features(layers: Iterable[RefinementLayer | None], features: Features) -> Features:
-    """What the layers read of a batch of images, computed once for all of their steps.
+    """Let the layers precompute what they read from the features of a batch, once for all steps.
 
-    Each layer gets what the one before it has made. Layers of one kind return it as it is, and so share it.
+    Each layer is given the result of the one before it. Layers of the same kind return it unchanged and so share it.
     """
     for layer in layers:
         if layer is not None:
@@ -132,10 +129,10 @@ def prepare_features(layers: Iterable[RefinementLayer | None], features: Feature
 def run_layers(
     layers: Collection[RefinementLayer], initial: QueryState, features: Features
 ) -> Iterator[tuple[RefinementLayer, QueryState]]:
-    """Run layers one after the other, and yield each with the state that it returned.
+    """Run layers one after the other, and yield each layer with the state that it returned.
 
-    Positions are detached between layers, as in the whole R-CNN family: a layer learns to refine the boxes that it is
-    given, and its gradient does not reach the layers that made them.
+    Positions are detached between layers, as in the whole R-CNN family: a layer learns to refine the boxes it is given,
+    and its gradient does not reach the layers that predicted them.
     """
     state, features = initial, prepare_features(layers, features)
     for layer in layers:
@@ -145,7 +142,7 @@ def run_layers(
 
 
 def decode_last(states: Iterable[tuple[RefinementLayer, QueryState]]) -> Decoded:
-    """Run a fixed number of layers, and read the last one's state out."""
+    """Run a fixed number of layers, and read the prediction out of the last state."""
     *earlier, (layer, state) = states
     return Decoded(
         prediction=layer.predict(state),

@@ -52,9 +52,9 @@ class Supervision:
 class EquilibriumDecoder(Decoder):
     """An initialization layer g, then the fixed point of one refinement layer f (Sec. 3.2, Algorithm 2).
 
-    At test time `walk` iterates f from y_0 = g(x, y_0-) with a solver of choice, and `decode` reads the last state out.
-    In training `supervise` iterates plainly, whatever the solver: the perturbation belongs to the steps of the path
-    (Algorithm 1), and the refinement-aware gradient expands f around states that plain iteration visits.
+    At test time `walk` iterates f from y_0 = g(x, y_0-) with any solver, and `decode` reads out the last state. In
+    training `supervise` always uses plain iteration: the perturbation is defined on its steps (Algorithm 1), and the
+    refinement-aware gradient expands f around the states that it visits.
     """
 
     has_equilibrium = True
@@ -76,13 +76,13 @@ class EquilibriumDecoder(Decoder):
     ):
         """
         Args:
-            initialization: g; with None, f starts at the initial queries.
-            solver: the solver of `walk` and `decode`.
+            initialization: g. If None, f starts at the initial queries.
+            solver: the default solver of `walk` and `decode`.
             test_steps: T_infer, the most applications of f at test time.
             rtol: the relative residual at which an image stops at test time; 0 takes all steps.
-            return_best: return f of the iterate with the smallest residual, not of the last one.
-            estimator: takes k steps with gradient at each point of Omega.
-            checkpoint_segments: recompute these steps in backward, which trades time for memory.
+            return_best: return the output for the iterate with the smallest residual, not for the last one.
+            estimator: takes k steps with gradient from each state in Omega.
+            checkpoint_segments: recompute these steps in the backward pass, which saves memory and costs time.
 
         Raises:
             ValueError: test_steps is below 1, rtol is negative or infinite, or nothing would train the initial queries.
@@ -155,14 +155,14 @@ class EquilibriumDecoder(Decoder):
     ) -> Trajectory:
         """Iterate f from y_0, without noise, until every image has converged or all steps are taken.
 
-        With a tolerance, an image that has converged leaves the batch, so that the others get the time.
+        With a tolerance, an image that has converged leaves the batch and takes no more time.
 
         Args:
-            steps: the most applications of f; by default T_infer. With 0, the trajectory ends at y_0.
+            steps: the largest number of applications of f; by default T_infer. With 0, the trajectory ends at y_0.
             rtol: the relative residual at which an image stops; by default the decoder's.
-            solver: in place of the decoder's own.
+            solver: the solver; by default the decoder's.
             record: the steps whose states the trajectory keeps.
-            record_iterates: keep also to which iterate each recorded step applied f, and what f returned.
+            record_iterates: also keep, for each recorded step, the iterate to which f was applied, and its output.
         """
         features = prepare_features([self.initialization, self.refinement], features)
         start = self.initialize(initial, features)
@@ -190,11 +190,11 @@ class EquilibriumDecoder(Decoder):
         return self.walk(initial, features).decoded()
 
     def execution(self) -> Execution:
-        """g once, then f T_infer times: the most that an image takes."""
+        """g once, then f T_infer times, the largest number of steps of an image."""
         return Execution(self.initialization, self.refinement, self.test_steps)
 
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:
-        """All predictions to be supervised: "init" of g, "init+i" for i = 1..h, "step<t>" for t in Omega (Eq. 12)."""
+        """The supervised predictions: "init" of g, "init+i" for i = 1..h, and "step<t>" for t in Omega (Eq. 12)."""
         predictions = {}
         features = prepare_features([self.initialization, self.refinement], features)
         start = self.initialize(initial, features)
@@ -206,10 +206,10 @@ class EquilibriumDecoder(Decoder):
         return predictions | self._supervise_path(start.detach(), features)
 
     def _supervise_path(self, start: QueryState, features: Features) -> dict[str, Prediction]:
-        """Solve without gradient, then take k steps with gradient from the state at each point of Omega (Eq. 11).
+        """Solve without gradient, then take k steps with gradient from the state at each step in Omega (Eq. 11).
 
-        The last of the k states is read out and supervised. All points of Omega run as one batch of S * B rows, or one
-        by one with recomputation in backward where memory is short.
+        The last of the k states is read out and supervised. The states of all steps in Omega run as one batch of S * B
+        rows, or with checkpoint_segments one after the other, to be recomputed in the backward pass.
         """
         num_queries = start.content.shape[1]
         with torch.no_grad():

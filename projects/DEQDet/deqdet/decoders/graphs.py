@@ -1,8 +1,8 @@
-"""A whole decode as one CUDA graph: recorded once for each size of images, then replayed with a single launch.
+"""A whole decode as one CUDA graph: recorded once for each image size, then replayed with a single launch.
 
-A replay runs the same kernels on the same memory as the recording did. So each image's inputs are copied into the
-tensors that were recorded, and the results are copied out. The host must not have to read a result to know what comes
-next: the decoder takes a fixed number of steps, or is a stack of layers.
+A replay runs the recorded kernels on the recorded memory. Therefore the inputs of each image are copied into the
+tensors of the recording, and the results are copied out. The sequence of kernels must not depend on their results: the
+decoder takes a fixed number of steps, or is a stack of layers.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from ..structures import Decoded, Features, QueryState
 
 logger = logging.getLogger(__name__)
 
-WARM_UP = 3  # runs before the recording, in which libraries choose their kernels and f is compiled
+WARM_UP = 3  # runs before the recording, in which libraries select their kernels and f is compiled
 
 Result = TypeVar("Result")
-Replay = Callable[[], None]  # computes the outputs of a recording anew, from what its inputs hold now
+Replay = Callable[[], None]  # computes the outputs of a recording from the current values of its inputs
 Recorder = Callable[[Callable[[], Decoded]], tuple[Decoded, Replay]]
 
 
@@ -33,23 +33,23 @@ class _Recording:
 
 
 class DecodingGraphs:
-    """Recordings of a decoder for the sizes of images that it has met first.
+    """Recordings of a decoder, one for each of the first few image sizes.
 
-    A size beyond the chosen number, and any size on a device without CUDA graphs, is decoded as usual. A
-    recording reads the weights where they were in memory: move the model to its device before the first image.
+    Further sizes, and all sizes on a device without CUDA graphs, are decoded without a recording. A recording reads the
+    weights at fixed addresses: move the model to its device before the first image.
     """
 
     def __init__(self, most: int, record: Recorder | None = None):
         """
         Args:
-            most: how many sizes to record; each keeps its own memory on the GPU.
-            record: makes a recording; by default that of CUDA.
+            most: the number of sizes to record; each recording keeps its own memory on the GPU.
+            record: makes a recording; by default `record_cuda_graph`.
         """
         self._most = most
         self._record = record
         self._recordings: dict[Hashable, _Recording] = {}
         self._usable = True
-        self.replays = 0  # calls that were answered by a recording
+        self.replays = 0  # the calls that replayed a recording
 
     def __call__(
         self,
@@ -58,17 +58,17 @@ class DecodingGraphs:
         features: list[Tensor],
         options: Hashable = (),
     ) -> Decoded:
-        """Decode by replaying the recording for this size, if there is or can be one.
+        """Decode by replaying the recording for this image size, making it first if there is none.
 
         Args:
-            decode: records no gradient, and needs no result on the host to know what comes next.
+            decode: the function to record. It records no gradient and never waits for the device.
             initial, features: as for Decoder.decode.
-            options: what else decode depends on, such as its number of steps.
+            options: everything else that `decode` depends on, such as its number of steps.
         """
         inputs = [initial.position, initial.content, *features]
         device = inputs[0].device
         if self._record is None and device.type != "cuda":
-            self._give_up("there is no CUDA graph on the device %s", device.type)
+            self._give_up("CUDA graphs do not exist on the device %s", device.type)
         key = (options, torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
                *((x.shape, x.dtype, x.device) for x in inputs))  # fmt: skip
         if self._usable and key not in self._recordings and len(self._recordings) < self._most:
@@ -83,13 +83,13 @@ class DecodingGraphs:
         return _map_tensors(recording.outputs, Tensor.clone)
 
     def _add(self, key: Hashable, decode: Callable[[QueryState, Features], Decoded], inputs: list[Tensor]) -> None:
-        # A tensor made in inference mode could not be written to outside of it, as a later call may have to.
+        # Tensors made in inference mode cannot be written to outside of it, where a later call may run.
         with torch.inference_mode(False):
             kept = [x.clone() for x in inputs]
         record = record_cuda_graph if self._record is None else self._record
         try:
             outputs, replay = record(lambda: decode(QueryState(*kept[:2]), kept[2:]))
-        except RuntimeError as error:  # what torch and CUDA raise, for an operation that cannot be recorded
+        except RuntimeError as error:  # torch and CUDA raise it for operations that cannot be recorded
             self._give_up("the decoder could not be recorded: %s", str(error).strip().split("\n")[0])
             return
         self._recordings[key] = _Recording(kept, outputs, replay)
@@ -101,13 +101,13 @@ class DecodingGraphs:
 
 
 def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Replay]:
-    """Record a function as a CUDA graph, after it has run WARM_UP times on a stream of its own.
+    """Record a function as a CUDA graph, after WARM_UP runs on a separate stream.
 
-    Under autocast, each weight is cast once, and all steps of the function read the copy. The casts are part of the
-    recording, so that a replay reads the values that the weights have then.
+    Under autocast, each weight is cast once, and all steps of the function read the cast copy. The casts are part of
+    the recording, so that a replay uses the current values of the weights.
 
     Returns:
-        What the function returned, in tensors that a replay overwrites; and the replay.
+        The function's result, in tensors that a replay overwrites; and the replay.
 
     Raises:
         RuntimeError: an operation cannot be recorded.
@@ -119,8 +119,8 @@ def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Replay]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Autocast keeps the copies of the weights that it has cast. Those from before the recording would be freed while
-    # replays still read them. Those of the recording have no values until it is replayed.
+    # Autocast caches its cast copies of the weights. Copies from before the recording would be freed while replays
+    # still read them, and copies made during the recording have no values until it is replayed.
     torch.clear_autocast_cache()
     try:
         with torch.cuda.graph(graph):
@@ -131,7 +131,7 @@ def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Replay]:
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A dataclass of tensors, of such dataclasses and of None, with a function applied to each tensor."""
+    """Apply a function to each tensor of a dataclass, whose fields are tensors, such dataclasses, or None."""
     if isinstance(value, Tensor):
         return function(value)
     if value is None:

@@ -23,14 +23,14 @@ def packed_map(
     perturbation: Perturbation | None = None,
     units: Tensor | None = None,
 ) -> Map:
-    """f as a map of packed states, (S * B, N * (4 + C)) for the features of B images, prepared or not.
+    """Wrap f as a map of packed states, (S * B, N * (4 + C)), for the features of B images, prepared or not.
 
-    The position is detached first, as between any two layers, so that the Jacobian of this map is the content's.
+    The position is detached first, as between any two layers, so that this map's Jacobian is taken along the content.
 
     Args:
         layer: f.
         perturbation: perturbs each state before f.
-        units: what `packing_units` returns, if the caller has kept it.
+        units: the result of `packing_units`, if the caller has kept it.
     """
     units = packing_units(features[0].device) if units is None else units
 
@@ -58,15 +58,15 @@ def iterate(
 ) -> Solution:
     """Iterate f from y_0, without noise; the Solution holds packed states.
 
-    Where only the last state is wanted, no gradient is recorded, and f accepts inf and nan, plain iteration of a fixed
-    number of steps runs through unroll(): between two steps nothing but f is computed.
+    Plain iteration for a fixed number of steps uses unroll(), which computes nothing but f between two steps, if only
+    the last state is wanted, no gradient is recorded, and f accepts inf and nan. All else uses solve().
 
     Args:
-        layer: f, of which a copy with cast weights may be applied (see `cast_once`).
+        layer: f. A copy with cast weights may be applied in its place (see `cast_once`).
         start: y_0.
         features: as `prepare_features` returns them.
         solver, rtol, best, record, record_iterates: as for solve().
-        steps: the most applications of f.
+        steps: the largest number of applications of f.
         units: as for packed_map.
     """
     device = start.content.device
@@ -75,7 +75,7 @@ def iterate(
     layer = cast_once(layer, device)
     plain = solver == FixedPointIteration() and rtol == 0 and not best and len(record) == 0
     if plain and layer.accepts_nonfinite and not torch.is_grad_enabled():
-        # The first state has the layout and dtype of the others, so that a compiled f is compiled once.
+        # Give the first state the layout and dtype of the others, so that a compiled f is compiled only once.
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (start.position, start.content, units)))
         start = QueryState(start.position.contiguous(), start.content.contiguous()).to(dtype).detach()
         apply = layer if len(start.content) == count_images(features) else layer.refine_segments

@@ -16,8 +16,8 @@ from .base import DECODER_REGISTRY, Decoder, Execution, decode_last, run_layers
 class RecurrentDecoder(Decoder):
     """The initialization layer g, then T - 1 applications of one refinement layer f (RNNDet, Sec. 3.2).
 
-    Training supervises every step and back-propagates through all of them. The parameters have the names of
-    EquilibriumDecoder's, so that each of the two can start from a checkpoint of the other.
+    Training supervises every step and back-propagates through all of them. The parameters have the same names as those
+    of EquilibriumDecoder, so that either decoder can start from a checkpoint of the other.
     """
 
     @configurable
@@ -26,7 +26,7 @@ class RecurrentDecoder(Decoder):
         Args:
             initialization: g.
             refinement: f.
-            num_layers: T, the number of steps with g counted.
+            num_layers: T, the number of steps, including g.
 
         Raises:
             ValueError: num_layers is below 2, which would leave f unused.

@@ -19,14 +19,14 @@ from ..layers import look_up
 SOLVER_REGISTRY = Registry("SOLVER")
 SOLVER_REGISTRY.__doc__ = """
 Solvers of the fixed point: frozen dataclasses with the methods of deqdet.equilibrium.Solver. The fields of a solver are
-its options: a field takes its value from MODEL.DEQDET.SOLVER.OPTIONS, where it stands under its own name in upper case,
-and else has its default. docs/extending.md has a complete example.
+its options. MODEL.DEQDET.SOLVER.OPTIONS sets a field under its name in upper case; other fields keep their default.
+docs/extending.md has a complete example.
 """
 OURS = (FixedPointIteration, Anderson, Broyden)
 for _solver in OURS:
     SOLVER_REGISTRY.register(_solver)
 
-# Fields that also have a config key of their own, beside MODEL.DEQDET.SOLVER.NAME; OPTIONS comes first.
+# Fields that can also be set by a key beside MODEL.DEQDET.SOLVER.NAME. OPTIONS takes precedence.
 KEYS = {"damping": "DAMPING", "history_size": "MEMORY", "regularization": "REGULARIZATION"}
 SHORT_NAMES = {"plain": "FixedPointIteration"}
 
@@ -35,13 +35,13 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
     """Build a solver with its options from MODEL.DEQDET.SOLVER.
 
     Args:
-        spec: which solver, in the short form of the tools: a name in the registry (upper or lower case) or "plain"; a
-            number behind it is its history_size ("anderson4"), and options may follow in parentheses
+        spec: the solver in the short form of the tools: a name in the registry (in any case) or "plain", with the
+            history_size as an optional suffix ("anderson4"), or with options in parentheses
             ("Anderson(history_size=4, damping=0.5)"). None: MODEL.DEQDET.SOLVER.NAME.
 
     Raises:
-        ValueError: the name is unknown, the solver has no such option, an option is out of range, or a solver of the
-            user's own does not fit. DAMPING, MEMORY and REGULARIZATION are checked even if this solver does not use
+        ValueError: the name is unknown, the solver has no such option, an option is out of range, or a user's solver
+            does not fit the interface. DAMPING, MEMORY and REGULARIZATION are checked even if this solver does not use
             them.
     """
     options = cfg.MODEL.DEQDET.SOLVER
@@ -71,10 +71,10 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
 
 
 def _try_step(solver: Solver) -> None:
-    """Take one step of a solver of the user's own with two rows of zeros, and see that it returns what solve() needs.
+    """Take one step of a user's solver with two rows of zeros, and check that it returns what solve() needs.
 
     Raises:
-        ValueError: it does not, or lacks a method.
+        ValueError: it lacks a method, or a method returns something else.
     """
     name = describe(solver)
     if missing := [method for method in ("init", "step") if not callable(getattr(solver, method, None))]:
@@ -95,9 +95,9 @@ def _is_state(state: object, *, rows: int) -> bool:
 
 
 def check_keys(options: CfgNode) -> None:
-    """See that the keys beside NAME are in range, whichever solver is chosen.
+    """Check that the keys beside NAME are in range, whichever solver is chosen.
 
-    A config may be made for one solver and run with another, and a wrong number should not wait until then.
+    A config may be written for one solver and run with another; a wrong value should not go unnoticed until then.
 
     Raises:
         ValueError: DAMPING, MEMORY or REGULARIZATION is out of range.
@@ -112,7 +112,7 @@ def check_keys(options: CfgNode) -> None:
 
 
 def _check_whole_numbers(solver: type, values: Mapping[str, object]) -> None:
-    """See that an option whose default is a whole number gets one; 2.5 would fail somewhere within the solver."""
+    """Check that options whose default is a whole number get one; 2.5 would fail somewhere inside the solver."""
     for field in fields(solver):
         value = values.get(field.name)
         if type(field.default) is int and value is not None and type(value) is not int:
@@ -123,7 +123,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
     """ "anderson4" -> ("Anderson", {"history_size": 4}); "Anderson(damping=0.5)" -> ("Anderson", {"damping": 0.5}).
 
     Raises:
-        ValueError: it does not have this form, or the registry has no such solver.
+        ValueError: the text does not have this form, or the registry has no such solver.
     """
     form = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", spec)
     if form is None:
@@ -145,9 +145,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
 
 
 def suggest_keys(spec: object) -> str:
-    """The config keys that say what a short form says, as the end of a message; "" if it is no short form.
+    """Translate a solver's short form into config keys, as the end of an error message; "" if it is not a short form.
 
-    In a config, the options have keys of their own, so that a child config can change one of them alone.
+    In a config, each option has its own key, so that a child config can change a single one.
     """
     try:
         name, options = parse_spec(str(spec))
@@ -159,7 +159,7 @@ def suggest_keys(spec: object) -> str:
 
 
 def _find(word: str) -> str | None:
-    """The registered name that a word stands for, upper or lower case alike; None if there is none."""
+    """Return the registered name of a solver, given in any case or as a short name; None if there is none."""
     names = {name.lower(): name for name, _ in SOLVER_REGISTRY}
     if word in names.values():
         return word

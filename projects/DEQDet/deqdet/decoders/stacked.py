@@ -1,4 +1,4 @@
-"""The decoder of AdaMixer and Sparse R-CNN: one layer after the other, each with weights of its own."""
+"""The decoder of AdaMixer and Sparse R-CNN: a stack of layers that share no weights."""
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from .base import DECODER_REGISTRY, Decoder, Execution, decode_last, run_layers
 
 @DECODER_REGISTRY.register()
 class StackedDecoder(Decoder):
-    """T refinement layers, each with weights of its own and each supervised (Eq. 1)."""
+    """T refinement layers with separate weights, all of them supervised (Eq. 1)."""
 
     @configurable
     def __init__(self, *, layers: list[RefinementLayer]):
@@ -38,7 +38,7 @@ class StackedDecoder(Decoder):
         return decode_last(run_layers(self.layers, initial, features))
 
     def execution(self) -> Execution:
-        """The first layer once, then T - 1 others, which differ from one another in their weights only."""
+        """The first layer once, then T - 1 layers, which differ only in their weights."""
         return Execution(self.layers[0], self.layers[-1], len(self.layers) - 1)
 
     def supervise(self, initial: QueryState, features: list[Tensor]) -> dict[str, Prediction]:

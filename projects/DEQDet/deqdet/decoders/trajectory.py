@@ -1,8 +1,9 @@
-"""A batch's trajectory from the initial queries to its fixed points, and what can be read off it.
+"""The trajectory of a batch, from the initial queries to the fixed points.
 
-`EquilibriumDecoder.walk` makes a Trajectory. Whatever looks at the solving path uses it: the detections at test time,
-the residuals, the tables of AP against steps, the latencies, the pictures of the refinement. B: images, N: queries, D =
-N * (4 + C): numbers of a packed state.
+`EquilibriumDecoder.walk` returns a Trajectory. Everything that looks at the solving path uses it: detections at test
+time, residuals, tables of AP against steps, latencies, pictures of the refinement.
+
+B: images, N: queries, D = N * (4 + C): numbers of a packed state.
 """
 
 from collections.abc import Mapping
@@ -30,8 +31,8 @@ class Trajectory:
     """The states of B images along their solving path y_0, f(y_0), ...
 
     Step 0 is y_0 = g(x, y_0-), the output of the initialization layer. Step t is the output of the t-th application of
-    f; where the decoder returns the best iterate, it is the output with the smallest residual so far. Steps other than
-    the last one are there if they were asked for.
+    f, or with return_best the output with the smallest residual so far. Steps other than the last one are only there if
+    they were recorded.
     """
 
     initial: QueryState  # y_0-: the learned queries, before g
@@ -40,7 +41,7 @@ class Trajectory:
     refine: Map  # f on packed states (B, D), with these images' features
     initialization: RefinementLayer | None  # g
     refinement: RefinementLayer  # f
-    units: Tensor  # (4,) of packing_units
+    units: Tensor  # (4,)  the result of packing_units
 
     def state(self, step: int | None = None) -> QueryState:
         """The state after `step` applications of f, or after the last one.
@@ -54,16 +55,15 @@ class Trajectory:
         return QueryState.unpack(flat, self.start.content.shape[1], self.units)
 
     def predict(self, step: int | None = None) -> Prediction:
-        """Read the state of a step out, or of the last one: by g after 0 steps if there is a g, else by f."""
+        """Read out the state of a step, by default the last one, with f; y_0 is read out with g if there is a g."""
         at_start = step == 0 or (step is None and len(self.solution.residuals) == 0)
         layer = self.initialization if at_start and self.initialization is not None else self.refinement
         return layer.predict(self.state(step))
 
     def decoded(self) -> Decoded:
-        """The result of the whole walk, as a decoder's `decode` returns it."""
+        """The result of the whole walk, in the form that Decoder.decode returns."""
         solution, state = self.solution, self.state()
-        # int(): torch.compile would take a comparison of a tensor with an enumeration's member for False.
-        finite = solution.status != int(Status.NONFINITE)
+        finite = solution.status != Status.NONFINITE
         return Decoded(self.predict(), solution.steps, finite, solution.residual, state)
 
     def initialization_residual(self) -> Tensor:
@@ -71,9 +71,9 @@ class Trajectory:
         return relative_residual(self.initial.pack(self.units), self.start.pack(self.units))
 
     def application(self, step: int) -> tuple[QueryState, QueryState]:
-        """The iterate to which step `step` applied f, and f's output.
+        """The iterate to which f was applied in a step, and its output.
 
-        An image that stopped before this step has those of its last step.
+        For an image that stopped before this step, they are those of its last step.
 
         Raises:
             ValueError: the step is below 1. Step 0 is y_0, to which f has not been applied.
@@ -88,7 +88,7 @@ class Trajectory:
         return QueryState.unpack(iterate, queries, self.units), QueryState.unpack(output, queries, self.units)
 
     def residual_parts(self, step: int) -> ResidualParts:
-        """How much step `step` changed content and position; for the steps and errors see `application`."""
+        """How much a step changed content and position; `application` describes the argument and the errors."""
         iterate, output = self.application(step)
         before, after = iterate.content.flatten(1), output.content.flatten(1)
         positions = (QueryState(x.position, x.content[..., :0]).pack(self.units) for x in (iterate, output))

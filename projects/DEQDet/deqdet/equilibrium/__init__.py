@@ -1,6 +1,6 @@
 """Fixed points y* = f(y*): how to solve for them and how to differentiate them.
 
-It depends on torch alone and knows neither boxes nor detectors: f is any function of flat vectors (B, D).
+The package depends on torch alone and knows nothing of boxes or detectors: f is any map of flat vectors (B, D).
 """
 
 from .estimators import Implicit, Phantom, Unrolled

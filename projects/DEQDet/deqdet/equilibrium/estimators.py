@@ -1,22 +1,24 @@
-"""Gradients of a fixed point y* = f(y*; theta), each estimator a function of (f, iterate) whose output carries them.
+"""Gradients of a fixed point y* = f(y*; theta).
+
+An estimator is a function of f and an iterate, whose output carries the gradient.
 
 Differentiating y* = f(y*; theta) on both sides (the implicit function theorem) gives Eq. 8,
 
     dy*/dtheta = (I - J)^-1 df/dtheta,    J = df/dy at y*,
 
-whatever path led to y*, so that the path itself needs no graph. If the spectral radius of J is below 1, the inverse is
-the Neumann series
+independently of the path that led to y*, so that the path itself needs no graph. If the spectral radius of J is below
+1, the inverse is the Neumann series
 
     (I - J)^-1 = I + J + J^2 + ...
 
-Cut after k terms, it gives the gradient of k applications of f to a y* that counts as a constant: Phantom. One term
-is Jacobian-free backpropagation (JFB, Eq. 9). Two terms are the paper's refinement-aware gradient (RAG, Eq. 11): the
-second one, J df/dtheta, tells f what its next application will make of its output. Implicit sums all terms, and
-Unrolled differentiates the path itself.
+Truncated after k terms, it equals the gradient of k applications of f to a y* that is treated as a constant: Phantom.
+One term is Jacobian-free backpropagation (JFB, Eq. 9). Two terms are the paper's refinement-aware gradient (RAG, Eq.
+11): with the second one, J df/dtheta, f also learns how its next application will transform its output. Implicit sums
+all terms, and Unrolled differentiates the path itself.
 
-f maps flat iterates (B, D) to (B, D), each row by itself. It closes over what is to be differentiated: parameters and
-features. In the detector J is the Jacobian along the content alone, because the layers detach the position that they
-receive from another layer.
+f maps flat iterates (B, D) to (B, D), each row independently, and closes over the parameters and features to be
+differentiated. In the detector J is the Jacobian along the content alone, because each layer detaches the position that
+it receives.
 """
 
 from dataclasses import dataclass
@@ -31,9 +33,9 @@ from .solvers import FixedPointIteration
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Back-propagation through time (BPTT): through `steps` applications of f, also into the iterate they start from.
+    """Back-propagation through time (BPTT), through `steps` applications of f and on into the first iterate.
 
-    The gradient of the fixed point is exact if these steps reach it; memory grows with their number.
+    If these steps reach the fixed point, its gradient is exact. Memory grows with their number.
     """
 
     steps: int
@@ -57,8 +59,8 @@ class Phantom:
 
         sum_{i < k} ((1 - lambda) I + lambda J)^i lambda df/dtheta,
 
-    with all Jacobians taken at y* if that is where it starts. For lambda = 1 this is the Neumann series of Eq. 8 cut
-    after k terms: k = 1 is JFB (Eq. 9), k = 2 the refinement-aware gradient (Eq. 11).
+    where all Jacobians are taken at y* if the iterate is y*. For lambda = 1 this is the Neumann series of Eq. 8,
+    truncated after k terms: k = 1 is JFB (Eq. 9), k = 2 the refinement-aware gradient (Eq. 11).
     """
 
     steps: int = 2  # k
@@ -70,7 +72,7 @@ class Phantom:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}")
 
     def __call__(self, function: Map, iterate: Tensor) -> Tensor:
-        """Return the last of the k iterates, (B, D), that follow an iterate (B, D) of the solving path."""
+        """Take k steps from an iterate (B, D) of the solving path, and return the last one (B, D)."""
         iterate = iterate.detach()
         for _ in range(self.steps):
             output = function(iterate)
@@ -80,12 +82,12 @@ class Phantom:
 
 @dataclass(frozen=True)
 class Implicit:
-    """The gradient of the implicit function theorem (Eq. 8), exact up to rtol. It is slow, and serves as a reference.
+    """The gradient of the implicit function theorem (Eq. 8), exact up to rtol. It is slow and serves as a reference.
 
-    For a loss with the gradient v at y*, back-propagation needs u = (I - J)^-T v. That is the fixed point of the
-    adjoint map u = J^T u + v, which the backward pass finds by plain iteration; so f must be a contraction.
+    For a loss with gradient v at y*, back-propagation needs u = (I - J)^-T v. That is the fixed point of the adjoint
+    map u -> J^T u + v, which the backward pass finds by plain iteration. Therefore f must be a contraction.
 
-    There is no second derivative: the backward pass itself records no graph, so that create_graph=True does not help.
+    There are no second derivatives: the backward pass records no graph, even with create_graph=True.
     """
 
     max_steps: int = 200
@@ -118,7 +120,7 @@ class Implicit:
                 )
             return solution.value
 
-        # A second graph, from a constant: its ordinary backward pass multiplies by df/dtheta what the hook returns.
+        # A second graph, from a constant. Its ordinary backward pass multiplies the hook's result by df/dtheta.
         result = function(iterate.detach())
         if result.requires_grad:
             result.register_hook(solve_adjoint)

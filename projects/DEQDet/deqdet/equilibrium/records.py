@@ -1,4 +1,4 @@
-"""What solve() keeps of an iteration, and the verdict on each batch row.
+"""The result of solve(), and the bookkeeping that produces it.
 
 Symbols as in solve.py: y is an iterate, f(y) its output; B batch rows of D numbers each, T steps.
 """
@@ -12,16 +12,15 @@ from torch import Tensor
 
 from .residuals import is_finite, norms, quotient
 
-# Where no step needs the residuals of the steps before it, the residuals of this many steps are computed at once. Until
-# then, the iterates and outputs of these steps are kept in memory.
+# If no decision depends on the residuals, those of this many steps are computed together. Until then, the iterates and
+# outputs of these steps stay in memory.
 STEPS_AT_ONCE = 16
 
 
 class Status:
     """How the iteration of a batch row ended.
 
-    The values are plain ints and not members of an enum, so that comparing them with a tensor is an ordinary tensor
-    operation under torch.compile too.
+    The values are plain ints, because torch.compile evaluates the comparison of a tensor with an enum member to False.
     """
 
     CONVERGED = 0  # the relative residual fell below rtol
@@ -33,28 +32,28 @@ class Status:
 class Solution:
     """The result of the iteration for B batch rows of D numbers after at most T steps.
 
-    `value` and `recorded` are outputs f(y). An iterate that a solver extrapolated, and to which f has not been applied,
-    is never among them.
+    `value` and `recorded` are always outputs f(y), never iterates that a solver has extrapolated and to which f has not
+    been applied.
     """
 
     value: Tensor  # (B, D)  output of the last iterate, or with best=True of the iterate with the lowest residual
-    # (B,)  relative residual of the iterate whose output `value` is: with best=True the lowest so far; in a row that
-    # became non-finite that of its last usable step; inf where there was no usable step
+    # (B,)  relative residual of the step whose output is `value`: with best=True the lowest one; for a row that became
+    # non-finite that of its last finite step; inf if there was none
     residual: Tensor
     status: Tensor  # (B,)  int64, constants of Status
     steps: Tensor  # (B,)  int64, applications of f that the row took part in
-    # (t, B)  relative residual of the iterate of each step; inf from the first output on that is not finite. A row that
-    # has stopped at the tolerance repeats its last one. t < T if all rows stopped early
+    # (t, B)  relative residual of each step; inf from the first non-finite output on. A row that has stopped at the
+    # tolerance repeats its last residual. t < T if all rows stopped early
     residuals: Tensor
     recorded: dict[int, Tensor]  # step -> (B, D), what `value` was after that step; step 0 has the initial value
-    # step >= 1 -> (B, D), the iterate y to which that step applied f; a row that has stopped has the iterate of the
-    # last step that it took part in. Empty without record_iterates
+    # step >= 1 -> (B, D), the iterate y to which that step applied f; for a row that has stopped, the iterate of its
+    # last step. Empty without record_iterates
     iterates: dict[int, Tensor]
     outputs: dict[int, Tensor]  # step >= 1 -> (B, D), f of that iterate; `recorded` differs from it with best=True
 
 
 class _Record:
-    """What both kinds of record have: the value of all B batch rows after each recorded step."""
+    """The common part of both records: the value of all B batch rows after each recorded step."""
 
     def __init__(self, initial: Tensor, keep_iterates: bool):
         self._value = initial
@@ -64,13 +63,13 @@ class _Record:
         self._applications: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(self, step: int) -> None:
-        """Record the values, and the iterates if they are wanted, as they are after this step."""
+        """Record the current values, and if requested the iterates, under this step."""
         self._recorded[step] = self._value
         if self._application is not None:
             self._applications[step] = self._application
 
     def _solution(self, record: Collection[int], **numbers: Tensor) -> Solution:
-        """The Solution. Recorded steps that were not reached have the last value and the last iterate."""
+        """Make the Solution. Recorded steps that were not reached get the last value and the last iterate."""
         pairs = {}
         if self._application is not None:
             pairs = {t: self._applications.get(t, self._application) for t in sorted(record) if t >= 1}
@@ -94,20 +93,20 @@ class FixedRecord(_Record):
         """
         super().__init__(initial, keep_iterates)
         self._with_residuals = residuals
-        self._pending: list[tuple[Tensor, Tensor]] = []  # iterates and outputs of the steps that have no residual yet
-        self._finite: list[Tensor] = []  # of each step, (B,) whether its output is finite
-        self._residuals: list[Tensor] = []  # each entry stands for t successive steps, (t, B)
+        self._pending: list[tuple[Tensor, Tensor]] = []  # iterates and outputs of the steps without residuals so far
+        self._finite: list[Tensor] = []  # for each step, (B,) whether its output is finite
+        self._residuals: list[Tensor] = []  # each entry covers t successive steps, (t, B)
 
     def add(self, iterate: Tensor, output: Tensor, proposal: Tensor) -> Tensor:
-        """Take in one step, and return the next iterate (B, D).
+        """Record one step, and return the next iterate (B, D).
 
-        A row whose output is not finite keeps its iterate. Nothing marks the row as failed: a deterministic f fails
-        again at the same iterate. With noise, as in training, the next step may succeed, and the row goes on.
+        A row whose output is not finite keeps its iterate. The row is not marked as failed: a deterministic f fails
+        again at the same iterate, but with noise, as in training, the next step may succeed.
 
         Args:
             iterate: (B, D) y.
             output: (B, D) f(y).
-            proposal: (B, D) what the solver makes of them.
+            proposal: (B, D) the next iterate that the solver proposes.
         """
         finite = is_finite(output)
         self._finite.append(finite)
@@ -119,7 +118,7 @@ class FixedRecord(_Record):
         if self._application is not None:
             self._application = iterate, output
         if proposal is output:
-            return self._value  # plain iteration: every iterate is the output before it
+            return self._value  # plain iteration: every iterate is the previous output
         return torch.where(finite[:, None], proposal, iterate)
 
     def _catch_up(self) -> None:
@@ -157,11 +156,11 @@ def count_usable(finite: Tensor) -> Tensor:
 
 
 def statistics(count: Tensor, residuals: Tensor) -> dict[str, Tensor]:
-    """Compute residual, status, steps and residuals of a Solution after T steps without a tolerance.
+    """Compute the fields residual, status, steps and residuals of a Solution after T steps without a tolerance.
 
     Args:
         count: (B,) int64, the steps of each row before its first output that is not finite.
-        residuals: (T, B) the relative residuals; those after a failure do not matter.
+        residuals: (T, B) the relative residuals; values after a failure are ignored.
     """
     total = len(residuals)
     failed = torch.arange(total, device=count.device)[:, None] >= count
@@ -182,7 +181,7 @@ def statistics_without_steps(value: Tensor) -> dict[str, Tensor]:
 
 
 class StoppingRecord(_Record):
-    """The record of an iteration whose rows may stop one after the other, and may leave the batch then."""
+    """The record of an iteration whose rows may stop at different steps, and may then leave the batch."""
 
     def __init__(self, initial: Tensor, *, keep_iterates: bool, rtol: float, best: bool):
         """
@@ -192,33 +191,34 @@ class StoppingRecord(_Record):
         """
         super().__init__(initial, keep_iterates)
         self.rows: Tensor | None = None  # (b,) int64, the batch rows that are still computed; None: all
-        self.active = torch.ones_like(initial[:, 0], dtype=torch.bool)  # (b,) those of them that have not stopped
+        self.active = torch.ones_like(initial[:, 0], dtype=torch.bool)  # (b,) True for rows that have not stopped
         self._rtol, self._best = rtol, best
         self._steps = torch.zeros_like(self.active, dtype=torch.int64)
         self._converged = torch.zeros_like(self.active)
         self._nonfinite = torch.zeros_like(self.active)
         precise = torch.promote_types(initial.dtype, torch.float32)  # the dtype of relative_residual
         self._residual = torch.full_like(initial[:, 0], torch.inf, dtype=precise)  # of the last step
-        # Of the value. NaN as long as that is the initial one: no comparison with NaN holds, so that with best=True the
-        # first output is taken whatever its residual is.
+        # The residual that belongs to the value. It is NaN as long as the value is y_0: comparisons with NaN are False,
+        # so that with best=True the first output is accepted whatever its residual.
         self._residual_of_value = torch.full_like(self._residual, torch.nan)
         self._residuals: list[Tensor] = []
 
     def drop_stopped(self, remaining: int) -> Tensor:
-        """Go on with the `remaining` active rows alone. Returns their indices among the rows so far."""
-        # The active ones first, in their order. Since their number is known, the host need not wait for it again.
+        """Continue with the `remaining` active rows only, and return their indices among the current rows."""
+        # Sort the active rows to the front, in their order. nonzero() would make the host wait for their number again.
         kept = self.active.int().argsort(descending=True, stable=True)[:remaining]
         self.rows = kept if self.rows is None else self.rows[kept]
         self.active = self.active[kept]
         return kept
 
     def add(self, iterate: Tensor, output: Tensor, proposal: Tensor) -> Tensor:
-        """Take in one step of the b rows that are computed, and return the next iterate (b, D).
+        """Record one step of the b rows that are computed, and return the next iterate (b, D).
 
         Args:
             iterate: (b, D) y.
             output: (b, D) f(y).
-            proposal: (b, D) what the solver makes of them. A row whose output is not finite stays at its iterate.
+            proposal: (b, D) the next iterate that the solver proposes. A row with a non-finite output keeps its
+                iterate.
         """
         change, size, finite = norms(iterate, output)
         active, residual = self.active, quotient(change, size, iterate.dtype)
@@ -236,7 +236,7 @@ class StoppingRecord(_Record):
         return torch.where(usable[:, None], proposal, iterate)
 
     def _add_numbers(self, active: Tensor, usable: Tensor, taken: Tensor, residual: Tensor) -> None:
-        """Take in the numbers of one step, (b,) each, where some rows may stop before others."""
+        """Update the statistics of the computed rows after one step; all arguments are (b,)."""
         self._steps = self._put(self._steps, self._get(self._steps) + active)
         self._residual = self._put(self._residual, torch.where(active, residual, self._get(self._residual)))
         self._residuals.append(self._residual)
@@ -248,11 +248,11 @@ class StoppingRecord(_Record):
         self.active = usable & ~converged
 
     def _get(self, whole: Tensor) -> Tensor:
-        """The rows that are computed, of a tensor of all rows."""
+        """Select the computed rows from a tensor of all rows."""
         return whole if self.rows is None else whole[self.rows]
 
     def _put(self, whole: Tensor, rows: Tensor) -> Tensor:
-        """A tensor of all rows with new values in those that are computed."""
+        """Return a tensor of all rows in which the computed rows have new values."""
         return rows if self.rows is None else whole.index_copy(0, self.rows, rows)
 
     def finish(self, record: Collection[int]) -> Solution:

@@ -1,4 +1,4 @@
-"""How far an iterate y is from the fixed point of f, told by y and f(y)."""
+"""Residuals: the distance of an iterate y to f(y), which measures how far it is from a fixed point."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def relative_residual(iterate: Tensor, output: Tensor) -> Tensor:
     """Compute ||f(y) - y|| / ||f(y)|| of each batch row.
 
-    The squares inside the norms do not overflow, although in float32 the square of 1e20 is already infinite.
+    The squares inside the norms do not overflow, although the square of 1e20 is already infinite in float32.
 
     Args:
         iterate: (B, D) y.
@@ -25,10 +25,10 @@ def first_below(residuals: Tensor, rtol: float) -> Tensor:
     """Find the step at which solve() with this rtol would have stopped each batch row.
 
     Args:
-        residuals: (T, B), row t - 1 that of step t, as solve() gives them with rtol = 0.
+        residuals: (T, B), from solve() with rtol = 0; row t - 1 belongs to step t.
 
     Returns:
-        (B,) int64, the first step whose residual is below rtol; T where there is none, and so 0 for no steps.
+        (B,) int64, the first step whose residual is below rtol, or T if there is none (0 if T is 0).
     """
     below = residuals < rtol  # False where NaN
     before = (~below).int().cumprod(dim=0).sum(dim=0)  # the steps before the first one below
@@ -36,12 +36,12 @@ def first_below(residuals: Tensor, rtol: float) -> Tensor:
 
 
 def norms(iterate: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The norms ||f(y) - y|| and ||f(y)||, and whether all entries of f(y) are finite, each (...) for y (..., D).
+    """Compute ||f(y) - y||, ||f(y)||, and whether all entries of f(y) are finite, each (...) for y (..., D).
 
-    Both norms of a vector may be scaled by the same factor: only their quotient, the relative residual, is used.
+    Both norms of a vector may be scaled by a common factor: only their quotient, the relative residual, is meaningful.
 
-    The squares of float32 numbers cannot overflow in float64. Where the numbers are float64 themselves, or the device
-    has no float64, both vectors are divided by the largest entry of f(y) first, which leaves the quotient as it is.
+    The squares of float32 numbers cannot overflow in float64. If the numbers are float64 themselves, or the device has
+    no float64, both vectors are first divided by the largest entry of f(y), which does not change the quotient.
     """
     dtype = torch.promote_types(iterate.dtype, torch.float32)
     change, wide = output - iterate, torch.float64
@@ -63,6 +63,6 @@ def is_finite(output: Tensor) -> Tensor:
 
 
 def quotient(change: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
-    """The relative residual for the norms of norms and the dtype of the state."""
+    """Compute the relative residual from the results of norms() and the dtype of the state."""
     residual = (change / size.clamp(min=torch.finfo(size.dtype).tiny)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return residual.to(torch.promote_types(dtype, torch.float32))

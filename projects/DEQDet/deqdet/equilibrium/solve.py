@@ -1,7 +1,7 @@
 """solve(): the iteration of a map f, with any solver, and with or without a tolerance.
 
-Symbols: y is an iterate, f(y) its output; B batch rows of D numbers each, T steps. What happens to one batch row never
-depends on another one, so that an image's detections do not depend on the images beside it in the batch.
+Symbols: y is an iterate, f(y) its output; B batch rows of D numbers each, T steps. Batch rows never influence each
+other, so that the detections of an image do not depend on the other images of its batch.
 """
 
 import math
@@ -24,10 +24,10 @@ _AUTOCAST_DEVICES = frozenset(x for x in ("cpu", "cuda", "mps") if torch.amp.is_
 
 
 class Solver(Protocol):
-    """How the next iterate follows from an iterate and its output: a frozen record of the method's numbers.
+    """The rule that computes the next iterate from an iterate and its output, as a frozen record of its parameters.
 
-    The solver itself never changes. What it must remember from step to step is its state: a tuple of tensors (B, ...),
-    one row for each batch row. solve() hands it from each step to the next, and drops the rows that have stopped.
+    A solver is immutable. Whatever it remembers from step to step is its state: a tuple of tensors (B, ...), with one
+    row for each batch row. solve() passes the state from each step to the next, and drops the rows that have stopped.
     """
 
     def init(self, iterate: Tensor) -> tuple[Tensor, ...]:
@@ -39,12 +39,12 @@ class Solver(Protocol):
         Args:
             iterate: (B, D) y.
             output: (B, D) f(y).
-            state: what init() or the step before returned.
+            state: the state that init() or the previous step returned.
         """
 
 
 def is_solver(value: object) -> bool:
-    """Whether a value is an object with the methods of Solver, and not a class or a name."""
+    """Whether a value is an object with the methods of Solver; a class or a name is not."""
     return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in ("init", "step"))
 
 
@@ -63,26 +63,26 @@ def solve(
 ) -> Solution:
     """Iterate towards the fixed point y* = f(y*) (Eq. 6), where f is `function`.
 
-    A batch row stops at the first iterate y whose relative residual is below rtol, and its result is f(y), which has
-    been computed anyway. With rtol = 0 the host never waits for the device.
+    A batch row stops at the first iterate y whose relative residual is below rtol. Its result is f(y), which is already
+    known. With rtol = 0 the host never waits for the device.
 
     Args:
         initial: (B, D) y_0.
-        solver: the rule that makes the next iterate from y and f(y).
+        solver: the rule that computes the next iterate from y and f(y).
         max_steps: T, the largest number of applications of f.
         rtol: the relative residual below which a row has converged; 0 takes all steps.
-        record: the steps t to record. The recorded tensor is what `value` would be with max_steps = t.
-        record_iterates: record also to which iterate each of these steps applied f, and what f returned.
-        best: return the output of the iterate with the lowest residual so far instead of the last one.
-        residuals: compute them. A path of a fixed number of steps that only records states can do without: then they
-            are inf.
+        record: the steps t to record. The recorded tensor is the `value` that max_steps = t would give.
+        record_iterates: also record, for each of these steps, the iterate to which f was applied, and its output.
+        best: return the output for the iterate with the lowest residual instead of the last output.
+        residuals: whether to compute residuals. False saves time if only states are wanted; all residuals are then
+            inf.
         restrict: given the indices (b,) of some batch rows, return f for a batch of these rows alone. With it, rows
-            that have stopped leave the batch and cost nothing any more.
+            that have stopped leave the batch and take no more time.
 
     Raises:
         TypeError: the solver is not an object such as Anderson(), or initial holds no floating-point numbers.
         ValueError: initial is not (B, D), max_steps or rtol is negative or not finite, a recorded step lies outside
-            0..max_steps, or rtol or best need the residuals.
+            0..max_steps, or residuals is False although rtol or best needs them.
     """
     _check_solver(solver)
     _check_start(initial)
@@ -113,10 +113,10 @@ def solve(
 
 
 def _check_solver(solver: object) -> None:
-    """See that a solver is an object with the methods of Solver.
+    """Check that a solver is an object with the methods of Solver.
 
     Raises:
-        TypeError: it is not; says what it is.
+        TypeError: it is not; the message says what it is.
     """
     if not is_solver(solver):
         what = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
@@ -124,11 +124,11 @@ def _check_solver(solver: object) -> None:
 
 
 def _check_start(initial: object) -> None:
-    """See that y_0 is a tensor of floating-point numbers with one row for each problem.
+    """Check that y_0 is a floating-point tensor with one row for each problem.
 
     Raises:
-        TypeError: it is no tensor, or one of whole or complex numbers.
-        ValueError: it has another number of dimensions than two.
+        TypeError: it is not a tensor, or its dtype is not a floating-point type.
+        ValueError: it does not have two dimensions.
     """
     if not isinstance(initial, Tensor) or not initial.is_floating_point():
         what = f"a tensor of {initial.dtype}" if isinstance(initial, Tensor) else f"a {type(initial).__name__}"
@@ -145,7 +145,7 @@ def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Switch autocast off where it is on, so that a solver computes in the precision that it asks for."""
+    """Return a context without autocast, in which a solver computes in the precision that it asks for."""
     if device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -1,14 +1,14 @@
-"""The solvers: frozen records of their numbers, with `init` and `step` on flat iterates (B, D) (see solve.Solver).
+"""The solvers: frozen records of their parameters, with `init` and `step` on flat iterates (B, D) (see solve.Solver).
 
 Training always uses FixedPointIteration without damping, as the paper does (Algorithm 2). The supervised states (Eq.
 12) should be those that f reaches by itself, and the perturbation (Eq. 15) would mislead an accelerated solver:
-Anderson and Broyden learn about the Jacobian of f from the differences of successive outputs, to which the noise adds
-its own. At test time all solvers look for the same fixed point, and any of them may be used.
+Anderson and Broyden estimate the Jacobian of f from the differences of successive outputs, which the noise changes too.
+At test time all solvers look for the same fixed point, and any of them may be used.
 
-Every scalar product is an element-wise product summed along its own batch row. A batched matrix product would be
-shorter, but its kernel, and so its rounding, depends on the batch size, and an image would get slightly other boxes in
-another batch. Since the history size m is small, these sums cost O(m D), little beside f. The arithmetic is in float32
-or better, whatever the dtype of the iterates, and never waits for the device.
+Every scalar product is an element-wise product, summed along its own batch row. A batched matrix product would be
+shorter, but its kernel, and so its rounding, depends on the batch size, and the boxes of an image would change slightly
+with the other images of its batch. Since the history size m is small, these sums cost O(m D), little compared with f.
+The arithmetic is in float32 or better, whatever the dtype of the iterates, and never waits for the device.
 """
 
 import math
@@ -28,11 +28,11 @@ class FixedPointIteration:
         _require_damping(self.damping)
 
     def init(self, iterate: Tensor) -> tuple[()]:
-        """Return the empty state: the next iterate depends on nothing but y and f(y)."""
+        """Return the empty state: the next iterate depends only on y and f(y)."""
         return ()
 
     def step(self, iterate: Tensor, output: Tensor, state: tuple[()]) -> tuple[Tensor, tuple[()]]:
-        """Go from y towards f(y), by the share `damping` of the way."""
+        """Move from y towards f(y) by the fraction `damping` of the distance."""
         return (output if self.damping == 1 else torch.lerp(iterate, output, self.damping)), state
 
 
@@ -41,15 +41,15 @@ class Anderson:
     """Anderson acceleration (JACM 1965), in the difference form of Walker and Ni (SIAM J. Numer. Anal. 2011).
 
     Let g_i = f(y_i) - y_i be the changes at the last m iterates, dy_j and dg_j the differences of successive y_i and
-    g_i. If f were affine, the point y - sum_j w_j dy_j would have the change g - sum_j w_j dg_j. So step() solves the
-    least-squares problem
+    g_i. If f were affine, the point y - sum_j w_j dy_j would have the change g - sum_j w_j dg_j. At the fixed point the
+    change is 0. So step() solves the least-squares problem
 
         min_w || g - sum_j w_j dg_j ||
 
-    and goes on from that point by `damping` times its change. At the fixed point the change is 0.
+    and moves from that point by `damping` times its change.
     """
 
-    history_size: int = 4  # m, the number of iterates that are combined; the current one is one of them
+    history_size: int = 4  # m, the number of iterates that are combined, including the current one
     damping: float = 1.0
     regularization: float = 1e-6  # added to the diagonal of the Gram matrix, whose own diagonal is 1
 
@@ -70,7 +70,7 @@ class Anderson:
     def step(
         self, iterate: Tensor, output: Tensor, state: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return y + damping g - sum_j w_j (dy_j + damping dg_j). The first step, without a difference, is plain."""
+        """Return y + damping g - sum_j w_j (dy_j + damping dg_j). The first step has no differences and is plain."""
         current = _precise(iterate)
         change = _precise(output) - current  # (B, D)  g
         iterates = torch.cat([state[0], current[:, None]], dim=1)[:, -self.history_size :]  # (B, i, D), i <= m
@@ -87,15 +87,15 @@ class Anderson:
     def _least_squares(self, change: Tensor, differences: Tensor) -> Tensor:
         """Solve min_w ||g - sum_j w_j dg_j|| by its normal equations, (dg^T dg + regularization) w = dg^T g.
 
-        The differences shrink by orders of magnitude as the iteration converges. Scaled to norm 1 first, they have a
-        Gram matrix with a diagonal of ones, for which one regularization fits all along.
+        The differences shrink by orders of magnitude as the iteration converges. They are scaled to norm 1 first, so
+        that the diagonal of the Gram matrix is 1 and the same regularization suits every step.
 
         Args:
             change: (B, D) g.
             differences: (B, j, D) dg.
 
         Returns:
-            (B, j) w; 0, which means a plain step, in rows whose equations have no unique solution.
+            (B, j) w. It is 0, which makes the step plain, in rows whose equations have no unique solution.
         """
         size = torch.linalg.vector_norm(differences, dim=2).clamp(min=torch.finfo(change.dtype).tiny)
         unit = differences / size[:, :, None]
@@ -111,17 +111,17 @@ class Anderson:
 class Broyden:
     """Broyden's method with a limited history ("good Broyden", Math. Comp. 1965) for the root of g(y) = f(y) - y.
 
-    Newton's method would go to y - J^-1 g, with the Jacobian J of g. Broyden's keeps an estimate H of J^-1 instead,
+    Newton's method would go to y - J^-1 g, with the Jacobian J of g. Broyden's method uses an estimate H of J^-1,
 
         H = -I + sum_j u_j v_j^T,
 
-    and never forms it: only the vectors u_j and v_j are kept. H begins as -I, as if f were constant, so that the first
-    step is plain: y - H g = y + g = f(y). Each later step adds one term, from _rank_one().
+    and stores only the vectors u_j and v_j. H starts as -I, as if f were constant, so that the first step is plain:
+    y - H g = y + g = f(y). Each later step adds one term, computed by _rank_one().
 
-    With m terms it restarts from -I (Kelley, Iterative Methods for Linear and Nonlinear Equations, 1995, Sec. 7.3),
-    because each term corrects the H that the terms before it make up: without the oldest one, the others would not
-    satisfy their secant conditions any more. There is no line search, so that a step may increase the residual; with
-    `best`, solve() returns the best output all the same.
+    After m terms it restarts from -I (Kelley, Iterative Methods for Linear and Nonlinear Equations, 1995, Sec. 7.3).
+    Dropping only the oldest term would not do: each term corrects the H formed by the terms before it, and the
+    remaining ones would no longer satisfy their secant conditions. There is no line search, so a step may increase the
+    residual; with `best`, solve() still returns the best output.
     """
 
     history_size: int = 4  # m, the largest number of rank-one terms
@@ -133,14 +133,14 @@ class Broyden:
     def init(self, iterate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the empty history.
 
-        Its parts are the last iterate and its change, each (B, 0, D), later (B, 1, D); then u and v, each (B, 0, D),
+        It consists of the last iterate and its change, each (B, 0, D), later (B, 1, D); and of u and v, each (B, 0, D),
         later up to (B, m, D).
         """
         empty = _precise(iterate)[:, None][:, :0]
         return empty, empty, empty, empty
 
     def step(self, iterate: Tensor, output: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Update H with the change that the last step brought about, and return y - H g."""
+        """Update H with the effect of the last step, and return y - H g."""
         last_iterate, last_change, left, right = state
         current = _precise(iterate)
         change = _precise(output) - current  # (B, D)  g
@@ -157,9 +157,9 @@ class Broyden:
 def _rank_one(step: Tensor, difference: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return the vectors u and v of Broyden's update H <- H + u v^T.
 
-    A step s = y_t - y_{t-1} has changed g by dg, so that the new H should satisfy the secant condition H dg = s.
-    Broyden changes the Jacobian itself as little as possible: J <- J + (dg - J s) s^T / (s^T s). By the
-    Sherman-Morrison formula, which gives the inverse of a matrix after a rank-one change, this is
+    The step s = y_t - y_{t-1} changed g by dg, so the new H should satisfy the secant condition H dg = s. Broyden's
+    update changes the Jacobian as little as possible: J <- J + (dg - J s) s^T / (s^T s). By the Sherman-Morrison
+    formula, which gives the inverse of a matrix after a rank-one change, this is
 
         H <- H + (s - H dg) (s^T H) / (s^T H dg).
 
@@ -169,7 +169,7 @@ def _rank_one(step: Tensor, difference: Tensor, left: Tensor, right: Tensor) -> 
         left, right: (B, j, D) u_j and v_j of the H before the update.
 
     Returns:
-        u and v, (B, D) each; 0 in rows where s^T H dg is 0 up to rounding, because the new J would be singular.
+        u and v, (B, D) each. They are 0 in rows where s^T H dg is 0 up to rounding, since the new J would be singular.
     """
     mapped = _product(left, right, difference)  # H dg
     row = _product(right, left, step)  # H^T s
@@ -199,7 +199,7 @@ def _precise(tensor: Tensor) -> Tensor:
 
 
 def _finite_or(proposal: Tensor, plain: Tensor) -> Tensor:
-    """Replace the proposal by the plain step in batch rows where it is not finite. All are (B, D)."""
+    """Replace the proposal by the plain step in batch rows where it is not finite; both are (B, D)."""
     return torch.where(proposal.isfinite().all(dim=1, keepdim=True), proposal, plain)
 
 

@@ -1,4 +1,4 @@
-"""The spectral radius of a map's Jacobian, which says how strongly the map contracts near a fixed point."""
+"""The spectral radius of a map's Jacobian, which measures how strongly the map contracts near a fixed point."""
 
 from collections.abc import Callable
 
@@ -11,25 +11,24 @@ def spectral_radius(
 ) -> Tensor:
     """Estimate the largest absolute eigenvalue of the map's Jacobian J at an iterate, for each batch row.
 
-    Near a fixed point it is the factor by which plain iteration shrinks the error with each step; above 1 the fixed
-    point repels. The estimate comes from a power iteration with vector-Jacobian products: J^T has the eigenvalues of
-    J, and one forward pass serves all products. The first half of the iterations turns the vector towards the leading
-    eigenvectors; the estimate is the geometric mean of the vector's growth in the second half. Unlike a Rayleigh
-    quotient, that mean also converges where the leading eigenvalues are a complex pair, though with an
+    Near a fixed point it is the factor by which plain iteration shrinks the error in each step; if it is above 1, the
+    fixed point is unstable. The estimate comes from a power iteration with vector-Jacobian products: J^T has the
+    eigenvalues of J, and one forward pass serves all products. The first half of the iterations turns the vector
+    towards the leading eigenvectors; the estimate is the geometric mean of the vector's growth in the second half.
+    Unlike a Rayleigh quotient, that mean also converges if the leading eigenvalues are a complex pair, though with an
     error of order 1 / iterations.
 
-    What the map detaches is a constant to J. The packed refinement layer detaches the position that it receives, so
-    that its J is the Jacobian along the content, the one in the refinement-aware gradient (Eq. 11).
+    J does not include paths that the map detaches. The packed refinement layer detaches the position that it receives,
+    so its J is the Jacobian along the content, as in the refinement-aware gradient (Eq. 11).
 
     Args:
-        function: the map, (B, D) -> (B, D), differentiable, each row by itself.
-        iterate: (B, D), where J is taken.
+        function: the map, (B, D) -> (B, D), differentiable, each row independently.
+        iterate: (B, D), the point at which J is taken.
         iterations: the number of vector-Jacobian products.
-        generator: draws the random vector that the iteration starts with, on the iterate's device; None takes torch's
-            global generator.
+        generator: draws the random start vector, on the iterate's device; None uses torch's global generator.
 
     Returns:
-        (B,); inf where the growth is beyond the dtype.
+        (B,); inf where the growth overflows the dtype.
 
     Raises:
         ValueError: iterations is below 2.

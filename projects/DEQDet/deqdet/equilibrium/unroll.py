@@ -1,4 +1,4 @@
-"""unroll(): plain iteration of a fixed number of steps, in little more time than f alone.
+"""unroll(): plain iteration for a fixed number of steps, with little overhead beyond f itself.
 
 Symbols as in solve.py: y is an iterate, f(y) its output; B batch rows of D numbers each, T steps.
 """
@@ -19,7 +19,7 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known of B batch rows after t steps."""
+    """The state of B batch rows after t steps."""
 
     value: Tensor  # (B, D)  the last finite output, or y_0
     count: Tensor  # (B,)  int64, the steps before a row's first output that is not finite
@@ -34,17 +34,17 @@ def unroll(
     pack: Callable[[Sequence[State]], Tensor],
     finish: Callable[[Tensor, Progress | None], Solution] | None = None,
 ) -> Solution:
-    """Apply f, which is `function`, again and again. f must accept inf and nan.
+    """Apply f, which is `function`, T times. f must accept inf and nan.
 
-    The Solution is that of solve() with FixedPointIteration(), without recorded steps. Between two steps nothing is
-    done: 16 of them are packed and tested at once. So f is applied to iterates that are not finite, too; what it makes
-    of them is ignored.
+    The Solution is that of solve() with FixedPointIteration(), without recorded steps. Nothing is computed between two
+    steps: the states of 16 steps are packed and checked together. So f may be applied to iterates that are not finite;
+    such outputs are ignored.
 
     Args:
         initial: y_0, in any form that f and `pack` understand.
         steps: T.
         pack: stacks t states into one tensor (t, B, D).
-        finish: computes the same as `conclude`, and is called in its place: compiled, for example.
+        finish: called in place of `conclude`, for example a compiled version of it.
 
     Raises:
         ValueError: steps is negative.
@@ -69,22 +69,22 @@ def unroll(
 
 
 def conclude(states: Tensor, earlier: Progress | None) -> Solution:
-    """Make the Solution after the last t steps.
+    """Compute the Solution from the last t steps and the progress before them.
 
     Args:
-        states: (1 + t, B, D) y of the first of these t steps, then the t outputs.
-        earlier: what is known of the steps before these; None if there are none.
+        states: (1 + t, B, D) the iterate y of the first of these t steps, then the t outputs.
+        earlier: the progress before these steps; None if there were none.
     """
     progress = extend(states, earlier)
     return _solution(progress.value, statistics(progress.count, progress.residuals))
 
 
 def extend(states: Tensor, earlier: Progress | None) -> Progress:
-    """Compute what is known after t more steps. The arguments are those of `conclude`."""
+    """Compute the progress after t more steps. The arguments are those of `conclude`."""
     change, size, finite = norms(states[:-1], states[1:])
     residuals = quotient(change, size, states.dtype)
     if earlier is not None:
-        finite = finite & (earlier.count == len(earlier.residuals))  # once a row has failed, it stays out
+        finite = finite & (earlier.count == len(earlier.residuals))  # a row that has failed stays failed
         states = torch.cat([earlier.value[None], states[1:]])
     count = count_usable(finite)
     value = states[count, torch.arange(len(count), device=count.device)]

@@ -20,7 +20,7 @@ from .table import PyramidTable, build_table, table_dtype
 
 @REFINEMENT_LAYER_REGISTRY.register()
 class AdaMixerLayer(RefinementLayer):
-    """Refines queries by attention among them, and by features sampled in and around their boxes and mixed."""
+    """Refines queries by self-attention, and by adaptive mixing of features sampled in and around their boxes."""
 
     accepts_segments = True
     accepts_nonfinite = True
@@ -43,15 +43,15 @@ class AdaMixerLayer(RefinementLayer):
             strides: the strides of the pyramid's levels in pixels, finest first.
             dim: C, the channels of the content and of every level.
             num_classes: K.
-            num_points: P, the sampled points of each group.
-            num_out_points: P_out, the points after the mixing.
-            num_groups: G, the groups of channels that are sampled at points of their own.
-            num_heads: heads of the attention.
+            num_points: P, the number of sampled points of each group.
+            num_out_points: P_out, the number of points after the mixing.
+            num_groups: G, the groups of channels, each of which is sampled at its own points.
+            num_heads: the number of attention heads.
             feedforward_dim: the hidden channels of the feed-forward network.
 
         Raises:
-            ValueError: dim is not a multiple of num_groups, num_heads and 8 (two features, a sine and a cosine, for
-                each of the four coordinates).
+            ValueError: dim is not a multiple of num_groups, num_heads and 8 (a sine and a cosine for each of the four
+                coordinates).
         """
         super().__init__()
         for name, divisor in [("groups", num_groups), ("heads", num_heads), ("sine embedding's features", 8)]:
@@ -93,18 +93,18 @@ class AdaMixerLayer(RefinementLayer):
             for module in branch:
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
-        # At first the layer leaves the boxes where they are.
+        # An untrained layer leaves the boxes unchanged.
         nn.init.zeros_(self.box_branch[-1].weight)
         nn.init.zeros_(self.box_branch[-1].bias)
         set_class_prior(self.class_branch[-1])
 
     @torch.no_grad()
     def prepare(self, features: Features) -> PyramidTable:
-        """The table from which every step samples that records no gradient."""
+        """Build the table from which every step without a gradient samples."""
         return build_table(features, self.strides, table_dtype(features), self.points.num_groups)
 
     def forward(self, state: QueryState, features: Features) -> QueryState:
-        """See RefinementLayer.forward. Steps with a gradient, and features that were not prepared, take longer."""
+        """See RefinementLayer.forward. It is faster with prepared features and without a gradient."""
         position = state.position.detach()  # only the last line passes gradient to the given position
         geometry = BoxGeometry.of(position, self.exponents)
         content = self.attention(state.content, position, geometry.corners, geometry.area)
@@ -113,15 +113,15 @@ class AdaMixerLayer(RefinementLayer):
         use_kernels = isinstance(features, PyramidTable) and features.uses_kernels
         content = self.mixing_norm(content + self.mixing(content, samples, use_kernels))
         content = self.feedforward_norm(content + self.feedforward(content))
-        # Learned initial boxes get a gradient through the size of their shift too, which the geometry does not pass on.
+        # Learned initial boxes also get a gradient through the size of their shift; the detached geometry has none.
         scale = None if state.position.requires_grad else geometry.delta_scale
         return QueryState(refine_position(state.position, self.box_branch(content), scale), content)
 
     def _sample(self, features: Features, points: Tensor) -> Tensor:
-        # The backward pass of the gather sorts the rows of all bags, which takes longer than grid_sample's.
+        # The gather's backward pass sorts the rows of all bags, which is slower than grid_sample's backward pass.
         if isinstance(features, PyramidTable) and not torch.is_grad_enabled():
             return sample_table(features, points)
-        # But on a GPU only the gather's is deterministic. A prepared table carries no gradient, so one is made here.
+        # But on a GPU only the gather's is deterministic. The prepared table has no gradient, so build another one.
         if torch.are_deterministic_algorithms_enabled():
             levels = list(features)
             dtype = torch.promote_types(levels[0].dtype, torch.float32)

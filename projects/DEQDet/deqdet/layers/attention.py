@@ -1,4 +1,4 @@
-"""Self-attention among queries that know where their boxes are.
+"""Self-attention among queries, with or without knowledge of their boxes.
 
 B: rows of the state, N: queries, C: channels.
 """
@@ -12,16 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..boxes import embed_position, embedding_waves, pairwise_intersection
 
-# Added to the IoF, it gives boxes that do not meet a finite bias: an infinite one could leave a query with no box to
-# attend to.
+# Added to the IoF, so that boxes without overlap get a finite bias. With a bias of -inf, a query could be left with no
+# box to attend to.
 SMALLEST_OVERLAP = 1e-7
-SMALLEST_AREA = 1e-6  # of a box to divide by, square pixels
+SMALLEST_AREA = 1e-6  # the smallest area to divide by, square pixels
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention, with its parameters, for queries that attend to each other.
+    """nn.MultiheadAttention for self-attention, with the same parameters and a faster forward.
 
-    The general one moves the batch behind the queries and back, and checks its arguments, in every call.
+    nn.MultiheadAttention transposes the batch and query dimensions and checks its arguments in every call.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -45,11 +45,11 @@ class SelfAttention(nn.MultiheadAttention):
 
 
 def _attention_kernel(query: Tensor) -> AbstractContextManager:
-    """A context in which attention runs by the fastest kernel, where torch would choose another one.
+    """Return a context that selects the fastest attention kernel where torch would choose another one.
 
-    This applies to one image (1, heads, N, C / heads) in compiled code for a GPU, in float32 and without a gradient.
-    torch would choose the memory-efficient kernel, which then uses only a third of an H100: 39 us for 300 queries with
-    a bias, where two products and a softmax take 23.
+    This concerns one image (1, heads, N, C / heads) in compiled code for a GPU, in float32 and without a gradient.
+    torch would choose the memory-efficient kernel, which then occupies only a third of an H100. For 300 queries with a
+    bias it takes 39 us; two matrix products and a softmax take 23 us.
     """
     compiled = torch.compiler.is_compiling() and query.is_cuda and not torch.is_grad_enabled()
     alone = compiled and query.dtype == torch.float32 and query.shape[0] == 1
@@ -73,7 +73,7 @@ class PositionalAttention(nn.Module):
         """
         super().__init__()
         self.embed = embed
-        if embed:  # computed once, not in every step
+        if embed:  # the waves are computed once, not in every step
             frequency, phase = embedding_waves(dim)
             self.register_buffer("frequency", frequency, persistent=False)
             self.register_buffer("phase", phase, persistent=False)

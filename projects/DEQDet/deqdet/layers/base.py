@@ -1,4 +1,4 @@
-"""What the decoders ask of a refinement layer, and the registry from which configs choose one by name."""
+"""The interface of a refinement layer, and the registry in which configs name one."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,50 +16,50 @@ from ..structures import Features, Prediction, QueryState, count_images
 
 REFINEMENT_LAYER_REGISTRY = Registry("REFINEMENT_LAYER")
 REFINEMENT_LAYER_REGISTRY.__doc__ = """
-Refinement layers, subclasses of RefinementLayer. One name serves both f and the initialization layer g, which are two
-objects with their own weights. A registered object is called as `obj(cfg, input_shapes, initialization)`: the
-ShapeSpecs of the pyramid's levels, finest first, and True if g is wanted, False for f. docs/extending.md has a complete
-example.
+Refinement layers, subclasses of RefinementLayer. The same name builds both f and the initialization layer g, which are
+two objects with their own weights. A registered object is called as `obj(cfg, input_shapes, initialization)`, with the
+ShapeSpecs of the pyramid's levels, finest first, and True to build g or False to build f. docs/extending.md has a
+complete example.
 """
 
-CLASS_PRIOR = 0.01  # the probability with which every class starts
+CLASS_PRIOR = 0.01  # the probability that an untrained layer gives every class
 
 
 class RefinementLayer(nn.Module, ABC):
     """The map y -> f(x, y) that refines the queries y of an image with features x (Eq. 4), and its read-out.
 
-    A subclass needs `forward`, for one state of each image, and `predict`. Training supervises S points of an image's
-    solving path at once; `refine_segments` then calls `forward` once for each of the S, which is right for any layer.
-    A layer whose forward can do all of them in one call, without a copy of the features, is faster if it says so with
-    `accepts_segments = True`.
+    A subclass implements `forward`, for one state of each image, and `predict`. Training supervises S points of an
+    image's solving path at once. By default `refine_segments` calls `forward` once for each of the S, which works for
+    any layer. A layer whose `forward` can handle all of them in one call, without copying the features, should set
+    `accepts_segments = True`, which is faster.
 
-    The two flags below make promises about `forward`. A subclass of AdaMixerLayer or SparseRCNNLayer inherits them: if
-    it overrides `forward`, it must set those to False that its own does not keep.
+    The two flags below are promises about `forward`. A subclass of AdaMixerLayer or SparseRCNNLayer inherits them: if
+    its own `forward` does not keep a promise, it must set the flag to False.
     """
 
     # True: forward also takes S * B rows with the features of B images. Row s * B + b is the state s of image b: first
     # all images' first states, then all images' second states, and so on.
     accepts_segments = False
-    # True: forward also accepts inf and nan: it raises no error, and they do not change the results of the other rows.
-    # Then plain iteration without damping need not test each state before it hands it on, which saves time.
+    # True: forward also accepts inf and nan: they raise no error and do not change the results of other rows. Plain
+    # iteration then does not check each state before the next step, which saves time.
     accepts_nonfinite = False
 
     def __call__(self, state: QueryState, features: Features) -> QueryState:
-        """As `forward`, whose result is checked.
+        """Call `forward` and check the type and shapes of its result.
 
         Raises:
             UserError: `forward` returned another object or other shapes.
         """
         refined = super().__call__(state, features)
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # the check is no part of a graph
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # keep the check out of graphs
             check_refined(self, state, refined)
         return refined
 
     def prepare(self, features: Features) -> Features:
-        """Compute once what all steps on these images read of their features; by default nothing.
+        """Precompute whatever every step needs from the features of these images; by default nothing.
 
-        The decoders call it once for a batch, and hand what it returns to `forward` in every step. A layer that has
-        something to compute returns PreparedFeatures, and `forward` should take both these and a plain list of levels.
+        The decoders call it once for a batch, and pass its result to `forward` in every step. A layer that precomputes
+        something returns PreparedFeatures; its `forward` should accept both these and a plain list of levels.
         """
         return features
 
@@ -67,12 +67,12 @@ class RefinementLayer(nn.Module, ABC):
     def forward(self, state: QueryState, features: Features) -> QueryState:
         """Refine the queries once.
 
-        Read only a detached position in everything but the refinement of the box itself, so that a gradient reaches the
-        given position through the refined one alone. The decoders rely on that: they treat f as a map of the content.
+        Detach the position wherever it is read, except where the box itself is refined, so that the refined position
+        alone passes gradient to the given one. The decoders rely on that: they treat f as a map of the content.
 
         Args:
             state: B rows of N queries.
-            features: the pyramid, for each level a tensor (B, C, H_l, W_l), finest first; or what `prepare` made of it.
+            features: the pyramid, for each level a tensor (B, C, H_l, W_l), finest first; or the result of `prepare`.
 
         Returns:
             The refined queries, in the shapes of `state`.
@@ -80,14 +80,14 @@ class RefinementLayer(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, state: QueryState) -> Prediction:
-        """Class logits (B, N, K) and boxes (B, N, 4) of a state that this layer returned."""
+        """Read class logits (B, N, K) and boxes (B, N, 4) out of a state that this layer returned."""
 
     def refine_segments(self, states: QueryState, features: Features) -> QueryState:
         """Refine S states of each image, each with the features of its own image.
 
         Args:
-            states: S * B rows; row s * B + b is the state s of image b.
-            features: as in `forward`, of B images.
+            states: S * B rows; row s * B + b is state s of image b.
+            features: the features of B images, as for `forward`.
         """
         segments = len(states.content) // count_images(features)
         if segments == 1 or self.accepts_segments:
@@ -96,7 +96,7 @@ class RefinementLayer(nn.Module, ABC):
 
 
 def set_class_prior(classifier: nn.Linear) -> None:
-    """Set the bias so that every class starts near the probability CLASS_PRIOR (RetinaNet, Sec. 4.1)."""
+    """Set the bias so that every class starts at about the probability CLASS_PRIOR (RetinaNet, Sec. 4.1)."""
     nn.init.constant_(classifier.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
 
 
@@ -108,13 +108,13 @@ def build_refinement_layer(cfg: CfgNode, input_shapes: list[ShapeSpec], *, initi
 
 
 def look_up(registry: Registry, key: str, name: str) -> Any:
-    """The object that a registry has under a name.
+    """Return the object that is registered under a name.
 
     Args:
-        key: the config key that holds the name, for the error.
+        key: the config key that holds the name, for the error message.
 
     Raises:
-        ValueError: the registry does not have it; the message lists what it has.
+        ValueError: the name is not registered; the message lists the registered names.
     """
     if name not in registry:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Compiling a refinement layer, with the eager layer where that fails."""
+"""Compile a refinement layer with torch.compile, and fall back to the eager layer where that fails."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ from .base import RefinementLayer
 
 logger = logging.getLogger(__name__)
 
-# torch.compile makes another graph for each new kind of input, up to a limit, beyond which it raises one of these.
+# torch.compile makes a new graph for each new kind of input. Beyond a limit, it raises one of these exceptions.
 _LIMIT_REACHED = tuple(
     getattr(exc, name) for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit") if hasattr(exc, name)
 )
@@ -23,33 +23,33 @@ _Key = tuple[torch.device, torch.dtype]  # where a copy is, and the dtype of its
 
 
 def compile_layer(layer: RefinementLayer) -> None:
-    """Let torch.compile make one graph of a layer's forward, for images of any size; it does so at the first call.
+    """Compile a layer's forward into one graph for images of any size, when it is first called.
 
-    The layer's parameters keep their names. Where the layer cannot be compiled, because there is no compiler or because
-    its code has no single graph, a warning says so once, and the layer runs as it is.
+    The layer's parameters keep their names. If the layer cannot be compiled, because there is no compiler or because
+    its code does not form a single graph, it logs one warning and runs eagerly.
     """
     layer._compiled_call_impl = _CompiledCall(layer)
 
 
 def is_compiled(layer: RefinementLayer) -> bool:
-    """Return True if compile_layer was called for this layer, and no attempt to compile it has failed so far.
+    """Return True if compile_layer was called for this layer and compilation has not failed so far.
 
-    The first attempt is made when the layer is called for the first time.
+    Compilation is first attempted when the layer is first called.
     """
     call = layer._compiled_call_impl
     return isinstance(call, _CompiledCall) and call.works
 
 
 def cast_once(layer: RefinementLayer, device: torch.device) -> RefinementLayer:
-    """Return the layer that a decode should apply in its steps: the same function, with the weights of now.
+    """Return the layer that a decode should apply in its steps: the same function with the current weights.
 
-    Under autocast, eager code casts each weight once for a batch, but compiled code in every step. Therefore the
-    steps of a compiled layer at test time get a copy of it, whose linear layers have been cast beforehand. The cast is
-    done in each call of this function, so that it is part of what a CUDA graph records. The copy is kept for the next
-    decode. It follows the parameters and buffers of the layer, but not hooks that the layer gets later.
+    Under autocast, eager code casts each weight once for a batch, but compiled code casts it again in every step.
+    Therefore, at test time, this function returns a copy of a compiled layer whose linear layers have been cast
+    beforehand. Every call casts them anew, so that a CUDA graph records the cast. The copy is kept for the next decode.
+    It follows changes of the layer's parameters and buffers, but does not get hooks that are added to the layer later.
 
     Args:
-        device: where the layer is.
+        device: the device of the layer.
     """
     call = layer._compiled_call_impl
     if not isinstance(call, _CompiledCall) or layer.training or torch.is_grad_enabled():
@@ -60,17 +60,16 @@ def cast_once(layer: RefinementLayer, device: torch.device) -> RefinementLayer:
 
 
 class CompiledFunction:
-    """A function that torch.compile makes one graph of, for tensors of any size, at its first call.
+    """A function that is compiled into one graph, for tensors of any size, when it is first called.
 
-    If it cannot be compiled, a warning says so once, and the function runs without compilation. It also runs without
-    compilation for inputs that would need more graphs than torch.compile keeps of a function, and under
-    torch.jit.trace, which cannot look into compiled code.
+    If it cannot be compiled, it logs one warning and runs eagerly. It also runs eagerly for inputs that would need more
+    graphs than torch.compile keeps for a function, and under torch.jit.trace, which cannot look into compiled code.
     """
 
     def __init__(self, function: Callable, name: str):
         """
         Args:
-            name: for the warning.
+            name: the function's name in the warning.
         """
         self.works = True
         self._function, self._name = function, name
@@ -80,30 +79,30 @@ class CompiledFunction:
         if self.works and not _is_traced():
             try:
                 return self._compiled(*args, **kwargs)
-            except TorchDynamoException as error:  # what the code generator raises is one, too
+            except TorchDynamoException as error:  # errors of the code generator are subclasses of it
                 self.works = False
-                logger.warning("%s cannot be compiled and runs as it is: %s", self._name, _reason(error))
+                logger.warning("%s cannot be compiled and runs eagerly: %s", self._name, _reason(error))
         return self._function(*args, **kwargs)
 
 
 class _CompiledCall(CompiledFunction):
-    """What a compiled layer calls in place of its forward."""
+    """The function that a compiled layer calls in place of its forward."""
 
     def __init__(self, layer: RefinementLayer):
         super().__init__(layer._call_impl, type(layer).__name__)
         self._layer = layer
         self._copies: dict[_Key, _CastCopy] = {}
-        self._broken: set[_Key] = set()  # of which a copy does not work
+        self._broken: set[_Key] = set()  # the keys for which a copy does not work
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> RefinementLayer:
-        """A copy of the layer with linear layers of this dtype, or the layer itself if that does not work."""
+        """Return a copy of the layer with linear layers of this dtype, or the layer itself if that does not work."""
         key = device, dtype
         if key in self._broken or not self.works:
             return self._layer
         if key not in self._copies or not self._copies[key].is_current():
             try:
                 found = _CastCopy(self._layer, dtype)
-            except Exception as error:  # a layer of the user's may hold anything
+            except Exception as error:  # a user's layer may hold objects that cannot be copied
                 self._give_up(key, error)
                 return self._layer
             call = _compile(found.layer._call_impl, self._name)
@@ -118,21 +117,20 @@ class _CompiledCall(CompiledFunction):
                 return compiled(*args, **kwargs)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # something in it may need float32
+            except RuntimeError as error:  # some operation may need float32
                 self._give_up(key, error)
         return self._layer(*args, **kwargs)
 
     def _give_up(self, key: _Key, error: Exception) -> None:
         self._broken.add(key)
-        text = "%s, compiled, casts its weights to %s in every step, since a copy cast beforehand does not work: %s"
+        text = "The compiled %s casts its weights to %s in every step, because a copy that is cast beforehand fails: %s"
         logger.info(text, self._name, key[1], _reason(error))
 
 
 def _compile(function: Callable, name: str) -> Callable:
-    """Compile a function so that torch.compile's limit of graphs is no error.
+    """Compile a function, without an error when torch.compile's limit of graphs is reached.
 
-    Once the limit is reached, a call uses one of the graphs that exist if it fits the inputs, and runs the function
-    uncompiled otherwise.
+    From then on, a call uses one of the existing graphs if it fits the inputs, and runs the function eagerly otherwise.
     """
     compiled, full = torch.compile(function, fullgraph=True, dynamic=True), False
 
@@ -143,8 +141,8 @@ def _compile(function: Callable, name: str) -> Callable:
                 return compiled(*args, **kwargs)
             except _LIMIT_REACHED:
                 full = True
-                text = "%s runs as it is where none of its graphs fits: torch.compile makes no more of them (see "
-                logger.warning(text + "torch._dynamo.config.recompile_limit)", name)
+                text = "%s runs eagerly for inputs that fit none of its compiled graphs: torch.compile has reached its "
+                logger.warning(text + "limit of graphs (torch._dynamo.config.recompile_limit)", name)
         if not hasattr(torch.compiler, "set_stance"):  # before PyTorch 2.6
             return function(*args, **kwargs)
         with torch.compiler.set_stance("eager_on_recompile"):
@@ -154,7 +152,7 @@ def _compile(function: Callable, name: str) -> Callable:
 
 
 def _is_traced() -> bool:
-    """Whether torch.compile or torch.jit.trace records this call; it must then see operations and no compiled code."""
+    """Whether torch.compile or torch.jit.trace records this call, in which case it must not see compiled code."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -163,10 +161,10 @@ def _reason(error: Exception) -> str:
 
 
 class _CastCopy:
-    """A copy of a layer that shares all tensors with it but those of its linear layers, which it holds in a dtype."""
+    """A copy of a layer, with its linear layers cast to another dtype; all other tensors are shared with the layer."""
 
     def __init__(self, layer: RefinementLayer, dtype: torch.dtype):
-        # Whatever the layer is made of: (where it stands, under which name, what it is).
+        # All parameters, buffers and modules of the layer, as (the dict that holds it, its name, its value).
         self._parts = [
             (parts, name, value)
             for module in layer.modules()
@@ -176,18 +174,18 @@ class _CastCopy:
         self._sources = _linear_tensors(layer)
         cast = {id(x) for x in self._sources}
         shared = {id(x): x for x in (*layer.parameters(), *layer.buffers()) if id(x) not in cast}
-        with torch.inference_mode(False):  # in which no later call could write to the copy outside of it
+        with torch.inference_mode(False):  # a copy made in inference mode could not be updated outside of it
             self.layer = copy.deepcopy(layer, shared)
             self._targets = _linear_tensors(self.layer)
             for x in self._targets:
                 x.requires_grad_(False).data = x.to(dtype)
 
     def is_current(self) -> bool:
-        """Whether the layer is still made of what it was: a new module, and a move to a device, replace parts."""
+        """Whether the layer still has the same parts; replacing a module or moving to another device changes them."""
         return all(parts.get(name) is value for parts, name, value in self._parts)
 
     def update(self) -> None:
-        """Take over the values that the linear layers have now."""
+        """Copy the current values of the linear layers, cast to the copy's dtype."""
         if self._targets:
             with torch.no_grad():
                 torch._foreach_copy_(self._targets, self._sources)

@@ -1,9 +1,9 @@
-"""Kernels for GPUs, in Triton, which comes with torch for Linux: for samples of a pyramid's table, and for mixing.
+"""GPU kernels in Triton, which ships with torch for Linux: sampling from a pyramid's table, and a norm for mixing.
 
-They compute what the operations of sampling.py, table.py and mixing.py do, with sums in float32, and record no
-gradient. A sample reads 16 short rows at places of its own. torch's embedding_bag, and the code that torch.compile
-makes of a gather, take four to ten times as long for that (docs/benchmarks.md). The norm reads its numbers once, where
-PyTorch's operations write intermediate results and read them again.
+Each kernel gives the same result as the PyTorch operations in sampling.py, table.py or mixing.py, accumulates in
+float32, and supports no gradient. A sample reads 16 short rows from scattered addresses, for which torch's
+embedding_bag and the gather that torch.compile generates take four to ten times as long (docs/benchmarks.md). The norm
+reads its input once, where PyTorch's operations write intermediate results to memory and read them back.
 
 S: states of each image, B: images, L: levels, N: queries, G: groups of channels, P: points, C: channels.
 """
@@ -16,16 +16,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-# norm_relu keeps all numbers of a row in registers, so that a row can have at most so many.
+# The most numbers in a row of norm_relu, which keeps a whole row in registers.
 LONGEST_ROW = 2**15
-# The gathering kernels run on warps of 32 threads. A warp computes so many results, and each thread 8 of them, which
-# lie side by side: it reads them in one go.
+# Numbers that one warp of a gathering kernel computes: 8 adjacent ones for each of its 32 threads, which loads them
+# together.
 TILE = 256
 
 
 @triton.jit
 def _sum_rows(table, index, weight, out, num_bags, channels, LENGTH: tl.constexpr, BAGS: tl.constexpr, C: tl.constexpr):
-    """BAGS weighted sums of LENGTH rows each; C is the next power of two of the channels."""
+    """Compute BAGS weighted sums of LENGTH rows each; C is the number of channels, rounded up to a power of two."""
     bag = tl.program_id(0) * BAGS + tl.arange(0, BAGS)
     channel = tl.arange(0, C)
     exists = bag < num_bags
@@ -45,7 +45,7 @@ def _sample(
     num_points, images, queries, groups, points_a_group, channels,
     LEVELS: tl.constexpr, POINTS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The samples at POINTS points. See sample_table for the formulas, and PyramidTable for what the numbers mean."""
+    """Compute the samples at POINTS points. sample_table has the formulas, PyramidTable explains the arguments."""
     point = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
     channel = tl.arange(0, C)
     exists = point < num_points
@@ -70,7 +70,7 @@ def _sample(
         down = tl.load(shift + LEVELS + level) + y * tl.load(scale + LEVELS + level)
         left, top = tl.floor(across), tl.floor(down)
         across, down = across - left, down - top
-        # To the integers first: of NaN and infinity these are some integer, which is then brought into the table.
+        # Convert before clamping: NaN and infinity become arbitrary integers, which the clamp moves into the table.
         column = tl.minimum(tl.maximum(left.to(tl.int32), 0), tl.load(last + level))
         row = tl.minimum(tl.maximum(top.to(tl.int32), 0), tl.load(last + LEVELS + level))
         width = tl.load(line + level)
@@ -88,35 +88,39 @@ def _sample(
 
 @triton.jit
 def _norm_relu(x, out, numbers, SIZE: tl.constexpr):
-    """One row of SIZE numbers, of which the first `numbers` exist."""
+    """Normalise one row. It has `numbers` numbers; SIZE is the next power of two."""
     place = tl.arange(0, SIZE)
     exists = place < numbers
     begin = tl.program_id(0).to(tl.int64) * numbers
     values = tl.load(x + begin + place, mask=exists, other=0).to(tl.float32)
     centered = tl.where(exists, values - tl.sum(values, 0) / numbers, 0.0)
     normed = centered / tl.sqrt(tl.sum(centered * centered, 0) / numbers + 1e-5)
-    # tl.maximum would make 0 of NaN, and so hide a broken image.
+    # tl.maximum would turn NaN into 0, and so hide a broken image.
     tl.store(out + begin + place, tl.where(normed < 0.0, 0.0, normed).to(out.dtype.element_ty), mask=exists)
 
 
 def _tile(channels: int) -> tuple[int, int]:
-    """How many sums a program computes at once, and the power of two that holds their channels."""
+    """Return how many sums a program computes at once, and the channels of each, rounded up to a power of two."""
     power = triton.next_power_of_2(channels)
     return max(1, TILE // power), power
 
 
 def _on_device(x: Tensor) -> AbstractContextManager:
-    """Triton starts a kernel on the current device, which need not be the one where its tensors are."""
+    """Make the tensor's device the current one, because Triton launches kernels there wherever their tensors are."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def try_all(device: torch.device) -> None:
-    """Run each kernel once on a device; what is raised says why they cannot be used there."""
+    """Run each kernel once on a device, to find out whether they work there.
+
+    Raises:
+        Exception: one of them does not; any exception of Triton, of the compiler it calls, or of the driver.
+    """
     x = torch.zeros(1, 1, 1, 1, 16, device=device)
     integers = x[..., :1].int()
     with torch.no_grad():
         sum_rows(x.flatten(0, 3), integers.flatten(1), x[..., :1].flatten(1))
-        # One point, one level, and a table of which all cells that are read are the first row.
+        # One point and one level; each cell that the point reads is the first row of the table.
         numbers = x[0, 0, 0, 0, :3, None], x[0, 0, 0, 0, :3, None], integers.view(1, 1).repeat(2, 1), integers.view(1)
         sample(torch.zeros(4, 16, device=device), x[..., :3].contiguous(), *numbers, integers.view(1, 1, 1))
         norm_relu(x)
@@ -124,7 +128,7 @@ def try_all(device: torch.device) -> None:
 
 @triton_op("deqdet::sum_rows", mutates_args=())
 def sum_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sums of rows, as embedding_bag computes them.
+    """Compute weighted sums of a table's rows, as embedding_bag does.
 
     Args:
         table: (rows, C), contiguous; float32, bfloat16 or float16.
@@ -148,15 +152,15 @@ def sum_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 def sample(
     table: Tensor, points: Tensor, scale: Tensor, shift: Tensor, last: Tensor, line: Tensor, start: Tensor
 ) -> Tensor:
-    """Interpolated samples of all levels, weighted by depth: `sample_table` of float32 points.
+    """Interpolate all levels at float32 points and weight them by depth, as `sample_table` does.
 
     Args:
         table: (rows, C / G), the flattened table, float32, bfloat16 or float16.
         points: (S * B, N, G, P, 3), float32.
-        scale, shift, last, line: of a PyramidTable of L levels.
+        scale, shift, last, line: the fields of a PyramidTable of L levels.
         start: (L, B, G) int32, the row of the border's first cell.
 
-    All are contiguous.
+    All must be contiguous.
 
     Returns:
         (S * B, N, G, P, C / G), in the dtype of the table.
@@ -176,7 +180,7 @@ def sample(
 
 @triton_op("deqdet::norm_relu", mutates_args=())
 def norm_relu(x: Tensor) -> Tensor:
-    """A LayerNorm of the last two dimensions, without affine part, then ReLU, with its sums in float32.
+    """Apply a LayerNorm without affine part over the last two dimensions, then ReLU; sums are in float32.
 
     Args:
         x: (..., P, C), contiguous, with P C at most LONGEST_ROW; float32, bfloat16 or float16.

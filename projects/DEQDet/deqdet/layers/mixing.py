@@ -12,9 +12,9 @@ from .table import kernels
 class AdaptiveMixing(nn.Module):
     """Mixes the samples of each query with matrices that are made from the query's content.
 
-    For each group, one matrix M (C / G, C / G) mixes the channels of every point, X <- ReLU(LN(X M)); then another one
-    S (P_out, P) mixes the points of every channel, X <- ReLU(LN(S X)). So what is looked for in the samples, and where,
-    depends on the query.
+    For each group, one matrix M (C / G, C / G) mixes the channels of every point, X <- ReLU(LN(X M)); then another
+    matrix S (P_out, P) mixes the points of every channel, X <- ReLU(LN(S X)). So each query decides for itself which
+    features it extracts from the samples, and from which points.
     """
 
     def __init__(self, *, dim: int, num_groups: int, num_points: int, num_out_points: int):
@@ -26,8 +26,8 @@ class AdaptiveMixing(nn.Module):
         per_group = self.group_dim**2 + num_out_points * num_points
         self.generator = nn.Linear(dim, num_groups * per_group)
         self.out = nn.Linear(dim * num_out_points, dim)
-        # With weight 0, all queries begin with the same matrices, those of the bias. The bias keeps nn.Linear's random
-        # values: with a bias of 0 the matrices, and so all gradients, would be 0.
+        # With weight 0, all queries start with the same matrices, given by the bias. The bias keeps its random values
+        # from nn.Linear: with a bias of 0 the matrices, and so all gradients, would be 0.
         nn.init.zeros_(self.generator.weight)
         nn.init.xavier_uniform_(self.out.weight)
 
@@ -37,7 +37,8 @@ class AdaptiveMixing(nn.Module):
         Args:
             content: (B, N, C).
             samples: (B, N, G, P, C / G).
-            use_kernels: let kernels.py do the norms, if it can: on a GPU, where no gradient is recorded.
+            use_kernels: compute the norms with kernels.py where it supports the shapes. This needs a GPU, and no
+                gradient may be recorded.
 
         Returns:
             (B, N, C), to be added to the content.

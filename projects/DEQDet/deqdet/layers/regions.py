@@ -1,7 +1,7 @@
-"""RoIAlign from a pyramid's table: the regions of boxes, without waiting for the device.
+"""RoIAlign from a pyramid's table, without waiting for the device.
 
-detectron2's ROIPooler sorts the boxes by level, so that the host must know how many boxes each level has. Here every
-box knows its level as a number, and one gather reads the samples of all boxes.
+detectron2's ROIPooler sorts the boxes by level, for which the host must know how many boxes each level has. Here the
+level of a box is a number in a tensor, and one gather reads the samples of all boxes.
 
 R: rows of the state, N: queries, M: cells of a region, C: channels.
 """
@@ -24,22 +24,22 @@ def pool_regions(table: PyramidTable, boxes: Tensor, side: int, ratio: int) -> T
     sample up to one cell beyond the edge of its level reads the edge; farther out it is 0.
 
     Args:
-        table: of B images, with one group.
-        boxes: (R, N, 4) xyxy, pixels, finite; row r is of image r % B.
-        side: the cells along a side of a region.
-        ratio: the samples along a side of a cell, at least 1.
+        table: the table of B images, with one group.
+        boxes: (R, N, 4) xyxy, pixels, finite; row r belongs to image r % B.
+        side: the number of cells along a side of a region.
+        ratio: the number of samples along a side of a cell, at least 1.
 
     Returns:
         (R, N, M, C), the cells of a region line by line, in the dtype of the table.
     """
     level = _level(table, boxes)  # (R, N)
     size = table.size[level]  # (R, N, 2)
-    # In cells, from the first one's centre.
+    # In units of cells, from the centre of the first one.
     low, high = (boxes * table.scale[0][level][..., None] - 0.5).split(2, dim=2)
     pitch = ((high - low) / side)[..., None, None]  # (R, N, 2, 1, 1)
     cells = torch.arange(side, dtype=boxes.dtype, device=boxes.device)[:, None]
     inner = torch.arange(ratio, dtype=boxes.dtype, device=boxes.device) + 0.5
-    # In the order of torchvision's sum, so that the rounding is nearly the same.
+    # Added in the same order as in torchvision, so that the rounding is nearly the same.
     where = low[..., None, None] + cells * pitch + inner * pitch / ratio  # (R, N, 2, side, ratio)
     last = size[..., None, None] - 1
     inside = (where >= -1) & (where <= size[..., None, None])
@@ -59,7 +59,7 @@ def pool_regions(table: PyramidTable, boxes: Tensor, side: int, ratio: int) -> T
 
 
 def _level(table: PyramidTable, boxes: Tensor) -> Tensor:
-    """(R, N) int64, the index of the level from which each box is read: the larger the box, the coarser."""
+    """Return the index of the level that each box reads, (R, N) int64: the larger the box, the coarser the level."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(2)
     octave = torch.log2((width * height).sqrt() / CANONICAL_SIZE + 1e-8)
     finest, coarsest = math.log2(table.strides[0]), math.log2(table.strides[-1])

@@ -1,11 +1,11 @@
 """Adaptive 3D sampling of a feature pyramid (AdaMixer, CVPR 2022, Sec. 3.2).
 
-The pyramid counts as a space of three dimensions: x and y in the image, and a depth, the binary logarithm of a length
-in pixels. The level with stride s lies at depth log2 s, and a box at its own z = log2 sqrt(w h). Each query samples
-at points of this space around its box.
+The pyramid is treated as a three-dimensional space: x and y in the image, and a depth, the binary logarithm of a
+length in pixels. The level with stride s lies at depth log2 s, and a box at its own z = log2 sqrt(w h). Each query
+samples at points of this space around its box.
 
-A layer may refine S states of each of the B images at once, such as the supervised states of a solving path. Their S
-* B rows are ordered state by state, with the images in the order of the features. For B = 2 images a, b and S = 3
+A layer may refine S states of each of the B images at once, such as the supervised states of a solving path. Their
+S * B rows are ordered state by state, with the images in the order of the features. For B = 2 images a, b and S = 3
 states,
 
     row     0   1   2   3   4   5
@@ -27,7 +27,7 @@ from .table import PyramidTable, kernels
 
 
 class SamplingPoints(nn.Module):
-    """Makes P points (x, y, depth) for each query and group, by offsets from the centre and the depth of its box."""
+    """Places P points (x, y, depth) for each query and group, at learned offsets from its box's centre and depth."""
 
     def __init__(self, *, dim: int, num_groups: int, num_points: int):
         super().__init__()
@@ -37,9 +37,9 @@ class SamplingPoints(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Start with the same offsets for all queries: a regular grid over the box, at one level below its depth.
+        """Start with the same offsets for all queries: a regular grid over the box, one unit of depth below it.
 
-        If P is no square, the points are drawn uniformly from the box instead.
+        If P is not a square number, the points are drawn uniformly from the box instead.
         """
         nn.init.zeros_(self.offsets.weight)
         bias = self.offsets.bias.data.view(self.num_groups, self.num_points, 3)
@@ -67,12 +67,13 @@ class SamplingPoints(nn.Module):
 
 
 def sample_table(table: PyramidTable, points: Tensor) -> Tensor:
-    """The same as `sample_pyramid`, by one gather from a table of all levels; on a GPU, if possible, by one kernel.
+    """Compute `sample_pyramid` by one gather from a table of all levels, or on a GPU, if possible, by one kernel.
 
-    All levels are handled at once, with the points in the last dimension, where the arithmetic is contiguous.
+    All levels are handled at once. The points are the last dimension, so that the arithmetic runs over contiguous
+    memory.
 
     Args:
-        table: of B images.
+        table: the table of B images.
         points: (S * B, N, G, P, 3), as for `sample_pyramid`.
 
     Returns:
@@ -83,14 +84,14 @@ def sample_table(table: PyramidTable, points: Tensor) -> Tensor:
         return kernels.sample(table.rows.flatten(0, 2), points.contiguous(), *numbers)
     shape = (len(points) // table.num_images, table.num_images, *points.shape[1:4])  # S, B, N, G, P
     points = points.reshape(-1, 3).t().contiguous()  # (3, K), K = S B N G P
-    # The square of the depth is the same for all levels, so that the softmax does not need it:
-    # -(d - m)^2 / 2 = -d^2 / 2 + m d - m^2 / 2.
+    # The softmax over levels needs -(d - m)^2 / 2 = -d^2 / 2 + m d - m^2 / 2 for depth d and level m. The first term is
+    # the same for all levels and cancels.
     numbers = torch.addcmul(table.shift[..., None], points[:, None], table.scale[..., None])  # (3, L, K)
     cells, levels = numbers[:2], numbers[2].softmax(dim=0)  # (2, L, K), (L, K)
     # The weights of the lower and of the upper cell of each axis, (2, 2 axes, L, K).
     weight = torch.addcmul(table.near[0], cells.frac(), table.near[1])
-    # A point outside goes to the border, where all that it may read is 0. To the integers first: of NaN and infinity
-    # these are some integer, which the clamp brings into the table.
+    # A point outside is clamped into the border, where it reads only zeros. Convert before clamping: NaN and infinity
+    # become arbitrary integers, which the clamp moves into the table.
     column, line = cells.detach().to(torch.int32).clamp(table.first, table.last[..., None])  # (L, K) each
     index = torch.addcmul(column, line, table.line[:, None]).unflatten(1, shape)  # (L, S, B, N, G, P)
     index = index + table.corners[:, :, :, None, :, None, :, None]  # (2, 2, L, S, B, N, G, P)
@@ -109,7 +110,7 @@ def sample_pyramid(features: list[Tensor], strides: list[int], points: Tensor) -
     Args:
         features: for each level (B, C, H_l, W_l).
         strides: s_l, the side of a level's cell in pixels.
-        points: (S * B, N, G, P, 3), rows state by state as said above; x, y in pixels of the padded input, and the
+        points: (S * B, N, G, P, 3), rows in the order described above; x, y in pixels of the padded input, and the
             depth.
 
     Returns:

@@ -19,10 +19,10 @@ from .dynamic_conv import DynamicConvolution
 from .regions import pool_regions
 from .table import PyramidTable, build_table
 
-# Boxes are clipped to this many pixels from the origin before they are pooled: RoIAlign of an infinite box would read
+# Boxes are clipped to this distance from the origin, in pixels, before pooling: RoIAlign of an infinite box would read
 # outside its input.
 FARTHEST = 1e6
-# MODEL.DEQDET.SPARSE_RCNN.ATTENTION: whether queries embed their position, and weigh others by the overlap of boxes.
+# Values of MODEL.DEQDET.SPARSE_RCNN.ATTENTION: (add a position embedding, bias the attention by the overlap of boxes).
 ATTENTIONS = {
     "plain": (False, False),
     "embedding": (True, False),
@@ -33,7 +33,7 @@ ATTENTIONS = {
 
 @REFINEMENT_LAYER_REGISTRY.register()
 class SparseRCNNLayer(RefinementLayer):
-    """Refines queries by attention among them, and by the pooled regions of their boxes, which each query filters."""
+    """Refines queries by self-attention, and by the features pooled in their boxes, which each query filters."""
 
     accepts_segments = True
 
@@ -60,19 +60,19 @@ class SparseRCNNLayer(RefinementLayer):
                 the one before it.
             dim: C, the channels of the content and of every level.
             num_classes: K.
-            pooler_resolution: the cells along a side of a pooled region.
-            pooler_sampling_ratio: the points along a side of a cell whose mean RoIAlign takes.
+            pooler_resolution: the number of cells along a side of a pooled region.
+            pooler_sampling_ratio: the number of RoIAlign's sampling points along a side of a cell.
             dynamic_dim: the channels between the two dynamic convolutions.
             num_class_layers, num_box_layers: the hidden layers of the class branch and of the box branch.
             num_heads: heads of the attention.
             feedforward_dim: the hidden channels of the feed-forward network.
-            attention: "plain" is Sparse R-CNN's own, in which queries do not know where the others look. "positional"
-                is AdaMixer's; "embedding" and "overlap" have one of its two parts.
-            zero_init_deltas: the box branch's last layer starts at 0, as AdaMixer's does, so that an untrained layer
-                leaves every box where it is. False is Sparse R-CNN's own random start.
+            attention: "plain" is Sparse R-CNN's own, in which queries do not see each other's boxes. "positional" is
+                AdaMixer's, "embedding" and "overlap" have only one of its two parts.
+            zero_init_deltas: start the box branch's last layer at 0, as AdaMixer does, so that an untrained layer
+                leaves every box unchanged. False is Sparse R-CNN's random initialization.
 
         Raises:
-            ValueError: dim is not a multiple of num_heads, or of 8 with an embedding; or an unknown attention.
+            ValueError: dim is not a multiple of num_heads, or with an embedding not of 8; or the attention is unknown.
         """
         super().__init__()
         self.strides = list(strides)
@@ -85,7 +85,7 @@ class SparseRCNNLayer(RefinementLayer):
         if embed and dim % 8:
             raise ValueError(f"the hidden dimension {dim} is not a multiple of the 8 sine embedding's features")
         self.side, self.sampling_ratio = pooler_resolution, pooler_sampling_ratio
-        # With 0, RoIAlign takes as many points as the cell has pixels, and fails at a box of infinite size.
+        # With 0, RoIAlign takes a number of points that grows with the cell, and fails for an infinite box.
         self.accepts_nonfinite = pooler_sampling_ratio > 0
         self.pooler = ROIPooler(
             output_size=pooler_resolution,
@@ -96,7 +96,7 @@ class SparseRCNNLayer(RefinementLayer):
         self.is_positional = embed or overlap
         if self.is_positional:
             self.attention = PositionalAttention(dim=dim, num_heads=num_heads, embed=embed, overlap=overlap)
-        else:  # without a module around it, so that the parameters have the names of older checkpoints
+        else:  # not wrapped in another module, so that the parameters have the names of older checkpoints
             self.attention = SelfAttention(dim, num_heads)
         self.attention_norm = nn.LayerNorm(dim)
         self.dynamic_conv = DynamicConvolution(dim=dim, dynamic_dim=dynamic_dim, num_cells=pooler_resolution**2)
@@ -133,9 +133,9 @@ class SparseRCNNLayer(RefinementLayer):
         }
 
     def prepare(self, features: Features) -> Features:
-        """The table from which every step pools, in float32 or better, whatever the precision of the rest.
+        """Build the table from which every step pools, in float32 or better, whatever the precision of the rest.
 
-        A sampling ratio of 0 takes the more samples the larger a box is. ROIPooler does that, and reads the levels.
+        With a sampling ratio of 0 the number of samples depends on the box. ROIPooler does that, from the levels.
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)
         if self.sampling_ratio < 1:
@@ -143,7 +143,7 @@ class SparseRCNNLayer(RefinementLayer):
         return build_table(features, self.strides, dtype)
 
     def forward(self, state: QueryState, features: Features) -> QueryState:
-        """See RefinementLayer.forward. From features that were not prepared, detectron2's ROIPooler pools."""
+        """See RefinementLayer.forward. Features that were not prepared are pooled by detectron2's ROIPooler."""
         position = state.position.detach()
         boxes = decode_boxes(position)
         regions = self._pool(features, boxes)
@@ -153,7 +153,7 @@ class SparseRCNNLayer(RefinementLayer):
         return QueryState(refine_position_by_deltas(state.position, self.box_branch(content)), content)
 
     def _attend(self, content: Tensor, position: Tensor, boxes: Tensor) -> Tensor:
-        """(B, N, C): the content with what it attends to."""
+        """Add the result of self-attention to the content, (B, N, C)."""
         if self.is_positional:
             return self.attention(content, position, boxes, box_sizes(position).prod(-1))
         return content + self.attention(content)
@@ -167,18 +167,18 @@ class SparseRCNNLayer(RefinementLayer):
 
         Args:
             features: for each level (B, C, H_l, W_l); or their table.
-            boxes: (S * B, N, 4) xyxy, pixels; rows state by state (see sampling.py), so that row r is of image r % B.
+            boxes: (S * B, N, 4) xyxy, pixels; rows state by state (see sampling.py), so row r belongs to image r % B.
 
         Returns:
             (S * B, N, M, C), the cells of a region row by row.
         """
-        # In half precision, coordinates would be off by a pixel beyond 1,024, and infinite beyond 65,504.
+        # float16 would round coordinates beyond 1,024 to whole pixels, and make those beyond 65,504 infinite.
         boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).nan_to_num().clamp(-FARTHEST, FARTHEST)
         if isinstance(features, PyramidTable):
             return pool_regions(features, boxes, self.side, self.sampling_ratio)
         features = [level.to(boxes.dtype) for level in features]
         images, queries = len(features[0]), boxes.shape[1]
-        # The pooler takes a list of the boxes of each image, here those of all its states.
+        # The pooler takes a list with the boxes of each image, here of all its states.
         by_image = boxes.unflatten(0, (-1, images)).transpose(0, 1).flatten(1, 2)  # (B, S * N, 4)
         regions = self.pooler(features, [Boxes(x) for x in by_image])  # (B * S * N, C, side, side)
         regions = regions.flatten(2).transpose(1, 2)  # (B * S * N, M, C)
@@ -186,7 +186,7 @@ class SparseRCNNLayer(RefinementLayer):
 
 
 def _tower(dim: int, num_layers: int, num_outputs: int) -> nn.Sequential:
-    """Build a branch: num_layers times linear, LayerNorm and ReLU, then a linear layer to the outputs."""
+    """Build a branch of num_layers hidden layers (linear, LayerNorm, ReLU) and a linear output layer."""
     layers: list[nn.Module] = []
     for _ in range(num_layers):
         layers += [nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU()]

@@ -1,10 +1,10 @@
-"""A pyramid as one table of rows, from which a layer reads samples of all levels by a single gather.
+"""A feature pyramid as one table of rows, so that a layer samples all levels with a single gather.
 
-The table is made once for a batch of images; the steps of the iteration only compute which of its rows they read, and
-with which weights. A sample is then one bag of rows, summed by torch's embedding_bag, whose gradients reach both the
-table and the weights, or on a GPU without a gradient by a kernel of kernels.py. With the usual settings a bag has 16
-rows: 4 cells of each of 4 levels in AdaMixer, 4 cells around each of the 4 points in a cell of RoIAlign in Sparse
-R-CNN.
+The table is built once for a batch of images. Each step of the iteration only computes the indices and weights of the
+rows it reads. A sample is the weighted sum of one bag of rows. torch's embedding_bag computes it, with gradients for
+both the table and the weights; on a GPU, where no gradient is recorded, a kernel of kernels.py does. With the usual
+settings a bag has 16 rows: in AdaMixer 4 cells in each of 4 levels, in Sparse R-CNN 4 cells around each of the 4
+sampling points of a RoIAlign cell.
 
 S: states of each image, B: images, L: levels, C: channels, G: groups of channels.
 """
@@ -28,7 +28,8 @@ except ImportError:  # Triton is missing, or torch 2.5, which cannot register a 
 
 logger = logging.getLogger(__name__)
 
-# Of cells around each level. A sample reads a cell and the next one, so that two cells keep one outside from the level.
+# The width in cells of the border around each level. A sample reads two adjacent cells, so that with a border of two
+# cells a sample outside the level reads the border alone.
 BORDER = 2
 
 
@@ -36,26 +37,26 @@ BORDER = 2
 class PyramidTable(PreparedFeatures):
     """The cells of all levels, channels last, each level with a border of BORDER cells of zeros around it.
 
-    The border makes it unnecessary to mask: a cell outside a level is moved to the border, where it reads 0. What is
-    known of each level stands in small tensors with a value for each level, so that a step handles all levels at once.
+    The border replaces masking: a point outside a level is moved into the border, where it reads 0. Small tensors hold
+    the geometry of the levels, one value for each, so that a step handles all levels at once.
     """
 
-    levels: list[Tensor]  # L times (B, C, H_l, W_l), as the backbone made them
+    levels: list[Tensor]  # L times (B, C, H_l, W_l), from the backbone
     strides: tuple[int, ...]  # s_l, pixels
     images: Tensor | None  # (b,) int64, the image of each batch row; None: batch row i is image i
     rows: Tensor  # (B, G, cells, C / G)
-    # What takes a point (x, y, depth) to level l, as shift + point * scale: to cells from the border's corner, and to
-    # the logarithm of the level's weight up to a term that all levels share.
+    # shift + point * scale maps a point (x, y, depth) to level l: x and y to cells, counted from the border's corner,
+    # and the depth to the logarithm of the level's weight, up to a term that is the same for all levels.
     scale: Tensor  # (3, L)  1 / s_l, 1 / s_l, log2 s_l
     shift: Tensor  # (3, L)  BORDER - 1/2, BORDER - 1/2, -(log2 s_l)^2 / 2
     size: Tensor  # (L, 2)  W_l, H_l, in cells; int32
     first: Tensor  # ()  0; int32
-    last: Tensor  # (2, L)  the last cell but one of the border in a line, and in a column; int32
-    line: Tensor  # (L,)  the rows from one line of a level to the next; int32
-    start: Tensor  # (L, b, G)  where a group's channels of cell (0, 0) lie in the flattened table; int32
+    last: Tensor  # (2, L)  the index of the second-to-last cell in a line and in a column, border included; int32
+    line: Tensor  # (L,)  the table rows from one line of a level to the next; int32
+    start: Tensor  # (L, b, G)  the row of the flattened table with a group's channels of cell (0, 0); int32
     corners: Tensor  # (2, 2, L, b, G)  the same for the first two cells of the border's first two lines
     near: Tensor  # (2, 2, 1, 1, 1)  [1, 0], [-1, 1]: the weights of two neighbouring cells, as a + b * fraction
-    has_kernels: bool  # whether kernels.py can read it
+    has_kernels: bool  # whether the kernels of kernels.py can read it
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -75,15 +76,15 @@ class PyramidTable(PreparedFeatures):
         return (self.strides, self.rows.dtype, self.rows.shape[1]) == (strides, dtype, groups)
 
     def select(self, rows: Tensor) -> "PyramidTable":
-        """The same table for some of the batch rows alone; no feature is copied."""
+        """Return a view of the table for some of the batch rows; no feature is copied."""
         images = rows if self.images is None else self.images[rows]
         return replace(self, images=images, start=self.start[:, rows], corners=self.corners[..., rows, :])
 
     def gather(self, index: Tensor, weight: Tensor) -> Tensor:
-        """Weighted sums of rows of C / G channels.
+        """Compute weighted sums of rows of C / G channels.
 
         Args:
-            index: (bags, rows of a bag) int32, in the flattened table.
+            index: (bags, rows of a bag) int32, rows of the flattened table.
             weight: the same shape.
 
         Returns:
@@ -96,20 +97,20 @@ class PyramidTable(PreparedFeatures):
 
     @property
     def uses_kernels(self) -> bool:
-        """Whether a sample is read by a kernel of kernels.py: on a GPU, where no gradient is recorded."""
+        """Whether kernels.py computes the samples: on a GPU, where no gradient is recorded."""
         return self.has_kernels and not torch.is_grad_enabled()
 
 
 @functools.cache
 def _kernels_work() -> bool:
-    """Whether the kernels of kernels.py run on this machine: Triton builds them, with a C compiler, when first used."""
+    """Whether the kernels of kernels.py run on this machine. Triton needs a C compiler to build them at first use."""
     if kernels is None or not torch.cuda.is_available():
         return False
     try:
         kernels.try_all(torch.device("cuda"))
-    except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
+    except Exception as error:  # see try_all
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        logger.warning("Sampling on the GPU is slower than it could be, since Triton does not work here: %s", reason)
+        logger.warning("Sampling on the GPU is slow, because Triton does not work on this machine: %s", reason)
         return False
     return True
 
@@ -120,13 +121,13 @@ def build_table(
     """Copy a pyramid into a table.
 
     Args:
-        features: for each level (B, C, H_l, W_l); or a table, which is returned as it is if it fits.
+        features: for each level (B, C, H_l, W_l); or a table, which is returned unchanged if it fits.
         strides: s_l, the side of a level's cell in pixels.
-        dtype: of the table's rows.
-        groups: G, the groups of channels that are read at places of their own.
+        dtype: the dtype of the table's rows.
+        groups: G, the groups of channels, each of which is sampled at its own points.
 
     Raises:
-        ValueError: there are not as many strides as levels.
+        ValueError: the numbers of strides and levels differ.
     """
     strides = tuple(strides)
     if isinstance(features, PyramidTable) and features.fits(strides, dtype, groups):
@@ -141,7 +142,7 @@ def build_table(
         padded = F.pad(by_group, (0, 0, *[BORDER] * 4))
         rows.append(padded.flatten(2, 3).to(dtype))
         places.append(cells)
-        cells = cells + padded.shape[2] * padded.shape[3]  # no +=, since torch.jit's tracer has tensors for sizes
+        cells = cells + padded.shape[2] * padded.shape[3]  # not +=: to torch.jit's tracer, sizes are tensors
     sizes, depths = [(x.shape[3], x.shape[2]) for x in levels], [math.log2(s) for s in strides]
     lines = [width + 2 * BORDER for width, _ in sizes]
     inverse, half_squares = [1 / s for s in strides], [-0.5 * d * d for d in depths]
@@ -155,7 +156,7 @@ def build_table(
     line, corners, last, size, border, first = to_device(numbers, torch.int32, device).split(
         [len(levels), 4 * len(levels), 2 * len(levels), 2 * len(levels), 1, 1]
     )
-    # (B, G) where the rows of each image and group begin.
+    # (B, G): the first row of each image and group.
     begin = torch.arange(0, images * groups * cells, cells, dtype=torch.int32, device=device).view(images, groups)
     corners = corners.view(2, 2, -1, 1, 1) + begin
     return PyramidTable(
@@ -177,7 +178,7 @@ def build_table(
 
 
 def table_dtype(features: Sequence[Tensor]) -> torch.dtype:
-    """The dtype in which a table is read without a gradient: autocast's, or float32, or float64 for such features."""
+    """The dtype of a table that is read without a gradient: autocast's if it is on, else float32 or better."""
     found = features.levels[0] if isinstance(features, PyramidTable) else features[0]
     if torch.is_autocast_enabled(found.device.type):
         return torch.get_autocast_dtype(found.device.type)
