@@ -1,4 +1,4 @@
-"""A solver of one's own: plain iteration with momentum (Polyak's heavy ball)."""
+"""A custom solver: plain iteration with momentum (Polyak's heavy ball)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A backbone of one's own: patches of 4, 8, 16 and 32 pixels, each level one convolution."""
+"""A custom backbone: patches of 4, 8, 16 and 32 pixels, each level one convolution."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""A decoder of one's own: the initialization layer, then the refinement layer twice, only the last pass supervised."""
+"""A custom decoder: the initialization layer, then the refinement layer twice; only the last pass is supervised."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""A decoder with an equilibrium of one's own: no initialization layer, and training through three unrolled steps."""
+"""A custom decoder with an equilibrium: no initialization layer, and training through three unrolled steps."""
 
 from torch import Tensor
 
