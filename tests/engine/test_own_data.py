@@ -250,7 +250,7 @@ def test_a_detector_of_other_classes_is_the_beginning(animals, capsys):
     lr = ["SOLVER.BASE_LR", "1e-30"]  # the weights stay
     train_net.main([*words, *TINY, *lr, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "second"])
     log = Path("second/log.txt").read_text()
-    assert "it has 3 classes, the data 4: dog, emu keep their weights, 2 begin anew" in log
+    assert "it has 3 classes, the data 4: dog, emu keep their weights, 2 start from initial weights" in log
     second = weights("second")
     name = "decoder.refinement.class_branch.3.weight"
     assert torch.allclose(second[name][1:3], first[name][1:3])

@@ -145,7 +145,7 @@ def test_a_changed_byte_is_found(tmp_path):
     place = whole.index(torch.arange(600.0).numpy().tobytes()) + 1000
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     assert torch.load(path)["model"]["a"].shape == (600,)  # torch does not see it
-    with pytest.raises(CheckpointError, match="is damaged.*its checksum is another"):
+    with pytest.raises(CheckpointError, match="is damaged.*its checksum does not match"):
         read_torch(path)
     torch.save(CONTENT, path)  # an older one
     assert read_torch(path)["iteration"] == 1
@@ -225,7 +225,7 @@ def test_a_learning_rate_that_was_scaled_to_another_batch_stays(toy_config):
     new = setup(parse(toy_config, "--overwrite", *rule, "SOLVER.IMS_PER_BATCH", 4))
     assert describe_changes(old, new) == (
         "the new config decides SOLVER.IMS_PER_BATCH 4 (was 2); "
-        "the learning rate stays as it was scaled to the batch of the checkpoint"
+        "the learning rate stays scaled to the batch size of the checkpoint"
     )
 
 
