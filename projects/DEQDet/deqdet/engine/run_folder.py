@@ -81,7 +81,7 @@ def refuse_folder_in_use(folder: Path) -> None:
     except BlockingIOError as error:
         raise _in_use(folder, path.read_text(errors="replace")) from error
     except OSError as error:  # some network file systems have no locks
-        logger.warning("%s cannot be locked (%s): see that no other training uses it", folder, error.strerror)
+        logger.warning("%s cannot be locked (%s): make sure that no other training uses it", folder, error.strerror)
 
 
 def claim_folder(folder: Path, *, overwrite: bool) -> None:
@@ -196,7 +196,7 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
         raise _in_use(folder, holder) from error
     except OSError as error:  # some network file systems have no locks
-        logger.warning("%s cannot be locked (%s): see that no other training uses it", folder, error.strerror)
+        logger.warning("%s cannot be locked (%s): make sure that no other training uses it", folder, error.strerror)
         return descriptor
     try:
         os.ftruncate(descriptor, 0)
