@@ -110,7 +110,7 @@ def test_the_most_frequent_size_is_taken():
     with pytest.raises(CheckpointError, match=r"^their a2 \(4, 5\) and their a3 \(3,\) do not fit each other$"):
         look.size("a2", "a3")
     for pattern, axis in [("d", 0), ("c", 0), ("a3", 1), ("b", 1)]:
-        with pytest.raises(CheckpointError, match=f"no key stands for our {pattern}"):
+        with pytest.raises(CheckpointError, match=f"no key corresponds to our {pattern}"):
             look.size(pattern, axis=axis)
 
 

@@ -282,7 +282,7 @@ def with_classes(weights: dict, count: int, layers: tuple[int, ...] = (0, 1)) ->
     ),
     (
         lambda x: [x.pop(key) for key in list(x) if key.startswith("roi_head.bbox_head.0")],
-        "no usable key stands for our decoder.initialization.points.offsets",
+        "no usable key corresponds to our decoder.initialization.points.offsets",
     ),
     (
         lambda x: [x.pop(key) for key in list(x) if key.startswith("backbone.layer4.2")],

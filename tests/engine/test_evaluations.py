@@ -198,7 +198,7 @@ def test_an_evaluation_without_the_metric_is_one_clear_error(toy_config):
     (["SOLVER.KEEP_CHECKPOINTS", -1], "KEEP_CHECKPOINTS is -1: it must be an integer of at least 0"),
     (["TEST.EVALUATOR", "coco"], "EVALUATOR is 'coco': it must be pycocotools or faster-coco-eval"),
     (["WRITERS", "['wandb','tensorboard']"], "WRITERS is .*: it must be a list, each wandb or mlflow"),
-    (["WRITERS", "['wandb','wandb']"], "WRITERS is .*none of them twice"),
+    (["WRITERS", "['wandb','wandb']"], "WRITERS is .*without duplicates"),
 ])  # fmt: skip
 def test_a_mistake_in_a_key_is_one_line(toy_config, words, message):
     with pytest.raises(UserError, match=message) as caught:

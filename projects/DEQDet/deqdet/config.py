@@ -37,7 +37,6 @@ def merge_overrides(cfg: CN, pairs: Sequence[str]) -> None:
     section itself, the value replaces the whole section: OPTIONS "{}" empties it.
 
     Args:
-        cfg: the config.
         pairs: alternating keys and values; a key in OPEN_SECTIONS need not exist yet.
 
     Raises:
@@ -126,7 +125,7 @@ def _add_model_keys(cfg: CN) -> None:
 
     deqdet.QUERIES = CN()
     deqdet.QUERIES.NORM_CONTENT = True  # LayerNorm without affine part on the initial content
-    deqdet.QUERIES.LEARN_BOXES = False  # False: the initial box of every query is the whole image
+    deqdet.QUERIES.LEARN_BOXES = False  # False: every initial box is the whole image, and is not learned
 
     # Each weight applies to both the matching cost and the loss (Table 5).
     deqdet.LOSS = CN()

@@ -58,7 +58,7 @@ def get_config(name: str | os.PathLike, overrides: Sequence[str] = (), *, allow_
         for values in files:
             merge_file(values, merged)
         if merged.get("VERSION", cfg.VERSION) != cfg.VERSION:
-            raise ValueError(f"VERSION is {merged['VERSION']}: it must be {cfg.VERSION}, detectron2's present one")
+            raise ValueError(f"VERSION is {merged['VERSION']}: it must be {cfg.VERSION}, detectron2's current version")
         cfg.merge_from_other_cfg(CfgNode(merged))
     if cfg.MODEL.TRUST_PICKLE:
         logger.warning("%s: MODEL.TRUST_PICKLE is ignored in a file: it counts on the command line only", name)
@@ -98,7 +98,6 @@ def _find_named(text: str, missing: str) -> str:
     """Return the file in the model zoo with a name, which may end in .yaml.
 
     Args:
-        text: the name.
         missing: the beginning of the error message, which says that there is no such file elsewhere.
 
     Raises:

@@ -205,7 +205,7 @@ def check_query(path: str) -> None:
 
 
 def _as_checkpoint(filename: str, loaded: dict) -> dict:
-    """Bring the content of a .pkl of the model zoo, in detectron2's format or Caffe2's, into a form that loads."""
+    """Convert the content of a model zoo .pkl, in detectron2's or Caffe2's format, into a checkpoint of detectron2."""
     own_format = "model" in loaded and "__author__" in loaded
     arrays = loaded["model"] if own_format else loaded.get("blobs", loaded)  # Caffe2's detectors have "blobs"
     if not isinstance(arrays, dict):

@@ -242,7 +242,7 @@ def write_torch(content: dict, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text file atomically, in UTF-8, with escapes for bytes that are not (as file names may contain).
+    """Write a text file atomically, in UTF-8; file names in the text that are not UTF-8 get escapes.
 
     Raises:
         CheckpointError: the file cannot be written.

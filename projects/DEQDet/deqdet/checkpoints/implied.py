@@ -54,7 +54,7 @@ class Shapes:
         """
         found = self.find(*patterns, axis=axis)
         if not found:
-            raise CheckpointError(f"no key stands for our {' or '.join(patterns)}")
+            raise CheckpointError(f"no key corresponds to our {' or '.join(patterns)}")
         first, *others = Counter(size for size, _ in found).most_common(2)
         if others and others[0][1] == first[1]:
             one, other = (next(x for size, x in found if size == value) for value, _ in (first, *others))
@@ -78,7 +78,7 @@ def vote(candidates: Sequence[int], what: str) -> int:
         CheckpointError: there are none; the message contains `what`.
     """
     if not candidates:
-        raise CheckpointError(f"no usable key stands for our {what}")
+        raise CheckpointError(f"no usable key corresponds to our {what}")
     return Counter(candidates).most_common(1)[0][0]
 
 

@@ -88,7 +88,6 @@ def name_annotation(record: Mapping, image: ImageRecord | None = None, index: in
     """Name an annotation in messages so that the user can find it, possibly in a label file that was converted.
 
     Args:
-        record: the annotation.
         image: the annotation's image; None if it is unknown.
         index: position in the file, which names an annotation without an id.
     """
@@ -262,7 +261,7 @@ def _check_segmentation(name: str, given: object, findings: Findings) -> None:
 
 
 def _check_geometry(boxes: Boxes, extent: np.ndarray, images: Sequence[ImageRecord], findings: Findings) -> Boxes:
-    """Leave out boxes that have no area or lie outside their image, and clip those that extend beyond it."""
+    """Leave out boxes that are invalid or lie outside their image, and clip those that extend beyond it."""
     xywh, known = boxes.xywh, (extent > 0).all(1)
     low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
 

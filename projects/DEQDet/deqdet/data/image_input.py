@@ -22,7 +22,6 @@ def to_array(image: ImageLike, channels: str) -> np.ndarray:
     """Convert an image of any of these kinds to (H, W, 3) uint8 RGB.
 
     Args:
-        image: the image.
         channels: the channel order of an array or tensor, "RGB" or "BGR".
 
     Raises:

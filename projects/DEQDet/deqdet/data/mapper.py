@@ -79,8 +79,6 @@ def build_test_loader(cfg: CfgNode, dataset: str, limit: int | None = None) -> D
     """Build a loader of a registered data set for an evaluation, one image at a time.
 
     Args:
-        cfg: the config.
-        dataset: the name of the data set.
         limit: load only this many images, the first ones; None for all.
     """
     records = get_detection_dataset_dicts(dataset, filter_empty=False)[:limit]

@@ -183,7 +183,7 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
         for name in cfg.DATASETS[key]:
             _find_registered(name, key)
             if MetadataCatalog.get(name).get("thing_classes") is None:
-                DatasetCatalog.get(name)  # some sets set their classes only when loaded
+                DatasetCatalog.get(name)  # some loaders set the classes only when called
             classes = MetadataCatalog.get(name).get("thing_classes", ())
             expected = cfg.MODEL.DEQDET.NUM_CLASSES
             if len(classes) != expected:
@@ -379,7 +379,7 @@ def _check_without_file(name: str, key: str, classes: ModelClasses) -> None:
         UserError: they are not the model's, or are in another order.
     """
     if MetadataCatalog.get(name).get("thing_classes") is None:
-        DatasetCatalog.get(name)  # some sets set their classes only when loaded
+        DatasetCatalog.get(name)  # some loaders set the classes only when called
     own, where = list(MetadataCatalog.get(name).get("thing_classes", ())), f"{name!r} of DATASETS.{key}"
     if classes.names and own and compare_classes(where, own, classes.names, classes.source) != sorted(range(len(own))):
         raise UserError(

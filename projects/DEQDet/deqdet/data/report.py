@@ -79,8 +79,6 @@ def format_report(report: Report, findings: Sequence[Finding], num_queries: int 
     """Format a report as text, followed by the findings.
 
     Args:
-        report: the statistics.
-        findings: the findings of the check.
         num_queries: the model's number of queries N, shown next to the number of boxes per image; 0: unknown.
     """
     without = f", {report.num_images_without_boxes} of them without boxes"

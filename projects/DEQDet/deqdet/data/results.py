@@ -95,7 +95,9 @@ def _read_one(where: str, result: object, places: dict, labels: dict) -> tuple[i
         raise UserError(f"{where} lacks one of {', '.join(keys)}")
     for key, table in (("image_id", places), ("category_id", labels)):
         if isinstance(result[key], list | dict) or result[key] not in table:
-            raise UserError(f"{where} has {key} {result[key]!r}, which the data set lacks: give the set it is of")
+            raise UserError(
+                f"{where} has {key} {result[key]!r}, which the data set lacks: give the data set of these detections"
+            )
     try:
         numbers = [float(value) for value in (*result["bbox"], result["score"])]
     except (TypeError, ValueError):

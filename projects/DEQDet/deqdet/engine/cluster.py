@@ -21,8 +21,8 @@ class Place:
     local_size: int  # processes on each machine
     host: str  # of rank 0
     port: int
-    restarts: int = 0  # how often torchrun may start the processes again after one has failed
-    attempt: int = 0  # how often it has done so
+    restarts: int = 0  # how often torchrun may restart the processes after a failure
+    attempt: int = 0  # the number of restarts so far
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:

@@ -1,4 +1,4 @@
-"""From the command line to a frozen, checked config."""
+"""Turns a command line into a frozen, checked config."""
 
 import argparse
 import io
@@ -164,7 +164,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         prepare_datasets(cfg, eval_only=args.eval_only, class_names=_known_classes(cfg, args))
         check_datasets(cfg, eval_only=args.eval_only)
     world_size = args.num_gpus * args.num_machines
-    rescaled = cfg.SOLVER.REFERENCE_WORLD_SIZE > 0  # detectron2 then adapts the batch to the processes
+    rescaled = cfg.SOLVER.REFERENCE_WORLD_SIZE > 0  # detectron2 then scales the batch with the number of processes
     if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
         batch = f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}"
         raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-ANCHOR = 800, 25.0  # the short side in pixels for which the paper chose its noise on positions, and that noise
+ANCHOR = 800, 25.0  # the paper's short side and noise on positions, both in pixels
 OBJECT_SIDE = 16  # pixels that small objects should have: four cells of the finest level
 MOST_ENLARGED = 5 / 3  # times the images' own short side: COCO's images are enlarged from 480 to 800
 MOST_QUERIES = 900
-EVALUATIONS = 5  # during a training
+EVALUATIONS = 5  # per training
 SHORTEST_PERIOD = 200  # iterations
 MOST_CPU_PROCESSES = 4
 
@@ -32,12 +32,12 @@ class DataFacts:
 
     @property
     def short_side(self) -> float:
-        """The short side of the median picture, in pixels."""
+        """The short side of the median image, in pixels."""
         return min(self.width, self.height)
 
     @property
     def aspect(self) -> float:
-        """Long side divided by short side of the median picture."""
+        """Long side divided by short side of the median image."""
         return max(self.width, self.height) / self.short_side
 
 
@@ -50,9 +50,9 @@ class SizeRules:
 
     config: str  # the base, a name in the model zoo
     pixels: int  # image size for which the time of an iteration was measured
-    train_sides: tuple[float, ...]  # short sides in training, relative to that of the test
-    crop_resize: tuple[float, ...]  # INPUT.DETR_CROP.RESIZE, the same
-    crop_size: tuple[float, float]  # INPUT.DETR_CROP.SIZE, the same
+    train_sides: tuple[float, ...]  # short sides in training, relative to the one at test time
+    crop_resize: tuple[float, ...]  # INPUT.DETR_CROP.RESIZE, likewise relative
+    crop_size: tuple[float, float]  # INPUT.DETR_CROP.SIZE, likewise relative
     least_queries: int
     batch: int  # images per optimizer step, over all processes, or per process if batch_per_process
     batch_per_process: bool

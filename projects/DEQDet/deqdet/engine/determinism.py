@@ -1,4 +1,4 @@
-"""The key DETERMINISTIC: the same seed gives the same numbers, bit for bit, on a GPU too. On a CPU it always does."""
+"""The key DETERMINISTIC: the same seed gives the same numbers, bit for bit, also on a GPU. On a CPU, it always does."""
 
 import os
 import re

@@ -105,7 +105,8 @@ class FiniteGuard(HookBase):
     def _find_activation(self, model: nn.Module) -> list[str]:
         """Run the iteration's forward pass again, and name the first module or prediction with a bad output.
 
-        If the batch was split for gradient accumulation, this runs the last part that ran, with the first part's noise.
+        Of a batch that was split for gradient accumulation, the last part that ran is repeated, with the first part's
+        noise.
         """
         names = {module: name for name, module in model.named_modules()}
         if comm.get_world_size() > 1 and "criterion" not in names.values():

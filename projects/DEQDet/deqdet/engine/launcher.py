@@ -80,7 +80,6 @@ def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
 
     Args:
         main: a module-level function, since new processes import it by name.
-        args: the parsed command line.
     """
     logging.raiseExceptions = False  # if the disk is full, log lines are lost without a traceback
     with exit_on_user_error():
@@ -132,7 +131,7 @@ def _logging() -> Iterator[None]:
 
 
 def _check_launch(place: Place, args: argparse.Namespace) -> None:
-    """Check that the command line does not ask for more processes than those that torchrun or srun has started."""
+    """Check that the flags do not conflict with torchrun or srun, which has started the processes."""
     given = {
         f"--num-gpus {args.num_gpus}": args.num_gpus > 1,
         f"--num-machines {args.num_machines}": args.num_machines > 1,

@@ -23,7 +23,7 @@ from .relations import LEVELS, RELATIONS
 from .step import PRECISIONS as AMP_PRECISIONS
 from .writers import WRITERS
 
-MOST_STEPS = 10_000  # applications of f; a larger number is a slip of the keyboard
+MOST_STEPS = 10_000  # applications of f; a larger number must be a typing error
 PROPOSALS = "files of proposals are pickles, which can run code"
 TEXT = Range("a non-empty string", lambda value: isinstance(value, str) and value != "")
 ANY_TEXT = Range("a string", lambda value: isinstance(value, str))

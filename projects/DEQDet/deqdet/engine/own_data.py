@@ -82,8 +82,8 @@ def _compare_flags(args: argparse.Namespace, folder: Path) -> None:
     for flag, value in given.items():
         if value != begun.get(flag, value):
             raise UserError(
-                f"{flag} {value}: the training in {folder.parent} was begun with {flag} {begun[flag]}, which stays; "
-                "give that, begin anew with --overwrite, or choose another OUTPUT_DIR"
+                f"{flag} {value}: the training in {folder.parent} was begun with {flag} {begun[flag]}; give that "
+                "value, start a new training with --overwrite, or choose another OUTPUT_DIR"
             )
 
 

@@ -47,7 +47,6 @@ def load_backbone_weights(model: nn.Module, cfg: CfgNode) -> None:
 
     Args:
         model: the detector, possibly wrapped in DDP.
-        cfg: the config.
 
     Raises:
         UserError: the weights cannot be downloaded or read, or do not belong to the model.

@@ -64,7 +64,7 @@ def several(item: Range, low: int, high: int | None = None, *, distinct: bool = 
         count = f" of at least {low} value{'s' * (low > 1)}" if low else ""
     else:
         count = f" of {low} values" if low == high else f" of {low} to {high} values"
-    words = f"a list{count}, each {item}{', none of them twice' if distinct else ''}"
+    words = f"a list{count}, each {item}{', without duplicates' if distinct else ''}"
 
     def holds(values: object) -> bool:
         if not isinstance(values, list | tuple) or not low <= len(values) <= (math.inf if high is None else high):

@@ -43,7 +43,7 @@ class Group:
     machines: int
     machine_rank: int
     dist_url: str  # "auto": one machine, any free port
-    rank_timeout: float  # seconds without a heartbeat, or without progress in an iteration, after which a rank hangs
+    rank_timeout: float  # seconds without a heartbeat, or without progress in an iteration, that mean a hang
 
     @property
     def first_rank(self) -> int:
@@ -66,7 +66,7 @@ def mark(iteration: int, phase: float) -> None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Return whether an error is a failed collective operation, as in all other ranks after one has died."""
+    """Return whether an error is that of a failed collective operation, which all ranks raise after one has died."""
     if isinstance(error, dist.DistError):
         return True
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -182,7 +182,7 @@ def meet(host: str, port: str | int, *, rank: int, world_size: int, seconds: flo
     where = f"{host}:{port}"
     try:
         return dist.TCPStore(host, int(port), world_size, is_master=rank == 0, timeout=timedelta(seconds=seconds))
-    except (RuntimeError, ValueError, TypeError) as error:  # an error of a store is a RuntimeError
+    except (RuntimeError, ValueError, TypeError) as error:  # a store's errors are RuntimeErrors
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"rank 0 cannot open {where}, where the ranks are to meet, because the port is in use: choose another "
@@ -261,7 +261,7 @@ class _Watch:
                 if not set(codes) & set(STOPPED):
                     print(f"stopped by {signal.Signals(self._signal).name}", file=sys.stderr)
                 sys.exit(128 + self._signal)
-            if set(codes) <= {0, *STOPPED}:  # signals came to the ranks themselves
+            if set(codes) <= {0, *STOPPED}:  # the ranks received the signals directly
                 sys.exit(max(codes))
             raise UserError(self._describe_death())
 

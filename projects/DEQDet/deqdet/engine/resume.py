@@ -169,8 +169,8 @@ def describe_changes(saved: str, cfg: CfgNode) -> str:
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     kept = [f"{key} {old.get(key)} (not {new.get(key)})" for key in changed if key in KEPT_KEYS]
     taken = [f"{key} {new.get(key)} (was {old.get(key)})" for key in changed if key not in KEPT_KEYS]
-    parts = [f"the checkpoint decides {', '.join(kept)}"] if kept else []
-    parts += [f"the new config decides {', '.join(taken)}"] if taken else []
+    parts = [f"kept from the checkpoint: {', '.join(kept)}"] if kept else []
+    parts += [f"changed by the new config: {', '.join(taken)}"] if taken else []
     if "SOLVER.IMS_PER_BATCH" in changed and old.get("SOLVER.LR_RULE", "none") != "none":
         parts.append("the learning rate stays scaled to the batch size of the checkpoint")
     return "; ".join(parts)

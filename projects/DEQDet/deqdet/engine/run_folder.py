@@ -209,8 +209,8 @@ def _lock(folder: Path) -> int:
 
 def _in_use(folder: Path, holder: str) -> UserError:
     return UserError(
-        f"OUTPUT_DIR {folder} is in use by another training (process {holder.strip() or 'unknown'}): wait for its end, "
-        "or choose another folder"
+        f"OUTPUT_DIR {folder} is in use by another training (process {holder.strip() or 'unknown'}): wait until it "
+        "ends, or choose another folder"
     )
 
 

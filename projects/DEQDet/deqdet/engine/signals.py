@@ -36,7 +36,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class FirstAndSecond:
-    """A signal handler that distinguishes a second signal from the first one, even if that arrives twice."""
+    """A signal handler that distinguishes a second signal from a repeated delivery of the first."""
 
     def __init__(self, first: Callable[[int], None], second: Callable[[int], None]):
         """

@@ -51,8 +51,6 @@ class StepTrainer(AMPTrainer):
         """
         Args:
             model: the model, possibly wrapped in DDP; it must be a DEQDet if there are several parts.
-            data_loader: gives batches.
-            optimizer: of the model's parameters.
             device_type: the model's device type: "cuda", "cpu" or "mps".
             precision: float16 or bfloat16 for autocast; None for float32.
             parts: number of parts into which this rank's batch is split.

@@ -278,7 +278,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
         """
         cfg = self.cfg
         if cfg.TEST.EVALUATOR == "faster-coco-eval":
-            import_faster_coco_eval()  # an error comes now and not at the first evaluation
+            import_faster_coco_eval()  # so that an error is raised now and not at the first evaluation
         insight = build_insight(cfg, self.model)
         ret = super().build_hooks()
         readers = (hooks.PeriodicCheckpointer, hooks.EvalHook)  # ranks other than 0 have no checkpointer

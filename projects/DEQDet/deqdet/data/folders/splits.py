@@ -22,7 +22,7 @@ def complete_splits(data: FolderData, *, seed: int, val_fraction: float) -> Fold
     train, val, test = data.find(TRAIN) or data.find(""), data.find(VAL), data.find(TEST)
     if train is None:
         names = ", ".join(str(found.source) for found in data.sets)
-        raise UserError(f"there is no train set beside {names}: name one train, or leave all images in one set")
+        raise UserError(f"there is no train set besides {names}: name one train, or put all images in one set")
     remarks = list(data.remarks)
     if val is None and test is not None and test.content.get("annotations"):
         val = replace(test, split=VAL)
@@ -45,8 +45,6 @@ def divide(found: FoundSet, *, seed: int, val_fraction: float) -> tuple[FoundSet
     validation set has at least one image.
 
     Args:
-        found: the set.
-        seed: of the hash.
         val_fraction: the fraction of images for the validation set; their number is rounded.
 
     Raises:

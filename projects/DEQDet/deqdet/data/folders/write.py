@@ -18,7 +18,6 @@ def write_coco_folder(data: FolderData, folder: Path) -> None:
     """Write annotations/instances_SPLIT.json, and copy the images to images/SPLIT.
 
     Args:
-        data: the sets to write.
         folder: the folder to create; it must not exist.
 
     Raises:
@@ -39,7 +38,6 @@ def write_yolo_folder(data: FolderData, folder: Path) -> None:
     Crowds are left out, since YOLO has none. A set of unknown split becomes the train set.
 
     Args:
-        data: the sets to write.
         folder: the folder to create; it must not exist.
 
     Raises:

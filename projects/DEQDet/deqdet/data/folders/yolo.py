@@ -1,7 +1,7 @@
 """Reads folders in YOLO format, as Ultralytics and Roboflow write it: a text file for each image, and data.yaml.
 
-Each line has a class number and the box's centre, width and height, divided by the image's width and height: "2 0.5 0.5
-0.1 0.2". data.yaml lists the classes.
+A line such as "2 0.5 0.5 0.1 0.2" has a class number, and the box's centre, width and height relative to those of the
+image. data.yaml lists the classes.
 """
 
 import os
