@@ -65,7 +65,7 @@ def convert_file(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     write_checkpoint(conversion.weights, target)
-    ignored = (f"left out, beside the weights: {', '.join(checkpoint.ignored)}",) if checkpoint.ignored else ()
+    ignored = (f"other entries, left out: {', '.join(checkpoint.ignored)}",) if checkpoint.ignored else ()
     return replace(conversion, notes=conversion.notes + ignored)
 
 

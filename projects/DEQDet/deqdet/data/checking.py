@@ -204,7 +204,7 @@ class _Check:
                 if header.orientation >= 5
                 else "most likely its EXIF orientation was removed or applied"
             )
-            words += f" (width and height are exchanged: {cause}, so that the boxes may be those of the turned image)"
+            words += f" (width and height are exchanged: {cause}, so the boxes may be those of the turned image)"
         return "other size", name, words
 
     def _note_crowded_images(self, boxes: Boxes, images: Sequence[ImageRecord]) -> None:

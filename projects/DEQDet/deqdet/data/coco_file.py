@@ -216,7 +216,7 @@ def _note_id(findings: Findings, name: str, given: object, number: int | str) ->
 
 
 def _read_side(findings: Findings, name: str, key: str, value: object) -> int | None:
-    """Read a width or height, also from text such as "640"; if it is no number, the image file gives it later."""
+    """Read a width or height, also from text such as "640"; None if it must be taken from the image file later."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     try:

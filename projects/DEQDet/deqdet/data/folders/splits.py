@@ -108,7 +108,7 @@ def _part(found: FoundSet, split: str, chosen: Sequence[bool]) -> FoundSet:
     annotations = []
     for annotation in content.get("annotations", ()):
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        # What belongs to no image stays in the train set, so that the check sees it.
+        # Annotations of unknown images stay in the train set, so that the check sees them.
         if look_up(image_id, ids) is not None or (split == TRAIN and look_up(image_id, known) is None):
             annotations.append(annotation)
     return replace(found, split=split, content={**content, "images": images, "annotations": annotations})

@@ -85,7 +85,7 @@ def _convert(folder: Path, groups: dict[str, list[_Labels]], remarks: list[str])
     corners = [box for labels in every for _, box in labels.objects if all(isinstance(x, float) for x in box)]
     from_border = any(min(box) < 1 for box in corners if len(box) == 4)
     if from_border:
-        remarks.append("a box has a coordinate below 1, so corners are read as border coordinates that start at 0")
+        remarks.append("a box has a coordinate below 1, so corners are read as borders counted from 0")
     difficult = sum(labels.difficult for labels in every)
     if difficult:
         remarks.append(f"{difficult} objects are marked as difficult, and are used like any other")
