@@ -168,7 +168,7 @@ def test_the_model_zoo_runs_no_code_either(model_zoo, capsys, content, message):
 def test_a_tar_archive_is_refused(tmp_path):
     with tarfile.open(tmp_path / "old.pth", "w") as archive:
         archive.add(__file__, "pickle")
-    with pytest.raises(CheckpointError, match="old.pth is a tar archive, .*: save it again by torch.save"):
+    with pytest.raises(CheckpointError, match="old.pth is a tar archive, .*: save it again with torch.save"):
         Checkpointer(make_model()).load(str(tmp_path / "old.pth"))
     (tmp_path / "zeros.pth").write_bytes(bytes(2048))
     with pytest.raises(CheckpointError, match="zeros.pth is damaged"):

@@ -207,8 +207,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: torch.save({"state_dict": {}}, path), "holds no tensor"),
     "unknown": (
         lambda path: torch.save({"encoder.weight": torch.zeros(2)}, path),
-        "the keys are of no known kind (adamixer, deqdet, sparse_rcnn, swin, torchvision), they begin with "
-        "encoder.weight",
+        "the keys match no known kind (adamixer, deqdet, sparse_rcnn, swin, torchvision); the first are encoder.weight",
     ),
     "no.safetensors": (lambda path: path.write_text("hello world"), "is damaged or not a safetensors file"),
 }
@@ -283,7 +282,7 @@ def with_classes(weights: dict, count: int, layers: tuple[int, ...] = (0, 1)) ->
     ),
     (
         lambda x: [x.pop(key) for key in list(x) if key.startswith("roi_head.bbox_head.0")],
-        "no usable key stands for our decoder.initialization.points.offsets",
+        "no usable key corresponds to our decoder.initialization.points.offsets",
     ),
     (
         lambda x: [x.pop(key) for key in list(x) if key.startswith("backbone.layer4.2")],
@@ -333,7 +332,7 @@ def test_a_wrong_kind_is_refused_by_names(tmp_path):
     ("missing/model.pth", "is not a folder, create it first"),
     ("file/model.pth", "is not a folder"),
     ("folder", "it is not a regular file"),
-    ("model.pkl", "detectron2 reads .pkl files in a way of its own"),
+    ("model.pkl", "detectron2 reads .pkl files as pickles: give"),
     ("link.pth", "is the checkpoint to be converted"),
     ("source.pth", "is the checkpoint to be converted"),
 ])  # fmt: skip

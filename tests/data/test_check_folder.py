@@ -57,7 +57,7 @@ def test_the_same_findings_as_before_a_training_and_nothing_left_behind(make, tm
     lines = capsys.readouterr().out.partition("== settings")[0].splitlines()
     assert [line for line in said.splitlines() if not line.startswith("(cached")] == lines
     assert any("the images are divided by SEED 1" in line for line in lines)
-    assert ("  train: 1 of 5 images have no label file, and so no box" in lines) == (make is yolo)
+    assert ("  train: 1 of 5 images have no label file, and therefore no boxes" in lines) == (make is yolo)
 
 
 def test_pictures_are_those_of_the_training(tmp_path, capsys):

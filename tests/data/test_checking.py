@@ -238,7 +238,7 @@ def test_a_model_file_knows_its_classes(tmp_path):
     assert MetadataCatalog.get("a").thing_classes == ["green", "red", "blue"]
     assert labels_of("a")["1.png"] == ["red", "green"]
     write_model_file(cfg.MODEL.WEIGHTS, weights={}, cfg=cfg, class_names=["green", "red", "grey"])
-    with pytest.raises(UserError, match="other class names than the model file: it lacks grey, and only it has blue"):
+    with pytest.raises(UserError, match="other class names than the model file: it lacks grey, and it alone has blue"):
         check_run(cfg, args)
 
 

@@ -424,7 +424,7 @@ def code_in_yaml(folder: Path) -> None:
     (nothing, "found no labels: looked for annotation files of COCO .*; YOLO's .*; Pascal VOC's"),
     (two_formats, r"ambiguous: it looks like coco \(.*train.json\) and voc \(.*annotations\): choose by --data-format"),
     (two_train_files, "train.json and .*train_new.json are both train sets"),
-    (no_images, r"none of its images is there, the first one is a.png \(looked in "),
+    (no_images, r"none of its images exists, the first one is a.png \(looked in "),
     (bad_xml, "b.xml is not valid XML"),
     (entities, "b.xml has a document type of its own"),
     (entities_in_utf16, "b.xml has a document type of its own"),
@@ -540,5 +540,5 @@ def test_images_without_label_files_have_no_box(tmp_path):
     (tmp_path / "labels/train/e.txt").unlink()
     data = read_folder(tmp_path)
     assert boxes_of(data.sets[0])["e"] == []
-    assert data.remarks == ("train: 1 of 5 images have no label file, and so no box",)
+    assert data.remarks == ("train: 1 of 5 images have no label file, and therefore no boxes",)
     assert yolo_lines(PICTURES["b"]) == "2 0.6 0.35 0.2 0.5\n"

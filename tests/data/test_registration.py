@@ -114,7 +114,7 @@ def test_missing_file_and_directories(tiny, tmp_path):
         register_datasets(make_cfg(("tiny", str(json_file), str(image_root))))
     with pytest.raises(UserError, match=where + rf": its image root {tmp_path}/nowhere is not a directory"):
         register((whole, json_file, tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=where + rf": none of its 1 images is there, .* {tmp_path}/a.png"):
+    with pytest.raises(UserError, match=where + rf": none of its 1 images exists, .* {tmp_path}/a.png"):
         register((whole, json_file, tmp_path))
     assert "tiny" not in DatasetCatalog
 

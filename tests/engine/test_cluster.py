@@ -118,7 +118,7 @@ def test_what_is_no_list_of_hosts(nodes):
     (TORCHRUN | {"LOCAL_RANK": "0"}, "rank 3 of 4, and on its machine rank 0 of 2"),
     (TORCHRUN | {"WORLD_SIZE": "5"}, "the same number of processes on every machine"),
     (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "the same number of processes on every machine"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not: start the processes by torchrun, or unset RANK"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not: start the processes with torchrun, or unset RANK"),
     (STEP | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, "srun has started 3,1 processes .* --ntasks-per-node"),
     (STEP | {"SLURM_STEP_NODELIST": "node["}, "cannot be read"),
     (STEP | {"SLURM_LOCALID": ""}, "SLURM_LOCALID is missing"),
@@ -155,8 +155,8 @@ def refusal(monkeypatch, environ, args) -> str:
 def test_processes_of_ours_contradict_theirs(toy_config, monkeypatch, environ, flags):
     name = "torchrun" if "RANK" in environ else "srun"
     message = refusal(monkeypatch, environ, parse(toy_config, *flags))
-    assert message.startswith(f"error: {flags[0]} {flags[1]} asks for processes beside the ")
-    assert message.endswith(f"{name} has started: leave it out, and let {name} start as many as are needed")
+    assert message.startswith(f"error: {flags[0]} {flags[1]} asks for processes besides the ")
+    assert message.endswith(f"{name} has started: leave it out, and let {name} start as many as you need")
 
 
 def test_restarts_need_resume(toy_config, monkeypatch):
@@ -179,7 +179,7 @@ def test_other_tools_refuse_several_processes(monkeypatch):
     add_config_arguments(parser)
     for key, value in (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}).items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(UserError, match="works in one process, but torchrun has started 4: start it without torchrun"):
+    with pytest.raises(UserError, match="runs in one process, but torchrun has started 4: start it without torchrun"):
         parse_arguments(parser, [])
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -197,6 +197,6 @@ def test_a_tool_says_it_in_one_line(monkeypatch, tool):
     with pytest.raises(SystemExit) as stop:
         tool.main(words[tool])
     assert stop.value.code == (
-        "error: this command works in one process, but srun has started 2: start it without srun, or unset "
-        "SLURM_STEP_NUM_TASKS for processes that have nothing to do with each other"
+        "error: this command runs in one process, but srun has started 2: start it without srun, or unset "
+        "SLURM_STEP_NUM_TASKS if the processes are independent of each other"
     )

@@ -58,8 +58,8 @@ def test_an_operation_without_a_deterministic_form_is_one_line(toy_config, tmp_p
     words = ["MODEL.META_ARCHITECTURE", "PuttingToy", "DETERMINISTIC"]
     with pytest.raises(SystemExit) as stop:
         run(work, parse(toy_config, *words, "strict"))
-    assert str(stop.value) == ("error: DETERMINISTIC is strict, but put_ has no deterministic form on this device: set "
-                               "DETERMINISTIC warn to run it as it is, or train on a CPU")  # fmt: skip
+    assert str(stop.value) == ("error: DETERMINISTIC is strict, but put_ has no deterministic implementation on this "
+                               "device: set DETERMINISTIC warn to run it anyway, or train on a CPU")  # fmt: skip
     assert "Traceback" not in (tmp_path / "out" / "log.txt").read_text()
     with pytest.warns(UserWarning, match="put_ does not have a deterministic implementation"):
         run(work, parse(toy_config, *words, "warn", "DATASETS.TEST", "()"))

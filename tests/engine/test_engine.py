@@ -146,7 +146,7 @@ def test_the_steps_until_convergence_are_in_the_summary(toy_config, capsys):
 @pytest.mark.parametrize("key, value, message", [
     ("MODEL.META_ARCHITECTURE", "Nothing", "META_ARCHITECTURE is 'Nothing': it must be one of DEQDet, .* --plugin"),
     ("OUTPUT_DIR", __file__, "OUTPUT_DIR .*test_engine.py is a file: choose a folder"),
-    ("OUTPUT_DIR", f"{__file__}/out", r"OUTPUT_DIR .*test_engine.py/out cannot be made \(Not a directory\)"),
+    ("OUTPUT_DIR", f"{__file__}/out", r"OUTPUT_DIR .*test_engine.py/out cannot be created \(Not a directory\)"),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_one_clear_error(toy_config, key, value, message):
     with pytest.raises(UserError, match=message):

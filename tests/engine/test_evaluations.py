@@ -180,11 +180,11 @@ def test_the_best_of_another_metric_does_not_count(small_cfg, change, caplog):
         hook._take(35.0)
     assert [(hook._best, hook._waited) for hook in (same, other)] == [(40.0, 2), (35.0, 0)]
     (line,) = caplog.messages
-    assert line.startswith("SOLVER.EARLY_STOP watched bbox/AP before and begins anew with ")
+    assert line.startswith("SOLVER.EARLY_STOP watched bbox/AP before and starts over with ")
 
 
 def test_an_evaluation_without_the_metric_is_one_clear_error(toy_config):
-    with pytest.raises(UserError, match="computed no bbox/AP50, by which SOLVER.EARLY_STOP decides: give"):
+    with pytest.raises(UserError, match="computed no bbox/AP50, which SOLVER.EARLY_STOP watches: put"):
         train(toy_config, *STOPPING, "SOLVER.EARLY_STOP.METRIC", "AP50", ap=early)
 
 
@@ -198,7 +198,7 @@ def test_an_evaluation_without_the_metric_is_one_clear_error(toy_config):
     (["SOLVER.KEEP_CHECKPOINTS", -1], "KEEP_CHECKPOINTS is -1: it must be an integer of at least 0"),
     (["TEST.EVALUATOR", "coco"], "EVALUATOR is 'coco': it must be pycocotools or faster-coco-eval"),
     (["WRITERS", "['wandb','tensorboard']"], "WRITERS is .*: it must be a list, each wandb or mlflow"),
-    (["WRITERS", "['wandb','wandb']"], "WRITERS is .*none of them twice"),
+    (["WRITERS", "['wandb','wandb']"], "WRITERS is .*without duplicates"),
 ])  # fmt: skip
 def test_a_mistake_in_a_key_is_one_line(toy_config, words, message):
     with pytest.raises(UserError, match=message) as caught:

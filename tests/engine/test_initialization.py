@@ -48,7 +48,7 @@ def test_other_classes_begin_anew_and_all_else_is_taken(small_model, small_cfg, 
         expected = before if name in CLASS_LAYERS else source.state_dict()
         assert torch.equal(value, expected[name]), name
     assert f"{len(before) - 4} of the model's {len(before)} tensors are taken" in caplog.text
-    assert "it has 5 classes, the data 3: all begin anew" in caplog.text
+    assert "it has 5 classes, the data 3: all start from initial weights" in caplog.text
     assert "decoder.initialization.class_branch.3, decoder.refinement.class_branch.3" in caplog.text
 
 
@@ -66,7 +66,7 @@ def test_classes_that_both_know_by_name_keep_their_weights(small_model, small_cf
         found, file = model.state_dict()[name], source.state_dict()[name]
         assert torch.equal(found[0], file[2]) and torch.equal(found[2], file[0])
         assert torch.equal(found[1], before[name][1])
-    assert "cat, emu keep their weights, 1 begin anew" in caplog.text
+    assert "cat, emu keep their weights, 1 start from initial weights" in caplog.text
 
 
 def test_a_hidden_layer_with_as_many_rows_as_there_are_classes(small_model, stir):
@@ -98,15 +98,15 @@ def test_a_backbone_alone(small_model):
     assert set(found.weights) == {prefix + name for name in part}
     assert torch.equal(found.weights[f"{prefix}stem.conv1.weight"], part["stem.conv1.weight"])
     lacks, unused = found.lines[1:]
-    assert lacks.startswith("lacks ") and "decoder.initialization (" in lacks
-    assert unused == "has 1 tensors that the model has not: backbone.bottom_up (1)"
+    assert lacks.startswith("it lacks ") and "decoder.initialization (" in lacks
+    assert unused == "it has 1 tensors that the model lacks: backbone.bottom_up (1)"
 
 
 def test_other_shapes_are_named_and_stay(small_model):
     source = small_model("MODEL.DEQDET.ADAMIXER.FEEDFORWARD_DIM", 32).state_dict()
     model = small_model()
     found = adapt(model.state_dict(), source, OWN, [])
-    (line,) = [line for line in found.lines if line.startswith("do not fit")]
+    (line,) = [line for line in found.lines if line.startswith("these do not fit")]
     assert "is (32, 32), not (64, 32)" in line
     assert all(found.weights[name].shape == model.state_dict()[name].shape for name in found.weights)
     assert not any(name.endswith("feedforward.0.weight") for name in found.weights)

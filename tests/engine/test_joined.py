@@ -183,7 +183,7 @@ def test_ranks_that_never_come():
         meet("127.0.0.1", free_port(), rank=0, world_size=2, seconds=1)
     line = str(waited.value)
     assert line.startswith("rank 0 has waited 1 s (--rank-timeout) at 127.0.0.1:")
-    assert line.endswith("see that each machine has started its own, with the same address, and can reach it")
+    assert line.endswith("check that each machine has started its ranks, with the same address, and can reach it")
 
 
 def test_a_port_of_another_program():

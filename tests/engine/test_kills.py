@@ -110,8 +110,8 @@ def test_the_lock_ends_with_its_process(asleep, toy_config, tmp_path):
     out = tmp_path / "out"
     second = run_toy(toy_config, "--resume", *LONG)
     assert second.returncode == 1
-    assert said(second) == [f"error: OUTPUT_DIR {out} is in use by another training (process {process.pid}): wait for "
-                            "its end, or choose another folder"]  # fmt: skip
+    assert said(second) == [f"error: OUTPUT_DIR {out} is in use by another training (process {process.pid}): wait "
+                            "until it ends, or choose another folder"]  # fmt: skip
     process.kill()
     process.wait()
     with open(out / ".lock") as file:

@@ -241,8 +241,8 @@ def test_no_way_to_say_nan_on_the_command_line(value):
     ("MODEL.DEQDET.PERTURBATION.PROBABILITY", "-0.5", "is -0.5: it must be a finite number of at least 0 "
      "and at most 1"),
     ("SOLVER.BASE_LR", "-1.0", "is -1.0: it must be a finite number above 0"),
-    ("MODEL.DEQDET.IN_FEATURES", "[]", "is []: it must be a list of at least 1 value, each a text that is not empty, "
-     "none of them twice"),
+    ("MODEL.DEQDET.IN_FEATURES", "[]", "is []: it must be a list of at least 1 value, each a non-empty string, "
+     "without duplicates"),
     ("MODEL.PIXEL_STD", "[1.0]", "is [1.0]: it must be a list of 3 values, each a finite number above 0"),
     ("MODEL.DEQDET.PERTURBATION.KIND", "more", "is 'more': it must be one of multi-step, one-step, zero-step, none"),
     ("MODEL.LOAD_PROPOSALS", "True", "is True: it must be False: files of proposals are pickles, which can run code"),

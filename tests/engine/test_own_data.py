@@ -200,10 +200,10 @@ def test_machines_that_share_a_disk_put_the_settings_in_place_once(animals):
 
 
 @pytest.mark.parametrize("folder, flags, message", [
-    ("animals", {"size": "small"}, "--size small: .* with --size quick, which stays"),
-    ("animals", {"val_fraction": 0.5}, "--val-fraction 0.5: .* with --val-fraction 0.2, which stays"),
-    ("animals", {"data_format": "coco"}, "--data-format coco: .* with --data-format voc, which stays"),
-    ("other", {}, "--data .*other: .* with --data .*animals, which stays"),
+    ("animals", {"size": "small"}, "--size small: .* with --size quick; give that value"),
+    ("animals", {"val_fraction": 0.5}, "--val-fraction 0.5: .* with --val-fraction 0.2; give that value"),
+    ("animals", {"data_format": "coco"}, "--data-format coco: .* with --data-format voc; give that value"),
+    ("other", {}, "--data .*other: .* with --data .*animals; give that value"),
 ])  # fmt: skip
 def test_other_flags_than_those_of_the_beginning_are_refused(animals, folder, flags, message):
     output, same = ("OUTPUT_DIR", "output/animals"), {"size": "quick", "val_fraction": 0.2, "data_format": "voc"}
@@ -250,7 +250,7 @@ def test_a_detector_of_other_classes_is_the_beginning(animals, capsys):
     lr = ["SOLVER.BASE_LR", "1e-30"]  # the weights stay
     train_net.main([*words, *TINY, *lr, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "second"])
     log = Path("second/log.txt").read_text()
-    assert "it has 3 classes, the data 4: dog, emu keep their weights, 2 begin anew" in log
+    assert "it has 3 classes, the data 4: dog, emu keep their weights, 2 start from initial weights" in log
     second = weights("second")
     name = "decoder.refinement.class_branch.3.weight"
     assert torch.allclose(second[name][1:3], first[name][1:3])

@@ -145,7 +145,7 @@ def test_a_changed_byte_is_found(tmp_path):
     place = whole.index(torch.arange(600.0).numpy().tobytes()) + 1000
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     assert torch.load(path)["model"]["a"].shape == (600,)  # torch does not see it
-    with pytest.raises(CheckpointError, match="is damaged.*its checksum is another"):
+    with pytest.raises(CheckpointError, match="is damaged.*its checksum does not match"):
         read_torch(path)
     torch.save(CONTENT, path)  # an older one
     assert read_torch(path)["iteration"] == 1
@@ -200,9 +200,12 @@ def test_what_the_checkpoint_decides_is_said(toy_config):
     old = dump_config(setup(parse(toy_config)))
     assert describe_changes(old, setup(parse(toy_config, "--overwrite"))) == ""
     new = setup(parse(toy_config, "--overwrite", "SOLVER.BASE_LR", 0.2, "SOLVER.MAX_ITER", 9))
-    message = "the checkpoint decides SOLVER.BASE_LR 0.1 (not 0.2); the new config decides SOLVER.MAX_ITER 9 (was 4)"
+    message = (
+        "kept from the checkpoint: SOLVER.BASE_LR 0.1 (not 0.2); "
+        "changed by the new config: SOLVER.MAX_ITER 9 (was 4)"
+    )
     assert describe_changes(old, new) == message
-    assert describe_changes(dump_config(new, old), new) == "the checkpoint decides SOLVER.BASE_LR 0.1 (not 0.2)"
+    assert describe_changes(dump_config(new, old), new) == "kept from the checkpoint: SOLVER.BASE_LR 0.1 (not 0.2)"
 
 
 def test_all_keys_of_the_optimizers_groups_are_the_checkpoints(toy_config):
@@ -224,8 +227,8 @@ def test_a_learning_rate_that_was_scaled_to_another_batch_stays(toy_config):
     old = dump_config(setup(parse(toy_config, *rule)))
     new = setup(parse(toy_config, "--overwrite", *rule, "SOLVER.IMS_PER_BATCH", 4))
     assert describe_changes(old, new) == (
-        "the new config decides SOLVER.IMS_PER_BATCH 4 (was 2); "
-        "the learning rate stays as it was scaled to the batch of the checkpoint"
+        "changed by the new config: SOLVER.IMS_PER_BATCH 4 (was 2); "
+        "the learning rate stays scaled to the batch size of the checkpoint"
     )
 
 

@@ -160,7 +160,7 @@ def test_a_missing_package_names_its_extra(toy_config, monkeypatch, name, packag
 
 def test_a_service_that_refuses_is_one_line_before_the_first_iteration(toy_config, tmp_path, wandb):
     wandb.error = RuntimeError("No API key\nconfigured")
-    with pytest.raises(UserError, match=r"wandb, which cannot start \(No API key configured\): log in by .*offline$"):
+    with pytest.raises(UserError, match=r"wandb, which cannot start \(No API key configured\): log in with .*offline$"):
         train(toy_config, "WRITERS", "['wandb']")
     assert not list(tmp_path.glob("out/model_*"))
 

@@ -59,7 +59,7 @@ def test_wrong_names_and_overrides(name, overrides, message):
     ("SEED", "'7'", "7 (type str): it must be a whole number, such as SEED 1"),
     ("SOLVER.BASE_LR", "1", "1 (type int): it must be a number with a decimal point, such as SOLVER.BASE_LR 1.0"),
     ("SOLVER.AMP.ENABLED", "yes", "yes (type str): it must be True or False, such as SOLVER.AMP.ENABLED False"),
-    ("OUTPUT_DIR", "2026", "2026 (type int): it must be a text in quotes, such as OUTPUT_DIR \"'2026'\""),
+    ("OUTPUT_DIR", "2026", "2026 (type int): it must be a string in quotes, such as OUTPUT_DIR \"'2026'\""),
     ("SOLVER.STEPS", "100", '100 (type int): it must be a tuple, such as SOLVER.STEPS "(100,)"'),
     ("DATASETS.TRAIN", "cards", "cards (type str): it must be a tuple, such as DATASETS.TRAIN \"('cards',)\""),
     ("MODEL.PIXEL_STD", "[1,", '[1, (type str): it must be a list, such as MODEL.PIXEL_STD "[58.395, 57.12, 57.375]"'),

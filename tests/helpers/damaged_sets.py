@@ -195,12 +195,13 @@ def _(s):
     each(s.annotations, lambda a: {"iscrowd": 1})
 
 
-@damage("no annotations, for evaluation", USED, "predictions are written to a file, but no AP", as_training=False)
+@damage("no annotations, for evaluation", USED, "predictions are written, but no AP is computed", as_training=False)
 def _(s):
     s.data["annotations"], s.truth = [], {}
 
 
-@damage("no key `annotations`, for evaluation", USED, "predictions are written to a file, but no AP", as_training=False)
+@damage("no key `annotations`, for evaluation", USED, "predictions are written, but no AP is computed",
+        as_training=False)
 def _(s):
     del s.data["annotations"]
     s.truth = {}
@@ -276,7 +277,7 @@ def _(s):
     each(s.annotations, lambda a: {"category_id": f"c{a['category_id']}"})
 
 
-@damage("category ids written as 1.0", REPAIRED, "which is no whole number of usual size")
+@damage("category ids written as 1.0", REPAIRED, "which is not a whole number of usual size")
 def _(s):
     each(s.data["categories"], lambda c: {"id": float(c["id"])})
     each(s.annotations, lambda a: {"category_id": float(a["category_id"])})
@@ -296,7 +297,7 @@ def _(s):
     each(s.annotations, lambda a: {"image_id": str(a["image_id"])})
 
 
-@damage("image ids beyond 2**63", REPAIRED, "which is no whole number of usual size")
+@damage("image ids beyond 2**63", REPAIRED, "which is not a whole number of usual size")
 def _(s):
     each(s.images, lambda i: {"id": 2**70 + i["id"]})
     each(s.annotations, lambda a: {"image_id": 2**70 + a["image_id"]})
@@ -357,7 +358,7 @@ def _(s):
     s.annotations[2]["image_id"] = [1]
 
 
-@damage("a number in place of an annotation", LEFT_OUT, "annotation number 2 is no record with keys")
+@damage("a number in place of an annotation", LEFT_OUT, "annotation number 2 is not a JSON object")
 def _(s):
     s.drop_box()
     s.annotations[2] = 7
@@ -388,7 +389,7 @@ def _(s):
     s.annotations[2]["iscrowd"] = "perhaps"
 
 
-@damage("`area` null", REPAIRED, "has area None: the area of its box stands in for it")
+@damage("`area` null", REPAIRED, "has area None: the area of its box is used instead")
 def _(s):
     each(s.annotations, lambda a: {"area": None})
 
@@ -398,13 +399,13 @@ def _(s):
     each(s.annotations, lambda a: {"area": str(a["area"])})
 
 
-@damage("no `area`", REPAIRED, "has no area: the area of its box stands in for it")
+@damage("no `area`", REPAIRED, "has no area: the area of its box is used instead")
 def _(s):
     for annotation in s.annotations:
         del annotation["area"]
 
 
-@damage("`area` infinite", REPAIRED, "has area inf: the area of its box stands in for it")
+@damage("`area` infinite", REPAIRED, "has area inf: the area of its box is used instead")
 def _(s):
     each(s.annotations, lambda a: {"area": float("inf")})
 
@@ -443,7 +444,7 @@ def _(s):
     each(s.annotations, lambda a: {"bbox": _corners(a["bbox"])})
 
 
-@damage("boxes as fractions of the image", REFUSED, "surely fractions of the image")
+@damage("boxes as fractions of the image", REFUSED, "must be fractions of the image")
 def _(s):
     each(s.annotations, lambda a: {"bbox": _fractions(a["bbox"])})
 

@@ -293,7 +293,7 @@ def test_one_line_says_that_a_tool_works_in_one_process(monkeypatch, name, words
     for key, value in {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(key, value)
     tool = importlib.import_module(f"deqdet.tools.{name}")
-    with pytest.raises(SystemExit, match="^error: this command works in one process, but torchrun has started 2"):
+    with pytest.raises(SystemExit, match="^error: this command runs in one process, but torchrun has started 2"):
         tool.main(words)
 
 

@@ -1,4 +1,4 @@
-"""The reading of config files with all of their bases, as plain values, so that no config runs code."""
+"""Reads config files and their bases as plain values, so that no config runs code."""
 
 import os
 import re
@@ -11,28 +11,27 @@ from detectron2.utils.file_io import PathManager
 from .config import BASE
 from .errors import UserError, describe_os_error, one_line
 
-MOST_FILES = 100  # that one config may consist of; a server could go on naming new bases for ever
+MOST_FILES = 100  # of one config; otherwise, a malicious server could name new bases forever
 MODEL_ZOO = "detectron2://"  # detectron2's own server
 
 
 def read_config_file(path: str, *, allow_remote: bool, find_named: Callable[[str, str], str]) -> list[dict]:
     """Read a config file and every file that it inherits from; each must hold plain values only.
 
-    YAML can name a Python object to build, and building it can run code. Nothing is built here: yaml.safe_load refuses
-    every such tag.
+    YAML tags can name Python objects to build, which can run code. yaml.safe_load refuses all such tags.
 
     Args:
         path: a file, or a URL.
         allow_remote: whether the config and its bases may come from the network.
-        find_named: the file that a name in a _BASE_ stands for where no file of this name lies beside the config. Its
-            second argument begins the message of the UserError that it raises if there is none.
+        find_named: resolves a name in a _BASE_ if there is no such file next to the config. Its second argument begins
+            the message of the UserError that it raises for an unknown name.
 
     Returns:
-        The values of the files without _BASE_, each after those of its bases, so that later ones take precedence.
+        The values of each file without _BASE_. A file comes after its bases, so later values take precedence.
 
     Raises:
-        UserError: a file is missing, from the network, no YAML mapping or holds Python objects, or a _BASE_ leads back
-            to a file that inherits from it. Says which file and, for YAML, which line.
+        UserError: a file is missing, from the network, not a YAML mapping or holds Python objects, or a file inherits
+            from itself. Names the file and, for YAML errors, the line.
     """
     found: list[dict] = []
     count = 0
@@ -57,12 +56,12 @@ def read_config_file(path: str, *, allow_remote: bool, find_named: Callable[[str
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL rather than a local file."""
+    """Return whether a path is a URL rather than a local file."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
 def _identity(path: str) -> str:
-    """What two names of one local file have in common; a URL stands for itself."""
+    """Return the real path of a local file, which is the same for all of its names, or a URL unchanged."""
     return path if is_remote(path) else os.path.realpath(path)
 
 
@@ -96,7 +95,7 @@ def _load_plain(file: str) -> dict:
 
 
 def _find_bases(file: str, bases: object, find_named: Callable[[str, str], str]) -> Iterator[str]:
-    """The files that a config file names as its bases: relative to its own folder, else by names as `find_named`."""
+    """Yield the files that a config file names as its bases, relative to its own folder or found by `find_named`."""
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise UserError(f"{file}: {BASE} must be the name of a file, or a list of names, got {one_line(base)}")

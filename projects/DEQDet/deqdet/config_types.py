@@ -1,4 +1,4 @@
-"""A config value of another type than its key, told in words: yacs tells it in Python's classes."""
+"""Explains in plain words why a config value has the wrong type; yacs's own message speaks of Python classes."""
 
 import ast
 import re
@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 TYPES = {int: "a whole number", float: "a number with a decimal point", bool: "True or False",
-         str: "a text in quotes", tuple: "a tuple", list: "a list"}  # fmt: skip
+         str: "a string in quotes", tuple: "a tuple", list: "a list"}  # fmt: skip
 MISMATCH = re.compile(r"Type mismatch \(.* vs\. <class '(.+?)'>\) with values \((.*)\) for config key: (\S+)")
 
 
 def describe_mismatch(message: str, known: Mapping[str, object]) -> str | None:
-    """What a key must be and an example, for yacs's message about a value of a wrong type; None for another message.
+    """Translate yacs's message about a value of a wrong type, and add an example; None for any other message.
 
     Args:
-        message: on one line.
-        known: the dotted keys of the config that did not take the value, with their values and sections.
+        message: yacs's message, on one line.
+        known: the dotted keys of the config that rejected the value, sections included, with their values.
     """
     found = MISMATCH.fullmatch(message)
     if found is None:
@@ -32,7 +32,7 @@ def describe_mismatch(message: str, known: Mapping[str, object]) -> str | None:
 
 
 def _example(present: object, given: str, kind: str) -> str:
-    """The given value in the form that the key needs, where it can be told; else the value that the key has.
+    """Return the given value in the form that the key needs, if that can be inferred; else the key's current value.
 
     Args:
         kind: the name of the given value's type.
@@ -47,7 +47,7 @@ def _example(present: object, given: str, kind: str) -> str:
 
 
 def _as_sequence(kind: type[Sequence], given: str) -> str:
-    """One value as a tuple or list of it; "" where it looks like a part of something else."""
+    """Return a tuple or list of the one given value; "" if that looks like a part of something else."""
     if re.fullmatch(r"[\w./+-]+", given) is None:
         return ""
     with suppress(ValueError, SyntaxError):

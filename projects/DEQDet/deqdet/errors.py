@@ -1,4 +1,4 @@
-"""The one exception that means "the user can correct this"."""
+"""The exception for mistakes that the user can correct, and helpers for its messages."""
 
 
 class UserError(Exception):
@@ -10,15 +10,15 @@ class UserError(Exception):
 
 
 def one_line(message: object) -> str:
-    """The message with every run of white space, line breaks among them, made one space."""
+    """Replace every run of white space in a message, including line breaks, by one space."""
     return " ".join(str(message).split())
 
 
 def plural(count: int, noun: str) -> str:
-    """A number with its noun: "1 image", "2 images"."""
+    """Return a number with its noun: "1 image", "2 images"."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def describe_os_error(error: OSError) -> str:
-    """The operating system's own words for an error ("No space left on device"), without the path and the number."""
+    """Return the operating system's text for an error ("No space left on device"), without path and number."""
     return error.strerror or one_line(error)

@@ -1,6 +1,6 @@
-"""The optional packages, and how to get one that is missing."""
+"""The optional packages, and how to install them."""
 
-# Of each extra in setup.py that the package itself imports: its packages, by their names for pip.
+# For each extra in setup.py whose packages deqdet itself imports, the pip names of these packages.
 PACKAGES = {
     "timm": ("timm",),
     "swin": ("timm",),
@@ -14,5 +14,5 @@ PACKAGES = {
 
 
 def how_to_install(extra: str) -> str:
-    """How to install the packages of an extra, in words that hold for a clone of the repository too."""
+    """Say how to install the packages of an extra, in words that also apply to a clone of the repository."""
     return f"pip install {' '.join(PACKAGES[extra])}, or install deqdet with its extra [{extra}]"

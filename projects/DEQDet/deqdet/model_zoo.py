@@ -1,8 +1,8 @@
-"""The configs of the paper's detectors by name, and the reading of config files.
+"""Finds the configs of the paper's detectors by name, and loads config files.
 
     cfg = deqdet.model_zoo.get_config("deqdet_r50_300q_2x_p64", ["MODEL.DEQDET.NUM_CLASSES", "3"])
 
-The files are those of the repository's configs/; an installed package carries a copy of them.
+The files are those in the repository's configs/; an installed package contains a copy.
 """
 
 import difflib
@@ -25,31 +25,30 @@ from .errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
-_PACKAGED = Path(__file__).with_name("configs")  # as setup.py lays them into a wheel
+_PACKAGED = Path(__file__).with_name("configs")  # where setup.py puts them in a wheel
 _IN_REPOSITORY = Path(__file__).parents[3] / "configs"
 
 
 def list_configs() -> list[str]:
-    """The names that `get_config` takes, such as "deqdet_r50_100q_1x" and "quick/deqdet_shapes"."""
+    """List the names that `get_config` accepts, such as "deqdet_r50_100q_1x" and "quick/deqdet_shapes"."""
     folder = config_folder()
     files = sorted(path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
     return [path.as_posix() for path in files if not path.name.startswith("Base-")]
 
 
 def get_config(name: str | os.PathLike, overrides: Sequence[str] = (), *, allow_remote: bool = False) -> CfgNode:
-    """detectron2's config with DEQDet's keys, a config file's values, and overrides.
+    """Return detectron2's config with DEQDet's keys, a config file's values, and overrides.
 
-    MODEL.TRUST_PICKLE counts among the overrides only: a file could otherwise allow itself to name weights that run
-    code.
+    MODEL.TRUST_PICKLE takes effect only as an override. Otherwise, a file could permit itself weights that run code.
 
     Args:
-        name: a name of `list_configs`, its last part where that is unambiguous ("deqdet_shapes"), or a YAML file.
-        overrides: keys and values in turn, as on the tools' command lines.
+        name: a name in `list_configs`, its last part if that is unambiguous ("deqdet_shapes"), or a YAML file.
+        overrides: alternating keys and values, as on the tools' command lines.
         allow_remote: whether the file and its bases may come from the network.
 
     Raises:
-        UserError: there is no such config, a file is no YAML, holds Python objects, loops or comes from the network, or
-            a key or value is wrong.
+        UserError: there is no such config, a file is not YAML, holds Python objects, inherits from itself or comes from
+            the network, or a key or value is wrong.
     """
     cfg = get_cfg()
     add_deqdet_config(cfg)
@@ -59,7 +58,7 @@ def get_config(name: str | os.PathLike, overrides: Sequence[str] = (), *, allow_
         for values in files:
             merge_file(values, merged)
         if merged.get("VERSION", cfg.VERSION) != cfg.VERSION:
-            raise ValueError(f"VERSION is {merged['VERSION']}: it must be {cfg.VERSION}, detectron2's present one")
+            raise ValueError(f"VERSION is {merged['VERSION']}: it must be {cfg.VERSION}, detectron2's current version")
         cfg.merge_from_other_cfg(CfgNode(merged))
     if cfg.MODEL.TRUST_PICKLE:
         logger.warning("%s: MODEL.TRUST_PICKLE is ignored in a file: it counts on the command line only", name)
@@ -72,7 +71,7 @@ def put_overrides(cfg: CfgNode, pairs: Sequence[str]) -> None:
     """Put the KEY VALUE pairs of a command line into a config, in place.
 
     Raises:
-        UserError: they are no pairs, or a key or value is wrong.
+        UserError: the words do not form pairs, or a key or value is wrong.
     """
     for option in pairs:
         if option.startswith("--"):
@@ -84,10 +83,10 @@ def put_overrides(cfg: CfgNode, pairs: Sequence[str]) -> None:
 
 
 def find_config(name: str | os.PathLike) -> str:
-    """The path of the file that a name of `get_config` stands for; a URL is returned as it is.
+    """Return the path of the config file for a name that `get_config` accepts; a URL is returned unchanged.
 
     Raises:
-        UserError: there is none, or the last part of a name stands for several.
+        UserError: there is no such config, or the last part of a name is ambiguous.
     """
     text = os.fspath(name)
     if is_remote(text) or os.path.isfile(text):
@@ -96,13 +95,13 @@ def find_config(name: str | os.PathLike) -> str:
 
 
 def _find_named(text: str, missing: str) -> str:
-    """The file of the model zoo that a name stands for, which may end in .yaml.
+    """Return the file in the model zoo with a name, which may end in .yaml.
 
     Args:
-        missing: that there is no such file elsewhere, which begins the message of an error.
+        missing: the beginning of the error message, which says that there is no such file elsewhere.
 
     Raises:
-        UserError: none has this name, or the last part of a name stands for several; says which names are like it.
+        UserError: no config has this name, or the last part of a name is ambiguous; suggests similar names.
     """
     stem, known = text.removeprefix("configs/").removesuffix(".yaml"), list_configs()
     found = [config for config in known if config == stem] or [x for x in known if x.rpartition("/")[2] == stem]
@@ -117,15 +116,15 @@ def _find_named(text: str, missing: str) -> str:
 
 
 def config_folder() -> Path:
-    """Where the configs lie: in the installed package, or in the repository that this file belongs to."""
+    """Return the folder of the configs, in the installed package or in the repository that this file belongs to."""
     return _PACKAGED if _PACKAGED.is_dir() else _IN_REPOSITORY
 
 
 @contextmanager
 def explained(cfg: CfgNode, where: str) -> Iterator[None]:
-    """Turn the exceptions of yacs and YAML within it into a UserError.
+    """Turn exceptions of yacs and YAML in the block into a UserError.
 
-    It names the key: with known ones like it, or with the type that its value must have.
+    The message names the key, and similar known keys or the type that its value must have.
 
     Args:
         where: the file, or "the command line".
@@ -145,7 +144,7 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
 
 
 def flatten(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The dotted keys of a config with their values, sections included."""
+    """Yield the dotted keys of a config with their values, sections included."""
     for key, value in node.items():
         yield prefix + key, value
         if isinstance(value, dict):
@@ -153,9 +152,9 @@ def flatten(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def is_key(word: str) -> bool:
-    """Whether a word on a command line is a config key such as MODEL.WEIGHTS or SEED, where KEY VALUE pairs begin.
+    """Return whether a word on a command line is a config key such as MODEL.WEIGHTS or SEED, which begins the pairs.
 
-    A mistyped key counts too if its section looks like one, so that it is reported as an unknown key.
+    A mistyped key counts too if its section resembles a known one, so that it is reported as an unknown key.
     """
     sections = _top_level_keys()
     section, dot, rest = word.partition(".")
@@ -168,14 +167,14 @@ def is_key(word: str) -> bool:
 
 @cache
 def _top_level_keys() -> tuple[str, ...]:
-    """The sections and keys at the top of a config, which is built once for all words of a command line."""
+    """Return the top-level sections and keys of a config; cached, since every word of a command line needs them."""
     cfg = get_cfg()
     add_deqdet_config(cfg)
     return tuple(cfg)
 
 
 def _suggest(key: str, known: list[str]) -> str:
-    """Known keys for an unknown one: a like name in its section, the same name elsewhere, else a like key."""
+    """Suggest known keys for an unknown one: similar names in its section, the same name elsewhere, or similar keys."""
     by_upper = {name.upper(): name for name in known}
     section, _, last = key.upper().rpartition(".")
     beside = [f"{section}.{name}" for name in _close(last, [n.rpartition(".")[2] for n in by_upper])]

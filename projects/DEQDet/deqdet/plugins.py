@@ -1,7 +1,7 @@
-"""A user's own layers, decoders, solvers and backbones: modules whose import registers them.
+"""Imports modules that register a user's own layers, decoders, solvers and backbones.
 
-Only the user names them, on a command line (`--plugin`) or by importing them. A config or a model file cannot: reading
-a file must not run code.
+Only the user can name such modules, on a command line (`--plugin`) or by importing them. A config or a model file
+cannot, since reading a file must not run code.
 """
 
 import importlib
@@ -19,10 +19,10 @@ def import_plugins(names: Sequence[str]) -> None:
     """Import modules, each once.
 
     Args:
-        names: of modules that Python can import ("my_package.my_layer"), or files ("my_layer.py").
+        names: module names that Python can import ("my_package.my_layer"), or files ("my_layer.py").
 
     Raises:
-        UserError: one cannot be imported; says why.
+        UserError: a module cannot be imported; says why.
     """
     for name in names:
         try:
@@ -32,7 +32,7 @@ def import_plugins(names: Sequence[str]) -> None:
 
 
 def _explain(error: BaseException) -> str:
-    """An exception on one line, with the line of the file that raised it."""
+    """Describe an exception on one line, with the file and line that raised it."""
     if registered := re.match(r"An object named '(.+)' was already registered in '(.+)' registry", str(error)):
         return f"the name {registered[1]} is registered in {registered[2]} already: choose another one"
     told = f"{type(error).__name__}: {one_line(error)}"

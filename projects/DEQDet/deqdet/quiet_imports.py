@@ -1,6 +1,6 @@
-"""Keeps back the warnings that Detectron2 and fvcore cause when they are imported.
+"""Suppresses the warnings that Detectron2 and fvcore cause when they are imported.
 
-They are about the code of these libraries. A user can do nothing about them, and every command would print them.
+The warnings concern the code of these libraries. A user can do nothing about them, and every command would print them.
 """
 
 import warnings
@@ -12,9 +12,9 @@ _MESSAGES = ("`torch.jit.script` is deprecated", "pkg_resources is deprecated")
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Ignore these warnings in the imports within.
+    """Ignore these warnings for imports in the block.
 
-    catch_warnings() would also take away the filters that other libraries set when they are imported.
+    catch_warnings() would not do: it would also remove the filters that other libraries add when they are imported.
     """
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message)

@@ -1,4 +1,4 @@
-"""Checkpoint files: reading and writing them, whole models in one file, and conversion of others' weights to ours."""
+"""Reading and writing checkpoints, model files, and the conversion of other implementations' checkpoints."""
 
 from .checkpointer import Checkpointer, CompleteCheckpointer, check_pickle, check_query
 from .conversion import Conversion, convert, convert_file

@@ -1,8 +1,8 @@
-"""The .pkl files of detectron2's own model zoo, read without running code: dicts of NumPy arrays and plain values.
+"""Reads the .pkl files of detectron2's model zoo, dicts of NumPy arrays and plain values, without running code.
 
-A pickle is a program that calls functions by name. Here, the few names that such files need stand for classes of this
-module, which build an array from its bytes; any other name is an error. NumPy's own functions are not among them: a
-forged type description makes them take bytes for memory addresses.
+A pickle is a program that calls functions by name. This module maps the few names that such files need to its own
+classes, which build an array from its bytes; any other name is an error. NumPy's own functions are not used, since a
+forged dtype could make them interpret bytes as memory addresses.
 """
 
 import pickle
@@ -20,7 +20,7 @@ _PLAIN_TYPE = re.compile(r"b1|[iu][1248]|f[248]")  # booleans, integers and floa
 
 
 class _DType:
-    """Stands for numpy.dtype, of numbers and booleans only."""
+    """Replaces numpy.dtype; only numbers and booleans are allowed."""
 
     def __init__(self, code: str, *_: object):
         if not isinstance(code, str) or not _PLAIN_TYPE.fullmatch(code):
@@ -28,13 +28,13 @@ class _DType:
         self.value = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        """The state is (version, byte order, ...); the other entries are those of every plain type."""
+        """Set the byte order; the state is (version, byte order, ...), and the rest is the same for all plain types."""
         if state[1] in ("<", ">"):
             self.value = self.value.newbyteorder(state[1])
 
 
 class _Array:
-    """Stands for numpy.ndarray, and for the function that makes an empty one to be filled by its state."""
+    """Replaces numpy.ndarray, and the function that creates an empty array to be filled by its state."""
 
     value: np.ndarray | None = None
 
@@ -43,13 +43,13 @@ class _Array:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, content = state
-        content = content.encode("latin1") if isinstance(content, str) else content  # Python 2 wrote texts
+        content = content.encode("latin1") if isinstance(content, str) else content  # Python 2 wrote strings
         array = np.frombuffer(bytearray(content), _checked(dtype))
         self.value = array.reshape(shape, order="F" if fortran else "C")
 
 
 class _Scalar:
-    """Stands for the function that makes a NumPy scalar of its bytes."""
+    """Replaces the function that builds a NumPy scalar from its bytes."""
 
     def __init__(self, dtype: _DType, content: bytes | str):
         content = content.encode("latin1") if isinstance(content, str) else content
@@ -60,7 +60,7 @@ class _Scalar:
 
 
 class _Bytes:
-    """Stands for the functions by which Python 3 writes bytes for Python 2: _codecs.encode, and bytes() for none."""
+    """Replaces _codecs.encode and (for empty bytes) bytes(), with which Python 3 writes bytes for Python 2."""
 
     def __new__(cls, text: str = "", encoding: str = "latin1") -> bytes:
         if encoding != "latin1":
@@ -84,14 +84,14 @@ for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """One of the stand-ins; pickle asks here for every name in the file."""
+        """Return the replacement for a name; pickle calls this for every name in the file."""
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code")
         return _KNOWN[module, name]
 
 
 def read_array_pickle(path: Path) -> dict:
-    """Read a pickled dict of NumPy arrays, plain values, and lists and dicts of them.
+    """Read a pickled dict whose values are NumPy arrays, plain values, or lists and dicts of these.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds any other object.
@@ -99,7 +99,7 @@ def read_array_pickle(path: Path) -> dict:
     try:
         with path.open("rb") as file:
             loaded = _plain(_Unpickler(file, encoding="latin1").load())
-    except Exception as error:  # depending on the bytes that it meets, the unpickler raises any exception
+    except Exception as error:  # on damaged bytes, the unpickler can raise any exception
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"{path} is damaged, or not a pickle of only NumPy arrays ({reason})") from error
     if not isinstance(loaded, dict):
@@ -108,7 +108,7 @@ def read_array_pickle(path: Path) -> dict:
 
 
 def _plain(value: object) -> object:
-    """The value with arrays and scalars in place of what stands for them."""
+    """Replace our stand-in objects in a value by the arrays and scalars that they hold."""
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

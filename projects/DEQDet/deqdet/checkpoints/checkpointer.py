@@ -1,4 +1,4 @@
-"""detectron2's checkpointer, which writes files whole and checks them, also loads model files, and runs no code."""
+"""detectron2's checkpointer with atomic writes and checksums, which also loads model files and never runs code."""
 
 import logging
 import os
@@ -38,18 +38,18 @@ TRUST = (
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Saves files whole or not at all, with a checksum, and resumes from the newest checkpoint that is whole.
+    """Saves files atomically, with a checksum, and resumes from the newest checkpoint that is intact.
 
-    It loads .safetensors files, model files and hf:// names as well, and no file runs code. A .pth file, or one of any
-    other name, may hold tensors and plain Python values only: building other objects can run code, so they are refused.
-    Of the .pkl files, which are pickles, only those of detectron2's model zoo are loaded, and of these only NumPy
+    It also loads .safetensors files, model files and hf:// names, and no file runs code. A .pth file, or one with any
+    other suffix, may hold only tensors and plain Python values; other objects are refused, since building them can run
+    code. Of .pkl files, which are pickles, only those of detectron2's model zoo are loaded, and of these only NumPy
     arrays and plain values.
 
-    Missing counters of BatchNorm give no warning, since nothing reads them and ImageNet weights do not have them.
-    (torch does not miss them, but detectron2 turns the BatchNorm of frozen stages into a module that would.)
+    There is no warning about missing counters of BatchNorm: nothing reads them, and ImageNet weights lack them.
+    (torch tolerates that, but detectron2 turns the BatchNorm of frozen stages into a module that does not.)
 
     Raises:
-        CheckpointError: in `load`, if the file is damaged, no checkpoint or a pickle, or cannot be downloaded; in
+        CheckpointError: in `load`, if the file is damaged, not a checkpoint or a pickle, or cannot be downloaded; in
             `save`, if the file cannot be written.
     """
 
@@ -58,16 +58,16 @@ class Checkpointer(DetectionCheckpointer):
     def __init__(self, model: nn.Module, save_dir: str = "", *, trust_pickle: bool = False, **others: Any):
         """
         Args:
-            trust_pickle: load any .pkl file as DetectionCheckpointer does, which runs the code that is in it.
-            others: as DetectionCheckpointer's.
+            trust_pickle: load any .pkl file as DetectionCheckpointer does, which runs the code in it.
+            others: see DetectionCheckpointer.
         """
         super().__init__(model, save_dir, **others)
         self._trust_pickle = trust_pickle
-        self._from_model_zoo = False  # whether the file that is being loaded comes from detectron2's own server
+        self._from_model_zoo = False  # whether the file being loaded is on detectron2's server
         self._found: Found | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save the model, the checkpointables and `kwargs` as save_dir/<name>.pth, and tag that as the last one."""
+        """Save the model, the checkpointables and `kwargs` as save_dir/<name>.pth, and tag it as the last one."""
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: item.state_dict() for key, item in self.checkpointables.items()}
@@ -77,13 +77,13 @@ class Checkpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Let the file "last_checkpoint" name this one."""
+        """Write the name of a checkpoint to the file "last_checkpoint"."""
         write_text(last_filename_basename, Path(self.save_dir, TAG))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As DetectionCheckpointer's, but a checkpoint to resume from must be whole and fit the model.
+        """Resume or load as DetectionCheckpointer does; a checkpoint to resume from must be intact and fit the model.
 
-        A collective operation: rank 0 decides which checkpoint it is.
+        A collective operation: rank 0 chooses the checkpoint.
         """
         if resume:
             self._found = self._agree_on_checkpoint()
@@ -91,11 +91,11 @@ class Checkpointer(DetectionCheckpointer):
         return super().resume_or_load(path, resume=resume)
 
     def has_checkpoint(self) -> bool:
-        """Whether `resume_or_load` has found one to resume from."""
+        """Return whether `resume_or_load` has found a checkpoint to resume from."""
         return self._found is not None
 
     def get_checkpoint_file(self) -> str:
-        """The one to resume from, "" if there is none."""
+        """Return the path of the checkpoint to resume from; "" if there is none."""
         return str(self._found.path) if self._found else ""
 
     def _agree_on_checkpoint(self) -> Found | None:
@@ -115,7 +115,7 @@ class Checkpointer(DetectionCheckpointer):
         return found or Found(path, read_torch(path), ())
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As DetectionCheckpointer's; `path` may be an hf:// name (see `resolve_file`)."""
+        """Load a file as DetectionCheckpointer does; `path` may also be an hf:// name (see `resolve_file`)."""
         path = path or ""
         self._from_model_zoo = path.startswith(MODEL_ZOO)
         if not self._from_model_zoo:
@@ -140,7 +140,7 @@ class Checkpointer(DetectionCheckpointer):
         if path.suffix == ".safetensors":
             return {"model": read_model_file(path).weights if is_model_file(path) else read_safetensors(path)}
         if self._found and self._found.path == path:
-            loaded = dict(self._found.content)  # detectron2 takes the entries out as it loads them
+            loaded = dict(self._found.content)  # a copy, since detectron2 pops the entries as it loads them
         else:
             loaded = read_torch(path)
         is_checkpoint = isinstance(loaded, Mapping) and "model" in loaded
@@ -168,7 +168,7 @@ class Checkpointer(DetectionCheckpointer):
             )
 
     def _log_part(self, incompatible: Any) -> None:
-        """Say which part of the model the file has, if it is only a part, such as a pretrained backbone."""
+        """Log which part of the model was loaded, if the file has only a part, such as a pretrained backbone."""
         without = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
         names = [name for name in self.model.state_dict() if not name.endswith(COUNTER)]
         loaded = [name for name in names if name not in without]
@@ -177,14 +177,14 @@ class Checkpointer(DetectionCheckpointer):
         part = os.path.commonprefix(loaded).rpartition(".")[0]
         where = f", all in {part}" if part else ""
         counts = len(loaded), len(names)
-        logger.info("Loaded %d of the model's %d tensors%s; the others keep their start", *counts, where)
+        logger.info("Loaded %d of the model's %d tensors%s; the others keep their initial values", *counts, where)
 
 
 def check_pickle(path: str, *, trusted: bool) -> None:
-    """Refuse a pickle by its name, unless it is a .pkl that is trusted or comes from detectron2's model zoo.
+    """Refuse a pickle by its suffix, unless it is a .pkl that is trusted or comes from detectron2's model zoo.
 
     Raises:
-        CheckpointError: it is refused; says how to allow it.
+        CheckpointError: the file is refused; says what to do.
     """
     name = path.split("?")[0]
     if not name.endswith(".pkl"):
@@ -194,10 +194,10 @@ def check_pickle(path: str, *, trusted: bool) -> None:
 
 
 def check_query(path: str) -> None:
-    """See that the only query behind a file's name is the one that detectron2 knows.
+    """Check that a file name has no ?query other than the one that detectron2 knows.
 
     Raises:
-        CheckpointError: it is another.
+        CheckpointError: it has another query.
     """
     query = urlparse(path).query
     if query not in ("", "matching_heuristics=True", "matching_heuristics=False"):
@@ -205,7 +205,7 @@ def check_query(path: str) -> None:
 
 
 def _as_checkpoint(filename: str, loaded: dict) -> dict:
-    """The content of a model zoo's .pkl in the form that detectron2 loads: its own format, or Caffe2's."""
+    """Convert the content of a model zoo .pkl, in detectron2's or Caffe2's format, into a checkpoint of detectron2."""
     own_format = "model" in loaded and "__author__" in loaded
     arrays = loaded["model"] if own_format else loaded.get("blobs", loaded)  # Caffe2's detectors have "blobs"
     if not isinstance(arrays, dict):
@@ -220,10 +220,10 @@ def _as_checkpoint(filename: str, loaded: dict) -> dict:
 
 
 class CompleteCheckpointer(Checkpointer):
-    """Loads only a file that has all of the model's weights, as an evaluation needs them.
+    """A Checkpointer that requires all of the model's weights, as an evaluation does.
 
     Raises:
-        CheckpointError: in `load`, also if weights are missing or have another shape.
+        CheckpointError: in `load`, also if weights are missing or have a wrong shape.
     """
 
     complete = True

@@ -1,4 +1,4 @@
-"""From a checkpoint of another implementation to ours: rename every weight, then compare with the model it implies."""
+"""Converts other implementations' checkpoints: renames all weights, and compares them with the model they imply."""
 
 import re
 import warnings
@@ -25,8 +25,8 @@ from .kinds import KINDS, Kind, Rule
 
 WITH_BACKGROUND = 81  # outputs of a softmax over COCO's classes
 LISTED = 5  # names in an error
-COMPUTED = ".relative_position_index"  # buffers of Swin that depend on the window's size alone
-# What has no part in names and shapes: nothing frozen, no drop path (which needs timm), heads that divide any C.
+COMPUTED = ".relative_position_index"  # buffers of Swin that depend only on the window size
+# Keys that affect neither names nor shapes: freeze nothing, no drop path (which needs timm), heads that divide any C.
 NEUTRAL = {
     "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.SWIN.DROP_PATH_RATE": 0.0,
@@ -37,26 +37,26 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted checkpoint and what there is to say about it."""
+    """A converted checkpoint, with the config that it implies and notes for the user."""
 
     kind: str
-    guessed: bool
+    guessed: bool  # whether the kind was guessed from the keys
     weights: dict[str, Tensor]
-    config: Config  # all that the checkpoint decides
+    config: Config  # all keys that the checkpoint determines
     notes: tuple[str, ...]
 
 
 def convert_file(
     source: Path, target: Path, *, kind: str | None = None, num_classes: int | None = None
 ) -> Conversion:
-    """Convert the checkpoint `source` and write it to `target`, which stays as it is on any error.
+    """Convert the checkpoint `source` and write it to `target`, which is unchanged after an error.
 
     Args:
-        target: named ".safetensors" for that format, or anything else for a .pth file.
+        target: with suffix ".safetensors" for that format, with any other for a .pth file.
         kind, num_classes: see `convert`.
 
     Raises:
-        CheckpointError: anything is wrong with either file; names it.
+        CheckpointError: one of the files cannot be used; names it.
     """
     check_target(target, source)
     checkpoint = read_checkpoint(source)
@@ -65,17 +65,18 @@ def convert_file(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     write_checkpoint(conversion.weights, target)
-    ignored = (f"left out, beside the weights: {', '.join(checkpoint.ignored)}",) if checkpoint.ignored else ()
+    ignored = (f"other entries, left out: {', '.join(checkpoint.ignored)}",) if checkpoint.ignored else ()
     return replace(conversion, notes=conversion.notes + ignored)
 
 
 def convert(weights: Mapping[str, Tensor], *, kind: str | None = None, num_classes: int | None = None) -> Conversion:
-    """Rename a state dict, and see that the result is complete and has the shapes of one of our models.
+    """Rename a state dict, and check that the result is complete and has the shapes of one of our models.
 
     Args:
+        weights: the state dict of the other implementation.
         kind: a name in KINDS; None guesses it from the keys.
-        num_classes: the number K of classes that the classification layers must have. None takes any number but 81,
-            which is COCO's 80 and a background class; our layers have no background class.
+        num_classes: the number K of classes that the classification layers must have. None accepts any number except
+            81, which is COCO's 80 classes and a background class; our layers have no background class.
 
     Raises:
         CheckpointError: keys are unknown, missing or of a wrong shape, or the number of classes is not K.
@@ -118,18 +119,18 @@ def convert(weights: Mapping[str, Tensor], *, kind: str | None = None, num_class
 
 
 def guess_kind(names: Iterable[str]) -> Kind:
-    """The kind, the last registered first, of which a key is typical.
+    """Return the last registered kind whose sign matches one of the keys.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no kind matches.
     """
     names = list(names)
     for kind in reversed(KINDS.values()):
         if any(fnmatchcase(name, kind.sign) for name in names):
             return kind
     raise CheckpointError(
-        f"the keys are of no known kind ({', '.join(sorted(KINDS))}), they begin with {', '.join(names[:3])}: use "
-        "--from KIND if it is one nevertheless"
+        f"the keys match no known kind ({', '.join(sorted(KINDS))}); the first are {', '.join(names[:3])}: use "
+        "--from KIND if the checkpoint is of one nevertheless"
     )
 
 
@@ -137,7 +138,7 @@ def guess_kind(names: Iterable[str]) -> Kind:
 
 
 class Renaming:
-    """Rules of a kind, read in both directions. Where several rules fit a name, the longest is taken."""
+    """The renaming rules of a kind, applied in both directions. If several rules match a name, the longest applies."""
 
     def __init__(self, rules: Iterable[Rule]):
         rules = list(rules)
@@ -145,16 +146,16 @@ class Renaming:
         self._backward = _compile((ours, theirs) for theirs, ours in rules)
 
     def ours(self, theirs: str) -> str | None:
-        """Our name for one of the file's, or None if no rule fits."""
+        """Return our name for a name in the file, or None if no rule matches."""
         return _translate(theirs, self._forward)
 
     def theirs(self, ours: str) -> str | None:
-        """The file's name for one of ours, or None if no rule fits."""
+        """Return the name in the file for one of our names, or None if no rule matches."""
         return _translate(ours, self._backward)
 
 
 def _compile(rules: Iterable[Rule]) -> list[tuple[re.Pattern, str]]:
-    """Patterns with the templates for `re.Match.expand`, longest first."""
+    """Compile rules into patterns with templates for `re.Match.expand`, longest first."""
     compiled = []
     for source, target in sorted(rules, key=lambda rule: len(rule[0]), reverse=True):
         if source.endswith("."):
@@ -175,7 +176,7 @@ def _translate(name: str, rules: list[tuple[re.Pattern, str]]) -> str | None:
 
 
 def _rename(names: Iterable[str], renaming: Renaming) -> tuple[dict[str, str], list[str]]:
-    """The file's names by ours, and the names that no rule fits or that stand for the same one of ours as another."""
+    """Return the file's names by ours, and those that no rule matches or that map to one of our names already taken."""
     ours, unknown = {}, []
     for their in names:
         name = renaming.ours(their)
@@ -190,10 +191,10 @@ def _rename(names: Iterable[str], renaming: Renaming) -> tuple[dict[str, str], l
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Within it, new parameters are on the meta device: they have a shape and a type, but no memory and no values.
+    """Creates new parameters on the meta device: they have a shape and a dtype, but no memory and no values.
 
-    `torch.device("meta")` would put every tensor there, but SwinTransformer reads values of a torch.linspace, and the
-    values of its relative_position_index are compared with the file's.
+    `torch.device("meta")` would put every tensor there. But SwinTransformer reads the values of a torch.linspace, and
+    we compare the values of its relative_position_index with the file's.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -204,19 +205,20 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def build_structure(config: Config, *, backbone_only: bool = False) -> dict[str, Tensor]:
-    """The state dict of the detector, or of its bottom-up backbone under the detector's names.
+    """Return the state dict of the detector, or of its bottom-up backbone under the detector's names.
 
-    The tensors are on the meta device and so without values, some buffers excepted.
+    Except for some buffers, the tensors are on the meta device, without values.
 
     Args:
         config: the keys that differ from the defaults.
+        backbone_only: build only the bottom-up backbone.
 
     Raises:
-        CheckpointError: no such detector can be built; says why.
+        CheckpointError: the detector cannot be built; says why.
     """
     cfg = get_cfg()
     add_deqdet_config(cfg)
-    if backbone_only:  # the backbone's builder needs some neck; either would do
+    if backbone_only:  # the builder needs some neck; any would do
         body = "swin" if "MODEL.SWIN.DEPTHS" in config else "resnet"
         config = config | {"MODEL.BACKBONE.NAME": f"build_{body}_channel_mapper_backbone"}
     cfg.merge_from_list([x for pair in config.items() for x in pair])
@@ -228,7 +230,7 @@ def build_structure(config: Config, *, backbone_only: bool = False) -> dict[str,
 
 
 def build_empty(cfg: CfgNode, *, backbone_only: bool = False) -> nn.Module:
-    """The model that a config describes, or its bottom-up backbone, with the weights on the meta device.
+    """Build the model that a config describes, or its bottom-up backbone, with the weights on the meta device.
 
     Raises:
         CheckpointError: it cannot be built; says why.
@@ -261,20 +263,20 @@ def _check_classes(found: int | None, wanted: int | None) -> None:
 
 
 def _agree(given: Tensor, computed: Tensor) -> bool:
-    """Whether a buffer has the values that we compute for it. Weights on the meta device have none to compare."""
+    """Return whether a buffer has the values that we compute; one on the meta device, without values, passes."""
     return given.is_meta or torch.equal(given, computed)
 
 
-# What to say
+# Messages
 
 
 def describe_shapes(name: str, given: Tensor, expected: Tensor) -> str:
-    """A weight's name with its shape and the one that it should have."""
+    """Describe a weight by its name, its shape, and the expected shape."""
     return f"{name} {tuple(given.shape)} instead of {tuple(expected.shape)}"
 
 
 def describe(fault: str, names: list[str]) -> str:
-    """How many keys have a fault, and the first of them; an empty text if none has it."""
+    """State the number of keys with a fault and the first of them; return "" if there are none."""
     if not names:
         return ""
     shown, more = names[:LISTED], len(names) - LISTED
@@ -292,7 +294,7 @@ def _notes(kind: Kind, dead: Mapping[str, str], absent: list[str]) -> tuple[str,
         counts = Counter(dead.values())
         notes.append(f"dropped, nothing uses them: {', '.join(f'{x} ({n} keys)' for x, n in counts.items())}")
     if absent:
-        notes.append(f"not in the file, will start anew: {', '.join(absent)}")
+        notes.append(f"not in the file, start from initial values: {', '.join(absent)}")
     if kind.backbone_only:
         notes.append("the backbone alone: the checkpointer will say that the rest of the detector is not found")
     return tuple(notes)

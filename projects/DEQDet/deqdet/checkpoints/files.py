@@ -1,4 +1,4 @@
-"""Checkpoint files: read without running code that a file may hold, checked, and written whole or not at all."""
+"""Reads checkpoint files without running code that they may hold, and writes them atomically."""
 
 import hashlib
 import os
@@ -21,15 +21,15 @@ from ..errors import UserError, describe_os_error, one_line
 # Where trainers put the weights in a checkpoint. A file without such an entry holds nothing but weights.
 ENTRIES = ("state_dict", "model")
 AUTHOR = "deqdet.checkpoints"
-PICKLES = (".pkl", ".pyth")  # the names of files that detectron2 reads as pickles
-UNFINISHED = ".unfinished."  # how the names of files begin that are not whole yet
-# The ends of the names of BatchNorm's counters, which nothing reads, and which files of weights need not have.
+PICKLES = (".pkl", ".pyth")  # suffixes of the files that detectron2 reads as pickles
+UNFINISHED = ".unfinished."  # prefix of the names of incomplete files
+# Suffix of BatchNorm's counters, which nothing reads, and which files of weights need not have.
 COUNTER = ".num_batches_tracked"
 CHECKSUM = "sha256"  # the entry of a .pth file with the checksum of its other entries
 
 
 class CheckpointError(UserError):
-    """A checkpoint, or a file name for one, that cannot be used."""
+    """A checkpoint, or the name of one, cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the weights of a .safetensors file, or of what torch.save wrote, onto the CPU.
+    """Read the weights of a .safetensors file, or of a file that torch.save wrote, onto the CPU.
 
     Raises:
-        CheckpointError: the file is missing or damaged, is no checkpoint, or holds objects other than tensors and plain
+        CheckpointError: the file is missing, damaged or not a checkpoint, or holds objects other than tensors and plain
             Python values. Such objects are never built, since building them can run code.
     """
     return find_weights(path, read_file(path))
 
 
 def read_file(path: Path) -> Mapping:
-    """Read all of a checkpoint, as `read_checkpoint` does; the result is a dict of any entries."""
+    """Read all entries of a checkpoint, without running code; raises the errors of `read_checkpoint`."""
     try:
         path.open("rb").close()
     except OSError as error:
@@ -65,13 +65,13 @@ def read_file(path: Path) -> Mapping:
 
 
 def refuse_pickle(name: str, advice: str = "") -> None:
-    """Refuse a file by its name, if detectron2 would read it as a pickle: that can run code.
+    """Refuse a file whose suffix makes detectron2 read it as a pickle, which can run code.
 
-    A pickle under any other name is refused too, when `read_torch` reads it.
+    A pickle with any other suffix is refused when `read_torch` reads it.
 
     Args:
         name: the file, or its URL with or without a query.
-        advice: what to do in place of the usual advice.
+        advice: replaces the usual advice in the message.
 
     Raises:
         CheckpointError: the name ends in .pkl or .pyth.
@@ -82,7 +82,7 @@ def refuse_pickle(name: str, advice: str = "") -> None:
 
 
 def find_weights(path: Path, loaded: Mapping) -> Checkpoint:
-    """Take the weights out of the entries of the file `path`.
+    """Find the weights among the entries of the file `path`.
 
     Raises:
         CheckpointError: there are none.
@@ -99,10 +99,12 @@ def find_weights(path: Path, loaded: Mapping) -> Checkpoint:
 
 
 def check_weights(path: Path, weights: object, entries: Sequence[str]) -> None:
-    """See that `weights` is a dict of named tensors.
+    """Check that `weights` is a dict of named tensors.
 
     Args:
-        entries: the entries of the file in which the weights were sought, for the message.
+        path: the file, for the message.
+        weights: the object to check.
+        entries: the entries of the file that may hold the weights, for the message.
 
     Raises:
         CheckpointError: it is not.
@@ -113,7 +115,7 @@ def check_weights(path: Path, weights: object, entries: Sequence[str]) -> None:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path} is not a dict of tensors: its entry {name!r} is a {type(value).__name__} "
-                f"(the weights are sought in {' or '.join(entries)}, else at the top)"
+                f"(the weights must be in its entry {' or '.join(entries)}, or at the top level)"
             )
 
 
@@ -130,7 +132,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def not_safetensors(path: Path, error: Exception) -> CheckpointError:
-    """The error for a file that the safetensors package refuses, or that is not there."""
+    """Return the error for a file that the safetensors package refuses, or that does not exist."""
     if isinstance(error, OSError) and not path.is_file():
         fault = "is not a regular file" if path.exists() else "does not exist"
         return CheckpointError(f"{path} {fault}: correct its path")
@@ -143,21 +145,21 @@ def not_safetensors(path: Path, error: Exception) -> CheckpointError:
 
 
 def read_torch(path: Path) -> object:
-    """Read what torch.save wrote, provided that it consists of tensors and plain Python values.
+    """Read a file that torch.save wrote, provided that it holds only tensors and plain Python values.
 
-    A file with a checksum (see `write_torch`) is compared with it, because torch.load does not notice changed bytes.
-    Files without one, older ones or others', are taken as they are.
+    If the file has a checksum (see `write_torch`), it is verified, because torch.load does not notice changed bytes.
+    Older files and files of other programs have none.
 
     Raises:
         CheckpointError: the file is damaged, or holds other objects.
     """
     if _is_tar(path):  # PyTorch before 2.6 runs code in these even if told to load weights only
-        raise CheckpointError(f"{path} is a tar archive, as PyTorch wrote before 2016: save it again by torch.save")
+        raise CheckpointError(f"{path} is a tar archive, as PyTorch wrote before 2016: save it again with torch.save")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they are about is in the error
+            warnings.simplefilter("ignore")  # the error says what they are about
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler lets any exception through, depending on the bytes that it meets
+    except Exception as error:  # on damaged bytes, the unpickler can raise any exception
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} holds {refused[1]}, which is not loaded, because unpickling such objects can run code: if you "
@@ -167,14 +169,14 @@ def read_torch(path: Path) -> object:
             f"{path} is damaged, or was not written by torch.save ({_first_sentence(error)}): download or save it again"
         ) from error
     if isinstance(loaded, dict) and isinstance(loaded.get(CHECKSUM), str) and loaded.pop(CHECKSUM) != checksum(loaded):
-        raise CheckpointError(f"{path} is damaged (its checksum is another one): take another checkpoint")
+        raise CheckpointError(f"{path} is damaged (its checksum does not match): take another checkpoint")
     return loaded
 
 
 def checksum(content: object) -> str:
-    """SHA-256 of tensors and plain Python values, nested in any dicts, lists and tuples.
+    """Compute the SHA-256 of tensors and plain Python values, nested in any dicts, lists and tuples.
 
-    Dicts must have their entries in the order of writing, which a file keeps.
+    It depends on the order of the entries of dicts, which files preserve.
     """
     digest = hashlib.sha256()
     _update(digest, content)
@@ -200,11 +202,11 @@ def _update(digest: "hashlib._Hash", value: object) -> None:
 
 
 def check_target(path: Path, source: Path) -> None:
-    """See, before any work is done, whether a checkpoint made of `source` can be written to `path`.
+    """Check, before any work is done, whether a checkpoint made from `source` can be written to `path`.
 
     Raises:
-        CheckpointError: the folder is missing, or `path` names the source, something that is no plain file, or a format
-            that detectron2 reads in another way.
+        CheckpointError: the folder is missing, or `path` is the source, not a regular file, or has the suffix of a
+            format that detectron2 reads differently.
     """
     if not path.parent.is_dir():
         raise CheckpointError(f"{path} cannot be written: {path.parent} is not a folder, create it first")
@@ -213,11 +215,11 @@ def check_target(path: Path, source: Path) -> None:
     if path.exists() and source.exists() and path.samefile(source):
         raise CheckpointError(f"{path} is the checkpoint to be converted: give the output another name")
     if path.suffix in PICKLES:
-        raise CheckpointError(f"detectron2 reads {path.suffix} files in a way of its own: name {path} .pth instead")
+        raise CheckpointError(f"detectron2 reads {path.suffix} files as pickles: give {path} the suffix .pth instead")
 
 
 def write_checkpoint(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a .safetensors file if `path` is named so, else {"model": weights} as torch.save does.
+    """Write a .safetensors file if `path` has that suffix, else {"model": weights} with torch.save.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -229,7 +231,7 @@ def write_checkpoint(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def write_torch(content: dict, path: Path) -> None:
-    """Write what torch.save writes, with a checksum that `read_torch` verifies.
+    """Write a file with torch.save, adding a checksum that `read_torch` verifies.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -240,7 +242,7 @@ def write_torch(content: dict, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text file as UTF-8, whole or not at all; bytes of a file name that are not UTF-8 become escapes.
+    """Write a text file atomically, in UTF-8; file names in the text that are not UTF-8 get escapes.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -255,7 +257,7 @@ def write_safetensors(weights: Mapping[str, Tensor], path: Path, metadata: Mappi
     Raises:
         CheckpointError: the file cannot be written.
     """
-    # "format" is the entry by which other programs know that the tensors are PyTorch's.
+    # The entry "format" tells other programs that the tensors are PyTorch's.
     content = safetensors.torch.save(_own_copies(weights), {"format": "pt", **metadata})
     with replacing(path) as file:
         file.write(content)
@@ -263,9 +265,9 @@ def write_safetensors(weights: Mapping[str, Tensor], path: Path, metadata: Mappi
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file in the folder of `path`, which takes the name `path` once it is complete and on the disk.
+    """Open a temporary file in the folder of `path`, and rename it to `path` once it is complete and on the disk.
 
-    Until then, and so after an error or a kill at any moment, `path` is what it was before.
+    Until then, `path` is unchanged, even after an error or a kill at any moment.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -283,7 +285,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-    with suppress(OSError):  # not every file system can sync a folder, and the file itself is complete
+    with suppress(OSError):  # some file systems cannot sync a folder; the file itself is complete anyway
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # puts the new name on the disk
@@ -292,21 +294,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _is_tar(path: Path) -> bool:
-    """Whether a file is a tar archive with anything in it; a file of zeros would be one with nothing."""
+    """Return whether a file is a non-empty tar archive; tarfile takes a file of zeros for an empty one."""
     with path.open("rb") as file:
         empty = not file.read(512).strip(b"\0")
     return not empty and tarfile.is_tarfile(path)
 
 
 def _own_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of which each has memory of its own.
+    """Copy each tensor into its own memory.
 
-    torch.save would store a slice with all of the tensor that it is cut from; safetensors refuses shared memory.
+    torch.save would store the whole underlying tensor of a slice, and safetensors refuses tensors that share memory.
     """
     return {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in weights.items()}
 
 
 def _first_sentence(error: Exception) -> str:
-    """The kind of an exception and the first sentence of its message, since torch's go on for a paragraph."""
+    """Return an exception's type and the first sentence of its message, since torch's messages are paragraphs."""
     sentence = re.split(r"[.:]\s|\n", str(error), maxsplit=1)[0].strip().rstrip(".")
     return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__

@@ -1,7 +1,7 @@
-"""What the shapes in a state dict, under our names, imply for the config.
+"""Derives config values from the shapes in a state dict with our names.
 
-Each number is read from all tensors that show it and the most frequent value is taken, so that one tensor of a wrong
-shape disagrees with the result and is named.
+Each number is read from all tensors that depend on it, and the most frequent value is taken. A single tensor of a wrong
+shape then disagrees with the result, and an error names it.
 """
 
 import math
@@ -14,21 +14,21 @@ from .files import CheckpointError
 
 Config = dict[str, object]  # KEY: VALUE
 
-BODY = "backbone.bottom_up."  # our names of the backbone's parameters begin so
+BODY = "backbone.bottom_up."  # prefix of the backbone's parameters in our names
 LEVELS = ["res2", "res3", "res4", "res5"]
 RESNETS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}  # blocks of each stage: depth
 
 
 @dataclass(frozen=True)
 class Given:
-    """A tensor of the file."""
+    """A tensor in the file."""
 
     name: str  # in the file
     shape: tuple[int, ...]
 
 
 class Shapes:
-    """The shapes of a file's tensors, looked up by shell patterns of our names."""
+    """The shapes of a file's tensors, looked up by shell patterns that match our names."""
 
     def __init__(self, tensors: Mapping[str, Given]):
         """
@@ -38,7 +38,7 @@ class Shapes:
         self._tensors = tensors
 
     def find(self, *patterns: str, axis: int = 0) -> list[tuple[int, Given]]:
-        """The size along `axis`, if it is not 0, of each tensor that matches and has that axis, and the tensor."""
+        """Return, for each matching tensor with a non-zero size along `axis`, that size and the tensor."""
         return [
             (given.shape[axis], given)
             for pattern in patterns
@@ -47,14 +47,14 @@ class Shapes:
         ]
 
     def size(self, *patterns: str, axis: int = 0) -> int:
-        """The most frequent size.
+        """Return the most frequent size along `axis` among the matching tensors.
 
         Raises:
-            CheckpointError: no tensor has one, or two sizes are equally frequent; names two tensors that disagree.
+            CheckpointError: no tensor matches, or two sizes are equally frequent; names two tensors that disagree.
         """
         found = self.find(*patterns, axis=axis)
         if not found:
-            raise CheckpointError(f"no key stands for our {' or '.join(patterns)}")
+            raise CheckpointError(f"no key corresponds to our {' or '.join(patterns)}")
         first, *others = Counter(size for size, _ in found).most_common(2)
         if others and others[0][1] == first[1]:
             one, other = (next(x for size, x in found if size == value) for value, _ in (first, *others))
@@ -62,36 +62,36 @@ class Shapes:
         return first[0]
 
     def count(self, prefix: str) -> int:
-        """The number of modules that are numbered <prefix>0., <prefix>1. and so on, found from the highest number."""
+        """Return the number of modules named <prefix>0., <prefix>1. and so on, which is 1 + the highest number."""
         rests = [name[len(prefix) :].split(".")[0] for name in self._tensors if name.startswith(prefix)]
         return 1 + max((int(rest) for rest in rests if rest.isdigit()), default=-1)
 
 
-# From the shapes, the prefixes of the decoder's layers, and C, to the keys of the refinement layer.
+# Maps the shapes, the prefixes of the decoder's layers, and C to the keys of the refinement layer.
 ImplyLayers = Callable[[Shapes, list[str], int], Config]
 
 
 def vote(candidates: Sequence[int], what: str) -> int:
-    """The most frequent of numbers that were computed from several tensors.
+    """Return the most frequent of the numbers that were computed from several tensors.
 
     Raises:
-        CheckpointError: there is none; names `what` was sought.
+        CheckpointError: there are none; the message contains `what`.
     """
     if not candidates:
-        raise CheckpointError(f"no usable key stands for our {what}")
+        raise CheckpointError(f"no usable key corresponds to our {what}")
     return Counter(candidates).most_common(1)[0][0]
 
 
 def has_swin(look: Shapes) -> bool:
-    """Whether the backbone is a Swin Transformer, else it is a ResNet."""
+    """Return whether the backbone is a Swin Transformer; otherwise it is a ResNet."""
     return look.count(f"{BODY}layers.") > 0
 
 
 def imply_resnet(look: Shapes) -> Config:
-    """The keys of a ResNet.
+    """Return the keys of a ResNet.
 
     Raises:
-        CheckpointError: the number of blocks is that of no ResNet with bottlenecks.
+        CheckpointError: the numbers of blocks are not those of a ResNet-50, 101 or 152.
     """
     blocks = tuple(look.count(f"{BODY}{stage}.") for stage in LEVELS)
     if blocks not in RESNETS:
@@ -108,7 +108,7 @@ def imply_resnet(look: Shapes) -> Config:
 
 
 def imply_swin(look: Shapes) -> Config:
-    """The keys of a Swin Transformer."""
+    """Return the keys of a Swin Transformer."""
     stages = range(look.count(f"{BODY}layers."))
     biases = "attn.relative_position_bias_table"
     positions = look.size(f"{BODY}layers.*.{biases}")  # (2 w - 1)^2 for a window of w x w
@@ -121,8 +121,8 @@ def imply_swin(look: Shapes) -> Config:
 
 
 def imply_detector(look: Shapes, imply_layers: ImplyLayers) -> Config:
-    """The keys of all but the backbone: neck, queries and decoder."""
-    # A layer of the user's own may have other names than ours.
+    """Return the keys of neck, queries and decoder, which is everything but the backbone."""
+    # A user's own layer need not have our names.
     norms = look.find("decoder.*.feedforward_norm.*")
     dim = look.size("decoder.*.feedforward_norm.*") if norms else look.size("queries.content.weight", axis=1)
     queries = look.size("queries.*")

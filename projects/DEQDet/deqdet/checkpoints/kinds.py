@@ -1,4 +1,4 @@
-"""The kinds of checkpoints that can be converted. `register_kind` adds one, for a layer of the user's own."""
+"""The kinds of checkpoints that can be converted. `register_kind` adds one, as for a user's own layer."""
 
 import math
 import re
@@ -10,13 +10,13 @@ from torch import Tensor
 from .files import COUNTER
 from .implied import BODY, Config, Given, ImplyLayers, Shapes, has_swin, imply_detector, imply_resnet, imply_swin, vote
 
-# A name in the file and ours. Each * stands for a number, the same in both names. A rule that ends with a dot renames
-# every name that begins so; any other rule renames one parameter.
+# A name in the file and our name for it. Each * matches a number, the same in both names. A rule that ends with a dot
+# renames every name with that prefix; any other rule renames one parameter.
 Rule = tuple[str, str]
 
 
 def under(theirs: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
-    """The rules of a module, for the module whose names begin with `theirs` in the file and with `ours` here."""
+    """Prefix the rules of a submodule with its name in the file, `theirs`, and with our name for it, `ours`."""
     return [(theirs + their_part, ours + our_part) for their_part, our_part in rules]
 
 
@@ -26,30 +26,33 @@ def _unchanged(name: str, value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of checkpoint: how to recognise it, how its names become ours, and what its shapes do not show."""
+    """A kind of checkpoint: how to recognise it, how to rename its weights, and the config that shapes do not show."""
 
     name: str
-    sign: str  # a shell pattern that one of its keys matches
-    rules: Callable[[Collection[str]], list[Rule]]  # for a file with these keys
-    imply_layers: ImplyLayers | None = None  # the refinement layer's keys; None: its files hold a backbone alone
-    dead: tuple[str, ...] = ()  # shell patterns of keys that nothing uses
-    may_lack: tuple[str, ...] = ()  # shell patterns of our names: weights that start anew if the file lacks them
-    config: Mapping[str, object] = field(default_factory=dict)  # what the kind implies, whatever its shapes
-    resnet_config: Mapping[str, object] = field(default_factory=dict)  # the same, if its backbone is a ResNet
-    convert: Callable[[str, Tensor], Tensor] = _unchanged  # our name and the file's value -> our value
-    notes: tuple[str, ...] = ()  # what a user should know
+    sign: str  # a shell pattern; a file with a matching key is taken to be of this kind
+    rules: Callable[[Collection[str]], list[Rule]]  # the renaming rules for a file with the given keys
+    imply_layers: ImplyLayers | None = None  # derives the refinement layer's config keys; None: only a backbone
+    dead: tuple[str, ...] = ()  # shell patterns of the file's keys that nothing uses
+    may_lack: tuple[str, ...] = ()  # shell patterns of our names: weights that the file may lack
+    config: Mapping[str, object] = field(default_factory=dict)  # implied by the kind, regardless of shapes
+    resnet_config: Mapping[str, object] = field(default_factory=dict)  # the same, if the backbone is a ResNet
+    convert: Callable[[str, Tensor], Tensor] = _unchanged  # (our name, the file's value) -> our value
+    notes: tuple[str, ...] = ()  # for the user
 
     @property
     def backbone_only(self) -> bool:
         return self.imply_layers is None
 
     def imply_config(self, tensors: Mapping[str, Given]) -> Config:
-        """The config of the detector, or of the backbone alone, that has these tensors, which are given by our names.
+        """Derive the config of the detector, or of the backbone alone, that has these tensors.
 
-        Every key that the file decides is in it, even one whose value is the default.
+        It contains every key that the file determines, even if the value is the default.
+
+        Args:
+            tensors: the file's tensors by our names.
 
         Raises:
-            CheckpointError: they are no detector's; says why.
+            CheckpointError: the shapes are not those of a detector; says why.
         """
         look = Shapes(tensors)
         body = imply_swin(look) if has_swin(look) else imply_resnet(look) | dict(self.resnet_config)
@@ -65,11 +68,11 @@ KINDS: dict[str, Kind] = {}
 def register_kind(kind: Kind) -> Kind:
     """Make a kind known to `convert` and to tools/convert_checkpoint.py.
 
-    A file's kind is guessed by the signs of the kinds, the last registered first, so that a new kind may have a sign
-    that is a special case of an older one's.
+    To guess a file's kind, the signs are tried from the last registered kind to the first, so the sign of a new kind
+    may be a special case of an older one.
 
     Raises:
-        ValueError: another kind has its name.
+        ValueError: another kind has this name.
     """
     if kind.name in KINDS:
         raise ValueError(f"a kind {kind.name!r} already exists: use another name")
@@ -77,9 +80,9 @@ def register_kind(kind: Kind) -> Kind:
     return kind
 
 
-# torchvision's ResNets, as state dicts and under the detectors whose backbones keep these names.
+# torchvision's ResNets, alone or as the backbone of a detector that keeps these names.
 
-# torchvision's ImageNet weights were trained on such images, and they stride in their 3x3 convolutions.
+# The image format of torchvision's ImageNet weights, whose stride is in the 3x3 convolutions.
 IMAGES = {
     "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
     "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
@@ -89,7 +92,7 @@ STRIDE = {"MODEL.RESNETS.STRIDE_IN_1X1": False}
 
 
 def resnet_rules(prefix: str) -> list[Rule]:
-    """For a ResNet of bottlenecks whose keys begin with `prefix`."""
+    """Return the rules for a ResNet with bottlenecks whose keys begin with `prefix`."""
     rules = [("conv1.", "stem.conv1."), ("bn1.", "stem.conv1.norm.")]
     block = [("downsample.0.", "shortcut."), ("downsample.1.", "shortcut.norm.")]
     for i in (1, 2, 3):
@@ -103,20 +106,19 @@ TORCHVISION = Kind(
     name="torchvision",
     sign="layer1.0.*",
     rules=lambda names: resnet_rules(""),
-    # The classifier, and BatchNorm's counters of batches, which nothing reads and FrozenBatchNorm would not take.
+    # The classifier, and BatchNorm's batch counters, which nothing reads and FrozenBatchNorm does not accept.
     dead=("fc.*", f"*{COUNTER}"),
     config=IMAGES,
     resnet_config=STRIDE,
 )
 
-# Swin Transformers: the authors' ImageNet checkpoints, whose names detectron2 has kept, and mmdetection's names and
-# layout.
+# Swin Transformers: the authors' ImageNet checkpoints, whose names detectron2 kept, and mmdetection's names and layout.
 
 OUTPUT_NORMS = [(f"norm{level}.", f"{BODY}norm{level}.") for level in range(4)]
 
 
 def mmdet_swin_rules(prefix: str) -> list[Rule]:
-    """For mmdetection's Swin whose keys begin with `prefix`."""
+    """Return the rules for mmdetection's Swin whose keys begin with `prefix`."""
     block = [
         ("norm1.", "norm1."),
         ("attn.w_msa.", "attn."),
@@ -134,12 +136,11 @@ def mmdet_swin_rules(prefix: str) -> list[Rule]:
 
 
 def reorder_patch_merging(name: str, value: Tensor) -> Tensor:
-    """Bring the 4 C channels that patch merging reads from mmdetection's order into that of Swin's authors.
+    """Reorder the 4 C channels that patch merging reads, from mmdetection's order to that of Swin's authors.
 
-    mmdetection unfolds the image: its order is channel by channel, and within a channel the pixels (row, column) of a
-    2x2 patch row by row. The authors concatenate pixels: their order is pixel by pixel, column by column, and within a
-    pixel the channels. The norm (4 C,) and the reduction (2 C, 4 C) both read these channels along their last axis;
-    all other weights are returned unchanged.
+    mmdetection unfolds the image, which gives the order (channel, row, column) within a 2x2 patch. The authors
+    concatenate pixels, which gives (column, row, channel). The norm (4 C,) and the reduction (2 C, 4 C) both read these
+    channels along their last axis; all other weights are returned unchanged.
     """
     if not name.startswith(f"{BODY}layers.") or ".downsample." not in name:
         return value
@@ -151,13 +152,13 @@ SWIN = Kind(
     name="swin",
     sign="layers.0.blocks.*",
     rules=lambda names: [(part, BODY + part) for part in ("patch_embed.", "layers.")] + OUTPUT_NORMS,
-    # The classifier with the norm before it, and masks that detectron2 computes for each image.
+    # The classifier with the norm before it, and the attention masks, which detectron2 computes for each image.
     dead=("head.*", "norm.*", "*.attn_mask"),
     may_lack=(f"{BODY}norm?.*",),
     config=IMAGES,
 )
 
-# The Sparse R-CNN authors' checkpoints. Theirs is a detectron2 project too, so the backbone has our names already.
+# The Sparse R-CNN authors' checkpoints. Their code is a detectron2 project too, so the backbone already has our names.
 
 SPARSE_RCNN_LAYER: list[Rule] = [
     ("self_attn.", "attention."),
@@ -188,9 +189,9 @@ def _sparse_rcnn_rules(names: Collection[str]) -> list[Rule]:
 
 
 def _tower_length(names: Collection[str], tower: str) -> int:
-    """The number of modules in a tower, whose layers are Linear, LayerNorm and ReLU.
+    """Return the number of modules in a tower, each of whose layers is a Linear, a LayerNorm and a ReLU.
 
-    It is also the number, in our sequence, of the Linear that follows.
+    In our nn.Sequential, this is also the index of the Linear that follows the tower.
     """
     pattern = re.compile(rf"head\.head_series\.\d+\.{tower}\.(\d+)\..+")
     places = [int(match[1]) for match in map(pattern.fullmatch, names) if match]
@@ -230,9 +231,9 @@ SPARSE_RCNN = Kind(
 
 # The DEQDet authors' releases (mmdetection 3) and AdaMixer's (mmdetection 2), whose layers have the same names.
 #
-# DEQDet's names are those of the golden file of the tests. AdaMixer's are the names that its layers have there; that of
-# its neck, which is not among them, could not be compared with a released file: `neck.convs.*.conv` and
-# `neck.lateral_convs.*.conv` with the norm `neck.gn_out` are taken, anything else is refused by name.
+# DEQDet's names, and those of AdaMixer's layers, are from the golden file of the tests. The names in AdaMixer's neck
+# are not in it, and could not be compared with a released file: we accept `neck.convs.*.conv` and
+# `neck.lateral_convs.*.conv` with the norm `neck.gn_out`, and report any other name as unknown.
 
 ADAMIXER_LAYER: list[Rule] = [
     ("iof_tau", "attention.iof_scale"),
@@ -266,8 +267,10 @@ MMDET_CONFIG = IMAGES | {
 
 
 def _imply_adamixer(look: Shapes, layers: list[str], dim: int) -> Config:
-    """C: hidden dimension, G: groups, P: points, P_out: mixed points. A layer generates 3 G P numbers of offsets and
-    G ((C / G)^2 + P_out P) of mixing.
+    """Derive the keys of AdaMixer's layers.
+
+    With C the hidden dimension, G groups, P points and P_out mixed points, a layer generates 3 G P numbers for the
+    offsets and G ((C / G)^2 + P_out P) for the mixing.
     """
     out_points = max(1, look.size("decoder.*.mixing.out.weight", axis=1) // dim)
     groups = _count_groups(look, dim, out_points)
@@ -289,12 +292,12 @@ def _imply_adamixer(look: Shapes, layers: list[str], dim: int) -> Config:
 
 
 def _count_groups(look: Shapes, dim: int, out_points: int) -> int:
-    """G = C^2 / (rows of mixing - P_out * rows of offsets / 3), in which P cancels."""
+    """Compute G = C^2 / (rows of mixing - P_out * rows of offsets / 3), in which P cancels."""
     candidates = []
     for leaf in ("weight", "bias"):
         offsets = look.find(f"decoder.*.points.offsets.{leaf}")
         mixed = look.find(f"decoder.*.mixing.generator.{leaf}")
-        for (rows, _), (mixed_rows, _) in zip(offsets, mixed, strict=False):  # both in the order of the layers
+        for (rows, _), (mixed_rows, _) in zip(offsets, mixed, strict=False):  # both are in layer order
             rest = mixed_rows - out_points * rows // 3
             if rest > 0 and dim**2 % rest == 0:
                 candidates.append(dim**2 // rest)

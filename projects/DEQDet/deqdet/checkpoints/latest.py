@@ -1,4 +1,4 @@
-"""Which checkpoint of a training's folder to go on from: the last one, or the newest that is whole."""
+"""Finds the checkpoint from which a training is resumed: the last one, or else the newest that is intact."""
 
 import re
 from collections.abc import Iterator
@@ -8,39 +8,39 @@ from pathlib import Path
 from ..errors import describe_os_error
 from .files import CheckpointError, read_torch, refuse_pickle
 
-TAG = "last_checkpoint"  # the file that names the last one
-# The names under which detectron2's PeriodicCheckpointer saves. The number is that of the iteration, from 0.
+TAG = "last_checkpoint"  # the file with the name of the last checkpoint
+# The file names of detectron2's PeriodicCheckpointer. The number is that of the iteration, from 0.
 _NAME = re.compile(r"model_(\d{7,}|final)\.pth")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that is whole."""
+    """An intact checkpoint."""
 
     path: Path
     content: dict
-    warnings: tuple[str, ...]  # why it is not simply the one that last_checkpoint names
+    warnings: tuple[str, ...]  # the reasons if it is not the one that last_checkpoint names
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that a training can go on from, by their names: model_final.pth, then from the newest on."""
+    """List the checkpoints that a training can resume from: model_final.pth, then the numbered ones, newest first."""
     names = [(match[1], path) for path in _files(folder) if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(names, key=lambda x: (x[0] == "final", x[0].zfill(20)), reverse=True)]
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether there is anything to resume from; `find_checkpoint` says whether it is whole."""
+    """Return whether there is any checkpoint to resume from, intact or not (see `find_checkpoint`)."""
     return (folder / TAG).is_file() or bool(list_checkpoints(folder))
 
 
 def find_checkpoint(folder: Path) -> Found | None:
-    """Read the checkpoint that last_checkpoint names, or else the newest whole one.
+    """Read the checkpoint that last_checkpoint names, or else the newest intact one.
 
     Returns:
-        None if the folder has no checkpoint at all.
+        The checkpoint; None if the folder has none at all.
 
     Raises:
-        CheckpointError: there are checkpoints, but none of them is whole.
+        CheckpointError: there are checkpoints, but none of them is intact.
     """
     warnings = []
     tagged = _read_tag(folder, warnings)
@@ -63,14 +63,15 @@ def find_checkpoint(folder: Path) -> Found | None:
 
 
 def delete_older(folder: Path, count: int, iteration: int) -> None:
-    """Delete checkpoints of a training, except the newest ones.
+    """Delete all but the newest numbered checkpoints of a training.
 
-    Those stay that the file last_checkpoint names, that have no number (model_final.pth, model_best.pth), or that
-    another training wrote beyond this iteration.
+    Three kinds of checkpoints are never deleted: the one that last_checkpoint names, those without a number
+    (model_final.pth, model_best.pth), and those that another training wrote after a later iteration than this one.
 
     Args:
-        count: of the numbered checkpoints that stay, at least 1.
-        iteration: where the training is.
+        folder: OUTPUT_DIR.
+        count: number of numbered checkpoints to keep, at least 1.
+        iteration: the current iteration.
 
     Raises:
         OSError: a file cannot be deleted.
@@ -84,7 +85,7 @@ def delete_older(folder: Path, count: int, iteration: int) -> None:
 
 
 def _read_tag(folder: Path, warnings: list[str]) -> Path | None:
-    """The file that last_checkpoint names; what is wrong with it is added to `warnings`."""
+    """Return the file that last_checkpoint names, or None; problems with it are added to `warnings`."""
     tag = folder / TAG
     try:
         name = tag.read_text(encoding="utf-8").strip()
@@ -106,7 +107,7 @@ def _read_tag(folder: Path, warnings: list[str]) -> Path | None:
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
-    """As `list_checkpoints`, lazily; a model_final.pth of a shorter, earlier training comes at its place."""
+    """Yield the files of `list_checkpoints`, but with a model_final.pth of an earlier, shorter training last."""
     paths = list_checkpoints(folder)
     final = [path for path in paths if path.name == "model_final.pth"]
     numbered = [path for path in paths if path not in final]
@@ -116,7 +117,7 @@ def _newest_first(folder: Path) -> Iterator[Path]:
             if read_torch(final[0]).get("iteration", newest) < newest:
                 final, numbered = [], [*numbered, *final]
         except (CheckpointError, AttributeError):
-            pass  # `find_checkpoint` says what is wrong with it
+            pass  # `find_checkpoint` reports the problem
     yield from [*final, *numbered]
 
 

@@ -1,15 +1,15 @@
-"""One file that is a whole model: weights, config, class names and pixel format, in a format that cannot hold code.
+"""Model files: weights, config, class names and pixel format in one file, in a format that cannot hold code.
 
-It is a .safetensors file. What is not a tensor is in the header's metadata, a flat dict of texts:
+A model file is a .safetensors file. Everything but the tensors is in the header's metadata, a flat dict of strings:
 
     deqdet.format        "1", the version of this layout
     deqdet.version       the version of deqdet that wrote the file
-    deqdet.config        the config as YAML, without what belongs to one machine or run (LOCAL_KEYS)
+    deqdet.config        the config as YAML, without keys that belong to one machine or run (LOCAL_KEYS)
     deqdet.classes       a JSON list of the class names
-    deqdet.pixel_format  "RGB" or "BGR", the channel order that the model takes
-    deqdet.sha256        a checksum over the tensors (name, type, shape and bytes) and the other metadata
+    deqdet.pixel_format  "RGB" or "BGR", the channel order of the model's input
+    deqdet.sha256        a checksum of the tensors (name, dtype, shape and bytes) and the other metadata
 
-and any notes of whoever wrote it, under keys of their own.
+and any notes of the writer, under other keys.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from ..version import __version__
 from .files import CheckpointError, not_safetensors, write_safetensors
 
 FORMAT = 1
-OURS = "deqdet."  # the metadata's keys that are not notes begin so
+OURS = "deqdet."  # prefix of the metadata keys that are not notes
 PIXEL_FORMATS = ("RGB", "BGR")
-# Properties of one machine or run, not of the model; whoever loads the file gets their defaults.
+# Properties of one machine or run, not of the model; they have their defaults when the file is loaded.
 LOCAL_KEYS = (
     "OUTPUT_DIR",
     "MODEL.WEIGHTS",
@@ -51,9 +51,9 @@ STATISTICS = (".running_mean", ".running_var")  # of BatchNorm; a variance may b
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What a model file holds."""
+    """The contents of a model file."""
 
-    weights: dict[str, Tensor]  # on the CPU; those that were stored as float16 are float32 again
+    weights: dict[str, Tensor]  # on the CPU; weights stored as float16 are converted to float32
     config: str  # YAML
     class_names: tuple[str, ...]
     pixel_format: str  # "RGB" or "BGR"
@@ -70,15 +70,15 @@ def write_model_file(
     half: bool = False,
     notes: Mapping[str, str] = {},
 ) -> None:
-    """Write a model file, whole or not at all.
+    """Write a model file atomically.
 
     Args:
-        path: its name ends in .safetensors.
+        path: must end in .safetensors.
         weights: the model's state dict.
         cfg: the model's config.
         class_names: one for each of the model's classes, in the order of its outputs.
         half: store floating-point tensors, except for BatchNorm's running statistics, as float16.
-        notes: more texts for the header.
+        notes: further strings for the header.
 
     Raises:
         CheckpointError: the file cannot be written, class_names or INPUT.FORMAT do not fit the model, or `half` is
@@ -109,10 +109,10 @@ def write_model_file(
 
 
 def read_model_file(path: str | Path) -> ModelFile:
-    """Read a model file and compare it with its checksum.
+    """Read a model file and verify its checksum.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no safetensors file, it has no config, or a newer
+        CheckpointError: the file is missing, damaged or not a safetensors file, it has no config, or a newer
             version of deqdet wrote it.
     """
     try:
@@ -124,7 +124,7 @@ def read_model_file(path: str | Path) -> ModelFile:
         raise not_safetensors(Path(path), error) from error
     metadata.pop("format", None)  # safetensors' own
     if metadata.pop(f"{OURS}sha256", None) != _checksum(weights, metadata):
-        raise CheckpointError(f"{path} is damaged (its checksum is another one): download or publish it again")
+        raise CheckpointError(f"{path} is damaged (its checksum does not match): download or publish it again")
     try:
         config = metadata.pop(f"{OURS}config")
         class_names = tuple(map(str, json.loads(metadata.pop(f"{OURS}classes"))))
@@ -138,7 +138,7 @@ def read_model_file(path: str | Path) -> ModelFile:
 
 
 def is_model_file(path: str | Path) -> bool:
-    """Whether a file's header is that of a model file; the tensors are not read."""
+    """Return whether a file is a model file according to its header; the tensors are not read."""
     try:
         with safe_open(path, framework="pt") as file:
             return f"{OURS}format" in (file.metadata() or {})
@@ -147,13 +147,14 @@ def is_model_file(path: str | Path) -> bool:
 
 
 def load_model_config(model_file: ModelFile) -> CfgNode:
-    """The model's config, with the defaults for all that belongs to one machine or run; MODEL.WEIGHTS is "".
+    """Return the model's config; keys that belong to one machine or run (LOCAL_KEYS) have their defaults.
 
-    The text is parsed by YAML's safe loader, which builds plain values only; detectron2's own loader would run code
+    The config is parsed by YAML's safe loader, which builds plain values only; detectron2's own loader would run code
     that a tag names.
 
     Raises:
-        CheckpointError: the text is not YAML with plain values, or has a key or value that this version does not know.
+        CheckpointError: the config is not YAML with plain values, or has a key or value that this version does not
+            know.
     """
     source = model_file.source
     try:
@@ -170,14 +171,18 @@ def load_model_config(model_file: ModelFile) -> CfgNode:
         cfg.merge_from_other_cfg(CfgNode(loaded))
     except (AssertionError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the config in {source} has a value that does not fit: {one_line(error)}") from error
-    for key in LOCAL_KEYS:  # a file that another program made may have them nevertheless
+    for key in LOCAL_KEYS:  # which a file by another program may contain
         section, name = _locate(cfg, key)
         section[name] = _locate(defaults, key)[0][name]
     return cfg
 
 
 def check_keys(loaded: Mapping, known: CfgNode, prefix: str, source: str) -> None:
-    """See, at every depth, that the config has each key; sections that take keys of any name excepted."""
+    """Check that the config has each loaded key, at every depth, except in sections that allow any key.
+
+    Raises:
+        CheckpointError: a key is unknown.
+    """
     for key, value in loaded.items():
         if key not in known and not known.is_new_allowed():
             raise CheckpointError(
@@ -189,15 +194,15 @@ def check_keys(loaded: Mapping, known: CfgNode, prefix: str, source: str) -> Non
 
 
 def resolve_file(path_or_url: str) -> Path:
-    """The local file of a path, or of a file on the Hugging Face hub, which is downloaded unless the cache has it.
+    """Return a local path unchanged, or download a file from the Hugging Face hub if it is not in the cache.
 
     Args:
-        path_or_url: a path, which is returned as it is, or hf://OWNER/NAME[@REVISION][/FILE.safetensors]. Without a
-            FILE, it is model.safetensors; it may be in a folder.
+        path_or_url: a path, or hf://OWNER/NAME[@REVISION][/FILE.safetensors]. FILE may include folders; the default is
+            model.safetensors.
 
     Raises:
-        CheckpointError: the name is none of these, the package huggingface_hub is not installed, or the hub does not
-            give the file.
+        CheckpointError: an hf:// name has another form, the package huggingface_hub is not installed, or the file
+            cannot be downloaded.
     """
     if not path_or_url.startswith("hf://"):
         return Path(path_or_url)
@@ -206,7 +211,7 @@ def resolve_file(path_or_url: str) -> Path:
     name, _, revision = repository.partition("@")
     filename = filename or "model.safetensors"
     if not owner or not name or not filename.endswith(".safetensors") or ".." in filename.split("/"):
-        raise CheckpointError(f"{path_or_url} is none of hf://OWNER/NAME[@REVISION][/FILE.safetensors]")
+        raise CheckpointError(f"{path_or_url} is not of the form hf://OWNER/NAME[@REVISION][/FILE.safetensors]")
     try:
         import huggingface_hub
     except ImportError as error:
@@ -215,7 +220,7 @@ def resolve_file(path_or_url: str) -> Path:
         found = huggingface_hub.hf_hub_download(
             repo_id=f"{owner}/{name}", filename=filename, revision=revision or None
         )
-    except Exception as error:  # the package's own errors, those of its HTTP library, and the operating system's
+    except Exception as error:  # of the package, its HTTP library or the operating system
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"{path_or_url} cannot be downloaded ({reason})") from error
     return Path(found)
@@ -234,7 +239,7 @@ def _check_format(path: str | Path, metadata: Mapping[str, str]) -> None:
 
 
 def _portable_config(cfg: CfgNode) -> str:
-    """The config as YAML without LOCAL_KEYS."""
+    """Return the config as YAML, without LOCAL_KEYS."""
     plain = yaml.safe_load(cfg.dump())
     for key in LOCAL_KEYS:
         section, name = _locate(plain, key)
@@ -243,7 +248,7 @@ def _portable_config(cfg: CfgNode) -> str:
 
 
 def _locate(config: dict, key: str) -> tuple[dict, str]:
-    """The section that has a dotted key, and the key's last part."""
+    """Return the section that contains a dotted key, and the key's last part."""
     *sections, name = key.split(".")
     for section in sections:
         config = config[section]
@@ -261,7 +266,7 @@ def _to_half(name: str, value: Tensor) -> Tensor:
 
 
 def _checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of all that a model file holds."""
+    """Compute the SHA-256 of the contents of a model file."""
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name in sorted(weights):
         value = weights[name].detach().cpu().contiguous()

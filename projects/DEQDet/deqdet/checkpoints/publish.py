@@ -1,4 +1,4 @@
-"""From a training's checkpoint to a model file."""
+"""Makes a model file from a training's checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,17 +24,17 @@ def publish_checkpoint(
     weights: str = "auto",
     half: bool = False,
 ) -> str:
-    """Make a model file of a .pth or .safetensors checkpoint of ours, and return a sentence that says what was written.
+    """Make a model file from one of our .pth or .safetensors checkpoints, and return a sentence about the result.
 
     Args:
         checkpoint: a file, or an hf:// name (see `resolve_file`).
         output, class_names, half: see `write_model_file`.
         cfg: the config that the checkpoint was trained with.
-        weights: "ema" for the moving average of the weights, which some trainings keep, "raw" for the weights
-            themselves, or "auto" for the average where there is one.
+        weights: "ema" for the moving average of the weights, "raw" for the weights themselves, or "auto" for the
+            average if the checkpoint has one.
 
     Raises:
-        CheckpointError: a file cannot be read or written, there is no such average, or the weights are not those of the
+        CheckpointError: a file cannot be read or written, there is no such average, or the weights do not fit the
             config's model; names the weights that are missing, unknown or of a wrong shape.
     """
     if weights not in CHOICES:
@@ -55,7 +55,7 @@ def publish_checkpoint(
 
 
 def _read_weights(path: Path, choice: str, model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """The chosen weights, and which they are: "raw" or "ema"."""
+    """Return the chosen weights, and "raw" or "ema"."""
     loaded = {"model": read_model_file(path).weights} if is_model_file(path) else read_file(path)
     average = loaded.get(AVERAGE)
     if choice == AVERAGE and average is None:
@@ -64,7 +64,7 @@ def _read_weights(path: Path, choice: str, model: nn.Module) -> tuple[dict[str, 
     if choice == "raw" or average is None:
         return raw.weights, "raw"
     check_weights(path, average, [AVERAGE])
-    # An average of the parameters alone goes with the raw buffers, such as BatchNorm's statistics.
+    # An average may cover the parameters only; then the buffers, such as BatchNorm's statistics, are the raw ones.
     parameters = {name for name, _ in model.named_parameters()}
     buffers = {name: value for name, value in raw.weights.items() if name not in parameters}
     return buffers | dict(average), AVERAGE
@@ -73,10 +73,11 @@ def _read_weights(path: Path, choice: str, model: nn.Module) -> tuple[dict[str, 
 def check_complete(
     path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weights in the model's order, once they are known to be all of the model's.
+    """Check that the weights are those of the model, and return them in the model's order.
 
     Args:
-        path: where the weights come from, for the error.
+        path: where the weights come from, for the message.
+        weights: the weights by name.
         expected: the model's own state dict.
 
     Raises:

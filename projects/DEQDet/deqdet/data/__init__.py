@@ -1,4 +1,4 @@
-"""Data sets: their check, their registration, the generated shapes, and what the model gets to see of them."""
+"""Data sets: checks, registration, generated shapes, augmentation, data loaders and COCO evaluation."""
 
 from .annotations import BOX_FORMATS
 from .augmentation import build_augmentation

@@ -1,4 +1,4 @@
-"""Reads the boxes of a COCO-format file: what can be repaired is repaired, and what cannot is named.
+"""Reads the boxes of a COCO-format file, repairs faults where possible, and reports all others.
 
 Boxes are (x, y, width, height) in pixels, as COCO defines, unless DATASETS.BOX_FORMAT says otherwise.
 """
@@ -14,26 +14,26 @@ from .coco_file import LARGEST_ID, SOURCE, Category, ImageRecord, look_up, read_
 from .findings import BROKEN, REMARK, REPAIRED, Findings
 
 BOX_FORMATS = ("check", "xywh", "xyxy", "xywh_relative", "xyxy_relative")
-_SMALLEST_SIDE = 1e-3  # pixels: narrower boxes have no area in float32 coordinates of an image of usual size
-_TOLERANCE = 1.0  # pixels that a box may leave its image, by rounding, before it is cut
+_SMALLEST_SIDE = 1e-3  # pixels: narrower boxes may have zero area in float32 coordinates of an ordinary image
+_TOLERANCE = 1.0  # pixels that a box may extend beyond its image, by rounding, before it is clipped
 _LARGEST_AREA = 1e10  # square pixels: COCO's evaluation ignores larger objects
-_LEFT_OUT = "correct the file, or set DATASETS.SKIP_BROKEN True to leave such things out"
+_LEFT_OUT = "correct the file, or set DATASETS.SKIP_BROKEN True to leave such annotations out"
 _RENUMBERED = "the annotations are renumbered within the run"
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """The usable boxes of a file; row i of each array is one of them."""
+    """The usable boxes of a file; row i of each array belongs to box i."""
 
-    records: list[dict]  # of the file
-    image: np.ndarray  # (n,) int64, indices of the list of images
-    category: np.ndarray  # (n,) int64, indices of the list of categories
+    records: list[dict]  # the n annotations, as in the file
+    image: np.ndarray  # (n,) int64, indices into the list of images
+    category: np.ndarray  # (n,) int64, indices into the list of categories
     xywh: np.ndarray  # (n, 4) float64, pixels
     area: np.ndarray  # (n,) float64, square pixels
     crowd: np.ndarray  # (n,) bool
 
     def select(self, rows: np.ndarray) -> "Boxes":
-        """The boxes of some rows, a mask (n,)."""
+        """Return the boxes that a mask (n,) selects."""
         records = [self.records[i] for i in np.flatnonzero(rows)]
         return Boxes(
             records, self.image[rows], self.category[rows], self.xywh[rows], self.area[rows], self.crowd[rows]
@@ -53,12 +53,15 @@ def read_boxes(
     """Read and check every annotation.
 
     Args:
-        sizes: (number of images, 2) width and height of the images in pixels, 0 where they are unknown.
-        findings: takes what is wrong; annotations with a fault of the level BROKEN are left out of the result.
+        where: what to call the file in messages.
+        annotations: the list "annotations" of the file.
+        images, categories: those of the file.
+        sizes: (number of images, 2) width and height of the images in pixels, 0 if unknown.
+        findings: collects the faults; annotations with a fault of the level BROKEN are left out of the result.
         box_format: one of BOX_FORMATS.
 
     Raises:
-        UserError: the boxes of the file as a whole look like another format.
+        UserError: the boxes as a whole seem to be in another format.
     """
     columns = _read_records(annotations, images, categories, findings)
     numbers = np.array([columns.numbers]).reshape(-1, 4).astype(np.float64)
@@ -82,11 +85,11 @@ def read_boxes(
 
 
 def name_annotation(record: Mapping, image: ImageRecord | None = None, index: int | None = None) -> str:
-    """What to call an annotation in messages: where the user finds it, which may be a label file that was converted.
+    """Name an annotation in messages so that the user can find it, possibly in a label file that was converted.
 
     Args:
-        image: the annotation's; None if it is unknown.
-        index: of the annotation in the file, by which one without an id is called.
+        image: the annotation's image; None if it is unknown.
+        index: position in the file, which names an annotation without an id.
     """
     if image is not None and image.source and SOURCE in record:
         return f"{record[SOURCE]} of {image.source} (image {image.file_name})"
@@ -105,12 +108,12 @@ def to_xywh(numbers: np.ndarray, extent: np.ndarray, box_format: str) -> np.ndar
 
 
 def refuse_other_formats(where: str, numbers: np.ndarray, extent: np.ndarray) -> None:
-    """Raise a UserError where the boxes (n, 4) look like corners (x1, y1, x2, y2) or like fractions of the image.
+    """Raise a UserError if the boxes (n, 4) look like corners (x1, y1, x2, y2) or like fractions of the image.
 
-    Fractions: no number is above 1, although the images have more than 8 pixels; no box of pixels is so small that
-    this could be chance. Corners: a fifth of the boxes or more leave their images when read as (x, y, width, height),
-    whereas 99 in 100 lie within them when read as corners. A box drawn at random within an image leaves it, if its
-    corners are taken for width and height, in most cases.
+    Fractions: no number is above 1, although the images have more than 8 pixels per side; a file of boxes in pixels is
+    never like that by chance. Corners: at least a fifth of the boxes leave their images if read as (x, y, width,
+    height), whereas 99 in 100 lie within them if read as corners. If corners are mistaken for width and height, most
+    random boxes leave their images.
     """
     known = (extent > 8).all(1) & np.isfinite(numbers).all(1)
     numbers, extent = numbers[known], extent[known]
@@ -119,7 +122,7 @@ def refuse_other_formats(where: str, numbers: np.ndarray, extent: np.ndarray) ->
         return
     if numbers.max() <= 1 + 1e-6 and numbers.min() >= 0:
         raise UserError(
-            f"{where}: none of the numbers of {count} boxes is above 1, so they are surely fractions of the image, not "
+            f"{where}: none of the numbers of {count} boxes is above 1, so they must be fractions of the image, not "
             "pixels: set DATASETS.BOX_FORMAT xywh_relative (x, y, width, height) or xyxy_relative (two corners)"
         )
     far = numbers[:, :2] + numbers[:, 2:]
@@ -138,8 +141,8 @@ class _Columns:
     records: list[dict]
     image: list[int]
     category: list[int]
-    numbers: list[list[float]]  # the four of "bbox"
-    area: list[float]  # NaN where it is to be that of the box
+    numbers: list[list[float]]  # the four numbers of "bbox"
+    area: list[float]  # NaN if the area of the box is to be used
     crowd: list[bool]
 
 
@@ -151,7 +154,7 @@ def _read_records(
     columns, seen = _Columns([], [], [], [], [], []), set()
     for index, record in enumerate(annotations):
         if not isinstance(record, dict):
-            findings.add(BROKEN, "no record", f"annotation number {index}", "is no record with keys", _LEFT_OUT)
+            findings.add(BROKEN, "no record", f"annotation number {index}", "is not a JSON object", _LEFT_OUT)
             continue
         name = name_annotation(record, index=index)
         missing = [key for key in ("image_id", "category_id", "bbox") if key not in record]
@@ -190,7 +193,7 @@ def _read_records(
 
 
 def _read_box(name: str, given: object, findings: Findings) -> list[float] | None:
-    """The four numbers of a box; None, and a finding, where there are none."""
+    """Return the four numbers of a box; None, with a finding, if there are no four numbers."""
     numbers = [read_number(value) for value in given] if isinstance(given, list) and len(given) == 4 else [None]
     if None in numbers:
         shown = repr(given) if len(repr(given)) < 100 else repr(given)[:97] + "..."
@@ -203,7 +206,7 @@ def _read_box(name: str, given: object, findings: Findings) -> list[float] | Non
 
 
 def _read_crowd(name: str, record: Mapping, findings: Findings) -> bool | None:
-    """Whether an annotation marks a crowd; None, and a finding, where its "iscrowd" cannot be understood."""
+    """Return whether an annotation is a crowd; None, with a finding, if its "iscrowd" cannot be interpreted."""
     given = record.get("iscrowd")
     if type(given) is int and given in (0, 1):
         return bool(given)
@@ -221,7 +224,7 @@ def _read_crowd(name: str, record: Mapping, findings: Findings) -> bool | None:
 
 
 def _read_area(name: str, record: Mapping, findings: Findings) -> float:
-    """The area in square pixels; NaN, and a finding, where the box's own stands in for it."""
+    """Return the area in square pixels; NaN, with a finding, if it is missing or invalid."""
     given = record.get("area")
     value = read_number(given)
     if value is not None and 0 <= value <= _LARGEST_AREA:
@@ -229,12 +232,12 @@ def _read_area(name: str, record: Mapping, findings: Findings) -> float:
             findings.add(REPAIRED, "area in text", name, f"has area {given!r}, as text", "it is read as a number")
         return value
     words = f"has area {given!r}" if "area" in record else "has no area"
-    findings.add(REPAIRED, "area", name, words, "the area of its box stands in for it")
+    findings.add(REPAIRED, "area", name, words, "the area of its box is used instead")
     return math.nan
 
 
 def _check_id(name: str, record: Mapping, seen: set, findings: Findings) -> None:
-    """Note an id that pycocotools cannot use: to it 0 means "no match", and of two equal ids only one is found."""
+    """Note an id that pycocotools cannot use: it reads 0 as "no match", and finds only one of two equal ids."""
     given = record.get("id")
     if type(given) is not int or not 0 < given < LARGEST_ID:
         words = "has no id" if "id" not in record else f"has id {given!r}, which pycocotools cannot use"
@@ -246,19 +249,19 @@ def _check_id(name: str, record: Mapping, seen: set, findings: Findings) -> None
 
 
 def _check_segmentation(name: str, given: object, findings: Findings) -> None:
-    """Note an outline that is none; a detector of boxes reads no outlines, so that the box is used all the same."""
+    """Note an invalid segmentation; its box is used all the same, since only boxes are detected."""
     if given is None or given == [] or isinstance(given, dict):
         return
     if isinstance(given, list) and all(
         isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in given
     ):
         return
-    words = "has a segmentation that is no list of polygons with 3 points or more"
+    words = "has a segmentation that is not a list of polygons with at least 3 points"
     findings.add(REMARK, "segmentation", name, words, "only the box is used")
 
 
 def _check_geometry(boxes: Boxes, extent: np.ndarray, images: Sequence[ImageRecord], findings: Findings) -> Boxes:
-    """Leave out boxes that are no boxes or lie outside their image, and cut those that leave it."""
+    """Leave out boxes that are invalid or lie outside their image, and clip those that extend beyond it."""
     xywh, known = boxes.xywh, (extent > 0).all(1)
     low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
 
@@ -273,7 +276,7 @@ def _check_geometry(boxes: Boxes, extent: np.ndarray, images: Sequence[ImageReco
 
     negative = (xywh[:, 2:] < 0).any(1)
     note(negative, BROKEN, "negative side", "whose width or height is negative", _LEFT_OUT)
-    # Twice the image's size to any side is no inaccuracy; 1e30 is such a number.
+    # Beyond twice the image's size on any side, a coordinate such as 1e30 is an error, not an inaccuracy.
     huge = known & ~negative & ((low < -2 * extent) | (high > 3 * extent)).any(1)
     note(huge, BROKEN, "far outside", "which reaches far beyond its image of {size}", _LEFT_OUT)
     flat = ~negative & ~huge & (xywh[:, 2:] < _SMALLEST_SIDE).any(1)
@@ -294,7 +297,7 @@ def _check_geometry(boxes: Boxes, extent: np.ndarray, images: Sequence[ImageReco
 
 
 def read_number(value: object) -> float | None:
-    """A finite number, also one given as text; None for anything else."""
+    """Return a finite number, which may be given as text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -10,13 +10,13 @@ def build_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
     A crop may leave an image without boxes, which training allows.
 
     Raises:
-        ValueError: the policy or the flip is unknown, or INPUT.CROP, in place of which the policies stand, is on.
+        ValueError: the policy or the flip is unknown, or INPUT.CROP is enabled, which the policies replace.
     """
     if cfg.INPUT.CROP.ENABLED:
         raise ValueError("INPUT.CROP.ENABLED must be False: use INPUT.AUGMENTATION and INPUT.DETR_CROP")
     left_right, up_down = T.RandomFlip(), T.RandomFlip(horizontal=False, vertical=True)
     flips = {"none": [], "horizontal": [left_right], "vertical": [up_down], "both": [left_right, up_down]}
-    # As in DETR: half of the images are resized and cropped before the resize that all images get.
+    # As in DETR, half of the images are resized and cropped before the final resize.
     crop = [
         T.ResizeShortestEdge(cfg.INPUT.DETR_CROP.RESIZE, sample_style="choice"),
         T.RandomCrop("absolute_range", cfg.INPUT.DETR_CROP.SIZE),

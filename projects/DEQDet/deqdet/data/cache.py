@@ -1,7 +1,7 @@
-"""The folder in which checks of data sets are remembered, and its files.
+"""The folder that caches the results of data set checks.
 
-It is $DETECTRON2_DATASETS/.cache/deqdet where that variable names a folder that can be written to; else
-$FVCORE_CACHE/deqdet, by default ~/.torch/fvcore_cache/deqdet; else a folder for temporary files. Deleting it is safe.
+It is the first of these that is writable: $DETECTRON2_DATASETS/.cache/deqdet if that variable names a folder;
+$FVCORE_CACHE/deqdet, by default ~/.torch/fvcore_cache/deqdet; a folder for temporary files. It is safe to delete.
 """
 
 import getpass
@@ -16,10 +16,10 @@ from ..errors import UserError, describe_os_error
 
 
 def find_cache() -> Path:
-    """The cache folder, which is made if need be.
+    """Return the cache folder, and create it if necessary.
 
     Raises:
-        UserError: none of the places can be written to.
+        UserError: none of the candidates is writable.
     """
     datasets = os.getenv("DETECTRON2_DATASETS")
     places = [Path(datasets, ".cache", "deqdet")] if datasets and os.path.isdir(datasets) else []
@@ -35,7 +35,7 @@ def find_cache() -> Path:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file whole or not at all, so that other processes never read a part of it.
+    """Write a JSON file atomically, so that other processes never read an incomplete one.
 
     Raises:
         UserError: the file cannot be written.
@@ -45,7 +45,7 @@ def write_json(path: Path, content: object) -> None:
             try:
                 json.dump(content, file)
                 file.close()
-                os.chmod(file.name, 0o644)  # others may share the folder
+                os.chmod(file.name, 0o644)  # other users may share the folder
                 os.replace(file.name, path)
             except BaseException:
                 os.unlink(file.name)
@@ -57,7 +57,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """A file of the cache; None if it is not there or damaged."""
+    """Read a JSON file in the cache; None if it is missing or damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -68,5 +68,5 @@ def read_json(path: Path) -> dict | None:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a user without a name, as in containers
         return str(os.getuid())

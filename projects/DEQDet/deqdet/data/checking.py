@@ -1,10 +1,9 @@
-"""Checks a data set in COCO's format before the first iteration, and writes a copy of its file where something is put
-right; the file itself is never touched.
+"""Checks a data set in COCO's format before the first iteration. Repairs go into a copy of the annotation file.
 
     checked = check_coco_file("my set", "train.json", "images", CheckOptions())
 
-Training, evaluation and deqdet-check-data all use this one function. Its result is remembered (see cache.py) for as
-long as the file's contents, the options, and the size and time of modification of every image stay the same.
+Training, evaluation and deqdet-check-data all use this function. Its result is cached (see cache.py) for as long as the
+file's contents, the options, and the size and modification time of every image stay the same.
 """
 
 import hashlib
@@ -33,29 +32,29 @@ _SKIP = "replace the image or correct the file, or set DATASETS.SKIP_BROKEN True
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What a check is to accept, from the config's keys of the same names."""
+    """What a check accepts; see the config keys of the same names."""
 
-    skip_broken: bool = False  # leave out images and annotations that cannot be used, instead of refusing the set
+    skip_broken: bool = False  # leave out unusable images and annotations instead of refusing the set
     allow_outside_root: bool = False
     max_image_pixels: int = 100_000_000
     box_format: str = "check"  # one of annotations.BOX_FORMATS
-    num_queries: int = 0  # boxes that an image may have before a remark; 0: any number
-    check_images: bool = True  # False: only the annotation file, for images that this package has drawn
-    trained: bool = False  # the set is trained on: it needs boxes
-    unlabelled_allowed: bool = True  # a file without annotations is accepted: predictions are written, no AP
+    num_queries: int = 0  # remark on images with more boxes than this; 0: no limit
+    check_images: bool = True  # False: check only the annotation file, since this package has drawn the images
+    trained: bool = False  # the set is for training, so it needs boxes
+    unlabelled_allowed: bool = True  # accept a file without annotations, for predictions without AP
 
 
 @dataclass(frozen=True)
 class CheckedSet:
-    """A data set that can be used."""
+    """A data set that passed the check."""
 
-    json_file: str  # the file itself, or the copy in which things are repaired
+    json_file: str  # the file itself, or the repaired copy
     category_ids: tuple[int, ...]  # in json_file, ascending, which is the model's order
     class_names: tuple[str, ...]  # in the model's order
-    labelled: bool  # False: it can be predicted, but not evaluated
+    labelled: bool  # False: without labels, so there is no AP
     findings: tuple[Finding, ...]
     report: Report
-    fingerprints: dict[str, str]  # of the usable images by path, see `ImageHeader`; empty if images are not checked
+    fingerprints: dict[str, str]  # of the usable images by path (see `ImageHeader`); empty if images are not checked
     from_cache: bool = False
 
 
@@ -72,10 +71,12 @@ def check_coco_file(
 
     Args:
         where: what to call the file in messages.
+        json_file: the annotation file.
         image_root: the folder of the images.
-        class_names: the model's classes in their order, to which the file's are matched by name; empty: the file's own
-            order, by id.
-        model: where the model's classes are from, for messages.
+        options: what to accept.
+        class_names: the model's classes in order; the file's classes are matched to them by name. Empty: the file's
+            own classes, ordered by id.
+        model: where the model's classes come from, for messages.
 
     Raises:
         UserError: the set cannot be used. The message names the image or annotation and says what to do.
@@ -84,7 +85,7 @@ def check_coco_file(
     cache = find_cache()
     root = os.path.abspath(image_root)
     key = _digest(_VERSION, content, root)
-    # Of several processes at once, one checks, and the others then find its result.
+    # If several processes get here at once, one of them checks, and the others find its result.
     with file_lock(str(cache / f"{key}.check")) if options.check_images else nullcontext():
         result_file = cache / f"{key[:32]}-{_digest(asdict(options), list(class_names), image_root)[:16]}.json"
         result = _remembered(result_file, json_file)
@@ -95,7 +96,7 @@ def check_coco_file(
 
 
 class _Check:
-    """One run of the check: its steps share the place for messages, the options and the findings."""
+    """One run of the check: the state that its steps share."""
 
     def __init__(self, where: str, image_root: str, options: CheckOptions, headers_file: Path):
         self.where, self.image_root, self.options = where, image_root, options
@@ -104,7 +105,7 @@ class _Check:
     def run(
         self, json_file: str, content: bytes, result_file: Path, class_names: list[str], model: str
     ) -> CheckedSet:
-        """All steps in turn; see check_coco_file."""
+        """Run all steps (see check_coco_file)."""
         options = self.options
         if not os.path.isdir(self.image_root):
             raise UserError(
@@ -155,7 +156,7 @@ class _Check:
     def _check_images(
         self, images: Sequence[ImageRecord]
     ) -> tuple[list[Stamp], list[ImageHeader], np.ndarray, np.ndarray]:
-        """The image files' stamps and headers, which images are usable (n,), and their width and height (n, 2)."""
+        """Return the n image files' stamps and headers, a mask of usable images (n,), and widths and heights (n, 2)."""
         sizes = np.array([(image.width or 0, image.height or 0) for image in images], dtype=np.int64)
         usable = np.ones(len(images), dtype=bool)
         if not self.options.check_images:
@@ -172,7 +173,7 @@ class _Check:
         )
         if all(header.problem.startswith(MISSING) for header in headers):
             raise UserError(
-                f"{self.where}: none of its {len(images)} images is there, the first one would be {paths[0]}: correct "
+                f"{self.where}: none of its {len(images)} images exists, the first one would be {paths[0]}: correct "
                 "the image root"
             )
         for i, (image, header) in enumerate(zip(images, headers, strict=True)):
@@ -184,7 +185,7 @@ class _Check:
         return stamps, headers, usable, sizes
 
     def _find_fault(self, image: ImageRecord, header: ImageHeader) -> tuple[str, str, str] | None:
-        """Why an image cannot be used: the kind of the finding, the image's name, and words; None if it can."""
+        """Return the kind, name and words of a finding if an image cannot be used; None if it can."""
         name = image.title
         if header.problem:
             return header.problem.split(":")[0], name, header.problem
@@ -203,7 +204,7 @@ class _Check:
                 if header.orientation >= 5
                 else "most likely its EXIF orientation was removed or applied"
             )
-            words += f" (width and height are exchanged: {cause}, so that the boxes may be those of the turned image)"
+            words += f" (width and height are exchanged: {cause}, so the boxes may be those of the turned image)"
         return "other size", name, words
 
     def _note_crowded_images(self, boxes: Boxes, images: Sequence[ImageRecord]) -> None:
@@ -226,7 +227,7 @@ class _Check:
             raise UserError(f"{self.where}: none of its {len(usable)} images can be used: {broken[0].facts()}")
 
     def _check_labels(self, boxes: Boxes, labelled: bool) -> bool:
-        """Whether the set can be evaluated.
+        """Return whether the set can be evaluated.
 
         Raises:
             UserError: there is no box to train on.
@@ -236,7 +237,7 @@ class _Check:
         if self.options.trained:
             raise UserError(f"{self.where} has no box to train on: give a file with annotations")
         words = "has no box" if labelled else "has no annotations"
-        self.findings.add(REMARK, "unlabelled", "the file", words, "predictions are written to a file, but no AP")
+        self.findings.add(REMARK, "unlabelled", "the file", words, "predictions are written, but no AP is computed")
         return False
 
 
@@ -245,20 +246,21 @@ def compare_classes(where: str, names: Sequence[str], class_names: Sequence[str]
 
     Args:
         where: what to call the data set in messages.
-        class_names: the model's, in its order; empty: the data set's own.
-        model: where these are from, for messages.
+        names: the data set's class names.
+        class_names: the model's class names, in order; empty: those of the data set.
+        model: where the model's classes come from, for messages.
 
     Returns:
-        For each of the model's classes its index in `names`.
+        The index in `names` of each of the model's classes.
 
     Raises:
-        UserError: the names are not the same.
+        UserError: the two sets of names differ.
     """
     if not class_names:
         return list(range(len(names)))
     lacks, foreign = [n for n in class_names if n not in names], [n for n in names if n not in class_names]
     if lacks or foreign:
-        parts = [f"it lacks {_shorten(lacks)}"] * bool(lacks) + [f"only it has {_shorten(foreign)}"] * bool(foreign)
+        parts = [f"it lacks {_shorten(lacks)}"] * bool(lacks) + [f"it alone has {_shorten(foreign)}"] * bool(foreign)
         alike = {n.strip().casefold() for n in lacks} == {n.strip().casefold() for n in foreign}
         hint = " (they differ only in spaces or capital letters)" if alike else ""
         raise UserError(
@@ -281,13 +283,13 @@ def _normalized(
     order: Sequence[int],
     boxes: Boxes | None,
 ) -> dict:
-    """The file's contents as pycocotools and detectron2 can read them, without what is left out.
+    """Return the usable contents of the file in a form that pycocotools and detectron2 can read.
 
-    An id stays where it can. Where ids of a kind are numbered anew, each record keeps its own as "original_id". The
-    categories are numbered in the model's order, since detectron2 takes the order of the ids for that of the classes.
+    Ids are kept if possible. If the ids of images, categories or annotations must be renumbered, each record keeps its
+    own as "original_id". Category ids follow the model's order, since detectron2 orders classes by id.
 
     Args:
-        boxes: None for a file without labels.
+        boxes: the usable boxes; None for a file without labels.
     """
     image_ids = _number([image.id for image in images])
     in_order = list(order) == sorted(order)
@@ -331,7 +333,7 @@ def _normalized(
 
 
 def _number(ids: Sequence[object], *, keep: bool = True, lowest: int = -LARGEST_ID) -> list[int]:
-    """The ids themselves where all are whole numbers, different and not below `lowest`; else 1, 2, ..."""
+    """Return the ids themselves if all are distinct integers and none is below `lowest`; else 1, 2, ..."""
     plain = all(type(number) is int and lowest <= number < LARGEST_ID for number in ids)
     return list(ids) if keep and plain and len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))
 
@@ -348,11 +350,11 @@ def _remember(
 
 
 def _remembered(path: Path, json_file: str) -> CheckedSet | None:
-    """The result of an earlier check of the same contents; None if there is none, or an image has changed since.
+    """Return the result of an earlier check of the same contents; None if there is none, or an image has changed since.
 
     Args:
-        json_file: the file that has these contents now. The file of the earlier check may lie elsewhere, and may have
-            other contents by now.
+        path: the cached result.
+        json_file: the file that has these contents now. The earlier file may be elsewhere, and may have changed.
     """
     known = read_json(path)
     if known is None:
@@ -371,13 +373,13 @@ def _remembered(path: Path, json_file: str) -> CheckedSet | None:
 
 
 def _load_headers(path: Path) -> dict[str, tuple[Stamp, ImageHeader]]:
-    """The headers that an earlier check read, by path."""
+    """Return the headers that an earlier check read, by path."""
     known = read_json(path) or {}
     return {name: (Stamp(*row[:2]), ImageHeader(*row[2:])) for name, row in known.items()}
 
 
 def _digest(*parts: object) -> str:
-    """A hexadecimal name, the same for the same contents."""
+    """Return a hexadecimal digest of the parts."""
     state = hashlib.sha256()
     for part in parts:
         state.update(hashlib.sha256(part if isinstance(part, bytes) else json.dumps(part).encode()).digest())

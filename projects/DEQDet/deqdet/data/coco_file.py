@@ -1,4 +1,4 @@
-"""Reads the categories and images of a COCO-format file, whatever its encoding and the type of its ids."""
+"""Reads the categories and images of a COCO-format file, in any encoding and with ids of any type."""
 
 import json
 import os
@@ -11,16 +11,16 @@ from detectron2.utils.file_io import PathManager
 from ..errors import UserError, describe_os_error, one_line
 from .findings import REMARK, REPAIRED, Findings
 
-# The key by which a reader of another format than COCO's says where it has read a record: for an image the path of its
-# label file, for an annotation the place in that file, such as "line 3". Other programs ignore it.
+# The key under which a reader of another format stores where a record comes from: for an image the path of its label
+# file, for an annotation the place in that file, such as "line 3". Other programs ignore it.
 SOURCE = "deqdet_source"
-LARGEST_ID = 2**53  # beyond it, numpy's float64 columns in pycocotools no longer tell two ids apart
-_RENUMBERED = "numbers stand for these ids within the run"
+LARGEST_ID = 2**53  # beyond it, two ids may be equal in the float64 columns of pycocotools
+_RENUMBERED = "these ids are replaced by numbers within the run"
 
 
 @dataclass(frozen=True)
 class Category:
-    """A class as the file lists it."""
+    """A class in the file."""
 
     id: int | str
     name: str
@@ -28,42 +28,42 @@ class Category:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image as the file lists it."""
+    """An image in the file."""
 
     id: int | str
     file_name: str  # relative to the image root
-    width: int | None  # pixels; None where the file does not say
+    width: int | None  # pixels; None if the file does not say
     height: int | None
     path: str
-    source: str = ""  # the label file from which the record was made; "" for a record of the user's own COCO file
+    source: str = ""  # the label file that the record was made from; "" for a record in the user's own COCO file
 
     @property
     def title(self) -> str:
-        """What to call the image in messages."""
+        """The image's name in messages."""
         return f"image {self.file_name}" + (f" (labels in {self.source})" if self.source else "")
 
 
 def locate(where: str, json_file: str) -> str:
-    """The local path of an annotation file, which is seen to be a plain file and not opened.
+    """Return the local path of an annotation file, after a check that it is a regular file. It is not opened.
 
     Raises:
-        UserError: it is missing or no plain file.
+        UserError: it is missing or not a regular file.
     """
     try:
         path = PathManager.get_local_path(json_file)
         plain = stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
         raise _unreadable(where, error) from error
-    if not plain:  # to open a FIFO would wait for ever
+    if not plain:  # opening a FIFO would block forever
         raise UserError(f"{where} is a folder or a pipe: give the path of a COCO-format file")
     return path
 
 
 def read_bytes(where: str, json_file: str) -> bytes:
-    """The contents of an annotation file.
+    """Read the contents of an annotation file.
 
     Raises:
-        UserError: it is missing, no plain file, or cannot be read.
+        UserError: it is missing, not a regular file, or cannot be read.
     """
     path = locate(where, json_file)
     try:
@@ -77,10 +77,13 @@ def parse(where: str, content: bytes, findings: Findings, *, annotated: bool) ->
     """Parse an annotation file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
     Args:
-        annotated: the list "annotations" is needed.
+        where: what to call the file in messages.
+        content: the contents of the file.
+        findings: collects the repairs.
+        annotated: the list "annotations" is required.
 
     Raises:
-        UserError: it is no JSON, or lacks a list that a COCO-format file has.
+        UserError: the file is not JSON, or lacks a list that a COCO-format file must have.
     """
     try:
         encoding = json.detect_encoding(content)
@@ -98,7 +101,7 @@ def parse(where: str, content: bytes, findings: Findings, *, annotated: bool) ->
     if encoding != "utf-8":
         shown = {"utf-8-sig": "UTF-8 with a byte order mark"}.get(encoding, encoding.upper())
         findings.add(REPAIRED, "encoding", "the file", f"is in {shown}", "it is read as such")
-    # pycocotools 2.0.10 copies "info" without asking whether it is there.
+    # pycocotools 2.0.10 copies "info" without checking that it exists.
     if not isinstance(whole.get("info"), dict):
         words = "has no info, which some versions of pycocotools need"
         findings.add(REPAIRED, "no info", "the file", words, "it is added, empty")
@@ -106,7 +109,7 @@ def parse(where: str, content: bytes, findings: Findings, *, annotated: bool) ->
 
 
 def read_categories(where: str, whole: dict, findings: Findings) -> list[Category]:
-    """The categories in the order of their ids, or in the file's order where an id is a string.
+    """Return the categories ordered by id, or in the file's order if any id is a string.
 
     Raises:
         UserError: there are none, one is incomplete, or two have the same id or the same name.
@@ -137,7 +140,7 @@ def read_categories(where: str, whole: dict, findings: Findings) -> list[Categor
 def read_images(
     where: str, whole: dict, image_root: str, findings: Findings, *, allow_outside_root: bool
 ) -> list[ImageRecord]:
-    """The images in the file's order.
+    """Return the images in the file's order.
 
     Raises:
         UserError: there are none, one is incomplete or lies outside the image root, or two have the same id.
@@ -173,12 +176,12 @@ def read_images(
 
 
 def lies_below(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    """Whether a path leads into a folder once each ".." in it is resolved; links are taken for what they say."""
+    """Return whether a path leads into a folder once each ".." is resolved; symbolic links are not followed."""
     return os.path.abspath(path).startswith(os.path.abspath(folder).rstrip(os.sep) + os.sep)
 
 
 def read_id(value: object) -> int | str | None:
-    """An id as it is compared: 3.0 is 3; None where the value can be no id."""
+    """Normalise an id for comparison: 3.0 becomes 3; None if the value cannot be an id."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | str):
@@ -187,7 +190,7 @@ def read_id(value: object) -> int | str | None:
 
 
 def look_up(value: object, table: Mapping[int | str, int]) -> int | None:
-    """The index of the record that a reference names, where 7 and "7" name each other if need be; None if unknown."""
+    """Return the index of the record that a reference names, or None; 7 and "7" match if there is no exact match."""
     key = read_id(value)
     if key in table:
         return table[key]
@@ -208,12 +211,12 @@ def _note_id(findings: Findings, name: str, given: object, number: int | str) ->
         words = f"has the text {given!r} as its id, with which pycocotools cannot work"
         findings.add(REPAIRED, f"text id of {name.split()[0]}", name, words, _RENUMBERED)
     elif isinstance(given, float) or not -LARGEST_ID < number < LARGEST_ID:
-        words = f"has id {given!r}, which is no whole number of usual size"
+        words = f"has id {given!r}, which is not a whole number of usual size"
         findings.add(REPAIRED, f"odd id of {name.split()[0]}", name, words, _RENUMBERED)
 
 
 def _read_side(findings: Findings, name: str, key: str, value: object) -> int | None:
-    """A width or height; text such as "640" is read as a number. What is no number is later taken from the image."""
+    """Read a width or height, also from text such as "640"; None if it must be taken from the image file later."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     try:

@@ -1,4 +1,4 @@
-"""A picture of some images of a data set with their boxes drawn, to see at a glance whether the boxes fit."""
+"""Draws contact sheets: images of a data set with their boxes, to see at a glance whether the boxes fit."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,18 +17,19 @@ from .train_loader import build_train_loader
 _TILE, _GAP = 320, 4  # pixels: the longer side of an image, and between images
 _COLUMNS = 4
 _LINE, _FONT_SIZE = 24, 15  # pixels: of the legend
-_FEW_BOXES, _FEW_CLASSES = 8, 12  # with more boxes in an image their labels would hide it, and the colours must do
+_FEW_BOXES, _FEW_CLASSES = 8, 12  # labels on more boxes would hide the image; then the colours alone show the class
 
 
 def draw_contact_sheet(records: Sequence[dict], class_names: Sequence[str], count: int = 16) -> Image.Image:
     """Draw images of a data set with their boxes side by side.
 
     Args:
-        records: in detectron2's format; `count` of them are taken, evenly spread, first from those that have boxes.
+        records: in detectron2's format.
         class_names: the labels of the boxes.
+        count: number of images, chosen at even intervals among those with boxes (or all, if none has any).
 
     Returns:
-        RGB, four images in a row, above a legend of the classes.
+        An RGB image with four tiles per row, above a legend of the classes.
 
     Raises:
         UserError: an image cannot be read.
@@ -40,14 +41,15 @@ def draw_contact_sheet(records: Sequence[dict], class_names: Sequence[str], coun
 
 
 def draw_inputs(inputs: Iterable[dict], class_names: Sequence[str], *, order: str) -> Image.Image:
-    """Draw what the model gets in training, images after their augmentation with the boxes left in them.
+    """Draw the model's inputs in training: augmented images with their boxes.
 
     Args:
         inputs: as the mapper returns them, with "image" (3, H, W) uint8 and "instances".
-        order: of the channels, RGB or BGR (INPUT.FORMAT).
+        class_names: the labels of the boxes.
+        order: the channel order, RGB or BGR (INPUT.FORMAT).
 
     Returns:
-        RGB, as draw_contact_sheet.
+        An RGB image with the layout of draw_contact_sheet.
     """
     tiles = []
     for sample in inputs:
@@ -60,13 +62,13 @@ def draw_inputs(inputs: Iterable[dict], class_names: Sequence[str], *, order: st
 
 
 def find_first_inputs(cfg: CfgNode, count: int) -> list[dict]:
-    """The first `count` samples that a training of this config gets: its order of images, seed and augmentation.
+    """Return the first `count` samples of a training with this config, in its order and with its augmentation.
 
-    They are those of a training in one process. A negative SEED, for which a training draws one, counts as 0.
+    They are those of a single-process training. A negative SEED, which training replaces by a random one, counts as 0.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 0  # what is drawn does not depend on it
+    cfg.DATALOADER.NUM_WORKERS = 0  # the samples do not depend on it
     batches = iter(build_train_loader(cfg))
     return list(islice((sample for batch in batches for sample in batch), count))
 
@@ -77,7 +79,7 @@ def _draw_record(record: dict, class_names: Sequence[str]) -> Image.Image:
 
 
 def _draw_tile(image: np.ndarray, boxes: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> Image.Image:
-    """One image with its boxes, fitted into a tile. It is scaled before it is drawn on, so that labels stay legible.
+    """Draw one image with its boxes, scaled to the size of a tile first, so that labels stay legible.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -91,14 +93,14 @@ def _draw_tile(image: np.ndarray, boxes: np.ndarray, labels: Sequence[int], clas
     for box, label in zip(factor * boxes, labels, strict=True):
         visualizer.draw_box(box, edge_color=colours[label])
         if labelled:
-            name = class_names[label].replace("$", r"\$")  # matplotlib reads formulas between two $
+            name = class_names[label].replace("$", r"\$")  # matplotlib parses text between two $ as a formula
             visualizer.draw_text(name, box[:2], font_size=9, color=colours[label], horizontal_alignment="left")
     separate_labels(visualizer.output)
     return Image.fromarray(visualizer.get_output().get_image())
 
 
 def _lay_out(tiles: Sequence[Image.Image], class_names: Sequence[str]) -> Image.Image:
-    """The tiles in rows, and below them the colours of the classes unless these are too many to tell apart."""
+    """Arrange the tiles in rows, above a legend of the classes unless these are too many to tell apart."""
     columns = min(_COLUMNS, len(tiles))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     tops = np.cumsum([0, *(_GAP + max(tile.height for tile in row) for row in rows)]).tolist()
@@ -118,7 +120,7 @@ def _lay_out(tiles: Sequence[Image.Image], class_names: Sequence[str]) -> Image.
 
 
 def _place_legend(names: Sequence[str], width: int) -> list[tuple[int, int]]:
-    """Where each name begins: x in pixels, and the line."""
+    """Return where each name in the legend begins: x in pixels, and the line."""
     places: list[tuple[int, int]] = []
     x, line = 6, 0
     for name in names:

@@ -1,4 +1,4 @@
-"""COCO's evaluation of a checked data set, with results under the ids of the user's own file."""
+"""COCO's evaluation of a checked data set, with results under the ids in the user's own file."""
 
 import importlib
 import json
@@ -24,23 +24,24 @@ _METRICS = {"AP": (None, 0), "AP50": (0.5, 0), "AP75": (0.75, 0), "APs": (None, 
 
 
 class OriginalIdsEvaluator(COCOEvaluator):
-    """detectron2's COCOEvaluator, whose results file has the ids that the user's annotation file has.
+    """detectron2's COCOEvaluator, but the results file has the ids of the user's own annotation file.
 
-    A checked set may number images and categories anew, where their own ids are not usable; see `checking`.
+    The check of a data set renumbers images and categories whose ids cannot be used; see `checking`.
     """
 
     def __init__(self, dataset_name: str, *, output_dir: str | None, max_detections: int = COCO_LIMIT, library: str):
         """
         Args:
+            dataset_name: a registered and checked data set.
             output_dir: the folder of the results file; None: none is written.
-            max_detections: the most detections of an image that count. Above 100, every AP is computed with as many,
-                and "AP@100" beside them is COCO's, of the best 100 detections of each image.
+            max_detections: the number of detections per image that count. If it is above 100, it applies to every AP,
+                and "AP@100" is added, COCO's AP of the best 100 detections per image.
             library: one of EVALUATORS.
 
         Raises:
             UserError: the library is missing.
         """
-        # detectron2's own fast implementation is there only if its C++ code was compiled, and would be used unasked.
+        # Otherwise, detectron2 would use its own fast implementation whenever its C++ code is compiled.
         super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
         if max_detections > COCO_LIMIT:
             self._max_dets_per_image = [1, 10, COCO_LIMIT, max_detections]
@@ -61,8 +62,8 @@ class OriginalIdsEvaluator(COCOEvaluator):
             return results | ({f"AP@{COCO_LIMIT}": float("nan")} if len(self._max_dets_per_image) > 3 else {})
         if len(self._max_dets_per_image) == 3:
             return super()._derive_coco_results(coco_eval, iou_type, class_names)
-        # The libraries differ in which of the limits maxDets their summary is of, so that it is computed anew here. The
-        # AP of each class, which detectron2 computes, is of the last limit already.
+        # The libraries differ in which of the limits in maxDets their summary uses, so it is recomputed here. The AP
+        # per class, which detectron2 computes, already uses the last limit.
         precision, thresholds = coco_eval.eval["precision"], coco_eval.params.iouThrs
         at_100 = _mean_precision(precision[..., self._max_dets_per_image.index(COCO_LIMIT)], thresholds, None, 0)
         at_100 = 100 * at_100 if at_100 >= 0 else float("nan")
@@ -90,12 +91,13 @@ class OriginalIdsEvaluator(COCOEvaluator):
 
 
 def _mean_precision(precision: np.ndarray, thresholds: np.ndarray, iou: float | None, area: int) -> float:
-    """COCO's average precision, 0 to 1, or -1 where nothing counts: the mean of what is not -1.
+    """Return COCO's average precision, the mean of the entries other than -1, in 0 to 1; -1 if there are none.
 
     Args:
         precision: (T, R, K, A) for T IoU thresholds, R recalls, K classes and A ranges of areas.
-        thresholds: (T,).
-        iou: the one threshold that counts; None for all of them.
+        thresholds: (T,) the IoU thresholds.
+        iou: the only threshold to use; None for all of them.
+        area: index of the range of areas.
     """
     chosen = precision[:, :, :, area] if iou is None else precision[np.isclose(thresholds, iou), :, :, area]
     chosen = chosen[chosen > -1]
@@ -103,7 +105,7 @@ def _mean_precision(precision: np.ndarray, thresholds: np.ndarray, iou: float | 
 
 
 def import_faster_coco_eval() -> tuple[Callable, Callable]:
-    """The classes COCO and COCOeval_faster of the package faster-coco-eval.
+    """Import the classes COCO and COCOeval_faster of the package faster-coco-eval.
 
     Raises:
         UserError: it is not installed.
@@ -120,7 +122,7 @@ def import_faster_coco_eval() -> tuple[Callable, Callable]:
 
 @contextmanager
 def _evaluating_with(evaluation: Callable | None) -> Iterator[None]:
-    """Let detectron2's COCOEvaluator use another class than COCOeval, for which it has no argument."""
+    """Make detectron2's COCOEvaluator use another class in place of COCOeval; it has no argument for that."""
     original = coco_evaluation.COCOeval
     coco_evaluation.COCOeval = evaluation or original
     try:
@@ -137,11 +139,12 @@ def build_coco_evaluator(
     max_detections: int = COCO_LIMIT,
     library: str = EVALUATORS[0],
 ) -> COCOEvaluator:
-    """The evaluator of box AP.
+    """Build the evaluator of box AP.
 
     Args:
+        dataset_name: a registered and checked data set.
         output_dir: the folder of the detections.
-        apart: write them into a folder of the set's name within it, so that several sets do not overwrite each other.
+        apart: write them into a subfolder named after the set, so that several sets do not overwrite each other.
         max_detections, library: see OriginalIdsEvaluator.
 
     Raises:

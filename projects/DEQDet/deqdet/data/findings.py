@@ -1,13 +1,13 @@
-"""What a check of a data set finds: faults that stop a run, faults that are repaired, and remarks.
+"""The findings of a data set check: faults that stop a run, faults that are repaired, and remarks.
 
-The findings of one kind are counted together and told in one line that names the first few of them, so that a fault in
-every annotation of a large file does not become a hundred thousand lines.
+All findings of one kind share a line, which counts them and names the first few. Otherwise, a fault in every annotation
+of a large file would give a hundred thousand lines.
 """
 
 from dataclasses import dataclass, field
 
 BROKEN, REPAIRED, REMARK = "broken", "repaired", "remark"  # the levels
-_SHOWN = 5  # examples that a line names
+_SHOWN = 5  # examples named in a line
 
 
 @dataclass
@@ -16,17 +16,17 @@ class Finding:
 
     level: str
     kind: str  # a short name, such as "missing image"
-    first: str  # the first one in words, for example "annotation 3 of a.png has bbox None"
+    first: str  # a description of the first one, such as "annotation 3 of a.png has bbox None"
     outcome: str  # what is done about it, or what the user can do
     count: int = 0
     examples: list[str] = field(default_factory=list)  # names of the first few images or annotations
 
     def line(self) -> str:
-        """The finding as one line, with what is done about it."""
+        """Describe the finding in one line, with its outcome."""
         return f"{self.facts()}: {self.outcome}"
 
     def facts(self) -> str:
-        """The first fault, with the number of others like it and the names of some."""
+        """Describe the first fault, with the number of others like it and the names of some."""
         more = ""
         if self.count > 1:
             names = ", ".join(self.examples[1:]) + (", ..." if self.count > len(self.examples) else "")
@@ -47,7 +47,7 @@ class Findings:
             level: BROKEN, REPAIRED or REMARK.
             kind: findings of the same level and kind share a line.
             name: the image or annotation, for example "annotation 3 of a.png".
-            words: what is wrong with it; follows the name in a sentence, as in "is missing".
+            words: the fault, as a predicate that follows the name, for example "is missing".
             outcome: what is done about it, or what the user can do.
         """
         finding = self._by_kind.get((level, kind))
@@ -58,9 +58,9 @@ class Findings:
             finding.examples.append(name)
 
     def of_level(self, level: str) -> list[Finding]:
-        """The findings of a level, in the order in which their kinds were first met."""
+        """Return the findings of a level, in the order in which their kinds first occurred."""
         return [finding for finding in self._by_kind.values() if finding.level == level]
 
     def all(self) -> list[Finding]:
-        """Every finding, in the order in which their kinds were first met."""
+        """Return all findings, in the order in which their kinds first occurred."""
         return list(self._by_kind.values())

@@ -1,7 +1,7 @@
-"""Reads the header of every image of a data set, in parallel: is it there, is it whole, how large is it?
+"""Reads the headers of all images of a data set in parallel: do they exist, are they complete, and how large are they?
 
-A header takes about a tenth of a millisecond, decoding the pixels a hundred times that. Pixels are decoded only where
-the header leaves a doubt: a JPEG or PNG file that does not end as it should, and the formats that have no such end.
+Reading a header takes about 0.1 ms, decoding the pixels a hundred times as long. Therefore pixels are decoded only in
+cases of doubt: a JPEG or PNG file that lacks its end marker, and all formats without such a marker.
 """
 
 import hashlib
@@ -19,35 +19,35 @@ from tqdm import tqdm
 from ..errors import UserError, describe_os_error, one_line
 from .images import read_image
 
-MISSING = "is missing"  # how the problem of a file that is not there begins
+MISSING = "is missing"  # the problem of a missing file begins with this
 PILLOW_LIMIT = 178_956_970  # pixels: Pillow refuses to open larger images
-_ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
-_CHUNK = 64  # images that one task of the pool reads
-_PART = 4096  # bytes at the beginning, in the middle and at the end of a file from which its fingerprint is made
+_ORIENTATION = 0x0112  # the EXIF tag; for values from 5 on, width and height are exchanged
+_CHUNK = 64  # images per task of the thread pool
+_PART = 4096  # bytes that a fingerprint takes from each of the beginning, the middle and the end of a file
 _END_OF_JPEG = b"\xff\xd9"
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What is known of an image file without its pixels."""
+    """The properties of an image file that are known without its pixels."""
 
-    width: int = 0  # pixels, upright as EXIF says; 0 if the file has a problem that hides it
+    width: int = 0  # pixels, after the EXIF rotation; 0 if a problem of the file hides it
     height: int = 0
     orientation: int = 1  # EXIF's; 1 is upright
     problem: str = ""  # why the file cannot be used, for example "is missing"; "" if it can
-    fingerprint: str = ""  # the same for files of the same size whose beginning, middle and end are the same
+    fingerprint: str = ""  # equal for files of the same size with the same beginning, middle and end
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What changes when a file is replaced; (-1, -1) for a missing one."""
+    """The properties that change when a file is replaced; (-1, -1) for a missing file."""
 
     size: int  # bytes
     modified: int  # nanoseconds
 
 
 def read_stamps(paths: Sequence[str]) -> list[Stamp]:
-    """Size and time of modification of each file, which is quick because no file is opened."""
+    """Return the size and modification time of each file, which is quick because no file is opened."""
     chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
     with ThreadPoolExecutor(_workers()) as pool:
         return [stamp for part in pool.map(_read_chunk_of_stamps, chunks) for stamp in part]
@@ -56,12 +56,12 @@ def read_stamps(paths: Sequence[str]) -> list[Stamp]:
 def read_headers(
     paths: Sequence[str], title: str, known: Mapping[str, tuple[Stamp, ImageHeader]], stamps: Sequence[Stamp]
 ) -> list[ImageHeader]:
-    """Read the headers of image files in parallel, with a progress bar where that takes more than a second.
+    """Read the headers of image files in parallel, with a progress bar if that takes more than a second.
 
     Args:
-        paths: the files. A name that is no plain file (a folder, a FIFO) is not opened, so that nothing can hang.
-        title: of the progress bar.
-        known: headers that were read before, by path; they are used where the stamp is the same.
+        paths: the files. Anything but a regular file (a folder, a FIFO) is not opened, since that could hang.
+        title: the label of the progress bar.
+        known: headers that were read earlier, by path; they are reused if the stamp has not changed.
         stamps: the current stamp of each path.
 
     Returns:
@@ -75,7 +75,7 @@ def read_headers(
     read: dict[str, ImageHeader] = {}
     chunks = [new[i : i + _CHUNK] for i in range(0, len(new), _CHUNK)]
     with warnings.catch_warnings(), ThreadPoolExecutor(_workers()) as pool:
-        warnings.simplefilter("ignore")  # Pillow's, of broken metadata and of large images
+        warnings.simplefilter("ignore")  # Pillow's, about broken metadata and large images
         with tqdm(total=len(new), desc=title, unit="image", delay=1, disable=None, leave=False) as bar:
             for chunk, headers in zip(chunks, pool.map(_read_chunk, chunks), strict=True):
                 read.update(zip(chunk, headers, strict=True))
@@ -84,7 +84,7 @@ def read_headers(
 
 
 def read_header(path: str) -> ImageHeader:
-    """Read one image's header; whatever is wrong with the file becomes the header's `problem`."""
+    """Read one image's header; any fault of the file becomes the header's `problem`."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -111,7 +111,7 @@ def _read_open(path: str, file: BinaryIO) -> ImageHeader:
         with Image.open(file) as image:
             width, height = image.size
             if width * height > PILLOW_LIMIT:
-                return ImageHeader(width, height)  # refused for its size by whoever asked
+                return ImageHeader(width, height)  # the caller refuses it for its size
             whole, has_exif = _inspect_end(image.format or "", file)
             orientation = _read_orientation(image) if whole and has_exif else None
             plain = not (image.mode == "F" or image.mode.startswith("I"))
@@ -124,7 +124,7 @@ def _read_open(path: str, file: BinaryIO) -> ImageHeader:
     if whole and plain:
         swapped = (orientation or 1) >= 5
         return ImageHeader(height if swapped else width, width if swapped else height, orientation or 1)
-    try:  # in doubt, the reader of the training decides
+    try:  # in doubt, decode the image as training does
         height, width = read_image(path).shape[:2]
     except UserError as error:
         reason = one_line(error).removeprefix(f"{path}: ").removeprefix("cannot be read as an image: ")
@@ -133,9 +133,9 @@ def _read_open(path: str, file: BinaryIO) -> ImageHeader:
 
 
 def _take_fingerprint(file: BinaryIO, size: int) -> str:
-    """A digest of a file's size and of three parts of it, which takes little time beside the reading of the header.
+    """Return a digest of a file's size and of three parts of it, which is quick compared with reading the header.
 
-    The middle counts because pictures without compression often begin and end with the same black border.
+    The middle is included because uncompressed images often begin and end with the same black border.
     """
     state = hashlib.blake2b(str(size).encode(), digest_size=8)
     for start in (0, max(0, size // 2 - _PART // 2), max(0, size - _PART)):
@@ -145,7 +145,7 @@ def _take_fingerprint(file: BinaryIO, size: int) -> str:
 
 
 def _inspect_end(kind: str, file: BinaryIO) -> tuple[bool, bool]:
-    """Whether a file certainly has its end, and whether it may have EXIF data; (False, _) where that is not known."""
+    """Return whether a file is certain to be complete, and whether it may have EXIF data."""
     if kind in ("JPEG", "MPO"):
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         return file.read().rstrip(b"\0\r\n").endswith(_END_OF_JPEG), True
@@ -153,14 +153,14 @@ def _inspect_end(kind: str, file: BinaryIO) -> tuple[bool, bool]:
         names = _list_png_chunks(file)
         early, _, late = names.partition(b" IDAT")
         text = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-        # Metadata behind the pixels are seen only by decoding them.
+        # Pillow sees metadata after the pixels only by decoding these.
         whole = names.endswith(b" IEND") and not any(name in late for name in text)
         return whole, any(name in early for name in text)
     return False, True
 
 
 def _list_png_chunks(file: BinaryIO) -> bytes:
-    """The names of a PNG file's chunks, each after a space, without reading their contents."""
+    """Return the names of a PNG file's chunks, each after a space, without reading their contents."""
     size, at, names = file.seek(0, os.SEEK_END), 8, b""
     while at + 12 <= size:
         file.seek(at)
@@ -176,7 +176,7 @@ def _read_orientation(image: Image.Image) -> int | None:
     try:
         value = image.getexif().get(_ORIENTATION)
         return value if value in range(1, 9) else None
-    except Exception:  # broken EXIF data, which the reader of the training ignores too
+    except Exception:  # broken EXIF data, which `read_image` ignores too
         return None
 
 
@@ -210,4 +210,4 @@ def _read_chunk(paths: Sequence[str]) -> list[ImageHeader]:
 
 
 def _workers() -> int:
-    return min(32, 4 + (os.cpu_count() or 1))  # threads, which wait for the disk most of the time
+    return min(32, 4 + (os.cpu_count() or 1))  # more threads than cores, since they mostly wait for the disk

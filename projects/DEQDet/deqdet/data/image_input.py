@@ -1,4 +1,4 @@
-"""What counts as an image for the Predictor: a path, a PIL image, an array or a tensor."""
+"""The kinds of images that the Predictor accepts: a path, a PIL image, an array or a tensor."""
 
 import os
 
@@ -14,7 +14,7 @@ ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 
 def is_path(image: ImageLike) -> bool:
-    """Whether an image is given as the path of its file."""
+    """Return whether an image is given as the path of its file."""
     return isinstance(image, str | os.PathLike)
 
 
@@ -22,10 +22,10 @@ def to_array(image: ImageLike, channels: str) -> np.ndarray:
     """Convert an image of any of these kinds to (H, W, 3) uint8 RGB.
 
     Args:
-        channels: the order of an array or tensor, "RGB" or "BGR".
+        channels: the channel order of an array or tensor, "RGB" or "BGR".
 
     Raises:
-        UserError: the file cannot be read, or the array or tensor has another shape, type or range.
+        UserError: the file cannot be read, or the array or tensor has a wrong shape, dtype or range of values.
     """
     if channels not in ("RGB", "BGR"):
         raise UserError(f"channels must be RGB or BGR, got {channels!r}")

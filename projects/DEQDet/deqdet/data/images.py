@@ -1,4 +1,4 @@
-"""One reader of image files for training, evaluation, the Predictor and the demo."""
+"""The reader of image files that training, evaluation, the Predictor and the demo share."""
 
 import os
 import warnings
@@ -12,7 +12,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read the first picture of a file with Pillow, turned upright as its EXIF data say.
+    """Read the first image in a file with Pillow, and turn it upright according to its EXIF data.
 
     Transparent parts become white, and 16-bit pixels are scaled to 8 bits.
 
@@ -24,7 +24,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of broken metadata and of the size
+            warnings.simplefilter("ignore")  # about broken metadata and large images
             with Image.open(path) as image:
                 image.load()
                 return np.array(to_rgb(turn_upright(image)))
@@ -36,7 +36,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to 8-bit RGB.
+    """Convert an image of any mode to 8-bit RGB.
 
     Raises:
         ValueError: its pixels have more than 16 bits.
@@ -45,7 +45,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError(f"its pixels have more than 16 bits (mode {image.mode}): convert it to 8 or 16 bits")
-        # 65535 = 257 * 255, so that this divides by 257 and rounds.
+        # Divide by 257 and round, since 65535 = 257 * 255.
         return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -56,8 +56,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF data say that the camera was held; one without such data stays as it is."""
+    """Rotate or mirror an image according to the orientation in its EXIF data, if it has any."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data, which no viewer complains of either
+    except Exception:  # broken EXIF data, which image viewers ignore too
         return image

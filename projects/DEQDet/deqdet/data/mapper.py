@@ -1,4 +1,4 @@
-"""From a record of a data set to the input of the model."""
+"""Maps the records of a data set to the inputs of the model, and builds the test loaders."""
 
 import copy
 from collections.abc import Sequence
@@ -22,23 +22,24 @@ from .images import read_image
 
 
 class ImageMapper(DatasetMapper):
-    """detectron2's DatasetMapper for boxes, but it reads images as the Predictor and the demo do.
+    """detectron2's DatasetMapper for boxes, but with the image reader of the Predictor and the demo.
 
-    So 16-bit, transparent and palette images have the same pixels in training, in an evaluation and in the demo.
+    Thus 16-bit, transparent and palette images have the same pixels in training, evaluation and the demo.
     """
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Read and transform the image of a record, and in training its boxes.
 
         Args:
-            dataset_dict: a record in detectron2's format; it is left as it is.
+            dataset_dict: a record in detectron2's format; it is not modified.
 
         Returns:
-            The record with "image" (3, H, W) uint8 in the order of INPUT.FORMAT, and in training "instances".
+            A copy of the record with "image" (3, H, W) uint8 in the channel order of INPUT.FORMAT, and in training
+            "instances".
 
         Raises:
             UserError: the image cannot be read.
-            SizeMismatchError: it has another size than the record says.
+            SizeMismatchError: the image does not have the size that the record states.
         """
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"])
@@ -56,7 +57,7 @@ class ImageMapper(DatasetMapper):
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> ImageMapper:
-    """The mapper of a config, in training with the augmentations that INPUT.AUGMENTATION names.
+    """Build the mapper of a config, in training with the augmentations that INPUT.AUGMENTATION names.
 
     Raises:
         ValueError: as `build_augmentation`.
@@ -67,18 +68,18 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> ImageMapper:
 
 
 def build_box_mapper(cfg: CfgNode, augmentations: Sequence[T.Augmentation]) -> ImageMapper:
-    """A mapper that keeps the boxes, as training needs them, with these augmentations and not those of the config."""
+    """Build a mapper that keeps the boxes, as training does, with these augmentations instead of the config's."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.INPUT.RANDOM_FLIP = "none"  # detectron2 first builds its own list, for which "both" is an error
+    cfg.INPUT.RANDOM_FLIP = "none"  # detectron2 builds its own augmentations first, and does not know "both"
     return ImageMapper(cfg, is_train=True, augmentations=list(augmentations))
 
 
 def build_test_loader(cfg: CfgNode, dataset: str, limit: int | None = None) -> DataLoader:
-    """A loader of one image at a time of a registered data set, as an evaluation reads it.
+    """Build a loader of a registered data set for an evaluation, one image at a time.
 
     Args:
-        limit: the most images, the first ones; None for all.
+        limit: load only this many images, the first ones; None for all.
     """
     records = get_detection_dataset_dicts(dataset, filter_empty=False)[:limit]
     mapper = build_mapper(cfg, is_train=False)
@@ -86,7 +87,7 @@ def build_test_loader(cfg: CfgNode, dataset: str, limit: int | None = None) -> D
 
 
 def build_validation_loader(cfg: CfgNode, dataset: str) -> DataLoader:
-    """As `build_test_loader`, but the images bring their boxes along, as "instances", for the training losses.
+    """Build a loader as `build_test_loader` does, but with the boxes as "instances", for the training losses.
 
     Raises:
         UserError: the data set has no annotations.

@@ -1,7 +1,7 @@
-"""Random numbers that depend on where in a training they are drawn, and on nothing that happened before.
+"""Random numbers that depend only on where in a training they are drawn, not on what happened before.
 
-A training that is interrupted and resumed draws what the uninterrupted one draws, because every seed follows from the
-run's seed, the rank and a position (an iteration, or a place in the stream of samples). No random state is saved.
+Every seed follows from the run's seed, the rank and a position (an iteration, or an index into the stream of samples).
+A resumed training therefore draws the same numbers as an uninterrupted one, although no random state is saved.
 """
 
 import random
@@ -13,7 +13,7 @@ import torch
 
 
 def mix_seed(*numbers: int) -> int:
-    """One seed of 31 bits from several non-negative numbers; other numbers, or another order, give an unrelated one."""
+    """Hash non-negative numbers into a 31-bit seed; other numbers, or another order, give an unrelated seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) & 0x7FFFFFFF
 
 
@@ -26,10 +26,10 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch back afterwards.
+    """Restore the random states of Python, NumPy and torch at the end of the block.
 
     Args:
-        device: whose generator is kept beside the CPU's; a CPU or None keeps that alone.
+        device: a GPU whose generator is restored too; with None or a CPU, only the CPU's generator is.
     """
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -42,7 +42,7 @@ def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from generators that start at `seed` within it; afterwards the random states are what they were."""
+    """Seed the generators of Python, NumPy and torch's CPU in the block, and restore their states at its end."""
     with random_state_kept():
         random.seed(seed)
         np.random.seed(seed)

@@ -1,6 +1,7 @@
-"""Registers data sets by name: those of DATASETS.REGISTER and the generated shapes, beside detectron2's own.
+"""Registers data sets by name: those in DATASETS.REGISTER and the generated shapes, in addition to detectron2's own.
 
-Every set in COCO's format that a run uses is checked (see checking.py) before it is registered, detectron2's own too.
+Every set in COCO's format that a run uses, also one of detectron2's own, is checked (see checking.py) before it is
+registered.
 """
 
 import difflib
@@ -33,10 +34,10 @@ _FORM = "[[name, json file, image root], ...]"
 
 @dataclass(frozen=True)
 class ModelClasses:
-    """The classes of a model in the order of its outputs, to which the data sets' are matched by name."""
+    """The classes of a model in the order of its outputs; those of data sets are matched to them by name."""
 
     names: tuple[str, ...] = ()  # empty: not known yet
-    source: str = ""  # where they are from, for messages
+    source: str = ""  # where they come from, for messages
 
 
 def prepare_datasets(
@@ -45,21 +46,21 @@ def prepare_datasets(
     """Check and register the sets that DATASETS.TRAIN and TEST name, and draw the generated ones among them.
 
     Every process must call it before it builds loaders and evaluators, because COCOEvaluator reads the annotation file
-    when it is constructed. A set that this process has checked already is not checked again. Names such as
-    "shapes_seed3_200" (200 images from seed 3) and "shapes_free_seed3_200" (the same with shapes turned by any angle)
-    need no registration. Of the sets of DATASETS.REGISTER that are not used, only the file must be there.
+    in its constructor. A set that this process has already checked is not checked again. Names such as
+    "shapes_seed3_200" (200 images from seed 3) and "shapes_free_seed3_200" (the same with shapes rotated by any angle)
+    need no registration. For unused sets in DATASETS.REGISTER, only the existence of the annotation file is checked.
 
-    The classes of all sets are matched by name to the model's: `class_names`, or else those of the first set of
-    DATASETS.TRAIN in the order of their ids. In an evaluation that set counts only if it is there and has
-    MODEL.DEQDET.NUM_CLASSES classes; without it, the first test set decides.
+    The classes of all sets are matched by name to the model's. These are `class_names`, or else those of the first set
+    in DATASETS.TRAIN, ordered by id. In an evaluation, that set is used only if it exists and has
+    MODEL.DEQDET.NUM_CLASSES classes; otherwise the first test set decides.
 
     Args:
         cfg: the whole config.
-        eval_only: leave out the sets of DATASETS.TRAIN.
-        class_names: of the model in the order of its outputs, where they are known.
+        eval_only: leave out the sets in DATASETS.TRAIN.
+        class_names: the model's class names in the order of its outputs, if they are known.
 
     Returns:
-        What was checked now, by name.
+        The sets that were checked by this call, by name.
 
     Raises:
         UserError: a set cannot be used, has other classes, or is named twice in DATASETS.TEST.
@@ -70,7 +71,7 @@ def prepare_datasets(
             raise UserError(f"DATASETS.TEST names {name!r} twice: name each test set once")
     used = cfg.DATASETS.TEST if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     for name, (json_file, _, where) in find_entries(cfg).items():
-        if name in used or name not in cfg.DATASETS.TRAIN:  # an evaluation does without the training sets
+        if name in used or name not in cfg.DATASETS.TRAIN:  # an evaluation does not need the training sets
             locate(where, json_file)
     _draw_shapes(used)
     classes = ModelClasses(tuple(class_names), "the model file") if class_names else ModelClasses()
@@ -80,18 +81,18 @@ def prepare_datasets(
 
 
 def register_datasets(cfg: CfgNode) -> dict[str, CheckedSet]:
-    """Check and register every [name, json file, image root] of DATASETS.REGISTER, also those that no key names.
+    """Check and register every [name, json file, image root] in DATASETS.REGISTER, used or not.
 
-    Relative paths start at the working directory. Registering the same again does nothing.
+    Relative paths start at the working directory. Registering the same set again does nothing.
 
     Returns:
-        What was checked now, by name.
+        The sets that were checked by this call, by name.
 
     Raises:
         UserError: an entry, its file or an image cannot be used, or another data set has the name.
     """
     names = list(find_entries(cfg))
-    first = [name for name in cfg.DATASETS.TRAIN if name in names]  # they decide on the order of the classes
+    first = [name for name in cfg.DATASETS.TRAIN if name in names]  # they determine the order of the classes
     used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
     checked = register_sets(cfg, [*first, *(name for name in names if name in used)], ModelClasses())
     for name in names:
@@ -103,7 +104,7 @@ def register_datasets(cfg: CfgNode) -> dict[str, CheckedSet]:
 def register_sets(
     cfg: CfgNode, names: Sequence[str], classes: ModelClasses, *, eval_only: bool = False
 ) -> dict[str, CheckedSet]:
-    """Check sets and register them as checked; all have the same classes, in the order of `classes` or of the first.
+    """Check sets and register the checked versions, all with the classes and order of `classes` or of the first set.
 
     Raises:
         UserError: as `prepare_datasets`.
@@ -112,7 +113,7 @@ def register_sets(
     for name in dict.fromkeys(names):
         key = "TRAIN" if name in cfg.DATASETS.TRAIN and not eval_only else "TEST"
         json_file, image_root, where = entries.get(name) or _find_registered(name, key)
-        if not json_file:  # a set that a function of the user's loads
+        if not json_file:  # a set that a function of the user loads
             _check_without_file(name, key, classes)
         else:
             drawn = MetadataCatalog.get(name).get("shapes_config") is not None
@@ -139,12 +140,12 @@ def register_shapes(name: str, config: ShapesConfig, root: str | os.PathLike | N
 
     Args:
         name: the name for DATASETS.TRAIN and TEST.
-        config: what to draw.
-        root: the directory to draw it into; by default shapes/<name> in $DETECTRON2_DATASETS, or in "datasets" if that
-            variable is not set.
+        config: the parameters of the set.
+        root: the directory to draw the set into; by default shapes/<name> in $DETECTRON2_DATASETS, or in "datasets" if
+            that variable is not set.
 
     Raises:
-        ValueError: the name stands for another data set.
+        ValueError: another data set has this name.
     """
     if root is None:
         root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "shapes", name)
@@ -165,15 +166,15 @@ def register_shapes(name: str, config: ShapesConfig, root: str | os.PathLike | N
 
 
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Check that the sets of DATASETS.TEST and TRAIN exist and have as many classes as MODEL.DEQDET.NUM_CLASSES says.
+    """Check that the sets in DATASETS.TEST and TRAIN exist and have MODEL.DEQDET.NUM_CLASSES classes.
 
     Args:
         cfg: the whole config.
-        eval_only: leave out the sets of DATASETS.TRAIN.
+        eval_only: leave out the sets in DATASETS.TRAIN.
 
     Raises:
-        UserError: a set has another number of classes, is not registered or its annotation file is missing, or there
-            is no set to train on (with eval_only: to evaluate on).
+        UserError: a set has another number of classes, is not registered or lacks its annotation file, or there is no
+            set to train on (with eval_only: to evaluate on).
     """
     needed = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
@@ -182,7 +183,7 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
         for name in cfg.DATASETS[key]:
             _find_registered(name, key)
             if MetadataCatalog.get(name).get("thing_classes") is None:
-                DatasetCatalog.get(name)  # some sets know their classes only once loaded
+                DatasetCatalog.get(name)  # some loaders set the classes only when called
             classes = MetadataCatalog.get(name).get("thing_classes", ())
             expected = cfg.MODEL.DEQDET.NUM_CLASSES
             if len(classes) != expected:
@@ -194,9 +195,9 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def find_class_names(cfg: CfgNode) -> list[str]:
-    """The names of the model's K classes in the order of its outputs; the data sets' images need not be there.
+    """Return the names of the model's K classes in the order of its outputs, without reading any images.
 
-    They are those of the first set of DATASETS.TRAIN, or else of DATASETS.TEST. Where neither is known or has K names,
+    They are those of the first set in DATASETS.TRAIN, or else in DATASETS.TEST. If neither is known and has K names,
     they are "class 0", "class 1", ..., and a warning says why.
     """
     count = cfg.MODEL.DEQDET.NUM_CLASSES
@@ -215,7 +216,7 @@ def find_class_names(cfg: CfgNode) -> list[str]:
 
 
 def find_training_classes(cfg: CfgNode) -> ModelClasses:
-    """The classes of the first set of DATASETS.TRAIN, if the model has as many; else none. Its images are not read."""
+    """Return the classes of the first set in DATASETS.TRAIN if it has as many as the model, without reading images."""
     name = cfg.DATASETS.TRAIN[0]
     names, reason = find_names_of_set(cfg, name)
     if len(names) == cfg.MODEL.DEQDET.NUM_CLASSES:
@@ -226,7 +227,7 @@ def find_training_classes(cfg: CfgNode) -> ModelClasses:
 
 
 def find_names_of_set(cfg: CfgNode, name: str) -> tuple[list[str], str]:
-    """The class names of a set, without a look at its images; where there are none, the reason."""
+    """Return the class names of a set without reading its images, and the reason if there are none."""
     try:
         if name not in DatasetCatalog:
             _register_seeded_shapes(name)
@@ -240,10 +241,10 @@ def find_names_of_set(cfg: CfgNode, name: str) -> tuple[list[str], str]:
 
 
 def find_entries(cfg: CfgNode) -> dict[str, tuple[str, str, str]]:
-    """DATASETS.REGISTER by name: the json file, the image root, and what to call the file in messages.
+    """Return the entries of DATASETS.REGISTER by name: json file, image root, and what to call the file in messages.
 
     Raises:
-        UserError: an entry is no triple of strings, or its name stands for another data set.
+        UserError: an entry is not a triple of strings, or another data set has its name.
     """
     entries: dict[str, tuple[str, str, str]] = {}
     for index, entry in enumerate(cfg.DATASETS.REGISTER):
@@ -265,11 +266,14 @@ def find_entries(cfg: CfgNode) -> dict[str, tuple[str, str, str]]:
 def build_check_options(
     cfg: CfgNode, name: str, *, eval_only: bool, ours: bool = False, registered: bool = True
 ) -> CheckOptions:
-    """How a set is checked, from the config's keys.
+    """Build the options for checking a set from a config.
 
     Args:
-        ours: the images were drawn by this package and are not looked at.
-        registered: the set is one of DATASETS.REGISTER, for which DATASETS.BOX_FORMAT holds.
+        cfg: the whole config.
+        name: the name of the set.
+        eval_only: the run is an evaluation.
+        ours: this package has drawn the images, so they are not checked.
+        registered: the set is in DATASETS.REGISTER, so DATASETS.BOX_FORMAT applies.
 
     Raises:
         UserError: a key has a value that is not allowed.
@@ -293,7 +297,7 @@ def build_check_options(
 
 
 def load_records(json_file: str, image_root: str) -> list[dict]:
-    """The records of a checked set in detectron2's format, sorted by image id, with boxes only."""
+    """Load the records of a checked set in detectron2's format, sorted by image id, with boxes only."""
     with PathManager.open(json_file) as file:
         whole = json.load(file)
     labels = {number: i for i, number in enumerate(sorted(category["id"] for category in whole["categories"]))}
@@ -338,13 +342,13 @@ def _register_seeded_shapes(name: str) -> None:
 
 
 def _find_source(name: str) -> tuple[str | None, str | None]:
-    """The annotation file and image root of a registered set as they were given, not the copy of a checked one."""
+    """Return the annotation file and image root of a registered set as the user gave them, not a repaired copy."""
     known = MetadataCatalog.get(name)
     return known.get("source") or (known.get("json_file"), known.get("image_root"))
 
 
 def _find_registered(name: str, key: str) -> tuple[str | None, str | None, str]:
-    """Annotation file, image root and what to call the set; the file is None for a set that is not in COCO's format.
+    """Return annotation file, image root and what to call the set; the file is None if it is not in COCO's format.
 
     Raises:
         UserError: the set is not registered, or its file does not exist.
@@ -369,13 +373,13 @@ def _find_registered(name: str, key: str) -> tuple[str | None, str | None, str]:
 
 
 def _check_without_file(name: str, key: str, classes: ModelClasses) -> None:
-    """Compare the classes of a set without a COCO file; they cannot be put into another order.
+    """Check the classes of a set without a COCO file, whose order cannot be changed.
 
     Raises:
-        UserError: they are not the model's, or in another order.
+        UserError: they are not the model's, or are in another order.
     """
     if MetadataCatalog.get(name).get("thing_classes") is None:
-        DatasetCatalog.get(name)  # some sets know their classes only once loaded
+        DatasetCatalog.get(name)  # some loaders set the classes only when called
     own, where = list(MetadataCatalog.get(name).get("thing_classes", ())), f"{name!r} of DATASETS.{key}"
     if classes.names and own and compare_classes(where, own, classes.names, classes.source) != sorted(range(len(own))):
         raise UserError(
@@ -385,12 +389,12 @@ def _check_without_file(name: str, key: str, classes: ModelClasses) -> None:
 
 
 def _install(name: str, checked: CheckedSet, source: tuple[str, str], state: tuple) -> None:
-    """Put a checked set into detectron2's catalogs, in place of what its name stood for."""
+    """Put a checked set into detectron2's catalogs, replacing any previous entry of this name."""
     fields = MetadataCatalog.get(name).as_dict()
     for catalog in (DatasetCatalog, MetadataCatalog):
         if name in catalog:
             catalog.remove(name)
-    for key in ("name", "thing_dataset_id_to_contiguous_id"):  # the second is detectron2's, from the ids of the file
+    for key in ("name", "thing_dataset_id_to_contiguous_id"):  # the second was derived from the original ids
         fields.pop(key, None)
     fields |= {
         "json_file": checked.json_file,

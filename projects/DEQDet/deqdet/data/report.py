@@ -1,4 +1,4 @@
-"""What a data set holds, in figures, and the text that deqdet-check-data prints."""
+"""Statistics of a data set, and the report that deqdet-check-data prints."""
 
 import math
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ _SMALL, _LARGE = 32**2, 96**2  # square pixels: COCO's bounds of small, medium a
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of the images and boxes that are used.
+    """Statistics of the images and boxes that are used.
 
-    The quantiles are the smallest value, those of 5, 50 and 95 percent, and the largest one.
+    Quantiles are the minimum, the 5th, 50th and 95th percentiles, and the maximum.
     """
 
     num_images: int
     num_images_left_out: int
     num_images_without_boxes: int
-    num_boxes: int  # crowds left out
+    num_boxes: int  # without crowds
     num_crowds: int
     boxes_of_class: dict[str, int]  # by name, in the model's order
     boxes_of_size: dict[str, int]  # small, medium and large, by the box's area
@@ -34,20 +34,21 @@ class Report:
     image_height: list[float]
 
     def to_dict(self) -> dict:
-        """The figures as JSON can hold them."""
+        """Return the statistics as a dict for JSON."""
         return asdict(self)
 
 
 def summarize(
     boxes: Boxes, sizes: np.ndarray, usable: np.ndarray, class_names: Sequence[str], order: Sequence[int]
 ) -> Report:
-    """The figures of a data set.
+    """Compute the statistics of a data set.
 
     Args:
+        boxes: the boxes of the usable images.
         sizes: (number of images, 2) width and height in pixels.
         usable: (number of images,) bool.
         class_names: in the model's order.
-        order: for each of the model's classes its index in the list that boxes.category refers to.
+        order: for each of the model's classes, its index in the list that boxes.category refers to.
     """
     single = boxes.select(~boxes.crowd)
     area = single.xywh[:, 2] * single.xywh[:, 3]
@@ -75,10 +76,10 @@ def summarize(
 
 
 def format_report(report: Report, findings: Sequence[Finding], num_queries: int = 0) -> str:
-    """The report as text, with what was found.
+    """Format a report as text, followed by the findings.
 
     Args:
-        num_queries: the model's number of queries N, to compare the boxes of an image with; 0: unknown.
+        num_queries: the model's number of queries N, shown next to the number of boxes per image; 0: unknown.
     """
     without = f", {report.num_images_without_boxes} of them without boxes"
     crowds = f", and {report.num_crowds} crowds" if report.num_crowds else ""

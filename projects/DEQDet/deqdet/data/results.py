@@ -1,4 +1,4 @@
-"""Detections in COCO's result format, read for the images of a registered data set, and the true boxes beside them."""
+"""Reads detections in COCO's result format, and true boxes, for the images of a registered data set."""
 
 import json
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ def read_results(path: str | Path, dataset: str) -> list[Instances]:
     """Read a file of detections such as coco_instances_results.json.
 
     Args:
-        path: a list of {"image_id", "category_id", "bbox" (x, y, width, height; pixels), "score"}, with the ids of the
+        path: a list of {"image_id", "category_id", "bbox" (x, y, width, height; pixels), "score"}, with the ids in the
             user's own annotation file.
         dataset: the name of a registered and checked data set.
 
     Returns:
-        For each record of the set, in its order: pred_boxes (xyxy, pixels of the original image), scores and
-        pred_classes (in the model's order), best first.
+        For each record of the set, in order: pred_boxes (xyxy, pixels of the original image), scores and pred_classes
+        (in the model's order), sorted by descending score.
 
     Raises:
-        UserError: the file is missing or of another format, or it names an image or a category that the set lacks.
+        UserError: the file is missing or has another format, or it names an image or a category that the set lacks.
     """
     records = DatasetCatalog.get(dataset)
     metadata = MetadataCatalog.get(dataset)
@@ -45,14 +45,14 @@ def read_results(path: str | Path, dataset: str) -> list[Instances]:
 
 
 def find_results(output: str | Path, dataset: str) -> Path | None:
-    """The file of detections that an evaluation wrote into OUTPUT_DIR/inference; None if there is none."""
+    """Return the file of detections that an evaluation wrote into OUTPUT_DIR/inference, or None."""
     folder = Path(output, "inference")
     places = [folder / dataset.replace("/", "_") / RESULTS_NAME, folder / RESULTS_NAME]
     return next((path for path in places if path.is_file()), None)
 
 
 def read_truth(record: dict) -> Instances:
-    """The true boxes of a record: gt_boxes (xyxy, pixels), gt_classes (in the model's order) and gt_crowd (bool)."""
+    """Return a record's true boxes: gt_boxes (xyxy, pixels), gt_classes (in the model's order) and gt_crowd (bool)."""
     annotations = record.get("annotations", ())
     boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in annotations]
     truth = Instances((record["height"], record["width"]))
@@ -63,12 +63,12 @@ def read_truth(record: dict) -> Instances:
 
 
 def read_truths(dataset: str) -> dict[int, Instances]:
-    """What `read_truth` returns for each image of a registered data set, by the image's id."""
+    """Return the true boxes of each image of a registered data set (see `read_truth`), by the image's id."""
     return {record["image_id"]: read_truth(record) for record in DatasetCatalog.get(dataset)}
 
 
 def _given_ids(json_file: str) -> list[dict[int, int | str]]:
-    """The image and the category ids of the user's file, by those that the check put in their place."""
+    """Return the image ids and the category ids in the user's file, by the ids that replaced them in the check."""
     whole = json.loads(Path(json_file).read_bytes())
     return [
         {entry["id"]: entry["original_id"] for entry in whole[kind] if "original_id" in entry}
@@ -89,13 +89,15 @@ def _read_list(path: str | Path) -> list:
 
 
 def _read_one(where: str, result: object, places: dict, labels: dict) -> tuple[int, int, list[float]]:
-    """Place of the image, label, and [x, y, width, height, score]."""
+    """Return the index of the image, the label, and [x, y, width, height, score]."""
     keys = ("image_id", "category_id", "bbox", "score")
     if not isinstance(result, dict) or any(key not in result for key in keys):
         raise UserError(f"{where} lacks one of {', '.join(keys)}")
     for key, table in (("image_id", places), ("category_id", labels)):
         if isinstance(result[key], list | dict) or result[key] not in table:
-            raise UserError(f"{where} has {key} {result[key]!r}, which the data set lacks: give the set it is of")
+            raise UserError(
+                f"{where} has {key} {result[key]!r}, which the data set lacks: give the data set of these detections"
+            )
     try:
         numbers = [float(value) for value in (*result["bbox"], result["score"])]
     except (TypeError, ValueError):

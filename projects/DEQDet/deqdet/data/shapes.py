@@ -1,6 +1,6 @@
-"""The shapes data set, which is drawn from a seed in COCO's format, so that a detector trains without a download.
+"""The shapes data set, generated from a seed in COCO's format, so that a detector can be trained without a download.
 
-The classes differ by their outlines alone: colour, texture, contrast and size are drawn independently of the class. No
+The classes differ only in their outlines: colour, texture, contrast and size are drawn independently of the class. No
 rotation makes one outline look like another.
 """
 
@@ -18,10 +18,10 @@ from iopath.common.file_io import file_lock
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "hourglass")
 JSON_NAME, IMAGES_NAME = "annotations.json", "images"  # in the root
-_GENERATOR = "deqdet.data.shapes, drawing 1"  # raise the number when the same parameters come to draw other images
+_GENERATOR = "deqdet.data.shapes, drawing 1"  # raise the number when the same parameters give other images
 _SUPERSAMPLING, _PLACEMENT_TRIES = 8, 30
-# Quality 95, and colour at full resolution: at half of it, as is usual in JPEG, edges between colours of the same
-# lightness would be blurred.
+# Quality 95, and colour at full resolution: JPEG's usual half resolution would blur edges between colours of the same
+# lightness.
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class ShapesConfig:
     """The parameters that determine a shapes set. Lengths are in pixels, angles in degrees.
 
-    Image i does not depend on num_images, so that a larger set begins with the images of a smaller one.
+    Image i does not depend on num_images, so a larger set begins with the images of a smaller one.
     """
 
     num_images: int
@@ -43,9 +43,9 @@ class ShapesConfig:
     empty_fraction: float = 0.08  # probability of an image without objects
     max_rotation: float = 10.0  # to either side; 180 allows any angle
     max_overlap: float = 0.5  # of two boxes, see box_overlap(); also the largest fraction of a shape that others hide
-    min_contrast: float = 48.0  # of 255: the largest difference, over the channels, of a shape to what is under it
-    max_contrast: float = 127.0  # above 127, some backgrounds have neither a lighter nor a darker colour so far away
-    max_texture: float = 0.35  # of the background, relative to the contrast; half of that on the shapes
+    min_contrast: float = 48.0  # of 255: the largest difference, over the channels, between a shape and what it covers
+    max_contrast: float = 127.0  # above 127, some backgrounds have neither a lighter nor a darker colour that far away
+    max_texture: float = 0.35  # amplitude on the background, relative to the contrast; half of that on the shapes
     max_noise: float = 0.2  # standard deviation, relative to the contrast
 
     def __post_init__(self):
@@ -56,13 +56,13 @@ class ShapesConfig:
             raise ValueError(f"need num_images >= 1, max_objects in 1..8, {need}, got {self}")
 
     def info(self) -> dict:
-        """Return the "info" of the annotation file, by which a set on disk is compared with this config."""
+        """Return the "info" of the annotation file, which identifies a set on disk as that of this config."""
         return {"generator": _GENERATOR, "parameters": asdict(self)}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One drawn object, as it is before another one covers it."""
+    """One drawn object, regardless of others that may cover it."""
 
     label: int  # index in CLASSES
     box: tuple[float, ...]  # (x, y, w, h), pixels: the bounds of the outline, wholly inside the image
@@ -81,17 +81,17 @@ def generate_shapes(root: str | os.PathLike, config: ShapesConfig) -> str:
     """Make sure that `root` holds the set that `config` describes, and return the path of its annotation file.
 
     The set consists of `annotations.json` (boxes xywh in pixels, `area` in covered pixels, category ids from 1 in the
-    order of CLASSES) and `images/*.jpg`. JPEG, because for images with noise its files of quality 95 are half as
-    large as PNG's and are decoded in half of the time.
+    order of CLASSES) and `images/*.jpg`. For noisy images, JPEG files of quality 95 are half as large as PNG files, and
+    are decoded in half the time.
 
-    A set with other parameters, or without some of its images, is drawn again. It is drawn beside `root` and renamed
-    when it is complete. If several processes ask for it at once, one of them draws and the others wait.
+    A set with other parameters, or without some of its images, is drawn again. It is drawn next to `root` and renamed
+    when it is complete. If several processes request it at once, one of them draws it and the others wait.
 
     Raises:
         FileExistsError: `root` holds something else, which is left alone.
     """
     root = Path(os.path.realpath(os.path.expanduser(root)))
-    if not _is_complete(root, config):  # also asked before the lock, so that a read-only set can be used
+    if not _is_complete(root, config):  # also checked before locking, so that a read-only set can be used
         with file_lock(str(root)):
             if not _is_complete(root, config):
                 _draw_set(root, config)
@@ -142,14 +142,14 @@ def _polar(radii: np.ndarray | float, angles: np.ndarray) -> np.ndarray:
 
 _TURN = np.linspace(0, 360, 64, endpoint=False)
 _LEFT = _polar(1.0, np.linspace(180, 360, 33))  # half of the unit circle
-# Closed contours in any unit, the outer one first. What lies inside an odd number of them is painted.
+# Closed contours in any unit, the outer one first. Points inside an odd number of contours are painted.
 _OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "circle": (_polar(1.0, _TURN),),
     "square": (_polar(1.0, np.array([45, 135, 225, 315])),),
     "triangle": (_polar(1.0, np.array([0, 120, 240])),),
     "star": (_polar(np.array([1.0, 0.4] * 5), np.arange(0, 360, 36)),),
-    # One arm has the corners (1, 3), which is at atan(1 / 3) = 18.435 degrees, (1, 1) and (3, 1); the others are
-    # turned.
+    # The corners of a quarter are (1, 3), which is at atan(1 / 3) = 18.435 degrees, (1, 1) and (3, 1); the other
+    # quarters are rotated copies.
     "cross": (_polar(np.sqrt([10, 2, 10] * 4), np.add.outer(_TURN[::16], [18.435, 45, 71.565]).ravel()),),
     "ring": (_polar(1.0, _TURN), _polar(0.55, _TURN)),
     "crescent": (np.concatenate([_LEFT, _LEFT[::-1] * (0.3, 1)]),),
@@ -161,8 +161,8 @@ def _turned_outline(label: int, rotation: float, size: float) -> tuple[list[np.n
     """Turn and scale the outline of a class.
 
     Returns:
-        Its contours, each (n, 2), moved so that the smallest coordinates are 0; and their extent (w, h), of which the
-        longer one is `size`.
+        Its contours, each (n, 2), shifted so that the smallest coordinates are 0; and their extent (w, h), whose larger
+        side is `size`.
     """
     c, s = math.cos(math.radians(rotation)), math.sin(math.radians(rotation))
     contours = [contour @ np.array([[c, s], [-s, c]]) for contour in _OUTLINES[CLASSES[label]]]
@@ -172,7 +172,7 @@ def _turned_outline(label: int, rotation: float, size: float) -> tuple[list[np.n
 
 
 def _coverage(contours: list[np.ndarray]) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Find the window (rows, columns) that contours in pixels touch, and which part of each pixel they cover."""
+    """Find the window (rows, columns) that contours in pixels touch, and the fraction of each pixel that they cover."""
     x0, y0 = np.floor(contours[0].min(0)).astype(int)
     x1, y1 = np.ceil(contours[0].max(0)).astype(int)
     fine = np.zeros(((y1 - y0) * _SUPERSAMPLING, (x1 - x0) * _SUPERSAMPLING), np.uint8)
@@ -186,7 +186,7 @@ def _coverage(contours: list[np.ndarray]) -> tuple[tuple[slice, slice], np.ndarr
 def _place(
     rng: np.random.Generator, config: ShapesConfig, shapes: list[Shape], owner: np.ndarray
 ) -> tuple[Shape, tuple[slice, slice], np.ndarray] | None:
-    """Find a place for a new shape where no other is hidden too much: shape, window and coverage; None without one."""
+    """Place a new shape so that none is hidden too much; return shape, window and coverage, or None without room."""
     label = int(rng.integers(len(CLASSES)))
     rotation = rng.uniform(-config.max_rotation, config.max_rotation)
     contours, extent = _turned_outline(label, rotation, _log_uniform(rng, config.min_size, config.max_size))
@@ -210,7 +210,7 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _texture(rng: np.random.Generator, size: tuple[int, int], amplitude: float) -> np.ndarray:
-    """Draw blobs, waves or a ramp, (*size, 3) float32 around 0, of a random amplitude up to `amplitude`."""
+    """Draw blobs, waves or a ramp, (*size, 3) float32 around 0, with a random amplitude up to `amplitude`."""
     kind, amplitude = rng.integers(3), rng.uniform(0, amplitude)
     grain = _log_uniform(rng, 4, 60)  # pixels
     if kind == 0:
@@ -224,7 +224,7 @@ def _texture(rng: np.random.Generator, size: tuple[int, int], amplitude: float) 
 
 
 def _contrasting(rng: np.random.Generator, under: np.ndarray, contrast: float) -> np.ndarray:
-    """Draw a colour (3,) in 0..255 that differs from `under` by `contrast` in one channel, by at least half in each."""
+    """Draw a colour (3,) in 0..255 that differs from `under` by `contrast` in one channel and at least half in all."""
     step = rng.choice((-1, 1), 3) * rng.permuted((1.0, *rng.uniform(0.5, 1, 2))) * contrast
     colour = (under := np.clip(under, 0, 255)) + step
     return np.where((colour < 0) | (colour > 255), under - step, colour).astype(np.float32)
@@ -240,13 +240,13 @@ def _read_info(root: Path) -> dict | None:
 
 
 def _is_complete(root: Path, config: ShapesConfig) -> bool:
-    """Tell whether `root` holds the set of this config with all its images."""
+    """Return whether `root` holds the set of this config with all its images."""
     images = root / IMAGES_NAME
     return _read_info(root) == config.info() and len(list(images.glob("*.jpg"))) == config.num_images
 
 
 def _draw_set(root: Path, config: ShapesConfig) -> None:
-    """Draw the set beside `root`, then move it there. It replaces only a set that this module wrote."""
+    """Draw the set next to `root`, then move it there, where it replaces only a set that this module wrote."""
     if root.exists() and _read_info(root) is None and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} holds no shapes set with a readable {JSON_NAME}: choose another place")
     logger.info("Drawing %d images into %s", config.num_images, root)

@@ -1,4 +1,4 @@
-"""Finds images that are both trained on and evaluated on, which makes the AP too high."""
+"""Finds images that are in both the training and the test sets, which makes the AP too high."""
 
 import os
 from collections.abc import Mapping
@@ -10,13 +10,14 @@ from .findings import REMARK, Finding, Findings
 def find_shared_images(tested: CheckedSet, trained: Mapping[str, CheckedSet]) -> list[Finding]:
     """Compare the images of a test set with those of the training sets by their fingerprints (see `ImageHeader`).
 
-    No file is read: the check has taken the fingerprints along with the headers.
+    No file is read, since the check has already computed the fingerprints.
 
     Args:
+        tested: the test set.
         trained: the training sets by name.
 
     Returns:
-        One finding with the first pair and the number of images, or none.
+        A list with one finding, which names the first pair and counts the shared images; empty if there are none.
     """
     known = {mark: (path, name) for name, each in trained.items() for path, mark in each.fingerprints.items()}
     findings = Findings()

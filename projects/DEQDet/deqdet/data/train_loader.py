@@ -1,4 +1,4 @@
-"""The loader of training batches, which can start at any iteration as if it had delivered all batches before it."""
+"""The loader of training batches, which can start at any iteration as if all earlier batches had been loaded."""
 
 import itertools
 import signal
@@ -17,16 +17,16 @@ from .randomness import mix_seed, seeded
 
 
 class Ticket(NamedTuple):
-    """One sample to be loaded."""
+    """A sample to load."""
 
     index: int  # of the record in the data set
-    position: int  # in the infinite stream of samples of this rank
+    position: int  # in this rank's infinite stream of samples
 
 
 class Samples(Dataset):
-    """The mapped samples of a data set. What the mapper draws depends on the seed, the rank and the position alone.
+    """The mapped samples of a data set. The mapper's random numbers depend only on seed, rank and position.
 
-    So the augmentation of a sample is the same in any worker process, and in a resumed training.
+    The augmentation of a sample is therefore the same in any dataloader worker, and in a resumed training.
     """
 
     def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict], *, seed: int, rank: int):
@@ -44,18 +44,18 @@ class Samples(Dataset):
 
 
 class BatchStream(Sampler):
-    """The infinite stream of batches of one rank, from the batch of iteration `start` on.
+    """One rank's infinite stream of batches, from the batch of iteration `start` on.
 
-    The batches before `start` are computed and thrown away. They are numbers only, so that a hundred thousand
-    iterations take about a second.
+    Earlier batches are computed and discarded. They consist of indices only, so skipping a hundred thousand iterations
+    takes about a second.
     """
 
     def __init__(self, sampler: Sampler, batch_size: int, groups: Sequence[int] | None = None):
         """
         Args:
-            sampler: detectron2's training sampler: an infinite stream of indices, the same at every iteration over it.
-            batch_size: of this rank.
-            groups: for each record the number of its group; a batch has records of one group. None: one group.
+            sampler: a training sampler of detectron2: an infinite stream of indices, the same in every pass over it.
+            batch_size: images per batch on this rank.
+            groups: the group number of each record; all records in a batch are of the same group. None: one group.
         """
         self.start = 0
         self._sampler = sampler
@@ -79,15 +79,15 @@ class TrainLoader(DataLoader):
     """A loader of lists of samples from a BatchStream."""
 
     def start_at(self, iteration: int) -> None:
-        """Let the next iteration over the loader begin with the batch of this training iteration."""
+        """Make the next iterator over the loader begin with the batch of this training iteration."""
         self.batch_sampler.start = iteration
 
 
 def build_train_loader(cfg: CfgNode) -> DataLoader:
-    """The loader of the data sets, sampler, mapper and batch size of a config; the order of the data follows from SEED.
+    """Build the training loader of a config; the order of the data follows from SEED.
 
-    It gives the same batches with any DATALOADER.NUM_WORKERS. A data set that is a torch IterableDataset, which has no
-    positions, gets detectron2's own loader: a resumed training then reads it from its beginning.
+    The batches do not depend on DATALOADER.NUM_WORKERS. For a torch IterableDataset, which has no positions, the result
+    is detectron2's own loader: a resumed training then reads it from its beginning.
     """
     seed = max(cfg.SEED, 0)
     with seeded(mix_seed(seed)):  # detectron2's samplers draw their seeds, the same on all ranks, from NumPy
@@ -98,7 +98,7 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
 
 
 def assemble_train_loader(parts: Mapping, seed: int) -> TrainLoader:
-    """The loader of what detectron2's build_detection_train_loader takes: dataset, sampler, mapper and so on."""
+    """Build a loader from the arguments of detectron2's build_detection_train_loader: dataset, sampler, mapper, etc."""
     records = parts["dataset"]
     # The two groups of detectron2's AspectRatioGroupedDataset, by the size that the data set states.
     groups = [int(x["width"] <= x["height"]) for x in records] if parts["aspect_ratio_grouping"] else None
@@ -113,21 +113,21 @@ def assemble_train_loader(parts: Mapping, seed: int) -> TrainLoader:
         prefetch_factor=2 if workers > 0 else None,
         collate_fn=_as_list,
         worker_init_fn=_ignore_interrupts,
-        # An iterator draws one number from its generator; from torch's own, it would shift what training draws.
+        # Each iterator draws a number from this generator; from torch's default one, that would shift training's draws.
         generator=torch.Generator().manual_seed(seed),
     )
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Let a process that loads data outlive a Ctrl-C, which reaches it too, until the training's iteration has ended.
+    """Let a dataloader worker survive a Ctrl-C, which it receives too, so that the current iteration can finish.
 
-    SIGTERM has its default effect, also where the training's handler was inherited: at its exit, the training's process
-    ends those that load data by it, and waits for them.
+    Reset an inherited handler of SIGTERM: when the main process exits, it ends its workers with SIGTERM, and waits for
+    them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_list(samples: list[dict]) -> list[dict]:
-    """The batch as detectron2's models take it: images differ in size, so they are not stacked."""
+    """Collate samples into a list, as detectron2's models expect; images differ in size, so they are not stacked."""
     return samples

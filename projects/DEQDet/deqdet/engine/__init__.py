@@ -1,4 +1,4 @@
-"""Training and evaluation: detectron2's DefaultTrainer with the paper's optimizer, and the set-up of a run."""
+"""Training and evaluation: the set-up of a run, and detectron2's DefaultTrainer with the paper's optimizer."""
 
 from ..errors import UserError
 from .arguments import add_config_arguments, add_plugin_argument, exit_on_user_error, parse_arguments

@@ -1,4 +1,4 @@
-"""What all command-line tools share: their flags, the KEY VALUE pairs at the end, and one line for each user error."""
+"""What all command-line tools share: flags, KEY VALUE pairs at the end, and one-line messages for user errors."""
 
 import argparse
 import io
@@ -19,16 +19,16 @@ from .signals import Interrupted
 def parse_arguments(
     parser: argparse.ArgumentParser, words: Sequence[str] | None = None, *, joins: bool = False
 ) -> argparse.Namespace:
-    """Parse a command line that ends in KEY VALUE pairs; these become the list `opts`.
+    """Parse a command line that ends in KEY VALUE pairs, and collect the pairs in the list `opts`.
 
-    The pairs begin at the first config key, also behind a flag that takes several values.
+    The pairs begin at the first config key, even if a flag that takes several values precedes it.
 
     Args:
         words: the command line; by default that of the process.
         joins: the command takes part in a run of several processes (see `launcher.run`).
 
     Raises:
-        UserError: torchrun or srun has started several processes of a command that works in one.
+        UserError: torchrun or srun has started several processes of a command that runs in a single one.
     """
     words = list(sys.argv[1:] if words is None else words)
     first = next((i for i, word in enumerate(words) if word == "--opts" or is_key(word)), len(words))
@@ -36,13 +36,13 @@ def parse_arguments(
     if not joins:
         check_alone(os.environ)
     args.opts = [*(getattr(args, "opts", None) or []), *words[first:]]
-    if args.opts[:1] == ["--opts"]:  # older commands have this flag before the pairs
+    if args.opts[:1] == ["--opts"]:  # older commands put this flag before the pairs
         del args.opts[0]
     return args
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model a tool is about; `load_config` reads them."""
+    """Add the flags that choose the model; `load_config` reads them."""
     add_model_arguments(parser)
     parser.epilog = "KEY VALUE pairs at the end override config keys, e.g. MODEL.WEIGHTS FILE SOLVER.MAX_ITER 100"
 
@@ -62,7 +62,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --plugin, for layers, decoders, solvers and backbones of the user's own."""
+    """Add --plugin, for the user's own layers, decoders, solvers and backbones."""
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="MODULE",
         help="import this module or .py file first, e.g. one that registers a layer; can be given several times",
@@ -70,7 +70,7 @@ def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --data and its flags, on which `own_data` acts, and --init, on which `initialization` does."""
+    """Add --data and its flags, which `own_data` reads, and --init, which `initialization` reads."""
     add_folder_arguments(
         parser, "train on the labelled images in FOLDER (COCO, YOLO or Pascal VOC), with settings derived from them"
     )
@@ -78,12 +78,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--init",
         default="",
         metavar="FILE",
-        help="start from those weights of this checkpoint that fit the model: a file, a URL or a model zoo name",
+        help="start from the weights in this checkpoint that fit the model: a file, a URL or a model zoo name",
     )
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """Add --data, whose help is `purpose`, and the flags that say how a training with it reads FOLDER."""
+    """Add --data, with `purpose` as its help text, and the flags that control how FOLDER is read."""
     parser.add_argument("--data", default="", metavar="FOLDER", type=os.path.expanduser, help=purpose)
     parser.add_argument(
         "--data-format", default="", choices=list(FORMATS), help="format of the labels in FOLDER (default: detected)"
@@ -101,16 +101,16 @@ def add_folder_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
 
 @contextmanager
 def exit_on_user_error(interrupted: str = "interrupted") -> Iterator[None]:
-    """End the process with one line on stderr and exit code 1 for a UserError within it, 130 for Ctrl-C.
+    """Turn a UserError in the block into one line on stderr and exit code 1, and Ctrl-C into exit code 130.
 
     After an Interrupted, the exit code is 128 + the number of its signal.
 
-    From then on, names of files that are not UTF-8 are printed with escapes, as on stderr.
+    As a side effect, stdout prints file names that are not UTF-8 with escapes from then on, as stderr does.
 
     Args:
-        interrupted: what to say after Ctrl-C or an Interrupted.
+        interrupted: the line to print after Ctrl-C or an Interrupted.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another one
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook replaces it by an object of another class
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield

@@ -11,28 +11,29 @@ from .models import unwrap
 
 
 def decay_after(updates: int, decay: float) -> float:
-    """The decay of an average that has been updated so often.
+    """Return the decay to use after n = `updates` updates, min(decay, (1 + n) / (10 + n)).
 
-    It is min(decay, (1 + n) / (10 + n)), so that an average never reaches back further than about a tenth of the steps
-    so far: in a short training, one with the full decay would still consist of the first weights.
+    The average then never covers more than about the last tenth of the steps so far. With the full decay, the average
+    of a short training would still consist mostly of the initial weights.
     """
     return min(decay, (1 + updates) / (10 + updates))
 
 
 class AverageWeights(HookBase):
-    """Keeps torch's AveragedModel of the model, with the average of all weights and floating-point buffers.
+    """Keeps an AveragedModel (torch.optim.swa_utils) with the average of all weights and floating-point buffers.
 
-    BatchNorm's running statistics are buffers, and averaged as the weights are that they belong to. Counters are
-    copied. Register it on every rank, after AverageBatchNorm and before what saves or evaluates.
+    BatchNorm's running statistics are buffers, so they are averaged along with the weights they belong to. Integer
+    buffers are copied. Register the hook on every rank, after AverageBatchNorm and before any hook that saves or
+    evaluates.
     """
 
     def __init__(self, model: nn.Module, decay: float, periods: list[int]):
         """
         Args:
-            model: DDP may be around it.
-            decay: of a long training; see `decay_after`.
-            periods: iterations between two moments at which the average is saved or used, 0 for never. The ranks then
-                take the average of their BatchNorm statistics, as AverageBatchNorm does with the model's own.
+            model: the model, possibly wrapped in DDP.
+            decay: the decay that a long training reaches; see `decay_after`.
+            periods: periods in iterations at which the average is saved or evaluated; 0 for never. Right before, its
+                BatchNorm statistics are averaged over the ranks, as AverageBatchNorm does for the model itself.
         """
         self._model = unwrap(model)
         self._periods = [period for period in periods if period > 0]
@@ -51,7 +52,7 @@ class AverageWeights(HookBase):
         return self._average.module
 
     def before_train(self) -> None:
-        if self._average.n_averaged == 0:  # a new average, perhaps in a training that has already ended
+        if self._average.n_averaged == 0:  # a new average, possibly of a training that has already ended
             self.model.load_state_dict(self._model.state_dict())
 
     def after_step(self) -> None:
@@ -61,7 +62,7 @@ class AverageWeights(HookBase):
             average_batch_norm(self.model)
 
     def state_dict(self) -> dict[str, int]:
-        """The number of updates; the weights are an entry of the checkpoint themselves."""
+        """Return the number of updates; the averaged weights have their own entry in the checkpoint."""
         return {"updates": int(self._average.n_averaged)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

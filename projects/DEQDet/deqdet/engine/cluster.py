@@ -1,4 +1,4 @@
-"""The place of this process in a run that torchrun or Slurm's srun has started, from their environment variables."""
+"""Reads from environment variables which rank this process has in a run that torchrun or Slurm's srun has started."""
 
 import re
 import sys
@@ -12,30 +12,30 @@ _LOCAL = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Place:
-    """One process among those that a launcher other than ours has started."""
+    """The position of one process in a run that an external launcher has started."""
 
     launcher: str  # "torchrun" or "srun"
-    rank: int  # among all processes; those of one machine follow each other
+    rank: int  # among all processes; the ranks of one machine are consecutive
     world_size: int  # all processes
-    local_rank: int  # among those of this machine
-    local_size: int  # processes of this machine, the same number on every one
+    local_rank: int  # among the processes on this machine
+    local_size: int  # processes on each machine
     host: str  # of rank 0
     port: int
-    restarts: int = 0  # how often torchrun may start the processes again after one has failed
-    attempt: int = 0  # how often it has done so
+    restarts: int = 0  # how often torchrun may restart the processes after a failure
+    attempt: int = 0  # the number of restarts so far
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:
-    """The place that torchrun or srun gives this process; None where neither has started it.
+    """Return the place that torchrun or srun gives this process, or None if neither has started it.
 
-    Slurm sets variables also where it starts a single process: in the script of sbatch, in the shell of salloc or of
-    `srun --pty`, and by `srun -n 1`. None of these joins anything, and --num-gpus works there as everywhere.
+    Slurm also sets its variables when it starts a single process: in an sbatch script, in the shell of salloc or of
+    `srun --pty`, and with `srun -n 1`. Such a process joins no group, and --num-gpus works as usual.
 
     Args:
         environ: os.environ.
 
     Raises:
-        UserError: a variable is missing or makes no sense, or the machines have different numbers of processes.
+        UserError: a variable is missing or invalid, or the machines have different numbers of processes.
     """
     if "TORCHELASTIC_RUN_ID" in environ or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environ.keys():
         return _checked(_torchrun_place(environ))
@@ -44,21 +44,21 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
         return _checked(_slurm_place(environ))
     if "RANK" in environ and _integer(environ, "WORLD_SIZE", "1") > 1:
         raise UserError(
-            "RANK and WORLD_SIZE are set in the environment, but LOCAL_RANK is not: start the processes by torchrun, "
-            "or unset RANK and WORLD_SIZE for a run of its own"
+            "RANK and WORLD_SIZE are set in the environment, but LOCAL_RANK is not: start the processes with torchrun, "
+            "or unset RANK and WORLD_SIZE to run this process alone"
         )
     return None
 
 
 def check_alone(environ: Mapping[str, str]) -> None:
-    """See that a tool which works in one process is not started in several: they would write the same files.
+    """Check that a single-process tool has not been started in several processes, which would write the same files.
 
     Args:
         environ: os.environ.
 
     Raises:
-        UserError: torchrun or srun has started several.
-        SystemExit: the same in a process other than the first, which stays silent.
+        UserError: torchrun or srun has started several processes; raised on rank 0 only.
+        SystemExit: the same on every other rank, which exits silently.
     """
     place = find_place(environ)
     if place is None or place.world_size == 1:
@@ -67,16 +67,16 @@ def check_alone(environ: Mapping[str, str]) -> None:
         sys.exit(1)
     marks = "SLURM_STEP_NUM_TASKS" if place.launcher == "srun" else "RANK, WORLD_SIZE, LOCAL_RANK, TORCHELASTIC_RUN_ID"
     raise UserError(
-        f"this command works in one process, but {place.launcher} has started {place.world_size}: start it without "
-        f"{place.launcher}, or unset {marks} for processes that have nothing to do with each other"
+        f"this command runs in one process, but {place.launcher} has started {place.world_size}: start it without "
+        f"{place.launcher}, or unset {marks} if the processes are independent of each other"
     )
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a list in Slurm's syntax: "node[03-07,9],other" gives "node03".
+    """Return the first host of a node list in Slurm's syntax: "node[03-07,9],other" gives "node03".
 
     Raises:
-        UserError: it is no such list.
+        UserError: the list cannot be parsed.
     """
     found = re.fullmatch(r"((?:[^,\[\]\s]|\[\w+(?:[-,]\w+)*\])+)(?:,.*)?", nodes.strip())
     if not found:
@@ -99,11 +99,11 @@ def _torchrun_place(environ: Mapping[str, str]) -> Place:
 
 
 def _step_tasks(environ: Mapping[str, str]) -> int:
-    """The number of processes that srun has started together with this one.
+    """Return the number of processes in this process's job step, itself included.
 
-    Slurm's job steps say it in SLURM_STEP_NUM_TASKS. SLURM_NTASKS does not say it within a job, where the script of
-    sbatch has it too, although it runs alone. Only without a job (no SLURM_JOB_ID) is it taken: then some program
-    imitates srun on one machine.
+    Slurm gives it in SLURM_STEP_NUM_TASKS. Within a job, SLURM_NTASKS is no substitute: an sbatch script has it too,
+    although it runs alone. It is used only without a job (no SLURM_JOB_ID), when some program imitates srun on one
+    machine.
     """
     alone = environ.get("SLURM_NTASKS", "1") if "SLURM_JOB_ID" not in environ else "1"
     return _integer(environ, "SLURM_STEP_NUM_TASKS", alone)
@@ -114,12 +114,12 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
     local_size = _tasks_per_node(environ) if "SLURM_JOB_ID" in environ else world_size
     local_rank = _integer(environ, "SLURM_LOCALID")
     rank = _integer(environ, "SLURM_PROCID")
-    if "SLURM_NODEID" in environ:  # srun's own numbers go round the machines with --distribution=cyclic
+    if "SLURM_NODEID" in environ:  # with --distribution=cyclic, srun's own ranks alternate between machines
         rank = _integer(environ, "SLURM_NODEID") * local_size + local_rank
     host = _LOCAL
     if local_size < world_size:
         host = first_host(environ.get("SLURM_STEP_NODELIST") or _text(environ, "SLURM_JOB_NODELIST"))
-    # Two steps that share a machine get ports of their own, below those that the system gives away.
+    # Different ports for job steps that share a machine, below the range from which the system assigns ports.
     job, step = _integer(environ, "SLURM_JOB_ID", "0"), _integer(environ, "SLURM_STEP_ID", "0")
     port = 20_000 + (16 * job + step) % 12_000
     return Place(
@@ -134,11 +134,13 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
 
 
 def _tasks_per_node(environ: Mapping[str, str]) -> int:
-    """Read Slurm's "4(x2)" or "4,4" as 4; "4(x2),3", where the last of three machines has fewer, is an error."""
+    """Read Slurm's "4(x2)" or "4,4" as 4. "4(x2),3" is an error: the last of three machines has fewer processes."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE") or _text(environ, "SLURM_NTASKS_PER_NODE")
     counts = {part.partition("(")[0] for part in text.split(",")}
     if len(counts) > 1:
-        raise UserError(f"srun has started {text} processes on the machines: give all the same by --ntasks-per-node")
+        raise UserError(
+            f"srun has started {text} processes on the machines: use --ntasks-per-node to start the same number on each"
+        )
     return _integer({"SLURM_STEP_TASKS_PER_NODE": counts.pop()}, "SLURM_STEP_TASKS_PER_NODE")
 
 
@@ -155,7 +157,7 @@ def _checked(place: Place) -> Place:
 
 def _text(environ: Mapping[str, str], name: str) -> str:
     if not environ.get(name):
-        raise UserError(f"{name} is missing in the environment, which torchrun and srun set: start by one of them")
+        raise UserError(f"{name} is missing in the environment, where torchrun and srun set it: start with one of them")
     return environ[name]
 
 

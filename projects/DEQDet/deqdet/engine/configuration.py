@@ -1,4 +1,4 @@
-"""From the command line to a frozen, checked config."""
+"""Turns a command line into a frozen, checked config."""
 
 import argparse
 import io
@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Everything that comes before the model is built: config, data sets, log files, seed.
+    """Do everything that precedes building the model: config, data sets, log files, seed.
 
-    A MODEL.DEVICE of "cuda" becomes "cpu" where there is no CUDA. A training locks OUTPUT_DIR until its process ends.
-    The config.yaml of a training that OUTPUT_DIR holds already stays as it is in an evaluation. If the training is
-    resumed or overwritten, it stays until the new one begins (see `begin_training`).
+    If CUDA is not available, a MODEL.DEVICE of "cuda" becomes "cpu". A training locks OUTPUT_DIR until its process
+    ends. An evaluation does not change the config.yaml of a training in OUTPUT_DIR. If that training is resumed or
+    overwritten, the file is replaced only when the new one begins (see `begin_training`).
 
     Args:
-        args: what `argument_parser` parses.
+        args: the flags of `argument_parser`.
 
     Raises:
-        UserError: as `load_config` and `check_run`; or OUTPUT_DIR cannot be made or written, another training uses it,
-            or it holds one that is neither resumed nor overwritten.
+        UserError: as `load_config` and `check_run`; or OUTPUT_DIR cannot be created or written, is in use by another
+            training, or holds one that is neither resumed nor overwritten.
     """
     cfg = load_config(args)
     check_folder(cfg, args)
@@ -57,7 +57,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         adapt_device(cfg)
         check_run(cfg, args)
         cfg.freeze()
-        # It logs the text of the config file, which may be given by its name in the model zoo.
+        # default_setup logs the text of the config file, so a model zoo name is resolved to its path.
         file = find_config(args.config_file) if args.config_file else ""
         with _whole_config_file(_config_writer(cfg, args)):
             default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": file}))
@@ -74,7 +74,7 @@ def _writable(folder: str) -> Iterator[None]:
 
 
 def _config_writer(cfg: CfgNode, args: argparse.Namespace) -> Callable[[Path, str], None]:
-    """What becomes of the text of config.yaml."""
+    """Return a function that takes the path and text of config.yaml, and writes, keeps or discards the text."""
     folder = Path(cfg.OUTPUT_DIR)
     if not find_results(folder) or not (folder / CONFIG).is_file():
         return lambda path, text: write_text(text, path)
@@ -82,7 +82,7 @@ def _config_writer(cfg: CfgNode, args: argparse.Namespace) -> Callable[[Path, st
 
 
 class _WholeFiles:
-    """detectron2's PathManager, but a text file that is opened for writing is given to `write` when it is whole."""
+    """detectron2's PathManager, except that the text written to a file is passed to `write` when it is complete."""
 
     def __init__(self, write: Callable[[Path, str], None]):
         self._when_whole = write
@@ -102,7 +102,7 @@ class _WholeFiles:
 
 @contextmanager
 def _whole_config_file(write: Callable[[Path, str], None]) -> Iterator[None]:
-    """Let default_setup give config.yaml to `write`; the name in its module stands for another object meanwhile."""
+    """Make default_setup pass config.yaml to `write`, by replacing PathManager in its module for the moment."""
     original, defaults.PathManager = defaults.PathManager, _WholeFiles(write)
     try:
         yield
@@ -111,19 +111,19 @@ def _whole_config_file(write: Callable[[Path, str], None]) -> Iterator[None]:
 
 
 def adapt_device(cfg: CfgNode) -> None:
-    """Make a MODEL.DEVICE of "cuda" "cpu", in place, where there is no CUDA."""
+    """Change a MODEL.DEVICE of "cuda" to "cpu", in place, if CUDA is not available."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.info("CUDA is not available: MODEL.DEVICE is cpu instead of %s", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
-    """The config that a command line asks for: a file, a name in the model zoo, or what a model file holds.
+    """Return the config that a command line asks for: of a file, of a name in the model zoo, or of a model file.
 
-    Modules of the user's own (--plugin) are imported first. With a model file, MODEL.WEIGHTS is that file.
+    The user's own modules (--plugin) are imported first. With a model file, MODEL.WEIGHTS is that file.
 
     Raises:
-        UserError: there is no config, or it is wrong; says which file or key, and for a value its range.
+        UserError: there is no config, or it is wrong; names the file or key, and for a value its range.
     """
     cfg = _read_config(args)
     check_options(cfg)
@@ -148,23 +148,23 @@ def _read_config(args: argparse.Namespace) -> CfgNode:
 
 
 def _only_model_file(args: argparse.Namespace) -> str:
-    """The model file that MODEL.WEIGHTS names where no config is given; "" if there is none."""
+    """Return the model file that MODEL.WEIGHTS names if no config is given, else ""."""
     pairs = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     weights = pairs.get("MODEL.WEIGHTS", "")
     return weights if not args.config_file and (weights.startswith("hf://") or is_model_file(weights)) else ""
 
 
 def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Register the data sets (and draw the generated ones); see that they and MODEL.WEIGHTS fit and exist.
+    """Register the data sets (and draw the generated ones); check that they and MODEL.WEIGHTS exist and fit the model.
 
     Raises:
-        UserError: a data set or file is missing, or the number of classes is not the model's.
+        UserError: a data set or file is missing, or the number of classes differs from the model's.
     """
     with explained_datasets():
         prepare_datasets(cfg, eval_only=args.eval_only, class_names=_known_classes(cfg, args))
         check_datasets(cfg, eval_only=args.eval_only)
     world_size = args.num_gpus * args.num_machines
-    rescaled = cfg.SOLVER.REFERENCE_WORLD_SIZE > 0  # detectron2 then adapts the batch to the processes
+    rescaled = cfg.SOLVER.REFERENCE_WORLD_SIZE > 0  # detectron2 then scales the batch with the number of processes
     if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
         batch = f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}"
         raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
@@ -181,13 +181,13 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def check_training_sets(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Register the sets of DATASETS.TRAIN as well, for a command that evaluates a model but needs its training images.
+    """Also register the sets of DATASETS.TRAIN, for a command that evaluates a model but needs its training images.
 
     Args:
-        cfg: of `setup` with args.eval_only, which has registered the test sets.
+        cfg: as returned by `setup` with args.eval_only, which has registered the test sets.
 
     Raises:
-        UserError: as `check_run` about the data sets of a training.
+        UserError: as `check_run` for the data sets of a training.
     """
     with explained_datasets():
         prepare_datasets(cfg, class_names=_known_classes(cfg, args))
@@ -195,7 +195,7 @@ def check_training_sets(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _known_classes(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
-    """The class names that a model file holds, where one is evaluated; none where it holds mere numbers."""
+    """Return the class names of the model file that is evaluated; none if they are mere numbers."""
     weights = cfg.MODEL.WEIGHTS
     if not args.eval_only or args.resume or not os.path.isfile(weights) or not is_model_file(weights):
         return ()
@@ -205,7 +205,7 @@ def _known_classes(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
 
 @contextmanager
 def explained_datasets() -> Iterator[None]:
-    """Turn what goes wrong within it, registering and checking data sets, into a UserError."""
+    """Turn errors in the block, which registers and checks data sets, into a UserError."""
     try:
         yield
     except (KeyError, ValueError, OSError) as error:
@@ -217,7 +217,7 @@ def _make_folder(path: str) -> None:
     try:
         PathManager.mkdirs(path)
     except OSError as error:
-        raise UserError(f"OUTPUT_DIR {path} cannot be made ({error.strerror}): choose another folder") from error
+        raise UserError(f"OUTPUT_DIR {path} cannot be created ({error.strerror}): choose another folder") from error
     if not PathManager.isdir(path):
         raise UserError(f"OUTPUT_DIR {path} is a file: choose a folder")
 

@@ -1,9 +1,8 @@
 """OUTPUT_DIR/data: the COCO files and the settings of a `--data` training, unchanged until another training begins.
 
 A new run may still be refused after its files are written, for example because its weights do not fit. Until it begins,
-its settings therefore lie beside the folder, in data.new.DIGEST, and its sets get names that the folder does not have
-yet, so that their paths are already those of the training. All processes of a run write the same files, and write each
-whole or not at all.
+its settings therefore lie next to the folder, in data.new.DIGEST. Its sets are written into the folder right away, but
+under new names, so that their paths do not change later. All processes of a run write the same files, atomically.
 """
 
 import filecmp
@@ -20,24 +19,24 @@ from ..checkpoints.files import replacing, write_text
 from ..errors import UserError, describe_os_error
 
 FOLDER, CONFIG, FLAGS = "data", "config.yaml", "flags.json"  # the folder within OUTPUT_DIR, and its files
-_NEW = f"{FOLDER}.new."  # how the names of folders begin whose training has not begun
+_NEW = f"{FOLDER}.new."  # prefix of the folders of trainings that have not begun
 _SET = re.compile(r"(train|val|test)(-[0-9a-f]{8})?\.json")
 
 
 def write_sets(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """Copy COCO files into OUTPUT_DIR/data, where no file of a training that has begun is changed.
+    """Copy COCO files into OUTPUT_DIR/data without changing any file of a training that has begun.
 
-    A set is named after its split. If a training that has begun has another file of this name, a digest of the contents
-    is added to it.
+    A set is named after its split. If a training that has begun has a different file of this name, a digest of the
+    contents is appended to the name.
 
     Args:
         files: the COCO files by split.
 
     Returns:
-        Where each of them lies now.
+        The path of each copy, by split.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written.
     """
     _make(folder)
     begun, places = (folder / CONFIG).is_file(), {}
@@ -57,7 +56,7 @@ def write_settings(config: str, flags: str, folder: Path, *, at_once: bool) -> P
 
     Args:
         folder: OUTPUT_DIR/data.
-        at_once: write them into the folder itself, where `put_in_place` puts them otherwise.
+        at_once: write them into the folder itself instead of leaving that to `put_in_place`.
 
     Raises:
         UserError: they cannot be written.
@@ -72,13 +71,13 @@ def write_settings(config: str, flags: str, folder: Path, *, at_once: bool) -> P
 
 
 def put_in_place(config_file: Path, sets: Iterable[str]) -> None:
-    """Make a run's settings those of OUTPUT_DIR/data, and delete what no training uses any more.
+    """Move a run's settings into OUTPUT_DIR/data, and delete the files there that no training uses any more.
 
-    That is the sets of the training before, and the settings of runs that never began. A config file that is in its
-    place already, as that of a resumed training is, stays there.
+    These are the sets of the previous training, and the settings of runs that never began. If the config file is
+    already in OUTPUT_DIR/data, as that of a resumed training is, nothing is done.
 
     Args:
-        config_file: what `write_settings` returned.
+        config_file: as returned by `write_settings`.
         sets: the COCO files of the run.
 
     Raises:
@@ -89,10 +88,10 @@ def put_in_place(config_file: Path, sets: Iterable[str]) -> None:
         return
     try:
         texts = {name: (staged / name).read_text() for name in (FLAGS, CONFIG)}
-    except FileNotFoundError:  # a machine that shares the disk was faster
+    except FileNotFoundError:  # another machine, which shares the disk, has done it
         return
     try:
-        (folder / FLAGS).unlink(missing_ok=True)  # so that they never stand beside the settings of another run
+        (folder / FLAGS).unlink(missing_ok=True)  # first, so that they are never next to the config of another run
         write_text(texts[CONFIG], folder / CONFIG)
         write_text(texts[FLAGS], folder / FLAGS)
         for path in folder.iterdir():
@@ -105,13 +104,13 @@ def put_in_place(config_file: Path, sets: Iterable[str]) -> None:
 
 
 class DataInPlace(HookBase):
-    """Puts the settings of a `--data` run into their place when its training begins, on each machine of the run."""
+    """Calls `put_in_place` when the training of a `--data` run begins, on each machine of the run."""
 
     def __init__(self, config_file: str):
         self._config_file = Path(config_file)
 
     def before_train(self) -> None:
-        comm.synchronize()  # rank 0 has then deleted the training that --overwrite is about
+        comm.synchronize()  # by then, rank 0 has deleted the training that --overwrite replaces
         if comm.get_local_rank() == 0:
             put_in_place(self._config_file, [entry[1] for entry in self.trainer.cfg.DATASETS.REGISTER])
 
@@ -120,7 +119,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"OUTPUT_DIR {folder.parent} cannot be made ({describe_os_error(error)})") from error
+        raise UserError(f"OUTPUT_DIR {folder.parent} cannot be created ({describe_os_error(error)})") from error
 
 
 def _digest(file: Path) -> str:

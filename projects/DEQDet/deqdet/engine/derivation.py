@@ -1,4 +1,4 @@
-"""The rules by which `deqdet-train --data` derives a config's values from a data set. Pure numbers; no file is read.
+"""The rules by which `deqdet-train --data` derives config values from a data set. They read no files.
 
 docs/training.md, "How the settings are derived", has the same rules in a table with their reasons.
 """
@@ -9,35 +9,35 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-ANCHOR = 800, 25.0  # the short side in pixels for which the paper chose its noise on positions, and that noise
+ANCHOR = 800, 25.0  # the paper's short side and noise on positions, both in pixels
 OBJECT_SIDE = 16  # pixels that small objects should have: four cells of the finest level
-MOST_ENLARGED = 5 / 3  # of the pictures' own short side: 480 to 800, as COCO's pictures are
+MOST_ENLARGED = 5 / 3  # times the images' own short side: COCO's images are enlarged from 480 to 800
 MOST_QUERIES = 900
-EVALUATIONS = 5  # during a training
+EVALUATIONS = 5  # per training
 SHORTEST_PERIOD = 200  # iterations
 MOST_CPU_PROCESSES = 4
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The figures of a data set on which the rules depend; medians and percentiles are those of the train set."""
+    """The statistics of a data set on which the rules depend; medians and percentiles are over the train set."""
 
     images: int  # to train on
     classes: int
     width: float  # median, pixels
     height: float
-    objects: float  # in an image, 99th percentile
+    objects: float  # per image, 99th percentile
     object_side: float  # sqrt(width * height) of the boxes, 10th percentile, pixels
     evaluable: bool = True  # the set to evaluate on has labels
 
     @property
     def short_side(self) -> float:
-        """The short side of the median picture, in pixels."""
+        """The short side of the median image, in pixels."""
         return min(self.width, self.height)
 
     @property
     def aspect(self) -> float:
-        """Long side divided by short side of the median picture."""
+        """Long side divided by short side of the median image."""
         return max(self.width, self.height) / self.short_side
 
 
@@ -45,19 +45,18 @@ class DataFacts:
 class SizeRules:
     """The constants of one --size.
 
-    The length of a training is counted in views: each time that one image is trained on is a view, so that a training
-    of E epochs on M images has E M views.
+    The length of a training is counted in views. A view is one use of one image, so E epochs on M images are E M views.
     """
 
     config: str  # the base, a name in the model zoo
-    pixels: int  # of an image, for which the time of an iteration was measured
-    train_sides: tuple[float, ...]  # short sides in training, relative to that of the test
-    crop_resize: tuple[float, ...]  # INPUT.DETR_CROP.RESIZE, the same
-    crop_size: tuple[float, float]  # INPUT.DETR_CROP.SIZE, the same
+    pixels: int  # image size for which the time of an iteration was measured
+    train_sides: tuple[float, ...]  # short sides in training, relative to the one at test time
+    crop_resize: tuple[float, ...]  # INPUT.DETR_CROP.RESIZE, likewise relative
+    crop_size: tuple[float, float]  # INPUT.DETR_CROP.SIZE, likewise relative
     least_queries: int
-    batch: int  # images for each step of all processes together, or of each process if batch_per_process
+    batch: int  # images per optimizer step, over all processes, or per process if batch_per_process
     batch_per_process: bool
-    lr: float  # at a batch of lr_batch
+    lr: float  # for a batch of lr_batch images
     lr_batch: int
     epochs: int
     least_views: int
@@ -65,7 +64,7 @@ class SizeRules:
     warmup: int  # iterations
 
 
-# The training sizes and crops are those of quick/deqdet_photos, but for r50, which has those of the paper's 2x recipe.
+# The training sizes and crops are those of quick/deqdet_photos, and for r50 those of the paper's 2x recipe.
 _FOUR_FIFTHS_UP = (12 / 15, 13 / 15, 14 / 15, 1.0, 16 / 15)
 _QUICK = SizeRules(
     config="quick/deqdet_photos", pixels=240 * 320, train_sides=_FOUR_FIFTHS_UP, crop_resize=(5 / 6, 1, 7 / 6),
@@ -90,11 +89,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A config key's value and where it is from."""
+    """A config key with its value and the value's origin."""
 
     key: str
     value: object
-    reason: str  # why it is derived so; "" for a value that the command line gave
+    reason: str  # the rule that gives the value; "" for a value from the command line
 
 
 def derive_settings(
@@ -106,13 +105,13 @@ def derive_settings(
     multi_step: bool,
     on_cuda: bool,
 ) -> list[Setting]:
-    """Derive every key, in the order of the rules. Where the user has given a key, later rules use the given value.
+    """Derive every key, in the order of the rules. If the user has given a key, later rules use the given value.
 
     Args:
-        given: values of the command line by key, of which any key may be missing.
-        processes: over which a batch is divided.
+        given: the values on the command line, by key.
+        processes: number of processes that share a batch.
         multi_step: the learning rate falls in steps, at SOLVER.STEPS.
-        on_cuda: there is a GPU.
+        on_cuda: a GPU is available.
     """
     settings = _Settings(given)
     put = settings.put
@@ -140,10 +139,12 @@ def choose_processes(batch: int, cores: int) -> int:
 
 
 def measure_facts(records: Sequence[Mapping], classes: int, *, evaluable: bool) -> DataFacts:
-    """The facts of a train set.
+    """Compute the facts of a train set.
 
     Args:
-        records: in detectron2's format, with boxes as (x, y, width, height); crowds do not count.
+        records: in detectron2's format, with boxes as (x, y, width, height); crowds are ignored.
+        classes: number of classes.
+        evaluable: the set to evaluate on has labels.
     """
     objects = [[box["bbox"] for box in record["annotations"] if not box["iscrowd"]] for record in records]
     boxes = np.array([box for boxes in objects for box in boxes]).reshape(-1, 4)
@@ -163,14 +164,14 @@ class _Settings:
         self.given, self.found = given, []
 
     def put(self, key: str, value: object, reason: str) -> object:
-        """Add a key and return its value: the given one, or else the derived one."""
+        """Add a key and return its value: the user's if there is one, else the derived one."""
         setting = Setting(key, self.given[key], "") if key in self.given else Setting(key, value, reason)
         self.found.append(setting)
         return setting.value
 
 
 def _derive_sizes(facts: DataFacts, rules: SizeRules, put) -> int:
-    """The keys of the image sizes; the short side at test time."""
+    """Derive the keys of the image sizes, and return the short side at test time."""
     side = put("INPUT.MIN_SIZE_TEST", *_side(facts, rules))
     side = side or round(facts.short_side)  # 0: images keep their size
     longest = _round(side * facts.aspect * 1.1, 16)
@@ -217,7 +218,7 @@ def _derive_schedule(
         f"{rules.batch} for each process" if rules.batch_per_process else "as the base config was tuned with",
     )  # fmt: skip
     lr_batch, of = batch, "batch"
-    if given.get("SOLVER.LR_RULE", "none") != "none":  # which scales the rate from there to the batch
+    if given.get("SOLVER.LR_RULE", "none") != "none":  # the rule then scales the rate from that batch to IMS_PER_BATCH
         lr_batch, of = given.get("SOLVER.REFERENCE_BATCH", batch), "SOLVER.REFERENCE_BATCH"
     lr = float(f"{rules.lr * math.sqrt(lr_batch / rules.lr_batch):.4g}")
     put("SOLVER.BASE_LR", lr, f"{rules.lr:g} x sqrt({of} / {rules.lr_batch})")
@@ -246,5 +247,5 @@ def _iterations(facts: DataFacts, rules: SizeRules, batch: int) -> tuple[int, st
 
 
 def _round(value: float, step: int) -> int:
-    """Round to the nearest multiple of `step`, halves upwards, but not to 0."""
+    """Round to the nearest positive multiple of `step`, halves upwards."""
     return max(step, step * math.floor(value / step + 0.5))

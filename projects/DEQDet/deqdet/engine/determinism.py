@@ -1,4 +1,4 @@
-"""The key DETERMINISTIC: the same seed gives the same numbers, bit for bit, on a GPU too. A CPU does not need it."""
+"""The key DETERMINISTIC: the same seed gives the same numbers, bit for bit, also on a GPU. On a CPU, it always does."""
 
 import os
 import re
@@ -14,29 +14,29 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def set_determinism(mode: str) -> None:
-    """Let torch, cuDNN and cuBLAS compute in the same order each time. Call it before the first work on a GPU.
+    """Make torch, cuDNN and cuBLAS use deterministic algorithms. Call it before the first operation on a GPU.
 
     Args:
-        mode: of the key DETERMINISTIC. "": change nothing. "strict": an operation that has no deterministic form is an
-            error. "warn": torch warns of it and runs it as it is.
+        mode: the value of DETERMINISTIC. "" changes nothing. With "strict", an operation without a deterministic
+            implementation is an error; with "warn", torch warns of it and runs it anyway.
     """
     if not mode:
         return
-    # Workspaces of a fixed size: otherwise cuBLAS may split a product in another way each time.
+    # Workspaces of a fixed size: otherwise cuBLAS may split a matrix product differently each time.
     os.environ.setdefault(_WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=mode == "warn")
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False  # the fastest algorithm of a run need not be that of the next
+    torch.backends.cudnn.benchmark = False  # the fastest algorithm may differ from run to run
 
 
 def is_indeterminate(error: BaseException) -> bool:
-    """Whether torch refused an operation because it has no deterministic form."""
+    """Return whether torch refused an operation because it has no deterministic implementation."""
     return isinstance(error, RuntimeError) and _UNKNOWN.search(str(error)) is not None
 
 
 @contextmanager
 def explained_determinism() -> Iterator[None]:
-    """Turn torch's error about an operation without a deterministic form into a UserError.
+    """Turn torch's error about an operation without a deterministic implementation into a UserError.
 
     Raises:
         UserError: names the operation and says what to do.
@@ -54,6 +54,6 @@ def explained_determinism() -> Iterator[None]:
                 ":4096:8 or :16:8"
             ) from error
         raise UserError(
-            f"DETERMINISTIC is strict, but {name} has no deterministic form on this device: set DETERMINISTIC warn to "
-            "run it as it is, or train on a CPU"
+            f"DETERMINISTIC is strict, but {name} has no deterministic implementation on this device: set "
+            "DETERMINISTIC warn to run it anyway, or train on a CPU"
         ) from error

@@ -1,4 +1,4 @@
-"""The end of a training that no longer improves."""
+"""Early stopping: ends a training that no longer improves."""
 
 import logging
 import math
@@ -18,13 +18,13 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "validation_loss")  # SOLV
 
 
 class _End(BaseException):
-    """Ends the loop of detectron2's trainer, which has no other way out."""
+    """Leaves detectron2's training loop, which has no other exit."""
 
 
 class EndableTrainer(TrainerBase):
-    """detectron2's training loop, which ends as at max_iter once an EarlyStop hook has decided so.
+    """detectron2's training loop, which an EarlyStop hook can end as if max_iter had been reached.
 
-    It belongs right before TrainerBase in the order of base classes: class Trainer(DefaultTrainer, EndableTrainer).
+    It must come right before TrainerBase in the method resolution order: class Trainer(DefaultTrainer, EndableTrainer).
     """
 
     def train(self, start_iter: int, max_iter: int) -> None:
@@ -34,7 +34,7 @@ class EndableTrainer(TrainerBase):
             pass
 
     def before_step(self) -> None:
-        # Here, between two iterations, everything of the last one is done, in a resumed training too.
+        # Checked here, between two iterations, where all hooks of the last one have run, even if it was resumed.
         if any(isinstance(hook, EarlyStop) and hook.patience_is_over for hook in self._hooks):
             self.max_iter = self.iter
             raise _End
@@ -47,10 +47,9 @@ class EarlyStop(HookBase):
     The training then ends as if SOLVER.MAX_ITER were the iteration after that evaluation: with a last evaluation,
     model_final.pth, which has the last weights, and the model file. model_best.pth has the best weights.
 
-    Register it on every rank, after the evaluations and before StopOnSignal, in the Trainer, an EndableTrainer. Its
-    state is in every checkpoint, so that a resumed training ends at the same iteration, and one that has ended this way
-    does not go on, unless it is resumed with more patience. Where the checkpoint's best value is that of another
-    metric, the resumed training begins to wait anew.
+    Register the hook on every rank of an EndableTrainer, after the evaluations and before StopOnSignal. Its state is
+    in every checkpoint, so a resumed training ends at the same iteration, and one that has ended early does not go on
+    unless it is resumed with more patience. If the checkpoint's best value is of another metric, counting starts over.
     """
 
     def __init__(self, *, patience: int, metric: str, must_fall: bool, min_delta: float, eval_period: int):
@@ -58,9 +57,9 @@ class EarlyStop(HookBase):
         Args:
             patience: at least 1.
             metric: its name in the event storage of the main process.
-            must_fall: the metric improves as it falls, as a loss does, and not as it rises.
-            min_delta: a smaller change of the metric is no improvement.
-            eval_period: of the evaluations, in iterations.
+            must_fall: a lower value is better, as for a loss.
+            min_delta: smaller changes of the metric do not count as improvements.
+            eval_period: iterations between evaluations.
         """
         self._patience = patience
         self._metric = metric
@@ -81,7 +80,7 @@ class EarlyStop(HookBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before = state_dict.get("metric", self._metric)  # older checkpoints do not have the name
         if before != self._metric:
-            logger.info("SOLVER.EARLY_STOP watched %s before and begins anew with %s", before, self._metric)
+            logger.info("SOLVER.EARLY_STOP watched %s before and starts over with %s", before, self._metric)
             return
         self._best, self._waited = state_dict["best"], state_dict["waited"]
 
@@ -90,7 +89,7 @@ class EarlyStop(HookBase):
             logger.info("This training has ended early (%s): there is nothing to resume", self._describe())
 
     def after_step(self) -> None:
-        """Look at the metric if this iteration had an evaluation.
+        """Check the metric if this iteration had an evaluation.
 
         Raises:
             UserError: the evaluation did not compute the metric.
@@ -102,8 +101,8 @@ class EarlyStop(HookBase):
         value = comm.all_gather(found[0] if found and found[1] == self.trainer.iter else None)[0]
         if value is None:
             raise UserError(
-                f"the evaluation computed no {self._metric}, by which SOLVER.EARLY_STOP decides: give a first data set "
-                "of DATASETS.TEST with boxes, or set SOLVER.EARLY_STOP.PATIENCE to 0"
+                f"the evaluation computed no {self._metric}, which SOLVER.EARLY_STOP watches: put a data set with "
+                "boxes first in DATASETS.TEST, or set SOLVER.EARLY_STOP.PATIENCE to 0"
             )
         self._take(value)
         if self.patience_is_over:
@@ -115,7 +114,7 @@ class EarlyStop(HookBase):
         first = self._best is None and not math.isnan(value)
         if first or (self._best is not None and self._sign * (value - self._best) > self._min_delta):
             self._best, self._waited = value, 0
-        else:  # NaN too, which is the AP without any detection
+        else:  # also if it is NaN, which is the AP without any detection
             self._waited += 1
 
     def _describe(self) -> str:
@@ -124,7 +123,7 @@ class EarlyStop(HookBase):
 
 
 def build_early_stop(cfg: CfgNode) -> list[EarlyStop]:
-    """The hook that SOLVER.EARLY_STOP asks for; else an empty list."""
+    """Build the hook that SOLVER.EARLY_STOP asks for, or return an empty list."""
     options = cfg.SOLVER.EARLY_STOP
     if options.PATIENCE == 0:
         return []

@@ -1,4 +1,4 @@
-"""What is evaluated beside COCO's AP."""
+"""Evaluators other than COCO's AP."""
 
 import logging
 
@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class StepsEvaluator(DatasetEvaluator):
-    """How many applications of f the images took, to converge (MODEL.DEQDET.SOLVER.RTOL) or to reach the limit.
+    """Counts the applications of f per image until convergence (MODEL.DEQDET.SOLVER.RTOL) or the limit.
 
-    `evaluate` logs a line and returns {"steps": {"mean": ..., "p50": ..., "p95": ...}}, the percentiles over the
-    images of all ranks; in training, detectron2 puts them into the event storage as "steps/mean" and so on.
+    `evaluate` logs a line and returns {"steps": {"mean": ..., "p50": ..., "p95": ...}} over the images of all ranks.
+    In training, detectron2 puts these into the event storage as "steps/mean" and so on.
     """
 
     def __init__(self) -> None:
@@ -24,14 +24,15 @@ class StepsEvaluator(DatasetEvaluator):
         self._steps = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """
+        """Collect the step counts of a batch.
+
         Args:
-            outputs: DEQDet's, with "steps".
+            outputs: DEQDet's outputs, each with "steps".
         """
         self._steps += [int(output["steps"]) for output in outputs]
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """None on ranks other than 0."""
+        """Gather the counts on rank 0 and return their statistics; None on all other ranks."""
         steps = [count for part in comm.gather(self._steps) for count in part]
         if not comm.is_main_process():
             return None

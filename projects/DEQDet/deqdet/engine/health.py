@@ -1,4 +1,4 @@
-"""A training stops when a number becomes infinite or NaN, and says where it began."""
+"""Stops a training when a number becomes infinite or NaN, and reports where that began."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -32,15 +32,15 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 class _Enough(Exception):
-    """Ends a forward pass that has shown what it was run for."""
+    """Ends a forward pass as soon as its purpose is served."""
 
 
 class FiniteGuard(HookBase):
-    """Looks at all weights and BatchNorm statistics before they are saved, and explains a failed iteration.
+    """Checks all weights and BatchNorm statistics before they are saved, and explains a failed iteration.
 
-    Losses, predictions and gradients are looked at where they are computed, in every iteration: by detectron2's
-    trainer, by the matcher and by the gradient's clipping, which raise FloatingPointError. `explain` finds out where
-    such an error began. Register the guard before the checkpointer, on every rank.
+    Losses, predictions and gradients are checked in every iteration where they are computed: detectron2's trainer, the
+    matcher and the gradient clipping raise FloatingPointError. `explain` locates the origin of such an error. Register
+    the guard before the checkpointer, on every rank.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class FiniteGuard(HookBase):
         """
         Args:
             folder: OUTPUT_DIR.
-            seed: of the run, which with the iteration gives the noise of the failed iteration again.
-            checkpoint_period, period: iterations between two looks; the last iteration counts too.
+            seed: the run's seed; together with the iteration it reproduces the noise of a failed iteration.
+            checkpoint_period, period: check in iterations that are multiples of either, and in the last one.
             autocast: the context of the training's forward pass.
         """
         self._autocast = autocast
@@ -69,9 +69,10 @@ class FiniteGuard(HookBase):
         self._handle = self.trainer.model.register_forward_pre_hook(self._keep_batch)
 
     def after_step(self) -> None:
-        """
+        """Check the weights and statistics if this iteration is due.
+
         Raises:
-            NonFiniteError: a weight or a statistic is not finite. The checkpoints are those of before.
+            NonFiniteError: a weight or a statistic is not finite. The existing checkpoints are not affected.
         """
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
@@ -85,11 +86,11 @@ class FiniteGuard(HookBase):
             self._handle.remove()
 
     def explain(self, error: FloatingPointError) -> NonFiniteError:
-        """The error to raise in place of one that the iteration raised: it names the first bad tensor."""
+        """Return an error to raise in place of the iteration's own; it names the first bad tensor."""
         return self._error(one_line(error).split(" loss_dict")[0], self._find_bad())
 
     def _find_bad(self) -> list[str]:
-        """The names of bad tensors, the cause before its effects."""
+        """Return the names of the bad tensors, causes before effects."""
         model = unwrap(self.trainer.model)
         gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
         return [
@@ -97,18 +98,19 @@ class FiniteGuard(HookBase):
             *nonfinite_names((f"image {_name(x)}", x["image"]) for x in self._batch),
             *self._find_activation(model),
             *(f"gradient of {name}" for name in nonfinite_names(gradients)),
-            # In a forward pass, BatchNorm's running statistics take over what is wrong with the batch.
+            # Last, because a bad batch makes BatchNorm's running statistics bad in the forward pass.
             *nonfinite_names(model.named_buffers()),
         ]
 
     def _find_activation(self, model: nn.Module) -> list[str]:
         """Run the iteration's forward pass again, and name the first module or prediction with a bad output.
 
-        Of a batch that was split into parts, it is the pass of the last part that ran, with the noise of the first.
+        Of a batch that was split for gradient accumulation, the last part that ran is repeated, with the first part's
+        noise.
         """
         names = {module: name for name, module in model.named_modules()}
         if comm.get_world_size() > 1 and "criterion" not in names.values():
-            return []  # the loss may wait for other ranks, which do not compute it again
+            return []  # the loss may need a collective operation, in which the other ranks would not take part
         found = []
 
         def look(module: nn.Module, inputs: tuple, output: object) -> None:
@@ -144,7 +146,7 @@ class FiniteGuard(HookBase):
             dump = str(error)
         tag = self._folder / TAG
         last = f"the last good checkpoint is {self._folder / tag.read_text().strip()}" if tag.is_file() else ""
-        first = f"first bad tensor: {bad[0]}" if bad else "no tensor is bad that is kept"
+        first = f"first bad tensor: {bad[0]}" if bad else "no stored tensor is infinite or NaN"
         at = "" if f"iteration={iteration}" in what else f" at iteration={iteration}"
         last = last or "no checkpoint was saved"
         return NonFiniteError("; ".join([f"{what.rstrip('.!')}{at}", first, f"images {', '.join(images)}", dump, last]))
@@ -155,7 +157,7 @@ class FiniteGuard(HookBase):
 
 
 def nonfinite_names(tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
-    """The names of the tensors that hold an infinite value or NaN. One wait for the device in all, if none does."""
+    """Return the names of the tensors with an infinite value or NaN, with a single device synchronisation."""
     floating = [(name, x.detach()) for name, x in tensors if x.is_floating_point()]
     if not floating:
         return []
@@ -164,13 +166,13 @@ def nonfinite_names(tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
 
 
 def check_finite_model(model: nn.Module, source: str) -> None:
-    """See that a model that was loaded has finite weights and statistics.
+    """Check that a loaded model has finite weights and statistics.
 
     Args:
-        source: of the weights, for the message.
+        source: where the weights come from, for the message.
 
     Raises:
-        UserError: it has not; names the first bad tensor.
+        UserError: a value is infinite or NaN; names the first bad tensor.
     """
     model = unwrap(model)
     bad = nonfinite_names(iter([*model.named_parameters(), *model.named_buffers()]))
@@ -181,7 +183,7 @@ def check_finite_model(model: nn.Module, source: str) -> None:
 
 @contextmanager
 def _hooked(model: nn.Module, look: Callable, stop: Callable) -> Iterator[None]:
-    """Call `look` after each module's forward pass, and `stop` before that of the model's part `criterion`."""
+    """Within the block, call `look` after each module's forward pass, and `stop` before that of model.criterion."""
     handles = [module.register_forward_hook(look) for module in model.modules()]
     handles += [child.register_forward_pre_hook(stop) for name, child in model.named_children() if name == "criterion"]
     try:
@@ -192,7 +194,7 @@ def _hooked(model: nn.Module, look: Callable, stop: Callable) -> Iterator[None]:
 
 
 def _describe_owner(model: nn.Module, name: str) -> str:
-    """The class of the layer, decoder or backbone of which a module is a part, for the end of a message."""
+    """Name the class of the layer, decoder or backbone that contains a module, for the end of a message."""
     parts = name.split(".")
     owners = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1))
     owner = next((x for x in owners if isinstance(x, RefinementLayer | Decoder | Backbone)), None)
@@ -204,7 +206,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """The floating-point tensors in nested dicts, lists, tuples and dataclasses, such as a QueryState."""
+    """Yield the floating-point tensors in nested dicts, lists, tuples and dataclasses, such as a QueryState."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value

@@ -1,4 +1,4 @@
-"""What happens beside the steps of training."""
+"""Hooks of the training loop: BatchNorm averaging, memory, checkpoints, progress and the model file."""
 
 import json
 import logging
@@ -34,19 +34,19 @@ logger = logging.getLogger(__name__)
 class AverageBatchNorm(HookBase):
     """Averages BatchNorm's running statistics over the ranks, right before they are saved or used.
 
-    Every rank keeps statistics of its own share of the images (detectron2's DDP does not broadcast buffers),
-    but a checkpoint holds rank 0's, and each rank evaluates part of the images: without this, the AP at the
-    end of training would not be that of the checkpoint.
+    Each rank keeps the statistics of its own share of the images, because detectron2's DDP does not broadcast buffers.
+    But a checkpoint holds those of rank 0, while each rank evaluates part of the images. Without this hook, the AP at
+    the end of training would not be the AP of the checkpoint.
 
-    Register it before the checkpointer and the evaluation, on every rank. It does nothing in `after_train`,
-    where the last evaluation comes: the last step has done it, and after an error in one rank the others
-    would wait forever.
+    Register it before the checkpointer and the evaluation, on every rank. It does nothing in `after_train`, although
+    the last evaluation comes then: `after_step` has already averaged, and a collective operation after an error on one
+    rank would hang the others.
     """
 
     def __init__(self, checkpoint_period: int, eval_period: int):
         """
         Args:
-            checkpoint_period, eval_period: in iterations; no evaluation but the last if eval_period is 0.
+            checkpoint_period, eval_period: in iterations; with eval_period 0, there is only the last evaluation.
         """
         self._periods = [period for period in (checkpoint_period, eval_period) if period > 0]
 
@@ -58,10 +58,10 @@ class AverageBatchNorm(HookBase):
 
 @torch.no_grad()
 def average_batch_norm(model: nn.Module) -> None:
-    """Replace running means and variances by their averages over the ranks, in place.
+    """Replace running means and variances by their averages over the ranks, in place. A collective operation.
 
-    Statistics that are fixed (BatchNorm in eval mode, FrozenBatchNorm2d) are the same everywhere and stay
-    untouched, since rounding would make them drift.
+    Fixed statistics (BatchNorm in eval mode, FrozenBatchNorm2d) are the same on all ranks and are left alone, since
+    averaging would make them drift by rounding.
     """
     if comm.get_world_size() == 1:
         return
@@ -73,7 +73,7 @@ def average_batch_norm(model: nn.Module) -> None:
     ]
     if not statistics:
         return
-    flat = torch.cat(statistics)  # one collective call for all
+    flat = torch.cat(statistics)  # for a single collective operation
     dist.all_reduce(flat)
     flat /= comm.get_world_size()
     for buffer, average in zip(statistics, flat.split([len(b) for b in statistics]), strict=True):
@@ -81,16 +81,16 @@ def average_batch_norm(model: nn.Module) -> None:
 
 
 class PeakMemory(HookBase):
-    """Puts "peak_memory_mb", the most memory that training has used so far, into the event storage.
+    """Puts "peak_memory_mb", the peak memory of the training so far, into the event storage.
 
-    On CUDA it is what tensors took of this rank's GPU; on a CPU the resident memory of rank 0's process,
-    libraries and data included.
+    With CUDA, this is the memory of tensors on this rank's GPU; on a CPU, the resident memory of rank 0's process,
+    including libraries and data.
     """
 
     def __init__(self, period: int = 20):
         """
         Args:
-            period: iterations between two looks, best that of detectron2's writers.
+            period: iterations between measurements, best the period of detectron2's writers.
         """
         self._period = period
 
@@ -101,7 +101,7 @@ class PeakMemory(HookBase):
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has used, in MiB: by tensors on the current GPU, or without CUDA in all."""
+    """Return this process's peak memory in MiB: of tensors on the current GPU, or without CUDA its resident memory."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, else KiB
@@ -109,10 +109,10 @@ def peak_memory_mb() -> float:
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """detectron2's, but a resumed training remembers the best so far.
+    """detectron2's BestCheckpointer, except that a resumed training remembers the best value so far.
 
-    model_best.pth holds its value and iteration itself, so that a kill between two files cannot part them;
-    model_best.json repeats both for people.
+    The value and iteration are stored in model_best.pth itself, so that a kill between writing two files cannot
+    separate them from the weights. model_best.json repeats both for human readers.
     """
 
     def __init__(self, eval_period: int, checkpointer: "WeightsCheckpointer", val_metric: str):
@@ -131,7 +131,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             what = one_line(error) if isinstance(error, UserError) else f"{self._record} is missing or damaged"
             logger.warning("%s: the next evaluation counts as the best so far", what)
         else:
-            self._write_record()  # a kill may have come before it was written
+            self._write_record()  # an earlier run may have been killed before writing it
 
     def after_step(self) -> None:
         known = self.best_metric
@@ -152,12 +152,12 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 
 class WeightsCheckpointer(Checkpointer):
-    """Saves the model and the figure it was chosen by, and not as the checkpoint that --resume goes on from."""
+    """Saves the weights with the metric value they were chosen by; --resume does not continue from these files."""
 
     def __init__(self, model: nn.Module, save_dir: str, metric: str):
         """
         Args:
-            metric: the name of the figure in the event storage that is saved as "value".
+            metric: name in the event storage of the metric to save as "value".
         """
         super().__init__(model, save_dir)
         self._metric = metric
@@ -167,21 +167,22 @@ class WeightsCheckpointer(Checkpointer):
         super().save(name, value=get_event_storage().latest()[self._metric][0], **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Leave the file "last_checkpoint" as it is: it names one with the optimizer's state."""
+        """Do nothing: "last_checkpoint" must keep naming a checkpoint with the optimizer's state."""
 
 
 class KeepNewest(HookBase):
-    """Deletes older checkpoints once a newer one is whole (SOLVER.KEEP_CHECKPOINTS).
+    """Deletes older checkpoints once a newer one is complete (SOLVER.KEEP_CHECKPOINTS).
 
-    It goes by the files that are there, not by what it has seen, so that a resumed training deletes those of before.
-    Register it on the main process, right after the checkpointer.
+    It lists the files in the folder each time, so a resumed training also deletes checkpoints from before the
+    interruption. Register it on the main process, right after the checkpointer.
     """
 
     def __init__(self, count: int, period: int, folder: str):
         """
         Args:
-            count: of the checkpoints that stay; 0: all.
-            period: of the checkpoints, in iterations.
+            count: number of checkpoints to keep; 0 keeps all.
+            period: iterations between checkpoints.
+            folder: OUTPUT_DIR.
         """
         self._count = count
         self._period = period
@@ -193,7 +194,7 @@ class KeepNewest(HookBase):
 
 
 class MarkProgress(HookBase):
-    """Tells the process that watches the ranks where in an iteration this one is. Register it first, on every rank."""
+    """Reports this rank's progress within an iteration to the launcher. Register it first, on every rank."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
@@ -221,7 +222,7 @@ class MarkProgress(HookBase):
 
 
 class ModelFileWriter(HookBase):
-    """Writes OUTPUT_DIR/model_final.safetensors after the last iteration: the model in one file, see checkpoints.
+    """Writes the model file OUTPUT_DIR/model_final.safetensors after the last iteration (see `checkpoints.model_file`).
 
     Register it on the main process, after the hooks that change the weights.
     """
@@ -229,8 +230,8 @@ class ModelFileWriter(HookBase):
     def __init__(self, cfg: CfgNode, average: nn.Module | None = None):
         """
         Args:
-            cfg: of the training; the file holds it, and the class names of its data sets.
-            average: the model with averaged weights; None writes the training's own.
+            cfg: the training's config; it is stored in the file, with the class names of its data sets.
+            average: the model with averaged weights; None writes the raw weights.
         """
         self._cfg = cfg
         self._average = average

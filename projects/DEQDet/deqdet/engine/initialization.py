@@ -1,8 +1,8 @@
-"""`--init`: start a training from the weights of any checkpoint, and say what of it fits.
+"""`--init`: start a training from the weights of any checkpoint, and report which of them fit.
 
-What has the name and shape of a model's tensor is taken. Two kinds of tensors are adapted where only their number of
-rows differs: the last layers of the class branches, whose rows are classes, and the initial queries, whose rows are
-queries. Everything else that does not fit stays as the model initialised it.
+A tensor is loaded if the model has one of the same name and shape. Two kinds of tensors are adapted if only their
+number of rows differs: the last layers of the class branches, whose rows are classes, and the initial queries, whose
+rows are queries. All other weights of the model keep their initial values.
 """
 
 import argparse
@@ -28,24 +28,24 @@ from .models import unwrap
 
 logger = logging.getLogger(__name__)
 
-CLASSES, QUERIES = "class_branch.", "queries."  # in the names of tensors whose rows are classes, or queries
-_SERVER = "https://dl.fbaipublicfiles.com/detectron2/"  # which detectron2:// stands for
-_VOTERS = 200  # tensors of a file by which a missing prefix of its names is found
+CLASSES, QUERIES = "class_branch.", "queries."  # in the names of tensors whose rows are classes or queries
+_SERVER = "https://dl.fbaipublicfiles.com/detectron2/"  # what detectron2:// abbreviates
+_VOTERS = 200  # number of tensor names used to infer a prefix that the file's names lack
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """The tensors of a checkpoint that go into a model, and what is to be said of the others."""
+    """The tensors of a checkpoint that a model can load, and a report on all others."""
 
-    weights: dict[str, Tensor]  # by the model's names, all of the model's shapes
-    lines: list[str]  # what was adapted and what does not fit
+    weights: dict[str, Tensor]  # by the model's names, with the model's shapes
+    lines: list[str]  # one log line for each kind of adaptation or mismatch
 
 
 def prepare_initialization(args: argparse.Namespace) -> None:
-    """See that --init stands alone, and empty MODEL.WEIGHTS on the command line, in whose place it is.
+    """Check that no other flag sets the initial weights, and append an empty MODEL.WEIGHTS to the command line.
 
     Raises:
-        UserError: another flag or key says what the weights are, or the file does not exist.
+        UserError: another flag or key sets the weights, or the file does not exist.
     """
     if not args.init:
         return
@@ -61,23 +61,23 @@ def prepare_initialization(args: argparse.Namespace) -> None:
 
 
 def initialize(model: nn.Module, source: str, class_names: Sequence[str], *, trust_pickle: bool = False) -> None:
-    """Load what fits of a checkpoint into a model, in place, and log in a few lines what does not.
+    """Load all weights of a checkpoint that fit a model, in place, and log which do not.
 
     Args:
-        model: a detector, which DDP may wrap.
-        source: a file, a URL, an hf:// or detectron2:// name, or a name of detectron2's model zoo.
-        class_names: of the model.
-        trust_pickle: load a .pkl file from elsewhere than detectron2's model zoo, which can run code.
+        model: a detector, possibly wrapped in DDP.
+        source: a file, a URL, an hf:// or detectron2:// name, or a name in detectron2's model zoo.
+        class_names: the model's class names.
+        trust_pickle: load a .pkl file even from outside detectron2's model zoo, although that can run code.
 
     Raises:
-        UserError: the source cannot be read or downloaded, nothing in it fits, or it has values that are not finite.
+        UserError: the source cannot be read or downloaded, no weight fits, or a value is infinite or NaN.
     """
     name = _locate_name(source)
     model = unwrap(model)
     with _readable(source):
         if name.startswith(MODEL_ZOO) or name.split("?")[0].endswith(".pkl"):
             check_pickle(name, trusted=trust_pickle)
-            Checkpointer(model, trust_pickle=trust_pickle).load(name)  # detectron2's names, which it matches itself
+            Checkpointer(model, trust_pickle=trust_pickle).load(name)  # detectron2 matches its own names
         else:
             weights, names = _read(name)
             adaptation = adapt(model.state_dict(), weights, class_names, names)
@@ -96,13 +96,13 @@ def initialize(model: nn.Module, source: str, class_names: Sequence[str], *, tru
 def adapt(
     state: Mapping[str, Tensor], weights: Mapping[str, Tensor], own: Sequence[str], others: Sequence[str]
 ) -> Adaptation:
-    """Choose and adapt what of a checkpoint fits a model.
+    """Choose, and if necessary adapt, the weights of a checkpoint that fit a model.
 
     Args:
-        state: the model's state dict, freshly initialised; it is left as it is.
-        weights: the checkpoint's.
+        state: the model's freshly initialised state dict, which is not modified.
+        weights: the checkpoint's weights by name.
         own: the model's class names.
-        others: the checkpoint's class names in the order of its outputs; empty if they are not known.
+        others: the checkpoint's class names in the order of its outputs; empty if unknown.
     """
     weights = _with_prefix(state, {name.removeprefix("module."): x for name, x in weights.items()})
     taken, misfits, queries, class_layers = {}, [], set(), set()
@@ -133,18 +133,21 @@ def adapt(
     for count, there, here in sorted(queries):
         lines.append(f"the first {count} of its {there} initial queries are taken; the model has {here}")
     if misfits:
-        lines.append(f"do not fit and begin anew: {_shorten(misfits, '; ')}")
+        lines.append(f"these do not fit and keep their initial values: {_shorten(misfits, '; ')}")
     missing = [x for x in state if x not in weights and not x.endswith(COUNTER)]
     if missing:
-        lines.append(f"lacks {len(missing)} tensors, which begin anew: {_by_part(missing)}")
+        lines.append(f"it lacks {len(missing)} tensors, which keep their initial values: {_by_part(missing)}")
     unused = [x for x in weights if x not in state and not x.endswith(COUNTER)]
     if unused:
-        lines.append(f"has {len(unused)} tensors that the model has not: {_by_part(unused)}")
+        lines.append(f"it has {len(unused)} tensors that the model lacks: {_by_part(unused)}")
     return Adaptation(taken, lines)
 
 
 def _find_classifiers(state: Mapping[str, Tensor]) -> set[str]:
-    """The last layer of each class branch by its name; a hidden layer may have as many rows as there are classes."""
+    """Return the name of the last layer of each class branch.
+
+    The shape cannot tell: a hidden layer may have as many rows as there are classes.
+    """
     last = {}
     for name in state:  # in the order of the layers
         branch, found, _ = name.partition(CLASSES)
@@ -154,7 +157,7 @@ def _find_classifiers(state: Mapping[str, Tensor]) -> set[str]:
 
 
 def _shared_rows(own: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
-    """The row in the model and the row in the checkpoint of each class that both know by name."""
+    """Return, for each class name that both have, its row in the model and its row in the checkpoint."""
     rows = {name.strip().casefold(): i for i, name in enumerate(others)}
     return [(i, rows[key]) for i, name in enumerate(own) if (key := name.strip().casefold()) in rows]
 
@@ -167,7 +170,7 @@ def _put_rows(wanted: Tensor, value: Tensor, rows: Sequence[tuple[int, int]]) ->
 
 
 def _with_prefix(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the model's names, where the file is that of a part alone, such as the backbone."""
+    """Add the missing prefix to the names if the file holds only a part of the model, such as the backbone."""
     if any(name in state for name in weights):
         return dict(weights)
     votes: Counter[str] = Counter()
@@ -185,13 +188,13 @@ def _describe_classes(
         f"class layers ({', '.join(sorted(name for name, _ in layers))}): it has {count} classes, the data {len(own)}"
     )
     if not kept or len(others) != count:
-        return f"{begins}: all begin anew"
+        return f"{begins}: all start from initial weights"
     names = _shorten([own[i] for i, _ in kept], ", ")
-    return f"{begins}: {names} keep their weights, {len(own) - len(kept)} begin anew"
+    return f"{begins}: {names} keep their weights, {len(own) - len(kept)} start from initial weights"
 
 
 def _by_part(names: Sequence[str]) -> str:
-    """The parts of the model to which tensors belong, with their numbers."""
+    """Name the parts of the model that the tensors belong to, each with its number of tensors."""
     parts = Counter(".".join(name.split(".")[:2]) for name in names)
     return _shorten([f"{part} ({count})" for part, count in parts.items()], ", ", most=6)
 
@@ -202,7 +205,7 @@ def _shorten(texts: Sequence[str], between: str, most: int = 3) -> str:
 
 
 def _locate_name(source: str) -> str:
-    """Turn a name of detectron2's model zoo into its detectron2:// name, and leave every other source as it is.
+    """Turn a name in detectron2's model zoo into its detectron2:// name, and return any other source unchanged.
 
     Raises:
         UserError: a local file does not exist, and no model zoo has the name.
@@ -210,7 +213,7 @@ def _locate_name(source: str) -> str:
     if "://" in source or Path(source.split("?")[0]).is_file():
         return source
     with quiet_imports():
-        from detectron2 import model_zoo  # here, since its import takes a tenth of a second, and few need it
+        from detectron2 import model_zoo  # here, since importing it takes 0.1 s and is rarely needed
     try:
         url = model_zoo.get_checkpoint_url(source if source.endswith((".yaml", ".py")) else f"{source}.yaml")
     except (RuntimeError, AssertionError) as error:
@@ -222,7 +225,7 @@ def _locate_name(source: str) -> str:
 
 
 def _read(name: str) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """The weights of a file, and its class names if it knows them."""
+    """Read the weights of a file, and its class names if it has any."""
     check_pickle(name, trusted=False)
     path = resolve_file(name) if name.startswith("hf://") else Path(PathManager.get_local_path(name))
     if is_model_file(path):
@@ -235,13 +238,13 @@ def _read(name: str) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
 
 @contextmanager
 def _readable(source: str) -> Iterator[None]:
-    """Turn what goes wrong within it, opening the source, into a UserError."""
+    """Turn errors in the block, which opens the source, into a UserError."""
     try:
         yield
     except CheckpointError as error:
         raise UserError(f"--init {source}: {error}") from error
     except (OSError, ValueError) as error:  # URLError is an OSError
         raise UserError(
-            f"--init {source} cannot be read ({one_line(error)}): with no network, download it elsewhere and give "
-            "the file"
+            f"--init {source} cannot be read ({one_line(error)}): without network access, download it elsewhere and "
+            "give the file"
         ) from error

@@ -1,6 +1,6 @@
-"""How well a training converges to its equilibrium, in numbers that metrics.json and tensorboard keep.
+"""Measures in training how well the decoder converges to its equilibrium, for metrics.json and TensorBoard.
 
-The norm of the gradient before clipping (the paper's Figure 4) is there too: see `optimizer.GradientClipper`.
+The norm of the gradient before clipping (the paper's Figure 4) is recorded by `optimizer.GradientClipper`.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from ..equilibrium import FixedPointIteration, first_below, spectral_radius
 from ..errors import UserError
 from .models import unwrap
 
-RTOL = 0.05  # of the steps that are counted
+RTOL = 0.05  # relative residual up to which steps are counted
 
 
 def build_insight(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
-    """The hook that MODEL.DEQDET.INSIGHT asks for, on the main process; else an empty list.
+    """Build the hook that MODEL.DEQDET.INSIGHT asks for, on the main process; else return an empty list.
 
     Raises:
         UserError: the model has no equilibrium, or a number of MODEL.DEQDET.INSIGHT is out of range.
@@ -54,20 +54,20 @@ def build_insight(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
 
 
 class EquilibriumInsight(HookBase):
-    """Puts the figures of `measure_equilibrium` into the event storage, as "equilibrium/<name>".
+    """Puts the results of `measure_equilibrium` into the event storage, as "equilibrium/<name>".
 
-    The training goes on as it would without: no random state, statistics or gradient changes, and no other process
-    is waited for. Register it on the main process alone.
+    The hook does not affect the training: it changes no random state, statistics or gradients, and runs no collective
+    operation. Register it on the main process only.
 
-    detectron2's writers look every 20 iterations and find the last figures; a shorter period shows no more.
+    detectron2's writers read the latest values every 20 iterations, so a shorter period gains nothing.
     """
 
     def __init__(self, period: int, load_probe: Callable[[], list[dict]], power_iterations: int):
         """
         Args:
-            period: in iterations; the last iteration counts too.
+            period: iterations between measurements; the last iteration is always measured.
             load_probe: returns the images to measure on, as a test loader gives them; called once, when first needed.
-            power_iterations: of the spectral radius.
+            power_iterations: number of power iterations for the spectral radius.
         """
         self._period = period
         self._load_probe = load_probe
@@ -90,19 +90,18 @@ class EquilibriumInsight(HookBase):
 
 @torch.no_grad()
 def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int) -> dict[str, float]:
-    """How plain iteration without noise, as training has it, converges: medians over the images of a batch.
+    """Measure how training's plain iteration converges, without its noise: medians over the images of a batch.
 
     Args:
-        model: with an equilibrium; its training mode is restored afterwards.
-        batch: of detectron2's inputs, as a test loader gives them.
-        power_iterations: of the spectral radius.
+        model: a detector with an equilibrium; its training mode is restored afterwards.
+        batch: detectron2's inputs, as a test loader gives them.
+        power_iterations: number of power iterations for the spectral radius.
 
     Returns:
-        "residual_step1" and "residual": relative residuals at the first and at step T_train;
-        "steps_to_rtol0.05": the first step with a residual below that, T where there is none, T being the larger of
-        T_train and T_infer. A decoder of the user's own that is no EquilibriumDecoder has no T_train: T_infer, its
-        `test_steps`, stands for it;
-        "spectral_radius": of f's Jacobian along the content at y_T_train (see
+        "residual_step1" and "residual": the relative residuals at the first step and at step T_train.
+        "steps_to_rtol0.05": the first step with a relative residual below 0.05, or T = max(T_train, T_infer) if there
+        is none. For a user's own decoder that is not an EquilibriumDecoder, T_train is its `test_steps`, T_infer.
+        "spectral_radius": that of f's Jacobian with respect to the content at y_T_train (see
         `deqdet.equilibrium.spectral_radius`); above 1, small changes of the content grow.
     """
     decoder = model.decoder
@@ -126,5 +125,5 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
 
 
 def _median(values: Tensor) -> float:
-    """NaN counts as infinite."""
+    """Return the median, with NaN counted as infinite."""
     return float(median(values.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()))

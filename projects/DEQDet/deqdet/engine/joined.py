@@ -1,7 +1,7 @@
 """Runs this process as one rank of a run that torchrun or srun has started.
 
-No process of ours watches such ranks: each watches itself, and ends when it makes no progress, so that the launcher
-sees a failure. What there is to say is said by one rank; the ranks agree on which by a counter in the store.
+We have no parent process that could watch these ranks. Instead, each rank watches itself, and ends when it makes no
+progress, so that the launcher notices. Only one rank prints a message; a counter in the store decides which.
 """
 
 import signal
@@ -35,7 +35,7 @@ from .ranks import (
     take_board,
 )
 
-_GRACE = 1.0  # seconds in which the other ranks learn of an error before the store ends with rank 0
+_GRACE = 1.0  # seconds that the other ranks have to learn of an error before the store ends with rank 0
 _WAITS = {BEFORE_DATA: "while it loaded data", IN_FORWARD: "in the forward pass",
           AFTER_FORWARD: "in the backward pass, where it waits for the other ranks"}  # fmt: skip
 
@@ -43,14 +43,15 @@ _WAITS = {BEFORE_DATA: "while it loaded data", IN_FORWARD: "in the forward pass"
 def run_joined(
     check: Callable[[], bool], main: Callable[[], object], *, place: Place, rank_timeout: float
 ) -> None:
-    """Join the other processes, call main() in all of them, and end the process; this function does not return.
+    """Join the process group, call main() on every rank, and end the process; this function does not return.
 
-    The exit code is 0, 1 after an error, LOST_PEER where another rank is gone, or that of a signal.
+    The exit code is 0, 1 after an error, LOST_PEER if another rank is gone, or that of a signal.
 
     Args:
-        check: called on rank 0 before the others go on, and on each of them afterwards. Returns whether the run is on
-            the CPU, where gloo joins the ranks.
-        rank_timeout: seconds to wait for the other ranks at the start, and without progress in an iteration.
+        check: checks the run, on rank 0 first and then on every other rank. Returns whether the run is on the CPU, and
+            the backend therefore gloo.
+        rank_timeout: seconds to wait for the other ranks at the start, and seconds without progress in an iteration
+            after which this rank gives up.
     """
     voice = _Voice(place)
     signal.signal(signal.SIGTERM, voice.stop)
@@ -64,7 +65,7 @@ def run_joined(
         join(dist.PrefixStore("ranks", store), rank=place.rank, world_size=place.world_size,
              per_machine=place.local_size, rank_timeout=rank_timeout, gpu=gpu)  # fmt: skip
         main()
-        comm.synchronize()  # a rank that is done may not go while another one still needs it
+        comm.synchronize()  # a rank that is done must not exit while another one still needs it
     except UserError as error:
         voice.say(f"error: {one_line(error)}")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -90,7 +91,7 @@ def run_joined(
 
 
 class _Voice:
-    """Lets one rank speak for all: the first that has something to say."""
+    """Prints messages from a single rank only: the first one that has any."""
 
     def __init__(self, place: Place):
         self.rank = place.rank
@@ -99,7 +100,7 @@ class _Voice:
     def say(self, line: str) -> None:
         """Print a line on stderr unless another rank has printed one.
 
-        A store that has ended with its rank, or whose rank is frozen, cannot tell; then the line is printed.
+        If the store does not answer, because its rank has ended or hangs, the line is printed.
         """
         counts = []
 
@@ -115,7 +116,7 @@ class _Voice:
             print(line, file=sys.stderr, flush=True)
 
     def stop(self, number: int, frame: object) -> None:
-        """Handle SIGTERM where no training does."""
+        """Handle SIGTERM outside of a training, which has its own handler."""
         self.say("stopped by SIGTERM")
         end_process(128 + number)
 
@@ -123,15 +124,15 @@ class _Voice:
 def _meet(place: Place, seconds: float) -> dist.Store:
     if place.launcher == "srun":
         return meet(place.host, place.port, rank=place.rank, world_size=place.world_size, seconds=seconds)
-    # torchrun's agents have met already, and serve a store of their own.
+    # torchrun's agents have already met, and provide a store.
     store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timedelta(seconds=seconds)))
     return dist.PrefixStore(f"deqdet-{place.attempt}", store)
 
 
 def _check_in_turn(check: Callable[[], bool], store: dist.Store, place: Place) -> bool:
-    """Check on rank 0 first, so that a mistake is reported once, and data sets are drawn or cached once.
+    """Run the check on rank 0 first, so that a mistake is reported once, and data sets are drawn or cached once.
 
-    A rank that waits looks at the store again and again, since a signal cannot interrupt a wait inside torch.
+    The other ranks poll the store, since a signal could not interrupt a blocking wait in torch.
     """
     if place.rank == 0:
         try:
@@ -147,13 +148,13 @@ def _check_in_turn(check: Callable[[], bool], store: dist.Store, place: Place) -
             raise UserError(f"rank {place.rank} has waited {DEFAULT_TIMEOUT} for rank 0 to check the run")
         time.sleep(0.05)
     if store.get("checked") == b"wrong":
-        time.sleep(2 * _GRACE)  # rank 0, which knows why, shall be the first that the launcher sees fail
+        time.sleep(2 * _GRACE)  # let the launcher see rank 0 fail first, since that rank knows the reason
         end_process(1)
     return check()
 
 
 def _choose_gpu(place: Place) -> int:
-    """The GPU of this rank: that of its local rank, or the only one that srun lets it see."""
+    """Return the index of this rank's GPU: its local rank, or 0 if srun makes only one GPU visible to it."""
     gpus = torch.cuda.device_count()
     if place.launcher == "srun" and gpus == 1:
         return 0
@@ -166,7 +167,7 @@ def _choose_gpu(place: Place) -> int:
 
 
 def _watch(board: list[float], timeout: float, voice: _Voice) -> None:
-    """End this process when it makes no progress in an iteration, see `mark`."""
+    """End this process when it makes no progress in an iteration (see `ranks.mark`)."""
     while True:
         time.sleep(min(0.5, timeout / 10))
         _, progress, iteration, phase, finished = board

@@ -1,6 +1,6 @@
-"""A folder of labelled pictures as a training uses it: read, split, checked, and with the settings derived from it.
+"""Prepares a folder of labelled images for training: reads, splits and checks it, and derives settings from it.
 
-`deqdet-train --data` and `deqdet-check-data --data` share these steps. They write nothing that stays: the sets are
+`deqdet-train --data` and `deqdet-check-data --data` share these steps. They leave no files behind: the sets are
 checked and registered as COCO files in a temporary folder.
 """
 
@@ -31,26 +31,26 @@ from .derivation import SIZES, Setting, choose_processes, derive_settings, measu
 from .launcher import count_cores
 from .options import check_options, read
 
-VAL_FRACTION = 0.2  # of the images, where --val-fraction is not given
+VAL_FRACTION = 0.2  # the default of --val-fraction
 _OURS = ("DATASETS.REGISTER", "DATASETS.TRAIN")  # keys that --data sets
 _SEED = 1
 
 
 @dataclass(frozen=True)
 class LabelledFolder:
-    """What a folder holds, as `labelled_folder` has registered it."""
+    """The sets of a folder, as `labelled_folder` has registered them."""
 
-    data: FolderData  # with a train and a val set among its sets
-    names: dict[str, str]  # of the registered sets, by split
-    files: dict[str, Path]  # COCO files in a temporary folder, by split
-    checked: dict[str, CheckedSet]  # by the sets' names; a test set that DATASETS.TEST does not name is not checked
+    data: FolderData  # always with a train and a val set
+    names: dict[str, str]  # the names of the registered sets, by split
+    files: dict[str, Path]  # the COCO files in a temporary folder, by split
+    checked: dict[str, CheckedSet]  # by name, without a test set that DATASETS.TEST does not name
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Check that the flags of the command line go with --data, or with its absence.
+    """Check that the flags of the command line are compatible with --data, or with its absence.
 
     Raises:
-        UserError: a flag needs --data, or a flag or key is given that --data chooses.
+        UserError: a flag needs --data, or a flag or key is given that --data sets itself.
     """
     needing = {"--data-format": args.data_format, "--size": args.size, "--val-fraction": args.val_fraction}
     for flag, value in needing.items():
@@ -68,7 +68,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def base_config(args: argparse.Namespace) -> CfgNode:
-    """The config of --size with the values of the command line, before anything is derived.
+    """Return the config of --size with the values of the command line, before anything is derived.
 
     Raises:
         UserError: a key or its value is wrong.
@@ -79,11 +79,11 @@ def base_config(args: argparse.Namespace) -> CfgNode:
 
 @contextmanager
 def labelled_folder(args: argparse.Namespace, cfg: CfgNode) -> Iterator[LabelledFolder]:
-    """Read, split and check args.data, and print what its reader remarked on; the sets are registered within the block.
+    """Read, split and check args.data, and print the reader's remarks; the sets are registered within the block.
 
     Args:
-        args: with the flags of `add_folder_arguments`, `opts` and `machine_rank`.
-        cfg: what `base_config` returns. DATASETS.REGISTER, TRAIN, TEST and BOX_FORMAT are set.
+        args: must have the flags of `add_folder_arguments`, `opts` and `machine_rank`.
+        cfg: the config of `base_config`; its keys DATASETS.REGISTER, TRAIN, TEST and BOX_FORMAT are set in place.
 
     Raises:
         UserError: the folder or its data cannot be used.
@@ -97,7 +97,7 @@ def labelled_folder(args: argparse.Namespace, cfg: CfgNode) -> Iterator[Labelled
     if "DATASETS.TEST" not in args.opts[::2]:
         cfg.DATASETS.TEST = (names["val"],)
     if "DATASETS.BOX_FORMAT" not in args.opts[::2] and data.format != "coco":
-        cfg.DATASETS.BOX_FORMAT = "xywh"  # as the readers write it
+        cfg.DATASETS.BOX_FORMAT = "xywh"  # the format that the readers of YOLO and VOC produce
     _forget([name for name in names.values() if _is_of_run(name, Path(cfg.OUTPUT_DIR, FOLDER))])
     with tempfile.TemporaryDirectory(prefix="deqdet-") as folder, _forgotten_afterwards(names.values()):
         files = {found.split: Path(folder, f"{found.split}.json") for found in data.sets}
@@ -108,7 +108,7 @@ def labelled_folder(args: argparse.Namespace, cfg: CfgNode) -> Iterator[Labelled
 
 
 def register_entries(data: FolderData, names: dict[str, str], files: dict[str, Path]) -> list[list[str]]:
-    """DATASETS.REGISTER for the sets of a folder; names and COCO files are given by split."""
+    """Return the value of DATASETS.REGISTER for the sets of a folder, from their names and COCO files by split."""
     return [[names[each.split], str(files[each.split].absolute()), str(each.image_root)] for each in data.sets]
 
 
@@ -118,7 +118,7 @@ def derive_config(args: argparse.Namespace, cfg: CfgNode, folder: LabelledFolder
     A missing args.num_gpus is filled in.
 
     Raises:
-        UserError: a given value does not go with the derived ones.
+        UserError: a given value is incompatible with the derived ones.
     """
     given = {key: read(cfg, key) for key in args.opts[::2]}
     train, checked = folder.names["train"], folder.checked
@@ -156,7 +156,7 @@ def derive_config(args: argparse.Namespace, cfg: CfgNode, folder: LabelledFolder
 
 
 def format_settings(settings: Sequence[Setting]) -> str:
-    """A table of keys, values, and where each is from."""
+    """Format a table of keys, values, and the origin of each value."""
     values = [_show(setting.value) for setting in settings]
     first = max(len(setting.key) for setting in settings)
     second = min(30, max(map(len, values)))
@@ -169,7 +169,7 @@ def format_settings(settings: Sequence[Setting]) -> str:
 
 
 def fill_in_processes(args: argparse.Namespace, cfg: CfgNode, batch: int, device: str) -> None:
-    """Fill in the number of processes where --num-gpus is not given. Each must be able to accumulate its own share."""
+    """Set args.num_gpus if --num-gpus is not given, so that each process can accumulate an equal share of the batch."""
     if args.num_gpus is not None:
         return
     alone = find_place(os.environ) is None  # else torchrun or srun has started the processes
@@ -180,14 +180,14 @@ def fill_in_processes(args: argparse.Namespace, cfg: CfgNode, batch: int, device
 
 
 def say(args: argparse.Namespace, *lines: str) -> None:
-    """Print lines, in the first of all processes only."""
+    """Print lines, on rank 0 only."""
     place = find_place(os.environ)
     if (args.machine_rank if place is None else place.rank) == 0:
         print(*lines, sep="\n", flush=True)
 
 
 def _folder_name(args: argparse.Namespace) -> str:
-    name = Path(os.path.abspath(args.data))  # without "..", by which OUTPUT_DIR would lead elsewhere
+    name = Path(os.path.abspath(args.data))  # resolves "..", which would lead OUTPUT_DIR elsewhere
     return (name.parent if name.suffix in (".yaml", ".yml") else name).name or "data"
 
 
@@ -198,7 +198,7 @@ def _show(value: object) -> str:
 
 
 def _is_of_run(name: str, folder: Path) -> bool:
-    """Whether a run of this process, before this one, has registered the name for a file in its OUTPUT_DIR/data."""
+    """Return whether an earlier run in this process has registered the name for a file in its OUTPUT_DIR/data."""
     source = MetadataCatalog.get(name).get("source") if name in DatasetCatalog else None
     return source is not None and Path(source[0]).parent == folder.absolute()
 
@@ -211,7 +211,7 @@ def _forget(names: Iterable[str]) -> None:
 
 @contextmanager
 def _forgotten_afterwards(names: Iterable[str]) -> Iterator[None]:
-    """Remove those of the data sets that are registered within the block."""
+    """Remove those of the named data sets that are registered within the block."""
     new = [name for name in names if name not in DatasetCatalog]
     try:
         yield
@@ -220,9 +220,9 @@ def _forgotten_afterwards(names: Iterable[str]) -> Iterator[None]:
 
 
 def _check(cfg: CfgNode, data: FolderData) -> dict[str, CheckedSet]:
-    """Check and register the sets; an error names the labels' own place, not the temporary COCO file."""
+    """Check and register the sets; an error names the user's label files, not the temporary COCO file."""
     cfg = cfg.clone()
-    cfg.MODEL.DEQDET.NUM_QUERIES = 0  # derived from what is found
+    cfg.MODEL.DEQDET.NUM_QUERIES = 0  # no limit: it is derived from the data later
     log, silence = logging.getLogger("deqdet"), logging.NullHandler()
     log.addHandler(silence)  # the report has all findings
     sources: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""From the command line to one process per GPU, or to several on the CPU."""
+"""Starts one process per GPU, or several processes on the CPU, for a command line."""
 
 import argparse
 import logging
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's parser with flags of ours; on one machine, every run takes a free port of its own.
+    """Return detectron2's parser with our flags added; on one machine, each run takes a free port.
 
     Parse with `parse_arguments`.
     """
-    # A flag that is defined again replaces detectron2's, whose help does not say what the flag does here.
+    # Flags that are defined again replace detectron2's, whose help texts do not hold here.
     parser = argparse.ArgumentParser(
         parents=[default_argument_parser()],
         add_help=False,
@@ -74,14 +74,14 @@ def argument_parser() -> argparse.ArgumentParser:
 def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Call main(args) in args.num_gpus processes, or in those that torchrun or srun has started.
 
-    There is one process for each GPU, joined by NCCL; where CUDA is missing or MODEL.DEVICE is "cpu", the processes run
-    on the CPU and gloo joins them. A UserError, in any of them, ends the program with its one line and exit code 1.
-    Under torchrun and srun, this process becomes a rank of theirs, and ends at the end of main.
+    There is one process per GPU, with NCCL as the backend. If CUDA is missing or MODEL.DEVICE is "cpu", the processes
+    run on the CPU, with gloo. A UserError in any of them ends the program with a one-line message and exit code 1.
+    Under torchrun and srun, this process becomes one rank, and exits at the end of main.
 
     Args:
-        main: a function of a module, since new processes import it by its name.
+        main: a module-level function, since new processes import it by name.
     """
-    logging.raiseExceptions = False  # a log line that finds no room on the disk is lost without a traceback
+    logging.raiseExceptions = False  # if the disk is full, log lines are lost without a traceback
     with exit_on_user_error():
         check_processes(args)
         place = find_place(os.environ)
@@ -120,7 +120,7 @@ def _run_joined(main: Callable[[argparse.Namespace], object], args: argparse.Nam
 
 @contextmanager
 def _logging() -> Iterator[None]:
-    """Show what deqdet logs, before `setup` gives it a log file and detectron2's form."""
+    """Show deqdet's log messages before `setup` configures its logger."""
     log = logging.getLogger("deqdet")
     before, propagate = list(log.handlers), log.propagate
     setup_logger(name="deqdet")
@@ -131,7 +131,7 @@ def _logging() -> Iterator[None]:
 
 
 def _check_launch(place: Place, args: argparse.Namespace) -> None:
-    """See that the command line does not ask for processes of ours where torchrun or srun has started them."""
+    """Check that the flags do not conflict with torchrun or srun, which has started the processes."""
     given = {
         f"--num-gpus {args.num_gpus}": args.num_gpus > 1,
         f"--num-machines {args.num_machines}": args.num_machines > 1,
@@ -140,8 +140,8 @@ def _check_launch(place: Place, args: argparse.Namespace) -> None:
     for flag, is_given in given.items():
         if is_given:
             raise UserError(
-                f"{flag} asks for processes beside the {place.world_size} that {place.launcher} has started: leave it "
-                f"out, and let {place.launcher} start as many as are needed"
+                f"{flag} asks for processes besides the {place.world_size} that {place.launcher} has started: leave it "
+                f"out, and let {place.launcher} start as many as you need"
             )
     if place.restarts and not (args.resume or args.eval_only):
         raise UserError(
@@ -151,17 +151,17 @@ def _check_launch(place: Place, args: argparse.Namespace) -> None:
 
 
 def share_cores(processes: int) -> None:
-    """Give each CPU process its share of the cores; by default torch would start as many threads in each as there are.
+    """Divide the cores among CPU processes; by default, torch would start one thread per core in every process.
 
-    Where OMP_NUM_THREADS is set, it decides instead.
+    If OMP_NUM_THREADS is set, it takes precedence.
     """
     if processes > 1 and not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, count_cores() // processes))
 
 
 def count_cores() -> int:
-    """How many cores this process may use."""
-    # Not every system (macOS, Windows) tells a process its own.
+    """Return the number of cores that this process may use."""
+    # macOS and Windows have no sched_getaffinity.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -174,9 +174,9 @@ def _work(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
 
 @contextmanager
 def _disk_errors_of_threads() -> Iterator[None]:
-    """Log one line, and no traceback, when a thread that writes a file (TensorBoard's) fails because the disk is full.
+    """Log one line instead of a traceback when a thread that writes a file (TensorBoard's) fails, as on a full disk.
 
-    The user is told by the main thread: the next checkpoint finds no room either, and ends the run with one line.
+    The main thread tells the user: the next checkpoint cannot be written either, which ends the run with one line.
     """
 
     def report(args: threading.ExceptHookArgs) -> None:
@@ -195,7 +195,7 @@ def _disk_errors_of_threads() -> Iterator[None]:
 
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """Let SIGTERM end the process with one line and exit code 143; a training has a handler of its own meanwhile."""
+    """Let SIGTERM end the process with one line and exit code 143; during training, another handler replaces this."""
 
     def stop(number: int, frame: object) -> None:
         print("stopped by SIGTERM", file=sys.stderr)
@@ -220,7 +220,7 @@ def _seconds(text: str) -> float:
 
 @contextmanager
 def _hidden_gpus() -> Iterator[None]:
-    """Hide the GPUs from processes that start within it, so that gloo joins them: NCCL does not take CPU tensors."""
+    """Hide the GPUs from processes started in the block, so that they use gloo: NCCL does not support CPU tensors."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -232,7 +232,7 @@ def _hidden_gpus() -> Iterator[None]:
 
 
 def _check_processes(args: argparse.Namespace) -> CfgNode:
-    """Check the run before the processes start, so that a mistake is reported once; returns its config."""
+    """Check the run before the processes start, so that a mistake is reported once; return its config."""
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("several machines need --dist-url, the same tcp://HOST:PORT on each")
     cfg = load_config(args)

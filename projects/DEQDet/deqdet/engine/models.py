@@ -1,4 +1,4 @@
-"""From a config to a model, with errors that users understand, and from DDP back to the model."""
+"""Builds the model of a config, with errors that users understand, and unwraps a model from DDP."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from ..errors import UserError
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
-    """detectron2's, on MODEL.DEVICE.
+    """Call detectron2's build_model, which builds the model on MODEL.DEVICE.
 
     Raises:
         UserError: a name in the config is unknown, or a value out of range.
@@ -25,13 +25,13 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, if DistributedDataParallel is around it; else what was given."""
+    """Return the module inside DistributedDataParallel, or the model itself if it is not wrapped."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager
 def buildable() -> Iterator[None]:
-    """What goes wrong within it, building a model, becomes a UserError."""
+    """Turn errors in the block, which builds a model, into a UserError."""
     try:
         yield
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate and a decay of their own for the decoder, and clipping of the whole gradient."""
+"""AdamW with a separate learning rate and weight decay for the decoder, and clipping of the whole gradient."""
 
 import logging
 import math
@@ -14,10 +14,10 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 
 logger = logging.getLogger(__name__)
 
-# SOLVER.LR_RULE: the factor of the learning rate for a batch that is `ratio` times SOLVER.REFERENCE_BATCH.
+# SOLVER.LR_RULE: the factor on the learning rate for a batch that is `ratio` times SOLVER.REFERENCE_BATCH.
 LR_RULES: dict[str, Callable[[float], float]] = {
     "none": lambda ratio: 1.0,
-    "linear": lambda ratio: ratio,  # Goyal et al., 2017: the same progress an epoch, for SGD
+    "linear": lambda ratio: ratio,  # Goyal et al., 2017: the same progress per epoch, for SGD
     "sqrt": math.sqrt,  # Malladi et al., NeurIPS 2022: the same noise relative to the step, for Adam
 }
 CLIP_TYPES = ("full_model", "value", "norm")
@@ -25,12 +25,13 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """AdamW over `parameter_groups`, with the clipping of SOLVER.CLIP_GRADIENTS.
+    """Build AdamW over `parameter_groups`, with the clipping of SOLVER.CLIP_GRADIENTS.
 
-    Whatever that is, the norm of the whole gradient before it goes to the event storage (see `GradientClipper`).
+    With any type of clipping, or none, the norm of the whole gradient before clipping is recorded in the event storage
+    (see `GradientClipper`).
 
     Raises:
-        ValueError: an unknown SOLVER.CLIP_GRADIENTS.CLIP_TYPE.
+        ValueError: SOLVER.CLIP_GRADIENTS.CLIP_TYPE is unknown.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.CLIP_TYPE not in CLIP_TYPES:
@@ -45,22 +46,22 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     groups = parameter_groups(cfg, model)
     fused = has_fused_kernel({x.device for group in groups for x in group["params"]})
     optimizer = AdamW(groups, fused=True if fused else None)
-    # A fused optimizer would take the gradients still multiplied by a GradScaler's scale, and divide within its kernel.
-    # The hooks below need them divided before, as the scaler does for any other optimizer.
+    # GradScaler would leave unscaling the gradients to a fused optimizer's kernel. The hooks below need them unscaled
+    # before the step, as the scaler does for any other optimizer.
     optimizer._step_supports_amp_scaling = False
     whole = clip.ENABLED and clip.CLIP_TYPE == "full_model"
     optimizer.register_step_pre_hook(GradientClipper(model, clip.CLIP_VALUE if whole else math.inf, clip.NORM_TYPE))
     if clip.ENABLED and not whole:
-        # detectron2's own clipping replaces the optimizer's step, so that it would come before any hook.
+        # Not detectron2's own clipping: it wraps optimizer.step, so it would run before any hook.
         optimizer.register_step_pre_hook(ParameterClipper(model, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE))
     return optimizer
 
 
 def scaled_base_lr(cfg: CfgNode) -> float:
-    """SOLVER.BASE_LR, scaled by SOLVER.LR_RULE from SOLVER.REFERENCE_BATCH to SOLVER.IMS_PER_BATCH images.
+    """Scale SOLVER.BASE_LR by SOLVER.LR_RULE from SOLVER.REFERENCE_BATCH to SOLVER.IMS_PER_BATCH images.
 
-    The config keeps the rate for the reference batch. A resumed training takes the rates from its checkpoint, so that
-    none is scaled twice.
+    The config itself is not changed. A resumed training takes the learning rates from its checkpoint, so none is scaled
+    twice.
     """
     solver = cfg.SOLVER
     if solver.LR_RULE == "none":
@@ -69,19 +70,19 @@ def scaled_base_lr(cfg: CfgNode) -> float:
 
 
 def has_fused_kernel(devices: Collection[torch.device]) -> bool:
-    """Whether to take the fused AdamW, which updates many parameters in one kernel: on CUDA it does, elsewhere not.
+    """Return whether to use the fused AdamW, which updates many parameters in one kernel: only on CUDA.
 
-    PyTorch has such a kernel for CPUs too. There, however, the update is a small part of an iteration, and the kernel
-    rounds differently, so that the measured results of the recipes would change. A resumed training keeps the kind that
-    its checkpoint names.
+    PyTorch has such a kernel for CPUs too, but there the update is a small part of an iteration, and the kernel's
+    different rounding would change the measured results of the recipes. A resumed training keeps the setting of its
+    checkpoint.
     """
     return bool(devices) and all(device.type == "cuda" for device in devices)
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
-    """One group for each pair of learning rate and decay; parameters that need no gradient are left out.
+    """Return one parameter group per pair of learning rate and weight decay, without frozen parameters.
 
-    Both are detectron2's (`scaled_base_lr`, and SOLVER.BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM and
+    Both are detectron2's values (from `scaled_base_lr`, SOLVER.BIAS_LR_FACTOR, WEIGHT_DECAY, WEIGHT_DECAY_NORM and
     WEIGHT_DECAY_BIAS) times our SOLVER.DECODER_* and SOLVER.BACKBONE_* multipliers.
     """
     multipliers = dict(_multipliers(cfg, model))
@@ -102,7 +103,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
 
 
 def _multipliers(cfg: CfgNode, model: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[float, float]]]:
-    """Parameters whose learning rate and decay, in this order, have multipliers."""
+    """Yield each parameter of decoder and backbone with its multipliers of learning rate and weight decay."""
     decoder = cfg.SOLVER.DECODER_LR_MULTIPLIER, cfg.SOLVER.DECODER_DECAY_MULTIPLIER
     backbone = cfg.SOLVER.BACKBONE_LR_MULTIPLIER
     norm = backbone * cfg.SOLVER.BACKBONE_NORM_LR_MULTIPLIER, cfg.SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER
@@ -115,15 +116,14 @@ def _multipliers(cfg: CfgNode, model: nn.Module) -> Iterator[tuple[nn.Parameter,
 
 
 class GradientClipper:
-    """Scales all gradients together so that the norm over all of them is at most `max_norm`, which may be infinite.
+    """Scales all gradients by one factor, so that their joint norm is at most `max_norm`, which may be infinite.
 
-    It runs right before the optimizer's step. By then DDP has averaged the gradients over the ranks, and
-    AMP's GradScaler has divided out its scale (where a gradient overflowed, it skips the step and this with
-    it). A trainer's `after_backward` hooks would not do: DefaultTrainer never calls them, since its inner
-    trainer has a list of its own.
+    It runs right before the optimizer's step. By then, DDP has averaged the gradients over the ranks, and GradScaler
+    has unscaled them; if a gradient overflowed, the scaler skips the step and this hook with it. The `after_backward`
+    hooks of the trainer are no alternative, since DefaultTrainer never calls them: its inner trainer has its own list.
 
-    The norm before clipping goes to the event storage as "grad_norm". Reading it waits for the device, but
-    detectron2's trainer has read the losses just before, so that only the norm itself is left to wait for.
+    The norm before clipping goes to the event storage as "grad_norm". Reading it synchronises with the device, but
+    detectron2's trainer has read the losses just before, so only the computation of the norm remains to wait for.
     """
 
     def __init__(self, model: nn.Module, max_norm: float, norm_type: float = 2.0):
@@ -132,7 +132,7 @@ class GradientClipper:
         self._norm_type = norm_type
 
     def __call__(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """The signature of Optimizer.register_step_pre_hook.
+        """Clip the gradients; the signature is that of Optimizer.register_step_pre_hook.
 
         Raises:
             FloatingPointError: the norm is infinite or NaN. The parameters are still those of the last step.
@@ -163,7 +163,7 @@ class ParameterClipper:
         self._norm_type = norm_type
 
     def __call__(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """The signature of Optimizer.register_step_pre_hook."""
+        """Clip the gradients; the signature is that of Optimizer.register_step_pre_hook."""
         for parameter in self._parameters:
             if self._clip_type == "value":
                 nn.utils.clip_grad_value_(parameter, self._clip_value)

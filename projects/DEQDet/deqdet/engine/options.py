@@ -1,7 +1,7 @@
-"""The range of every config key that this project reads, checked before a data set is touched or a model is built.
+"""The range of every config key that this project reads, checked before a data set is read or a model is built.
 
-RANGES is a table of what each value must be; `relations` has what values must be together. The constructors of the
-parts check their arguments as well, for those who build them in Python.
+RANGES has the condition on each single value, `relations` the conditions on several values together. The constructors
+check their arguments as well, for users who build parts in Python.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from .relations import LEVELS, RELATIONS
 from .step import PRECISIONS as AMP_PRECISIONS
 from .writers import WRITERS
 
-MOST_STEPS = 10_000  # applications of f; a larger number is a slip of the keyboard
+MOST_STEPS = 10_000  # applications of f; a larger number must be a typing error
 PROPOSALS = "files of proposals are pickles, which can run code"
-TEXT = Range("a text that is not empty", lambda value: isinstance(value, str) and value != "")
-ANY_TEXT = Range("a text", lambda value: isinstance(value, str))
+TEXT = Range("a non-empty string", lambda value: isinstance(value, str) and value != "")
+ANY_TEXT = Range("a string", lambda value: isinstance(value, str))
 SWITCH = Range("True or False", lambda value: isinstance(value, bool))
 NONE = Range("None", lambda value: value is None)
 NORM = one_of("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -228,10 +228,10 @@ RANGES: dict[str, Range] = {
 
 
 def check_options(cfg: CfgNode) -> None:
-    """See that every value in a config is in its range, and that the values fit together.
+    """Check that every value in a config is in its range, and that the values are compatible with each other.
 
     Raises:
-        UserError: one is not, or does not; names its key, its value and the range.
+        UserError: a value is out of range or incompatible; names its key, its value and the range.
     """
     check_ranges(cfg)
     for relation in RELATIONS:
@@ -240,10 +240,10 @@ def check_options(cfg: CfgNode) -> None:
 
 
 def check_ranges(cfg: CfgNode) -> None:
-    """See that every value in a config is in its range, whatever the other values are.
+    """Check that every single value in a config is in its range.
 
     Raises:
-        UserError: one is not; names its key, its value and the range.
+        UserError: a value is out of range; names its key, its value and the range.
     """
     for key, allowed in RANGES.items():
         value = read(cfg, key)
@@ -252,10 +252,10 @@ def check_ranges(cfg: CfgNode) -> None:
 
 
 def check_processes(args: argparse.Namespace) -> None:
-    """See that the numbers of processes and machines of a command line are possible.
+    """Check the numbers of processes and machines on a command line.
 
     Raises:
-        UserError: one is not; names the flag.
+        UserError: a number is out of range; names the flag.
     """
     for flag, count in (("--num-gpus", args.num_gpus), ("--num-machines", args.num_machines)):
         if count < 1:
@@ -267,7 +267,7 @@ def check_processes(args: argparse.Namespace) -> None:
 
 
 def read(cfg: CfgNode, key: str) -> object:
-    """The value of a dotted key."""
+    """Return the value of a dotted key."""
     for name in key.split("."):
         cfg = cfg[name]
     return cfg

@@ -1,9 +1,9 @@
-"""`--data FOLDER`: from a folder of labelled pictures to an ordinary config file and COCO files.
+"""`--data FOLDER`: from a folder of labelled images to an ordinary config file and COCO files.
 
-The folder is read, split, checked, and measured, and the settings are derived (see `labelled_folder`); all that goes
-into OUTPUT_DIR/data when the training begins (see `data_folder`). From there on, the run is that of the config file
-OUTPUT_DIR/data/config.yaml, which --resume and --eval-only find again, so that nothing is split or derived a second
-time.
+The folder is read, split, checked and measured, and the settings are derived (see `labelled_folder`). The results go
+into OUTPUT_DIR/data when the training begins (see `data_folder`). From then on, the run is an ordinary one with the
+config file OUTPUT_DIR/data/config.yaml. --resume and --eval-only use the same file, so nothing is split or derived
+a second time.
 """
 
 import argparse
@@ -33,23 +33,23 @@ from .run_folder import check_folder, refuse_folder_in_use
 
 
 def use_own_data(args: argparse.Namespace) -> None:
-    """Prepare the run that --data asks for, and let `args` name its config file.
+    """Prepare the run that --data asks for, and set args.config_file to its config file.
 
-    Without --data, nothing happens but that a missing number of processes becomes 1. A missing number becomes 2 or 4 on
-    a CPU with as many cores. Every process of a run that was started from outside, such as torchrun's, comes to the
-    same result, and the first of them prints it.
+    Without --data, only a missing num_gpus is set, to 1. With --data, it becomes 2 or 4 on a CPU with at least that
+    many cores. Under an external launcher such as torchrun, every process computes the same result, and rank 0 prints
+    it.
 
     Args:
-        args: what `argument_parser` parses; num_gpus may be None. config_file and num_gpus are changed.
+        args: the flags of `argument_parser`; num_gpus may be None. config_file and num_gpus are set in place.
 
     Raises:
-        UserError: a flag does not fit, the folder or its data cannot be used, or OUTPUT_DIR holds another training.
+        UserError: a flag is incompatible, the folder or its data cannot be used, or OUTPUT_DIR holds another training.
     """
     check_flags(args)
     if not args.data:
         args.num_gpus = 1 if args.num_gpus is None else args.num_gpus
         return
-    if args.num_gpus is not None:  # batch and schedule are derived from it
+    if args.num_gpus is not None:  # early, since batch and schedule are derived from it
         check_processes(args)
     import_plugins(args.plugin)
     base = base_config(args)
@@ -60,7 +60,7 @@ def use_own_data(args: argparse.Namespace) -> None:
         cfg = get_config(str(file), args.opts)
         fill_in_processes(args, cfg, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE)
     else:
-        check_ranges(base)  # what the values must be together is checked when the rest is derived
+        check_ranges(base)  # the relations between values are checked once all are derived
         check_folder(base, args)
         refuse_folder_in_use(Path(base.OUTPUT_DIR))
         file = _make_run(base, args)
@@ -68,27 +68,27 @@ def use_own_data(args: argparse.Namespace) -> None:
 
 
 def _compare_flags(args: argparse.Namespace, folder: Path) -> None:
-    """Check that a resumed training has the flags with which it began; OUTPUT_DIR/data records them.
+    """Check that a resumed training is given the flags that it began with, as recorded in OUTPUT_DIR/data.
 
     Raises:
-        UserError: a flag differs from its recorded value. It would otherwise be ignored without a word.
+        UserError: a flag differs from its recorded value. It would otherwise be silently ignored.
     """
     try:
         begun = json.loads((folder / FLAGS).read_text())
-    except (OSError, ValueError):  # an older version has not written it
+    except (OSError, ValueError):  # a training of an older version, which did not write it
         return
     given = {"--size": args.size, "--val-fraction": args.val_fraction, "--data-format": args.data_format}
     given = {"--data": os.path.realpath(args.data)} | {flag: value for flag, value in given.items() if value}
     for flag, value in given.items():
         if value != begun.get(flag, value):
             raise UserError(
-                f"{flag} {value}: the training in {folder.parent} was begun with {flag} {begun[flag]}, which stays; "
-                "give that, begin anew with --overwrite, or choose another OUTPUT_DIR"
+                f"{flag} {value}: the training in {folder.parent} was begun with {flag} {begun[flag]}; give that "
+                "value, start a new training with --overwrite, or choose another OUTPUT_DIR"
             )
 
 
 def _make_run(cfg: CfgNode, args: argparse.Namespace) -> Path:
-    """Read, split, check, derive, and write the run; returns its config file."""
+    """Read, split and check the folder, derive and write the settings, and return the config file."""
     folder = Path(cfg.OUTPUT_DIR, FOLDER)
     with labelled_folder(args, cfg) as found:
         test = found.names.get("test")
@@ -106,7 +106,7 @@ def _make_run(cfg: CfgNode, args: argparse.Namespace) -> Path:
         "--val-fraction": VAL_FRACTION if args.val_fraction is None else args.val_fraction,
     }  # fmt: skip
     cfg = cfg.clone()
-    cfg.MODEL.TRUST_PICKLE = False  # which counts on the command line only
+    cfg.MODEL.TRUST_PICKLE = False  # only the command line may set it
     config = "".join(f"# {line}\n" for line in table.splitlines()) + cfg.dump()
-    # An evaluation has no beginning that it could wait for, and comes here only where no training has settings.
+    # An evaluation has no start of training to wait for, and gets here only if the folder has no settings yet.
     return write_settings(config, json.dumps(begun, indent=2), folder, at_once=args.eval_only)

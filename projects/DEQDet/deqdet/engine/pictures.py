@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard: what the model finds while it is trained (VIS_PERIOD)."""
+"""Pictures for TensorBoard: the detections of the model during training (VIS_PERIOD)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,15 +20,15 @@ from ..drawing import draw_detections, enlarge
 from .models import unwrap
 
 COUNT = 4  # images
-SCORE = 0.3  # detections below it are not drawn
-MOST = 50  # detections of an image that are drawn
-LONGEST = 640  # pixels: larger images are shrunk before they are drawn
+SCORE = 0.3  # detections with a lower score are not drawn
+MOST = 50  # detections drawn per image
+LONGEST = 640  # pixels: images with a longer side are shrunk first
 
 
 def build_pictures(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
-    """The hook that VIS_PERIOD asks for, on the main process; else an empty list.
+    """Build the hook that VIS_PERIOD asks for, on the main process; else return an empty list.
 
-    The images are the first ones of the first of DATASETS.TEST, or of DATASETS.TRAIN where there is none.
+    The images are the first ones of the first set in DATASETS.TEST, or in DATASETS.TRAIN if there is no test set.
     """
     if cfg.VIS_PERIOD == 0 or not comm.is_main_process():
         return []
@@ -46,15 +46,17 @@ def build_pictures(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
 class DetectionPictures(HookBase):
     """Puts a picture of each image into the event storage: its boxes on the left, the detections on the right.
 
-    The training goes on as it would without: no random state, statistics or gradient changes, and no other process is
-    waited for. Register it on the main process alone, before the writers.
+    The hook does not affect the training: it changes no random state, statistics or gradients, and runs no collective
+    operation. Register it on the main process only, before the writers.
     """
 
     def __init__(self, period: int, model: nn.Module, load: Callable[[], list[dict]], class_names: Sequence[str]):
         """
         Args:
-            period: in iterations; the last iteration counts too.
+            period: iterations between pictures; the last iteration always has some.
+            model: the model, possibly wrapped in DDP.
             load: returns the images, as a test loader gives them, with "annotations"; called once, when first needed.
+            class_names: the labels of the boxes.
         """
         self._period = period
         self._model = unwrap(model)
@@ -94,9 +96,10 @@ def draw_beside_truth(
     """Draw an image twice, with its true boxes and with its detections.
 
     Args:
-        image: (H, W, 3) uint8 RGB, that of the record in any size.
+        image: (H, W, 3) uint8 RGB, the record's image, at any size.
         record: in detectron2's format, with "annotations".
-        found: on the CPU, in pixels of the original image.
+        found: detections on the CPU, in pixels of the original image.
+        class_names: the labels of the boxes.
 
     Returns:
         Two pictures (H, W, 3) uint8 RGB.

@@ -1,4 +1,4 @@
-"""The ImageNet weights from which the backbone of a new training starts, where that is a model of timm."""
+"""The ImageNet weights from which a timm backbone starts in a new training."""
 
 import hashlib
 import logging
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_backbone_weights(cfg: CfgNode) -> None:
-    """See, before a training, that the file MODEL.TIMM.WEIGHTS exists and that the images suit the weights.
+    """Check before a training that the file MODEL.TIMM.WEIGHTS exists and that the image format suits the weights.
 
     Raises:
-        UserError: the file does not exist, or MODEL.TIMM.PRETRAINED asks for weights that expect other images than
-            MODEL.PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT give. With a file, which may come from anywhere, that is a
-            warning.
+        UserError: the file does not exist, or MODEL.TIMM.PRETRAINED asks for weights that expect another image format
+            than that of MODEL.PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT. For a file, whose origin is unknown, this is
+            only a warning.
     """
     if not _starts_pretrained(cfg):
         return
@@ -43,13 +43,13 @@ def check_backbone_weights(cfg: CfgNode) -> None:
 
 
 def load_backbone_weights(model: nn.Module, cfg: CfgNode) -> None:
-    """Load the weights that MODEL.TIMM names into the backbone, if there is no MODEL.WEIGHTS, which replaces them.
+    """Load the weights that MODEL.TIMM names into the backbone, unless MODEL.WEIGHTS is set, which takes precedence.
 
     Args:
-        model: the detector, or DistributedDataParallel around it.
+        model: the detector, possibly wrapped in DDP.
 
     Raises:
-        UserError: the weights cannot be downloaded or read, or are not those of the model.
+        UserError: the weights cannot be downloaded or read, or do not belong to the model.
     """
     if not _starts_pretrained(cfg):
         return
@@ -74,13 +74,13 @@ def _starts_pretrained(cfg: CfgNode) -> bool:
 
 
 def _check_taken(net: nn.Module, weights: Mapping[str, Tensor], path: str, name: str) -> None:
-    """See that every weight of the extractor is one of the file's.
+    """Check that every weight of the feature extractor comes from the file.
 
-    timm renames some models' weights as it loads them, and leaves out without an error what does not fit the names of
-    some others. So the values are compared, whatever their names and shapes.
+    timm renames the weights of some models as it loads them, and silently skips weights of others whose names do not
+    match. Therefore the values are compared, regardless of names and shapes.
 
     Raises:
-        UserError: one is not; names the first.
+        UserError: a weight does not come from the file; names the first.
     """
     given = {_digest(value) for value in weights.values()}
     ours = {key: value for key, value in net.state_dict().items() if not key.endswith(COUNTER)}
@@ -97,7 +97,7 @@ def _digest(value: Tensor) -> bytes:
 
 
 def _describe_other_images(cfg: CfgNode) -> str | None:
-    """What to say if timm's weights of this name expect other images than the config gives; None if they do not."""
+    """Describe how the image format that timm's weights expect differs from the config's; None if it does not."""
     name = cfg.MODEL.TIMM.NAME
     expected = import_timm().get_pretrained_cfg(name)
     if expected is None:

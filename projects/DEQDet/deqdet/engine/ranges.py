@@ -1,4 +1,4 @@
-"""What a config value must be: a test with the words that describe it."""
+"""Conditions on config values: each a predicate with a description."""
 
 import math
 import re
@@ -12,30 +12,30 @@ from detectron2.utils.registry import Registry
 
 @dataclass(frozen=True)
 class Range:
-    """What a value must be: a test, and the words that complete "it must be" in a message."""
+    """A condition on a value: a predicate, and the words that complete "it must be" in a message."""
 
-    words: str | Callable[[], str]  # a function where the words depend on what plugins have registered
+    words: str | Callable[[], str]  # a function if the words depend on what plugins have registered
     holds: Callable[[object], bool]
-    suggest: Callable[[object], str] = lambda value: ""  # what to write for a value outside the range, or ""
+    suggest: Callable[[object], str] = lambda value: ""  # a hint for a value outside the range, or ""
 
     def __str__(self) -> str:
         return self.words if isinstance(self.words, str) else self.words()
 
 
 def integer(low: int, high: int | None = None) -> Range:
-    """An integer in [low, high]."""
+    """Allow an integer in [low, high]."""
     words = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high:,}"
     return Range(words, lambda value: _is_integer(value) and low <= value and (high is None or value <= high))
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Range:
-    """A finite number in [low, high]; with `above` without `low`, with `below` without `high`."""
+    """Allow a finite number in [low, high]; `above` excludes `low`, and `below` excludes `high`."""
     words = f"a finite number {'above' if above else 'of at least'} {low:,g}"
     if high < math.inf:
         words += f" and {'below' if below else 'at most'} {high:,g}"
 
     def holds(value: object) -> bool:
-        if not is_finite(value):  # NaN is not either
+        if not is_finite(value):  # also excludes NaN
             return False
         return (value > low if above else value >= low) and (value < high if below else value <= high)
 
@@ -43,14 +43,14 @@ def number(low: float, high: float = math.inf, *, above: bool = False, below: bo
 
 
 def one_of(*values: object) -> Range:
-    """One of the values, which are all of one type."""
+    """Allow one of the values, which all have the same type."""
     known = ['""' if value == "" else str(value) for value in values]
     words = " or ".join(known) if len(known) <= 2 else f"one of {', '.join(known)}"
     return Range(words, lambda value: type(value) is type(values[0]) and value in values)
 
 
 def named(registry: Registry, suggest: Callable[[object], str] = Range.suggest) -> Range:
-    """A name in a registry; parts of one's own count once their module is imported by --plugin."""
+    """Allow a name in a registry, which includes the user's own parts once --plugin has imported their module."""
 
     def words() -> str:
         return f"one of {', '.join(sorted(name for name, _ in registry))} (or a part of your own, given by --plugin)"
@@ -59,12 +59,12 @@ def named(registry: Registry, suggest: Callable[[object], str] = Range.suggest) 
 
 
 def several(item: Range, low: int, high: int | None = None, *, distinct: bool = False) -> Range:
-    """A list of `low` to `high` values, each in the range `item`."""
+    """Allow a list of `low` to `high` values, each in the range `item`."""
     if high is None:
         count = f" of at least {low} value{'s' * (low > 1)}" if low else ""
     else:
         count = f" of {low} values" if low == high else f" of {low} to {high} values"
-    words = f"a list{count}, each {item}{', none of them twice' if distinct else ''}"
+    words = f"a list{count}, each {item}{', without duplicates' if distinct else ''}"
 
     def holds(values: object) -> bool:
         if not isinstance(values, list | tuple) or not low <= len(values) <= (math.inf if high is None else high):
@@ -75,12 +75,12 @@ def several(item: Range, low: int, high: int | None = None, *, distinct: bool = 
 
 
 def either(first: Range, second: Range) -> Range:
-    """A value in one of two ranges."""
+    """Allow a value in one of two ranges."""
     return Range(f"{first}, or {second}", lambda value: first.holds(value) or second.holds(value))
 
 
 def refused(value: object, reason: str) -> Range:
-    """The one value that is allowed, because of what any other would do."""
+    """Allow only `value`; `reason` says why any other is refused."""
     return Range(f"{value}: {reason}", lambda found: type(found) is type(value) and found == value)
 
 
@@ -89,13 +89,13 @@ def _is_integer(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """Whether a value is a number other than an infinite one and NaN."""
-    # Comparisons, unlike math.isfinite, take integers of any size.
+    """Return whether a value is a number, and neither infinite nor NaN."""
+    # Unlike math.isfinite, comparisons accept integers of any size.
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def is_device(value: object) -> bool:
-    """Whether a text names a device that this machine has, or a GPU where there is no CUDA: the CPU takes its place."""
+    """Return whether a string names a device of this machine. Without CUDA, any GPU passes: the CPU replaces it."""
     if not isinstance(value, str) or not re.fullmatch(r"cpu|mps|cuda(:\d+)?", value):
         return False
     if value == "mps":

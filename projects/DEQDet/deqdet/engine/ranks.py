@@ -1,4 +1,4 @@
-"""Starts the processes of one machine, and ends all of them when one fails, dies or hangs."""
+"""Starts the ranks of one machine, and ends all of them when one fails, dies or hangs."""
 
 import logging
 import os
@@ -27,38 +27,38 @@ from ..errors import UserError, one_line
 
 LOST_PEER = 70  # exit code of a rank that failed because another one was gone
 STOPPED = (130, 143)  # exit codes after SIGINT and SIGTERM
-START = 120.0  # seconds that a process may take at least to import its libraries, or to start those that load data
+START = 120.0  # least timeout in seconds while a process imports its libraries or starts its dataloader workers
 _GRACE = 1.0  # seconds in which the other ranks may end by themselves
-_FIELDS = 5  # of a rank on the board: last sign of life, last progress, iteration, phase, finished iterations
+_FIELDS = 5  # of a rank on the board: times of last heartbeat and last progress, iteration, phase, iterations done
 OUTSIDE, BEFORE_DATA, IN_FORWARD, AFTER_FORWARD = -1.0, 0.0, 1.0, 2.0  # phases
 
-_board: tuple[object, int] | None = None  # in a rank: the shared board and the rank's place on it
+_board: tuple[object, int] | None = None  # in a rank: the shared board, and the offset of the rank's fields
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train together."""
+    """The size of a process group and how its ranks meet."""
 
     per_machine: int
     machines: int
     machine_rank: int
     dist_url: str  # "auto": one machine, any free port
-    rank_timeout: float  # seconds without a sign of life, or without progress in an iteration
+    rank_timeout: float  # seconds without a heartbeat, or without progress in an iteration, that mean a hang
 
     @property
     def first_rank(self) -> int:
-        """The rank of this machine's first process among all."""
+        """The global rank of this machine's first process."""
         return self.machine_rank * self.per_machine
 
 
 def take_board(board: object, place: int) -> None:
-    """Let `mark` write to the fields of a shared board from `place` on, for whoever watches this rank."""
+    """Let `mark` write to a shared board, from index `place` on, where this rank's watcher reads its progress."""
     global _board
     _board = board, place
 
 
 def mark(iteration: int, phase: float) -> None:
-    """Note where this rank is, for the process that watches. Without such a process, do nothing."""
+    """Record this rank's iteration and phase for its watcher. Without a watcher, do nothing."""
     if _board is not None:
         board, place = _board
         board[place + 1 : place + 4] = [time.monotonic(), iteration, phase]
@@ -66,7 +66,7 @@ def mark(iteration: int, phase: float) -> None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error says that a collective operation failed, as it does in all ranks after one has died."""
+    """Return whether an error is that of a failed collective operation, which all ranks raise after one has died."""
     if isinstance(error, dist.DistError):
         return True
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -74,12 +74,12 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def run_ranks(main: Callable[..., object], args: tuple, group: Group) -> None:
-    """Run main(*args) in group.per_machine processes, joined by NCCL where there is CUDA, else by gloo.
+    """Run main(*args) in group.per_machine processes, with NCCL as the backend if CUDA is available, else gloo.
 
-    SIGINT and SIGTERM are handed on to all ranks.
+    SIGINT and SIGTERM are forwarded to all ranks.
 
     Raises:
-        UserError: a rank raised a UserError, died, failed, or stopped responding; the others have ended too.
+        UserError: a rank raised a UserError, died, failed, or stopped responding; the others have been ended.
         SystemExit: the ranks were stopped by a signal.
     """
     store, address = _open_store(group)
@@ -93,14 +93,14 @@ def run_ranks(main: Callable[..., object], args: tuple, group: Group) -> None:
         _Watch(started.processes, board, messages, group).wait()
     finally:
         shutil.rmtree(messages, ignore_errors=True)
-        del store  # it serves the ranks while they run
+        del store  # kept until here, since it serves the ranks while they run
 
 
 def _open_store(group: Group) -> tuple[dist.TCPStore | None, str]:
-    """Where the ranks of one machine meet: a store in this process, on a port that nobody else has.
+    """Open a store in this process, on a free port, at which the ranks of one machine meet.
 
     Returns:
-        The store and its "host:port"; None and group.dist_url with several machines.
+        The store and its "host:port"; with several machines, None and group.dist_url.
     """
     if group.machines > 1:
         return None, group.dist_url
@@ -119,13 +119,13 @@ def _open_store(group: Group) -> tuple[dist.TCPStore | None, str]:
 def _rank(
     local_rank: int, main: Callable[..., object], args: tuple, group: Group, address: str, board: object, messages: str
 ) -> None:
-    """What one process runs; the launcher learns of a UserError by a file in the folder `messages`."""
+    """Run one rank, and exit; the message of an error goes to the launcher as a file in the folder `messages`."""
     take_board(board, local_rank * _FIELDS)
     threading.Thread(target=_show_life, args=(board, local_rank * _FIELDS, group.rank_timeout), daemon=True).start()
     try:
         _join(local_rank, group, address)
         main(*args)
-        comm.synchronize()  # a rank that is done may not go while another one still needs it
+        comm.synchronize()  # a rank that is done must not exit while another one still needs it
     except UserError as error:
         Path(messages, str(local_rank)).write_text(one_line(error))
         end_process(1)
@@ -146,12 +146,12 @@ def _rank(
 
 
 def end_process(code: int) -> None:
-    """End this process, and those that load its data, without the interpreter's teardown.
+    """End this process and its dataloader workers, without the interpreter's teardown.
 
-    At the teardown, the interpreter would wait for threads of libraries, which may wait for a rank that is gone; and a
-    thread of gloo that still runs aborts the process now and then.
+    The teardown would wait for threads of libraries, which may in turn wait for a rank that is gone. Besides, a gloo
+    thread that is still running occasionally aborts the process.
     """
-    for child in multiprocessing.active_children():  # processes that load data
+    for child in multiprocessing.active_children():  # dataloader workers
         child.terminate()
     logging.shutdown()
     sys.stdout.flush()
@@ -160,29 +160,29 @@ def end_process(code: int) -> None:
 
 
 def _join(local_rank: int, group: Group, address: str) -> None:
-    """Join the ranks that this launcher, and those of other machines, have started."""
+    """Join the process group with the ranks of this launcher and of those on other machines."""
     rank, world_size = group.first_rank + local_rank, group.per_machine * group.machines
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     if group.machines == 1:
         store = dist.TCPStore(host, int(port), is_master=False)
     elif address.startswith("tcp://"):
         store = meet(host, port, rank=rank, world_size=world_size, seconds=group.rank_timeout)
-    else:  # file://, as detectron2 takes it
+    else:  # file://, which detectron2 allows
         store, _, _ = next(dist.rendezvous(address, rank, world_size))
     join(store, rank=rank, world_size=world_size, per_machine=group.per_machine, rank_timeout=group.rank_timeout,
          gpu=local_rank if torch.cuda.is_available() else None)  # fmt: skip
 
 
 def meet(host: str, port: str | int, *, rank: int, world_size: int, seconds: float) -> dist.Store:
-    """Wait until all ranks have come to a store that rank 0 opens at host:port.
+    """Wait until all ranks have connected to a store that rank 0 opens at host:port, and return it.
 
     Raises:
-        UserError: the port is taken, the host is unknown, or a rank has not come after so many seconds.
+        UserError: the port is in use, the host is unknown, or a rank has not connected after `seconds`.
     """
     where = f"{host}:{port}"
     try:
         return dist.TCPStore(host, int(port), world_size, is_master=rank == 0, timeout=timedelta(seconds=seconds))
-    except (RuntimeError, ValueError, TypeError) as error:  # an error of a store is a RuntimeError
+    except (RuntimeError, ValueError, TypeError) as error:  # a store's errors are RuntimeErrors
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"rank 0 cannot open {where}, where the ranks are to meet, because the port is in use: choose another "
@@ -190,7 +190,7 @@ def meet(host: str, port: str | int, *, rank: int, world_size: int, seconds: flo
             ) from error
         raise UserError(
             f"rank {rank} has waited {seconds:g} s (--rank-timeout) at {where} for all {world_size} ranks "
-            f"({one_line(error)[:120]}): see that each machine has started its own, with the same address, and can "
+            f"({one_line(error)[:120]}): check that each machine has started its ranks, with the same address, and can "
             "reach it"
         ) from error
 
@@ -198,13 +198,13 @@ def meet(host: str, port: str | int, *, rank: int, world_size: int, seconds: flo
 def join(
     store: dist.Store, *, rank: int, world_size: int, per_machine: int, rank_timeout: float, gpu: int | None
 ) -> None:
-    """Join the process group as detectron2's own launcher does. Every rank must call it.
+    """Join the process group as detectron2's own launcher does. A collective operation.
 
     Args:
-        per_machine: ranks of each machine; those of one follow each other.
-        gpu: of this rank, for NCCL; None for gloo.
+        per_machine: number of ranks on each machine; they are consecutive.
+        gpu: index of this rank's GPU, for NCCL; None for gloo.
     """
-    # Evaluation on one rank may take long while the others wait; a rank that hangs in training is found earlier.
+    # A long timeout, since the others may wait for an evaluation on one rank; hangs in training are detected earlier.
     timeout = max(DEFAULT_TIMEOUT, timedelta(seconds=rank_timeout))
     backend = "gloo" if gpu is None else "nccl"
     dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=timeout)
@@ -257,11 +257,11 @@ class _Watch:
         codes = [process.exitcode for process in self._processes]
         if any(codes):
             if self._signal and not self._said():
-                # A rank that has saved its state says so itself; another may lose contact while that one exits.
+                # A rank that has saved its state prints that itself; another may lose its connection as that one exits.
                 if not set(codes) & set(STOPPED):
                     print(f"stopped by {signal.Signals(self._signal).name}", file=sys.stderr)
                 sys.exit(128 + self._signal)
-            if set(codes) <= {0, *STOPPED}:  # signals came to the ranks themselves
+            if set(codes) <= {0, *STOPPED}:  # the ranks received the signals directly
                 sys.exit(max(codes))
             raise UserError(self._describe_death())
 
@@ -271,7 +271,7 @@ class _Watch:
         for process in self._processes:
             if process.exitcode is None:
                 os.kill(process.pid, number)
-        if self._signals > 1:  # a rank that waits for another one cannot answer
+        if self._signals > 1:  # a rank that waits for another one cannot react
             self._wait_a_moment()
             self._kill()
 
@@ -288,7 +288,7 @@ class _Watch:
             process.join()
 
     def _said(self) -> str:
-        """What the first rank says that raised an error; "" if none did."""
+        """Return the message of the lowest rank that raised an error; "" if none did."""
         files = sorted(self._messages.iterdir(), key=lambda path: int(path.name))
         return files[0].read_text() if files else ""
 
@@ -306,7 +306,7 @@ class _Watch:
         return f"a collective operation failed, probably because of {name}; --resume continues"
 
     def _find_hung(self) -> str:
-        """A line that names a rank that shows no life, or is the one that the others wait for; "" if there is none."""
+        """Return a message that names a rank without heartbeat, or one that all others wait for; "" if none hangs."""
         now = time.monotonic()
         running = [rank for rank, process in enumerate(self._processes) if process.exitcode is None]
         for rank in running:

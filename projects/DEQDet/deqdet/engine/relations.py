@@ -1,4 +1,4 @@
-"""What config values must be together; `options` has what each must be alone."""
+"""Conditions on several config values together; `options` has those on single values."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from ..decoders import build_solver
 from ..errors import one_line
 
-LEVELS = {"stem": "p2", "res2": "p2", "res3": "p3", "res4": "p4", "res5": "p5"}  # of a ResNet, and behind a neck
+LEVELS = {"stem": "p2", "res2": "p2", "res3": "p3", "res4": "p4", "res5": "p5"}  # ResNet stages and their neck outputs
 MAPPER_BACKBONES = (
     "build_basic_resnet_channel_mapper_backbone",
     "build_resnet_channel_mapper_backbone",
@@ -34,7 +34,7 @@ def _check_batch(cfg: CfgNode) -> Iterator[str]:
     if solver.IMS_PER_BATCH % solver.ACCUMULATION_STEPS:
         yield (
             f"SOLVER.ACCUMULATION_STEPS is {solver.ACCUMULATION_STEPS}: it must divide SOLVER.IMS_PER_BATCH "
-            f"({solver.IMS_PER_BATCH}), the images of a step of the optimizer"
+            f"({solver.IMS_PER_BATCH}), the images of an optimizer step"
         )
     if solver.LR_RULE != "none" and solver.REFERENCE_BATCH == 0:
         yield (
@@ -103,7 +103,7 @@ def _check_levels(cfg: CfgNode) -> Iterator[str]:
 
 
 def _levels(cfg: CfgNode) -> list[str]:
-    """The output levels of the backbones that are known here; an empty list for any other."""
+    """Return the output levels of the backbone, or an empty list if they are not known here."""
     resnets, backbone = cfg.MODEL.RESNETS, cfg.MODEL.BACKBONE.NAME
     if resnets.RES5_DILATION != 1:
         return []
@@ -212,7 +212,7 @@ def _check_determinism(cfg: CfgNode) -> Iterator[str]:
         yield f"SEED is {cfg.SEED}: with DETERMINISTIC {cfg.DETERMINISTIC} it must be a number of at least 0"
 
 
-# Each yields a sentence for every pair of keys whose values do not fit together.
+# Each function yields one message per violated condition.
 RELATIONS: Sequence[Callable[[CfgNode], Iterator[str]]] = (
     _check_schedule,
     _check_batch,

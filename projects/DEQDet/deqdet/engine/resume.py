@@ -1,8 +1,8 @@
-"""What a checkpoint remembers beside weights, optimizer and schedule, so that a resumed training goes on exactly.
+"""The state that a checkpoint stores besides weights, optimizer and schedule, so that resuming is exact.
 
-Random numbers and the order of the data need nothing: they follow from the seed and the iteration, see
-`deqdet.data.randomness`. What is left is the smoothing of the metrics, the lines of metrics.json, and for a checkpoint
-between two periods the BatchNorm statistics of each rank.
+Random numbers and the order of the data need no state: they follow from the seed and the iteration (see
+`deqdet.data.randomness`). What remains is the smoothing window of the metrics, the lines of metrics.json, and, for a
+checkpoint after a signal, the BatchNorm statistics of each rank.
 """
 
 import json
@@ -30,7 +30,7 @@ from ..model_zoo import flatten
 logger = logging.getLogger(__name__)
 
 WINDOW = 20  # iterations over which detectron2's writers smooth
-# Figures of the machine and not of the training, which no two runs share.
+# Metrics of the machine rather than the training, which differ between any two runs.
 CLOCK_FIGURES = frozenset({"time", "data_time", "rank_data_time", "eta_seconds", "peak_memory_mb"})
 # Keys whose values the optimizer's state in a checkpoint replaces.
 KEPT_KEYS = (
@@ -39,53 +39,53 @@ KEPT_KEYS = (
     "SOLVER.DECODER_DECAY_MULTIPLIER", "SOLVER.BACKBONE_LR_MULTIPLIER", "SOLVER.BACKBONE_NORM_LR_MULTIPLIER",
     "SOLVER.BACKBONE_NORM_DECAY_MULTIPLIER", "MODEL.WEIGHTS",
 )  # fmt: skip
-# Keys of the machine, and of where a run lies.
+# Keys that depend on the machine or on where the run is stored.
 LOCAL_KEYS = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VIS_PERIOD", "WRITERS")
 
 
 class SeedIteration(HookBase):
     """Seeds all generators before each iteration, from the run's seed, the rank and the iteration.
 
-    Register it first, on every rank. Evaluations, and the number of iterations before, then change nothing.
+    Register it first, on every rank. Random numbers then do not depend on earlier iterations or evaluations.
     """
 
     def __init__(self, seed: int):
         self.seed = seed
 
     def before_step(self) -> None:
-        seed_all(mix_seed(self.seed, comm.get_rank(), self.trainer.iter, 1))  # 1: not a position of a sample
+        seed_all(mix_seed(self.seed, comm.get_rank(), self.trainer.iter, 1))  # 1 separates it from the seeds of samples
 
 
 class MetricsWriter(JSONWriter):
-    """detectron2's writer of metrics.json, which can go back to what a checkpoint knows of the file."""
+    """detectron2's writer of metrics.json, which can also truncate the file to its state at a checkpoint."""
 
     def __init__(self, path: Path):
         super().__init__(str(path), window_size=WINDOW)
-        self._file_handle.close()  # until there is something to write
+        self._file_handle.close()  # reopened by `write`
         self._path = path
 
     def write(self) -> None:
-        """Append the figures that are new, and put them on the disk."""
+        """Append the new metrics to the file, and sync it to the disk."""
         if self._file_handle.closed:
             self._file_handle = self._path.open("a")
         super().write()
 
     @property
     def last_write(self) -> int:
-        """The last iteration that is in the file; -1 if there is none."""
+        """The last iteration in the file; -1 if there is none."""
         return int(self._last_write)
 
     def state_dict(self) -> dict[str, int]:
-        """The number of lines, and the last iteration that is among them."""
+        """Return the number of lines in the file, and the last iteration among them."""
         lines = self._path.read_bytes().count(b"\n") if self._path.is_file() else 0  # --overwrite has deleted it
         return {"lines": lines, "last_write": self.last_write}
 
     def go_back(self, state: Mapping[str, int] | None, iteration: int) -> None:
-        """Drop the lines that were written after a checkpoint, and what is no whole line.
+        """Drop the lines that were written after a checkpoint, and any damaged lines.
 
         Args:
-            state: what `state_dict` returned at the checkpoint; None for an older checkpoint.
-            iteration: the training goes on with this one, so that lines from it on are dropped.
+            state: the `state_dict` stored in the checkpoint; None for an older checkpoint.
+            iteration: the first iteration of the resumed training; lines from it on are dropped.
         """
         self._file_handle.close()
         lines = self._path.read_text(errors="replace").splitlines(keepends=True)
@@ -98,7 +98,7 @@ class MetricsWriter(JSONWriter):
 
 
 def _iteration(line: str) -> int:
-    """The iteration of a line of metrics.json; -1 if the line is damaged."""
+    """Return the iteration of a line of metrics.json; -1 if the line is damaged."""
     try:
         return int(json.loads(line)["iteration"]) if line.endswith("\n") else -1
     except (ValueError, TypeError, KeyError):
@@ -106,7 +106,7 @@ def _iteration(line: str) -> int:
 
 
 def storage_state(storage: EventStorage) -> dict[str, dict]:
-    """What the smoothed metrics of the next iterations depend on, by the metrics' names."""
+    """Return the recent values on which the smoothed metrics of the next iterations depend, by metric name."""
     hints = storage.smoothing_hints()
     return {
         name: {
@@ -120,14 +120,14 @@ def storage_state(storage: EventStorage) -> dict[str, dict]:
 
 
 def restore_storage(storage: EventStorage, state: Mapping[str, Mapping]) -> None:
-    """Put the metrics of `storage_state` into an event storage."""
+    """Put the metrics that `storage_state` returned into an event storage."""
     for name, metric in state.items():
         for value, iteration in metric["recent"]:
             storage.put_scalar(name, value, smoothing_hint=metric["smoothed"], cur_iter=iteration)
 
 
 def batch_norm_statistics(model: nn.Module) -> list[Tensor]:
-    """The running statistics of a model that training changes, and their counters."""
+    """Return the BatchNorm statistics of a model that training changes, and their counters."""
     return [
         buffer
         for module in get_bn_modules(model)
@@ -138,17 +138,18 @@ def batch_norm_statistics(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def restore_batch_norm(model: nn.Module, ranks: list[list[Tensor]]) -> None:
-    """Give this rank its own statistics again; with another number of ranks than before, all keep the average."""
+    """Restore this rank's own statistics; if the number of ranks has changed, all ranks keep the average."""
     if len(ranks) == comm.get_world_size():
         for buffer, value in zip(batch_norm_statistics(model), ranks[comm.get_rank()], strict=True):
             buffer.copy_(value)
 
 
 def dump_config(cfg: CfgNode, saved: str | None = None) -> str:
-    """The config as YAML, without the keys of the machine and of the run's place.
+    """Return the config as YAML, without LOCAL_KEYS.
 
     Args:
-        saved: the same of the checkpoint that the training was resumed from, whose values of KEPT_KEYS are in force.
+        cfg: the config of this run.
+        saved: the result of this function in the checkpoint that was resumed, whose values of KEPT_KEYS stay in force.
     """
     pairs = flatten(yaml.safe_load(cfg.dump()))
     plain = {key: value for key, value in pairs if not isinstance(value, dict)}
@@ -158,25 +159,26 @@ def dump_config(cfg: CfgNode, saved: str | None = None) -> str:
 
 
 def describe_changes(saved: str, cfg: CfgNode) -> str:
-    """One line about the keys that differ between a checkpoint's config and the new one; "" if none does.
+    """Describe in one line the keys that differ between a checkpoint's config and the new one; "" if none does.
 
     Args:
-        saved: as `dump_config` returns it.
+        saved: the checkpoint's config, as returned by `dump_config`.
+        cfg: the new config.
     """
     old, new = yaml.safe_load(saved), yaml.safe_load(dump_config(cfg))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     kept = [f"{key} {old.get(key)} (not {new.get(key)})" for key in changed if key in KEPT_KEYS]
     taken = [f"{key} {new.get(key)} (was {old.get(key)})" for key in changed if key not in KEPT_KEYS]
-    parts = [f"the checkpoint decides {', '.join(kept)}"] if kept else []
-    parts += [f"the new config decides {', '.join(taken)}"] if taken else []
+    parts = [f"kept from the checkpoint: {', '.join(kept)}"] if kept else []
+    parts += [f"changed by the new config: {', '.join(taken)}"] if taken else []
     if "SOLVER.IMS_PER_BATCH" in changed and old.get("SOLVER.LR_RULE", "none") != "none":
-        parts.append("the learning rate stays as it was scaled to the batch of the checkpoint")
+        parts.append("the learning rate stays scaled to the batch size of the checkpoint")
     return "; ".join(parts)
 
 
 @contextmanager
 def fitting_checkpoint(path: str) -> Iterator[None]:
-    """Turn what goes wrong within it, loading the state of optimizer and schedule, into a UserError."""
+    """Turn errors in the block, which loads the state of optimizer and schedule, into a UserError."""
     try:
         yield
     except (ValueError, KeyError, TypeError) as error:
@@ -187,7 +189,7 @@ def fitting_checkpoint(path: str) -> Iterator[None]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is there and can be read."""
+    """Return whether a checkpoint exists and can be read."""
     try:
         return os.path.isfile(path) and bool(read_file(path))
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""OUTPUT_DIR: one training at a time, and none over the files of another."""
+"""Guards OUTPUT_DIR: only one training at a time uses it, and none mixes its files with another's."""
 
 import argparse
 import fcntl
@@ -19,28 +19,28 @@ from ..errors import UserError, describe_os_error
 logger = logging.getLogger(__name__)
 
 LOCK, CONFIG = ".lock", "config.yaml"
-# What a training leaves behind and a later one relies on, or would mix with its own. Logs and config.yaml, which a
-# start that failed leaves too, and the folder inference/, which an evaluation fills, are not among them.
+# The files of a training that a later one would use or mix with its own. Not among them are logs and config.yaml,
+# which a failed start leaves too, and the folder inference/, which an evaluation fills.
 _RESULTS = re.compile(
     r"model_(\d{7,}|final|best)\.(pth|json|safetensors)|last_checkpoint|metrics\.json|runs\.json|events\.out\.tfevents\..*"
     r"|nonfinite_\d+(_rank\d+)?\.pth"
 )
 _FOREIGN = re.compile(r".*\.(pth|pt|pkl|safetensors)")  # weights under other names
-# What evaluations write into inference/ and ema/inference/, or into a folder there for each data set.
+# The files that evaluations write into inference/ and ema/inference/, or into a subfolder for each data set.
 _DETECTIONS = re.compile(r"coco_instances_results\.json|instances_predictions\.pth")
 
 _locks: dict[str, int] = {}  # folder: file descriptor; the lock ends with the process, however that ends
-_overwritten: set[str] = set()  # folders whose earlier training is deleted when that of this process begins
-_configs: dict[str, str] = {}  # folder: the text of config.yaml, which is written when the training begins
+_overwritten: set[str] = set()  # folders whose old training is deleted when this process's training begins
+_configs: dict[str, str] = {}  # folder: the text of config.yaml to write when the training begins
 
 
 def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """See that a training may write into OUTPUT_DIR.
+    """Check that a training may write into OUTPUT_DIR.
 
     Raises:
         UserError: the folder holds another training's results, or weights, and neither --resume nor --overwrite is
-            given; says what was found. Or both are given, or --overwrite would delete MODEL.WEIGHTS or the file of
-            --init.
+            given; names some of the files. Or both flags are given, or --overwrite would delete MODEL.WEIGHTS or the
+            file of --init.
     """
     if args.eval_only:
         return
@@ -57,7 +57,7 @@ def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.resume:
         return
     names = dict.fromkeys(path.name for path in (*results, *_find_foreign(folder)) if path.stat().st_size > 0)
-    found = [name for name in names if not name.startswith("events.")]  # a start that failed may have opened one
+    found = [name for name in names if not name.startswith("events.")]  # a failed start may have created one
     if found:
         names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise UserError(
@@ -67,30 +67,31 @@ def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def refuse_folder_in_use(folder: Path) -> None:
-    """See that no training of another process has the folder; nothing is kept locked.
+    """Check that no training in another process has locked the folder, without locking it.
 
     Raises:
-        UserError: one has it.
+        UserError: it is locked.
     """
     path = folder / LOCK
     if not path.is_file() or str(folder.resolve()) in _locks:
         return
     try:
         with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # processes of one run may look at the same time
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: all processes of a run may check at once
     except BlockingIOError as error:
         raise _in_use(folder, path.read_text(errors="replace")) from error
     except OSError as error:  # some network file systems have no locks
-        logger.warning("%s cannot be locked (%s): see that no other training uses it", folder, error.strerror)
+        logger.warning("%s cannot be locked (%s): make sure that no other training uses it", folder, error.strerror)
 
 
 def claim_folder(folder: Path, *, overwrite: bool) -> None:
-    """Lock the folder for this process, and delete files of a killed training that are not whole.
+    """Lock the folder for this process, and delete incomplete files of a killed training.
 
-    The lock is the operating system's: it ends with the process, even if that is killed.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Args:
-        overwrite: `begin_training` is to delete the training that is there.
+        folder: OUTPUT_DIR.
+        overwrite: let `begin_training` delete the training in the folder.
 
     Raises:
         UserError: another process holds the lock, or the folder cannot be written.
@@ -111,16 +112,16 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def hold_config(folder: Path, text: str) -> None:
-    """Keep the text of config.yaml until `begin_training`, since the folder has the config.yaml of another training."""
+    """Keep the text of config.yaml until `begin_training`, since the folder still has that of another training."""
     _configs[str(folder.resolve())] = text
 
 
 def begin_training(folder: Path) -> None:
-    """Make a folder that of the training that begins now: carry out what was put off while it could still be refused.
+    """Carry out the changes to OUTPUT_DIR that were deferred while the new training could still be refused.
 
-    That is the deletion of the training and its detections in a folder that was claimed with `overwrite`, and the
-    config.yaml of `hold_config`. If a config, a data set or weights turn out to be wrong before, the folder is as it
-    was.
+    If the folder was claimed with `overwrite`, the old training and its detections are deleted; then the config.yaml of
+    `hold_config` is written. If a config, a data set or weights turn out to be wrong before that, the folder is
+    unchanged.
 
     Raises:
         UserError: a file cannot be deleted or written.
@@ -146,14 +147,14 @@ def _delete_training(folder: Path) -> None:
 
 
 def find_results(folder: Path) -> list[Path]:
-    """The files of a training in a folder, sorted by name: checkpoints, models, metrics."""
+    """Return the files of a training in a folder, sorted by name: checkpoints, models, metrics."""
     return sorted(path for path in _files(folder) if _RESULTS.fullmatch(path.name))
 
 
 def has_other_test_sets(folder: Path, names: Sequence[str]) -> bool:
-    """Whether a folder holds a training that evaluates other sets than these, as its config.yaml says.
+    """Return whether a folder holds a training whose config.yaml names other test sets than these.
 
-    Its metrics.json and the detections right in inference/ are then not those of these sets.
+    Its metrics.json and the detections directly in inference/ then belong to those other sets.
     """
     try:
         known = yaml.safe_load((folder / CONFIG).read_text())["DATASETS"]["TEST"]
@@ -169,7 +170,7 @@ def _find_foreign(folder: Path) -> list[Path]:
 
 
 def _find_detections(folder: Path) -> list[Path]:
-    """The files of detections that evaluations of a training have left, of its averaged weights too."""
+    """Return the detection files that the evaluations of a training wrote, also those of averaged weights."""
     places = [folder / "inference", folder / AVERAGE / "inference"]
     return [path for place in places for path in sorted(place.rglob("*")) if _DETECTIONS.fullmatch(path.name)]
 
@@ -195,7 +196,7 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
         raise _in_use(folder, holder) from error
     except OSError as error:  # some network file systems have no locks
-        logger.warning("%s cannot be locked (%s): see that no other training uses it", folder, error.strerror)
+        logger.warning("%s cannot be locked (%s): make sure that no other training uses it", folder, error.strerror)
         return descriptor
     try:
         os.ftruncate(descriptor, 0)
@@ -208,13 +209,13 @@ def _lock(folder: Path) -> int:
 
 def _in_use(folder: Path, holder: str) -> UserError:
     return UserError(
-        f"OUTPUT_DIR {folder} is in use by another training (process {holder.strip() or 'unknown'}): wait for its end, "
-        "or choose another folder"
+        f"OUTPUT_DIR {folder} is in use by another training (process {holder.strip() or 'unknown'}): wait until it "
+        "ends, or choose another folder"
     )
 
 
 def _close_in_child() -> None:
-    # The processes that load data are forked; with a copy of the descriptor, they would keep the lock alive.
+    # Dataloader workers are forked; with a copy of the descriptor, they would keep the lock alive.
     for descriptor in _locks.values():
         os.close(descriptor)
     _locks.clear()

@@ -19,15 +19,16 @@ from .hooks import average_batch_norm
 from .resume import batch_norm_statistics
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTIONS = (*SIGNALS, signal.SIGHUP)  # of a command that trains in processes of its own
-# A signal to a whole process group reaches a rank twice, since the launcher hands it on too.
+INTERRUPTIONS = (*SIGNALS, signal.SIGHUP)  # for commands that train in child processes
+# A signal to a whole process group arrives at a rank twice, since the launcher forwards it too. Two signals within this
+# time count as one.
 ONE_SIGNAL = 0.3  # seconds
 CONFIRMATION = "the training ends with a checkpoint after this iteration or evaluation; a second signal ends it at once"
 AT_ONCE = "stopped at once by a second signal: the last iterations are not saved"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended what this process did; the exit code is 128 + the signal's number."""
+    """A signal has interrupted this process; the exit code is 128 + the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -35,13 +36,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class FirstAndSecond:
-    """A signal handler that tells a second signal from the first one, and from the first one that arrives twice."""
+    """A signal handler that distinguishes a second signal from a repeated delivery of the first."""
 
     def __init__(self, first: Callable[[int], None], second: Callable[[int], None]):
         """
         Args:
-            first: is called with the number of the first signal.
-            second: is called with the number of each signal that comes more than ONE_SIGNAL later.
+            first: called with the number of the first signal.
+            second: called with the number of each signal that arrives more than ONE_SIGNAL later.
         """
         self.number = 0  # of the first signal; 0 before it
         self._first, self._second = first, second
@@ -58,9 +59,9 @@ class FirstAndSecond:
 
 @contextmanager
 def handled_by(handler: FirstAndSecond, numbers: Sequence[int] = INTERRUPTIONS) -> Iterator[None]:
-    """Give these signals to a handler within it, in the main thread. A SIGHUP that nohup has made ignored stays so."""
+    """Install a handler for these signals in the block, if in the main thread; a SIGHUP ignored by nohup stays so."""
     before = {}
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+    if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
         numbers = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -72,7 +73,7 @@ def handled_by(handler: FirstAndSecond, numbers: Sequence[int] = INTERRUPTIONS) 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let INTERRUPTIONS raise Interrupted within it, so that cleaning up can be done; a second one exits at once."""
+    """Let INTERRUPTIONS raise Interrupted in the block, so that it can clean up; a second signal exits at once."""
 
     def interrupt(number: int) -> None:
         raise Interrupted(number)
@@ -89,8 +90,8 @@ class StopOnSignal(HookBase):
     """Ends the training after the iteration in which a signal arrives, on any rank, with a checkpoint.
 
     The first signal is confirmed by a line on stderr, since an evaluation may take minutes to end. A second signal ends
-    the process at once. Register the hook last, on every rank: the checkpoint then comes after everything that belongs
-    to the iteration, and resuming from it gives what the uninterrupted training gives.
+    the process at once. Register the hook last, on every rank: the checkpoint is then saved after all other work of the
+    iteration, and resuming from it gives the same results as the uninterrupted training.
 
     Raises:
         Stopped: in `after_step`.
@@ -111,7 +112,7 @@ class StopOnSignal(HookBase):
         for name, model in trainer.models().items():
             mine = [x.detach().cpu().clone() for x in batch_norm_statistics(model)]
             trainer.rank_statistics[name] = comm.gather(mine)
-            average_batch_norm(model)  # the weights in the file are a model to be used
+            average_batch_norm(model)  # so that the file alone is a usable model
         trainer.iteration_complete = True
         name = f"model_{trainer.iter:07d}"
         if trainer.iter + 1 == trainer.max_iter:
@@ -126,7 +127,7 @@ class StopOnSignal(HookBase):
         raise Stopped(128 + number)
 
     def after_train(self) -> None:
-        self._handled.close()  # the former handlers are back
+        self._handled.close()  # restores the former handlers
 
 
 def _confirm(number: int) -> None:
@@ -141,7 +142,7 @@ def _exit_at_once(number: int) -> None:
 
 
 def _largest(value: int) -> int:
-    """The largest of the ranks' values; a collective operation."""
+    """Return the maximum of the ranks' values; a collective operation."""
     if comm.get_world_size() == 1:
         return value
     shared = torch.tensor([value], device="cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,4 +1,4 @@
-"""One step of training: autocast, the gradient's scale, and the accumulation of gradients over parts of a batch."""
+"""One training step: autocast, loss scaling, and gradient accumulation over parts of a batch."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -22,20 +22,20 @@ SMALLEST_SCALE = 2.0**-14
 
 
 class StepTrainer(AMPTrainer):
-    """detectron2's AMPTrainer on any device, with or without autocast, and with gradients of several parts of a batch.
+    """detectron2's AMPTrainer on any device, with or without autocast, and with gradient accumulation.
 
-    AMPTrainer's own step refuses a machine without CUDA and takes a batch as a whole, so that `run_step` is ours.
+    `run_step` is overridden because AMPTrainer's own requires CUDA and does not split a batch.
 
-    Autocast is around the forward pass alone. It runs convolutions and matrix products in the lower precision; the
-    weights, the optimizer's state, positions, boxes and losses stay in float32. The smallest gradients would be 0 in
-    float16, so that there the loss is multiplied by a scale, which the scaler divides out of the gradients before the
-    optimizer's step and adapts. Where a gradient overflowed, the scaler skips the step, and with it the optimizer's
-    hooks. bfloat16 has the range of float32 and needs no scale.
+    Autocast covers the forward pass only. It runs convolutions and matrix products in the lower precision; weights,
+    optimizer state, positions, boxes and losses stay in float32. In float16, the smallest gradients would underflow.
+    The loss is therefore multiplied by a scale, which the scaler divides out of the gradients before the optimizer's
+    step and adapts. If a gradient overflowed, the scaler skips the step and with it the optimizer's hooks. bfloat16
+    has the range of float32 and needs no scale.
 
-    With n parts, each part's images go forward and back by themselves, and their gradients add up. The losses are
-    divided by the number of matched boxes of the whole batch, so that the sum is the whole batch's gradient. What
-    depends on the images beside an image in its part still differs: the batch statistics of BatchNorm, and which
-    random numbers the noise gets.
+    With n parts, each part of the batch has its own forward and backward pass, and the gradients add up. The losses
+    are divided by the number of matched boxes of the whole batch, so the sum is the gradient of the whole batch. Only
+    what depends on the other images in a part still differs: BatchNorm's batch statistics, and the random numbers
+    that the noise draws.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class StepTrainer(AMPTrainer):
     ):
         """
         Args:
-            model: a DEQDet if there are several parts; DDP may be around it.
-            device_type: of the model: "cuda", "cpu" or "mps".
+            model: the model, possibly wrapped in DDP; it must be a DEQDet if there are several parts.
+            device_type: the model's device type: "cuda", "cpu" or "mps".
             precision: float16 or bfloat16 for autocast; None for float32.
-            parts: the parts into which a batch of this rank is split.
+            parts: number of parts into which this rank's batch is split.
 
         Raises:
-            UserError: there are several parts, and the model's losses cannot be normalised over them.
+            UserError: there are several parts, but the model's losses cannot be normalised over a whole batch.
         """
         scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
         super().__init__(model, data_loader, optimizer, grad_scaler=scaler, precision=precision)
@@ -69,16 +69,16 @@ class StepTrainer(AMPTrainer):
             )
 
     def autocast(self) -> AbstractContextManager:
-        """The context of the forward pass."""
+        """Return the context for the forward pass."""
         if self.precision is None:
             return nullcontext()
         return torch.autocast(self._device_type, dtype=self.precision)
 
     def run_step(self) -> None:
-        """Take the gradient of the next batch, and the optimizer's step.
+        """Compute the gradient of the next batch, and take a step of the optimizer.
 
         Raises:
-            FloatingPointError: a loss is infinite or NaN; or the gradient is, at any scale.
+            FloatingPointError: a loss is infinite or NaN, or the gradient is so at every scale.
         """
         assert self.model.training, "the model was changed to evaluation mode"
         start = time.perf_counter()
@@ -93,7 +93,7 @@ class StepTrainer(AMPTrainer):
             self._check_scale()
 
     def _accumulate(self, batch: list[dict]) -> dict[str, Tensor]:
-        """Put the gradient of a batch into the parameters, and return its losses."""
+        """Accumulate the gradient of a batch in the parameters, and return its losses."""
         size = -(-len(batch) // self._parts)
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         options = {} if self._parts == 1 else {"normalizer": unwrap(self.model).loss_normalizer(batch)}
@@ -118,7 +118,7 @@ class StepTrainer(AMPTrainer):
             raise FloatingPointError(f"the gradient is infinite or NaN in float16 at every scale down to {scale:g}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; a training without float16 has no scale, and then a new one is begun."""
+        """Load a state dict; if it is of a training without float16, which has no scale, the scaler starts afresh."""
         scale = state_dict.get("grad_scaler") or self.grad_scaler.state_dict()
         super().load_state_dict({**state_dict, "grad_scaler": scale})
 

@@ -72,29 +72,32 @@ from .writers import EvaluationsWriter, ResumableTensorboardWriter, build_run_wr
 
 logger = logging.getLogger(__name__)
 
-# Of the disk and not of the data: no room, a quota, a read-only or broken disk, no permission.
+# Errors of the disk rather than the data: full, over quota, read-only or broken, or no permission.
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
 class Trainer(DefaultTrainer, EndableTrainer):
-    """Trains, evaluates and checkpoints as detectron2 users know it, on GPUs or on the CPU.
+    """Trains, evaluates and checkpoints like detectron2's DefaultTrainer, on GPUs or on the CPU.
 
-    New are mixed precision on every device and the accumulation of gradients (see `StepTrainer`), the optimizer (see
-    `build_optimizer`), the average of the weights if SOLVER.EMA.ENABLED is set (see `AverageWeights`), the average of
-    BatchNorm's statistics over the ranks, OUTPUT_DIR/model_best.pth with the weights of the best box AP if
-    TEST.EVAL_PERIOD is set, and OUTPUT_DIR/model_final.safetensors, the trained model in one file for
-    `Predictor.from_file`.
+    It adds:
 
-    With averaged weights, both are evaluated, the best AP and model_best.pth are those of the average, and the model
-    file holds the average.
+    - mixed precision on every device and gradient accumulation (see `StepTrainer`);
+    - the optimizer (see `build_optimizer`);
+    - an average of the weights if SOLVER.EMA.ENABLED is set (see `AverageWeights`);
+    - averaging of BatchNorm's statistics over the ranks (see `AverageBatchNorm`);
+    - OUTPUT_DIR/model_best.pth, the weights with the best box AP, if TEST.EVAL_PERIOD is set;
+    - OUTPUT_DIR/model_final.safetensors, the trained model in one file, for `Predictor.from_file`.
 
-    A resumed training ends with the weights, statistics and metrics of the uninterrupted one, see `resume`.
+    With averaged weights, both the raw and the averaged weights are evaluated; the best AP, model_best.pth and the
+    model file are those of the average.
+
+    A resumed training ends with the same weights, statistics and metrics as an uninterrupted one (see `resume`).
     """
 
     def __init__(self, cfg: CfgNode):
         """Register the data sets of DATASETS.REGISTER, and build model, optimizer, loader and hooks.
 
-        A negative SEED is replaced by a random one, the same on all ranks, which checkpoints keep.
+        A negative SEED is replaced by a random one, which is the same on all ranks and is stored in checkpoints.
 
         Raises:
             UserError: a data set or a value in the config is wrong.
@@ -103,12 +106,12 @@ class Trainer(DefaultTrainer, EndableTrainer):
             prepare_datasets(cfg)
         self._seed_is_given = cfg.SEED >= 0
         self._metrics: MetricsWriter | None = None  # on the main process
-        self._events: EvaluationsWriter | None = None  # the same
-        self._resumed: dict[str, Any] | None = None  # what the checkpoint says of the training's progress
+        self._events: EvaluationsWriter | None = None  # on the main process
+        self._resumed: dict[str, Any] | None = None  # the entry "progress" of the resumed checkpoint
         self._resuming = False
         self._has_loaded = False  # whether resume_or_load() has been called
-        self._ready = False  # to iterate
-        # Set by StopOnSignal, whose checkpoints come after all that belongs to an iteration.
+        self._ready = False  # whether before_train() has finished
+        # Set by hooks that save a checkpoint after all other work of an iteration.
         self.iteration_complete = False
         self.rank_statistics: dict[str, list[list[torch.Tensor]]] = {}  # by the names of `models`
         self.averaging: AverageWeights | None = None
@@ -116,9 +119,9 @@ class Trainer(DefaultTrainer, EndableTrainer):
             super().__init__(cfg if self._seed_is_given else _with_seed(cfg, comm.shared_random_seed()))
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint in OUTPUT_DIR that is whole if `resume`, else load MODEL.WEIGHTS.
+        """Continue from the last intact checkpoint in OUTPUT_DIR if `resume`, else load MODEL.WEIGHTS.
 
-        Without either, a backbone of timm starts from the weights that MODEL.TIMM names.
+        With neither, a timm backbone starts from the weights that MODEL.TIMM names.
 
         Raises:
             UserError: the file cannot be read or downloaded, does not fit the config, or has infinite values or NaN.
@@ -144,11 +147,11 @@ class Trainer(DefaultTrainer, EndableTrainer):
             self.data_loader.start_at(self.start_iter)
 
     def models(self) -> dict[str, nn.Module]:
-        """The model, and the one with the averaged weights if there is one, by the names of their statistics."""
+        """Return the model, and the averaged one if there is one, by the checkpoint entries of their statistics."""
         return {"batch_norm": self.model} | ({"ema_batch_norm": self.averaging.model} if self.averaging else {})
 
     def drop_data_loader(self) -> None:
-        """End the processes that load data. At the exit, their end by a signal would be taken for a failure."""
+        """End the dataloader workers; at exit, DataLoader would report their end by a signal as a failure."""
         self._trainer.reset_data_loader(lambda: None)
 
     def _take_seed(self, seed: int) -> None:
@@ -172,16 +175,16 @@ class Trainer(DefaultTrainer, EndableTrainer):
         train_log.addFilter(_has_unknown_cause)
         try:
             with _disk_errors(self.cfg.OUTPUT_DIR), warnings.catch_warnings():
-                # It comes where the first step in float16 overflowed and was skipped, as it should be.
+                # A false alarm: in float16, the scaler may skip the first optimizer step because of an overflow.
                 warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
                 return super().train()
         finally:
             train_log.removeFilter(_has_unknown_cause)
 
     def before_train(self) -> None:
-        """Call the hooks, put the metrics back, and do what was left to do of the iteration that a checkpoint is of.
+        """Call the hooks, restore the metrics, and finish the iteration in which the resumed checkpoint was saved.
 
-        What OUTPUT_DIR holds of an earlier training is replaced now that nothing can be wrong any more.
+        Files of an earlier training in OUTPUT_DIR are replaced only now, after all checks.
         """
         self._ready = False
         if self.cfg.MODEL.WEIGHTS and not self._has_loaded:
@@ -212,18 +215,18 @@ class Trainer(DefaultTrainer, EndableTrainer):
         if comm.is_main_process() and self.start_iter >= self.max_iter and not is_whole(final):
             self.checkpointer.save("model_final", iteration=self.iter)
         if self._resumed and not self._resumed["complete"]:
-            # detectron2 saves a checkpoint before it evaluates and writes metrics.
+            # detectron2 saves a checkpoint before it evaluates and writes metrics, so catch up on these.
             for hook in self._hooks:
                 if isinstance(hook, hooks.EvalHook | hooks.BestCheckpointer | hooks.PeriodicWriter | EarlyStop):
                     hook.after_step()
         self.iter = self.storage.iter = self.start_iter
 
     def run_step(self) -> None:
-        """One iteration.
+        """Run one iteration.
 
         Raises:
             NonFiniteError: a loss, a prediction or a gradient is infinite or NaN.
-            UserError: the GPU's memory does not suffice.
+            UserError: the GPU is out of memory.
         """
         try:
             super().run_step()
@@ -231,7 +234,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
             guard = next(hook for hook in self._hooks if isinstance(hook, FiniteGuard))
             raise guard.explain(error) from error
         except torch.cuda.OutOfMemoryError as error:
-            what = ". ".join(str(error).split(". ")[:2])  # what follows is about PyTorch's allocator
+            what = ". ".join(str(error).split(". ")[:2])  # the rest is about PyTorch's allocator
             raise UserError(
                 f"{what} at iteration={self.iter}: set SOLVER.ACCUMULATION_STEPS 2 or more, "
                 "MODEL.DEQDET.EQUILIBRIUM.CHECKPOINT_SEGMENTS True or SOLVER.AMP.ENABLED True, or make the images of "
@@ -239,9 +242,9 @@ class Trainer(DefaultTrainer, EndableTrainer):
             ) from error
 
     def after_train(self) -> None:
-        """Call the hooks, after an error only those that neither evaluate nor save."""
+        """Call the hooks; after an error, only those that neither evaluate nor save."""
         failed = not self._ready or self.iter < self.max_iter  # an error or a signal
-        if not failed:  # the loop has counted once too much if there was nothing left to do
+        if not failed:  # the loop counts one iteration too many if none was left to do
             self.iter = max(self.start_iter, self.max_iter)
         self.storage.iter = self.iter
         for hook in self._hooks:
@@ -249,7 +252,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
                 hook.after_train()
 
     def state_dict(self) -> dict[str, Any]:
-        """DefaultTrainer's, and "progress": what `deqdet.engine.resume` remembers."""
+        """Return DefaultTrainer's state dict, with the state of `deqdet.engine.resume` as "progress"."""
         progress = {
             "seed": self.cfg.SEED,
             "config": dump_config(self.cfg, self._resumed["config"] if self._resumed else None),
@@ -261,21 +264,21 @@ class Trainer(DefaultTrainer, EndableTrainer):
         return {**super().state_dict(), "progress": progress}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; checkpoints of older versions have no "progress"."""
+        """Load a state dict; in checkpoints of older versions, it has no "progress"."""
         super().load_state_dict(state_dict)
         self._resumed = state_dict.get("progress")
 
     def build_hooks(self) -> list[HookBase | None]:
-        """detectron2's hooks with ours in between.
+        """Insert our hooks among detectron2's.
 
-        The order matters: seeds come first; BatchNorm's statistics are averaged, and all weights looked at, before a
-        checkpoint or an evaluation uses them; older checkpoints are deleted after a new one is there; the best
-        checkpoint is chosen after an evaluation; figures are written after everything that has any; the model file is
-        written at the very end; an early end is decided, and a signal obeyed, when everything else is done.
+        The order matters. Seeds are set first. BatchNorm's statistics are averaged, and all weights checked, before a
+        checkpoint or an evaluation uses them. Older checkpoints are deleted after a new one is saved. The best
+        checkpoint is chosen after an evaluation. Metrics are written after all hooks that record any. The model file is
+        written at the very end. Early stopping and signals are handled when all other hooks have run.
         """
         cfg = self.cfg
         if cfg.TEST.EVALUATOR == "faster-coco-eval":
-            import_faster_coco_eval()  # an error comes now and not at the first evaluation
+            import_faster_coco_eval()  # so that an error is raised now and not at the first evaluation
         insight = build_insight(cfg, self.model)
         ret = super().build_hooks()
         readers = (hooks.PeriodicCheckpointer, hooks.EvalHook)  # ranks other than 0 have no checkpointer
@@ -287,7 +290,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
         # With several sets, detectron2 puts a set's name before its metrics.
         metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{(*cfg.DATASETS.TEST, '')[0]}/bbox/AP"
         best = self.model
-        if self.averaging:  # what is published is what the best checkpoint is chosen by
+        if self.averaging:  # the published weights are also those by which the best checkpoint is chosen
             ret.insert(after, hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_average))
             after, metric, best = after + 1, f"ema/{metric}", self.averaging.model
         if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and comm.is_main_process():
@@ -306,7 +309,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
         return [MarkProgress(), SeedIteration(cfg.SEED), *ret, *build_early_stop(cfg), StopOnSignal()]
 
     def _build_averaging(self) -> list[HookBase]:
-        """The hook of SOLVER.EMA, whose weights become the entry "ema" of the checkpoints."""
+        """Build the hook of SOLVER.EMA, and make its weights the entry "ema" of the checkpoints."""
         cfg = self.cfg
         if not cfg.SOLVER.EMA.ENABLED:
             return []
@@ -316,7 +319,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
         return [self.averaging]
 
     def _test_average(self) -> dict[str, dict]:
-        """The results of the averaged weights, as "ema/bbox/AP" and so on; their files are in OUTPUT_DIR/ema."""
+        """Evaluate the averaged weights; results are named "ema/bbox/AP" and so on, and files lie in OUTPUT_DIR/ema."""
         logger.info("Evaluation of the averaged weights:")
         cfg = self.cfg.clone()
         cfg.defrost()
@@ -325,7 +328,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
         return {AVERAGE: results} if results else {}
 
     def build_writers(self) -> list[EventWriter]:
-        """detectron2's writers, of which those to files can go back to a checkpoint, and those of WRITERS."""
+        """Build detectron2's writers, with file writers that can return to a checkpoint, and those of WRITERS."""
         writers = super().build_writers()
         self._metrics = MetricsWriter(Path(self.cfg.OUTPUT_DIR, "metrics.json"))
         for i, writer in enumerate(writers):
@@ -348,27 +351,27 @@ class Trainer(DefaultTrainer, EndableTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """See `deqdet.engine.optimizer`."""
+        """Build the optimizer (see `deqdet.engine.optimizer`)."""
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
-        """The loader with detectron2's sampler, our mapper, and the augmentation that INPUT.AUGMENTATION names."""
+        """Build a loader with detectron2's sampler, our mapper, and the augmentation that INPUT.AUGMENTATION names."""
         return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
-        """detectron2's loader of one image at a time, with our mapper."""
+        """Build detectron2's loader of one image at a time, with our mapper."""
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO's box AP of up to TEST.DETECTIONS_PER_IMAGE detections, which are also written to OUTPUT_DIR/inference.
+        """Build an evaluator of COCO's box AP, which also writes the detections to OUTPUT_DIR/inference.
 
-        Beyond 100 detections of an image, "AP@100" is that of the best 100, as COCO has it.
-        With several test sets, each has a folder of its name in there, and so has a set that the training in OUTPUT_DIR
-        does not evaluate.
-        With a tolerance (MODEL.DEQDET.SOLVER.RTOL), the number of steps that the images took is reported too.
+        The AP counts up to TEST.DETECTIONS_PER_IMAGE detections per image. If that is more than 100, "AP@100" is the AP
+        of the best 100, as COCO defines it. With several test sets, each has its own subfolder, and so has a set that
+        the training in OUTPUT_DIR does not evaluate. With a tolerance (MODEL.DEQDET.SOLVER.RTOL), the number of solver
+        steps is reported too.
         """
         folder, names = os.path.join(cfg.OUTPUT_DIR, "inference"), cfg.DATASETS.TEST
         apart = len(names) > 1 or has_other_test_sets(Path(cfg.OUTPUT_DIR), names)
@@ -381,8 +384,8 @@ def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
     """Load all weights of a model for an evaluation: MODEL.WEIGHTS, or with `resume` the last checkpoint in OUTPUT_DIR.
 
     Raises:
-        UserError: the file cannot be read or downloaded, is not a checkpoint of this model, or has values that are not
-            finite.
+        UserError: the file cannot be read or downloaded, is not a checkpoint of this model, or has infinite values or
+            NaN.
     """
     checkpointer = CompleteCheckpointer(model, cfg.OUTPUT_DIR, trust_pickle=cfg.MODEL.TRUST_PICKLE)
     with _readable_weights():
@@ -403,7 +406,7 @@ def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
 
 @contextmanager
 def _disk_errors(folder: str) -> Iterator[None]:
-    """Turn what goes wrong within it, writing a file, into a UserError."""
+    """Turn errors in the block, which writes files, into a UserError."""
     try:
         yield
     except OSError as error:
@@ -417,7 +420,7 @@ def _disk_errors(folder: str) -> Iterator[None]:
 
 
 def _has_unknown_cause(record: logging.LogRecord) -> bool:
-    """Whether a log record is no traceback of an error that is reported in one line anyway."""
+    """Return False for the traceback of an error that is reported in one line anyway, True for other log records."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, UserError | FloatingPointError | OSError):
         return False
@@ -432,18 +435,18 @@ def _readable_weights() -> Iterator[None]:
         raise UserError(f"cannot load the weights: {error}") from error
     except OSError as error:  # URLError is one
         raise UserError(
-            f"cannot read the weights ({error}): with no network, download them elsewhere and give the file "
+            f"cannot read the weights ({error}): without network access, download them elsewhere and give the file "
             "as MODEL.WEIGHTS"
         ) from error
 
 
 @contextmanager
 def _our_parts(cfg: CfgNode) -> Iterator[None]:
-    """Make DefaultTrainer use our checkpointer and step, and let DDP take a model that is not on CUDA.
+    """Make DefaultTrainer use our checkpointer and step, and let DDP wrap a model that is not on CUDA.
 
-    DefaultTrainer.__init__ calls DetectionCheckpointer, SimpleTrainer or AMPTrainer, and create_ddp_model of its own
-    module. The last passes the local rank as device_ids, which DDP refuses for a model on the CPU. There is no argument
-    for any of them, so the names in that module stand for other objects meanwhile; a copy of __init__ would be longer.
+    DefaultTrainer.__init__ looks up DetectionCheckpointer, SimpleTrainer, AMPTrainer and create_ddp_model in its own
+    module. The last passes the local rank as device_ids, which DDP rejects for a model on the CPU. None of them can be
+    passed as an argument, so they are replaced in that module for the moment; a copy of __init__ would be longer.
     """
     solver, device_type = cfg.SOLVER, cfg.MODEL.DEVICE.partition(":")[0]
     precision = PRECISIONS[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
@@ -457,7 +460,7 @@ def _our_parts(cfg: CfgNode) -> Iterator[None]:
     }
     if device_type != "cuda":
         ours["create_ddp_model"] = functools.partial(defaults.create_ddp_model, device_ids=None)
-    elif comm.get_world_size() > 1:  # Slurm can give each process a GPU of its own, which is number 0 for all of them
+    elif comm.get_world_size() > 1:  # under Slurm, each process may see only its own GPU, as number 0
         device_ids = [torch.cuda.current_device()]
         ours["create_ddp_model"] = functools.partial(defaults.create_ddp_model, device_ids=device_ids)
     originals = {name: getattr(defaults, name) for name in ours}

@@ -19,12 +19,12 @@ from .models import unwrap
 
 
 def build_validation_loss(cfg: CfgNode, model: nn.Module, average: nn.Module | None = None) -> list[hooks.EvalHook]:
-    """The hook that TEST.VALIDATION_LOSS asks for, for every rank; else an empty list.
+    """Build the hook that TEST.VALIDATION_LOSS asks for, on every rank; else return an empty list.
 
-    It puts "validation/<loss>" into the event storage, with several test sets "<set>/validation/<loss>".
+    It puts "validation/<loss>" into the event storage, or with several test sets "<set>/validation/<loss>".
 
     Args:
-        average: the model with averaged weights, whose losses are "ema/validation/<loss>".
+        average: the model with averaged weights, whose losses are "ema/validation/<loss>"; None if there is none.
 
     Raises:
         UserError: a test set has no annotations.
@@ -33,7 +33,7 @@ def build_validation_loss(cfg: CfgNode, model: nn.Module, average: nn.Module | N
     if not cfg.TEST.VALIDATION_LOSS or not names:
         return []
     for name in names:
-        build_validation_loader(cfg, name)  # an error comes now and not at the first evaluation
+        build_validation_loader(cfg, name)  # so that an error is raised now and not at the first evaluation
 
     def losses_of(evaluated: nn.Module, loaders: dict[str, Iterable[list[dict]]]) -> dict:
         results = {name: {"validation": compute_losses(evaluated, loader)} for name, loader in loaders.items()}
@@ -51,27 +51,26 @@ def build_validation_loss(cfg: CfgNode, model: nn.Module, average: nn.Module | N
 
 @torch.no_grad()
 def compute_losses(model: nn.Module, loader: Iterable[list[dict]]) -> dict[str, float]:
-    """The training losses of a model on a whole data set, and their sum as "total_loss".
+    """Compute the training losses of a model on a whole data set, and their sum as "total_loss".
 
     They are normalised as in training, as if the set were one batch: each loss is summed over all images and divided by
-    the number of matched boxes (an image without boxes counts as one). All modules but the model itself are in
-    evaluation mode, so that BatchNorm uses its running statistics and does not change them, and nothing is dropped out.
-    The noise that training adds to the solving path is there, since without it the losses could not be compared with
-    those of training; it is drawn from a seed of the image, so that it is the same at every evaluation. Nothing that is
-    random in the training changes.
+    the number of matched boxes (an image without boxes counts as one). All submodules are in evaluation mode, so that
+    BatchNorm uses its running statistics without changing them, and nothing is dropped out. The noise of the solving
+    path is kept, since the losses are to be comparable with those of training. Its seed depends on the image only, so
+    it is the same at every evaluation. The random state of the training is not affected.
 
     A collective operation: each rank brings its own images.
 
     Args:
-        model: returns a dict of losses in training mode; may be wrapped by DDP.
-        loader: batches of one image, with "image_id" and "instances".
+        model: returns a dict of losses in training mode; may be wrapped in DDP.
+        loader: gives batches of one image, with "image_id" and "instances".
 
     Returns:
         The losses over the images of all ranks, on every rank.
     """
     model = unwrap(model)
     sums, count = defaultdict(float), 0
-    # The model may write figures of its batch into the event storage, which would be taken for those of training.
+    # A separate event storage, since the model may record statistics of its batch, which are not those of training.
     with _losses_without_training(model) as losses_of, random_state_kept(_device(model)), EventStorage():
         for batch in loader:
             (record,) = batch
@@ -90,12 +89,12 @@ def compute_losses(model: nn.Module, loader: Iterable[list[dict]]) -> dict[str, 
 
 @contextmanager
 def _losses_without_training(model: nn.Module) -> Iterator[Callable[[list[dict]], dict[str, torch.Tensor]]]:
-    """A function that returns a model's losses; within it, the model's parts are in evaluation mode."""
+    """Yield a function that computes a model's losses while its submodules are in evaluation mode."""
     training = model.training
     model.eval()
-    model.training = True  # only the model itself, which decides by it what it returns
+    model.training = True  # of the model itself only, which then returns losses
     try:
-        # Hooks of the model, which watch the iterations of training, are not to see this call.
+        # Not model.__call__, whose hooks are for iterations of training.
         yield model.forward
     finally:
         model.train(training)

@@ -1,4 +1,4 @@
-"""Where the metrics of a training go: metrics.json, TensorBoard, and on request Weights & Biases and MLflow."""
+"""Writers of training metrics: metrics.json, TensorBoard, and on request Weights & Biases and MLflow."""
 
 import importlib
 import json
@@ -27,22 +27,23 @@ from .resume import WINDOW
 logger = logging.getLogger(__name__)
 
 WRITERS = ("wandb", "mlflow")  # the key WRITERS
-RUNS = "runs.json"  # the file in OUTPUT_DIR with the names of the runs there, by which a resumed training finds them
-PROJECT = "deqdet"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says otherwise
+RUNS = "runs.json"  # the file in OUTPUT_DIR with the services' run identifiers, which a resumed training needs
+PROJECT = "deqdet"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set
 
 
 class EvaluationsWriter(hooks.PeriodicWriter):
-    """detectron2's PeriodicWriter, which writes after every evaluation too.
+    """detectron2's PeriodicWriter, which also writes after every evaluation.
 
-    The event storage hands out the latest value of each metric alone, so that an evaluation between two writes would be
-    lost when the next one comes. Register it after everything that evaluates.
+    The event storage returns only the latest value of each metric, so the results of an evaluation between two writes
+    would be lost if another one followed. Register the hook after all hooks that evaluate.
     """
 
     def __init__(self, writers: list[EventWriter], eval_period: int, period: int = 20):
         """
         Args:
-            eval_period: of the evaluations, in iterations; 0: there are none but the last.
-            period: of all other writes, in iterations.
+            writers: the writers to call.
+            eval_period: iterations between evaluations; 0: there is only the last one.
+            period: iterations between all other writes.
         """
         super().__init__(writers, period)
         self._eval_period = eval_period
@@ -51,20 +52,21 @@ class EvaluationsWriter(hooks.PeriodicWriter):
         super().after_step()
         if self._eval_period > 0 and (self.trainer.iter + 1) % self._eval_period == 0:
             for writer in self._writers:
-                if not isinstance(writer, CommonMetricPrinter):  # which prints no evaluation
+                if not isinstance(writer, CommonMetricPrinter):  # it prints no evaluation results
                     writer.write()
 
     def after_train(self) -> None:
         for writer in self._writers:
             if isinstance(writer, CommonMetricPrinter):
-                writer._max_iter = self.trainer.max_iter  # where it is silent; an EarlyStop has lowered it
+                writer._max_iter = self.trainer.max_iter  # where it stops printing; EarlyStop may have lowered it
         super().after_train()
 
     def start(self, last_write: int, *, resumed: bool) -> None:
-        """Tell the writers that a training begins, or goes on.
+        """Tell the writers that a training starts or is resumed.
 
         Args:
-            last_write: the last iteration whose figures a resumed training has written already; -1 if there is none.
+            last_write: the last iteration that a resumed training has already written; -1 if there is none.
+            resumed: the training is resumed.
         """
         for writer in self._writers:
             if isinstance(writer, ResumableTensorboardWriter | RunWriter):
@@ -72,24 +74,24 @@ class EvaluationsWriter(hooks.PeriodicWriter):
 
 
 class ResumableTensorboardWriter(TensorboardXWriter):
-    """detectron2's writer for TensorBoard, which lets TensorBoard forget what a resumed training writes anew."""
+    """detectron2's writer for TensorBoard, which makes TensorBoard drop the events that a resumed training repeats."""
 
     def start(self, last_write: int, *, resumed: bool) -> None:
-        """See EvaluationsWriter."""
+        """Begin or resume a run; see `EvaluationsWriter.start`."""
         if resumed:
             self._last_write = last_write
             self._writer_args["purge_step"] = last_write + 1
 
 
 class RunWriter(EventWriter):
-    """A writer into a run of some service; a resumed training goes on with the run that it had."""
+    """A writer to a run in some tracking service; a resumed training continues its run there."""
 
     name = ""  # as in WRITERS
 
     def __init__(self, cfg: CfgNode):
         """
         Args:
-            cfg: of the training; the run's name is that of OUTPUT_DIR, and its files are in there.
+            cfg: the training's config; the run is named after OUTPUT_DIR, and its local files are in there.
 
         Raises:
             UserError: the package is not installed.
@@ -103,13 +105,13 @@ class RunWriter(EventWriter):
         self._started = False
 
     def start(self, last_write: int, *, resumed: bool) -> None:
-        """Begin a run, or go on with the one that is named in OUTPUT_DIR.
+        """Begin a run, or continue the one that OUTPUT_DIR/runs.json names.
 
         Args:
-            last_write: see EvaluationsWriter.
+            last_write, resumed: see `EvaluationsWriter.start`.
 
         Raises:
-            UserError: the service cannot be reached or refuses.
+            UserError: the service cannot be reached, or refuses the run.
         """
         self._last_write = last_write
         path = self._folder / RUNS
@@ -123,7 +125,7 @@ class RunWriter(EventWriter):
         write_text(json.dumps({**runs, self.name: run}, indent=2), path)
 
     def write(self) -> None:
-        """Send the figures that are new; an error is logged and ends nothing, since metrics.json has them too."""
+        """Send the new metrics; an error is only logged, since metrics.json has them too."""
         if not self._started:
             return
         figures = defaultdict(dict)
@@ -147,11 +149,11 @@ class RunWriter(EventWriter):
     @property
     @abstractmethod
     def _advice(self) -> str:
-        """What to do if the service cannot be reached."""
+        """What the user can do if the service cannot be reached."""
 
     @abstractmethod
     def _start(self, run: str | None) -> str:
-        """Begin a run, or go on with `run`; returns its identifier."""
+        """Begin a run, or continue `run`; return its identifier."""
 
     @abstractmethod
     def _send(self, figures: dict[str, float], iteration: int) -> None: ...
@@ -161,10 +163,10 @@ class RunWriter(EventWriter):
 
 
 class WandbWriter(RunWriter):
-    """Writes into Weights & Biases; with WANDB_MODE=offline into OUTPUT_DIR/wandb, which `wandb sync` uploads later."""
+    """Writes to Weights & Biases; with WANDB_MODE=offline, to OUTPUT_DIR/wandb, which `wandb sync` uploads later."""
 
     name = "wandb"
-    _advice = "log in by `wandb login`, or set WANDB_MODE=offline"
+    _advice = "log in with `wandb login`, or set WANDB_MODE=offline"
 
     def _start(self, run: str | None) -> str:
         self._run = self._package.init(
@@ -175,7 +177,7 @@ class WandbWriter(RunWriter):
             id=run,
             resume="allow",
         )
-        # The x-axis is the iteration. The service's own steps could not go back after a kill.
+        # Use the iteration as the x-axis: the service's own step counter cannot go back after a kill.
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
         return self._run.id
@@ -188,14 +190,14 @@ class WandbWriter(RunWriter):
 
 
 class MLflowWriter(RunWriter):
-    """Writes into MLflow: the server of MLFLOW_TRACKING_URI, else files in OUTPUT_DIR/mlruns."""
+    """Writes to MLflow: to the server of MLFLOW_TRACKING_URI, else to files in OUTPUT_DIR/mlruns."""
 
     name = "mlflow"
-    _advice = "see that the server of MLFLOW_TRACKING_URI runs, or unset that variable to write into OUTPUT_DIR"
+    _advice = "check that the server of MLFLOW_TRACKING_URI is running, or unset that variable to write to OUTPUT_DIR"
 
     def _start(self, run: str | None) -> str:
         folder = self._folder.resolve()
-        # Releases from 3 on want a database, for which the small package mlflow-skinny lacks the means.
+        # MLflow 3 and later default to a database, which the small package mlflow-skinny does not support.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").as_uri()
         self._client = self._package.MlflowClient(tracking_uri=uri)
@@ -222,7 +224,7 @@ class MLflowWriter(RunWriter):
 
 
 def _allowed(name: str) -> str:
-    """A name with the characters that MLflow allows."""
+    """Replace the characters of a name that MLflow does not allow."""
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
@@ -236,7 +238,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _read_runs(path: Path) -> dict[str, str]:
-    """What the file RUNS holds; nothing if it is missing or damaged."""
+    """Read the file RUNS; return an empty dict if it is missing or damaged."""
     try:
         runs = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -245,7 +247,7 @@ def _read_runs(path: Path) -> dict[str, str]:
 
 
 def build_run_writers(cfg: CfgNode) -> list[RunWriter]:
-    """The writers that WRITERS names.
+    """Build the writers that WRITERS names.
 
     Raises:
         UserError: a package is not installed.

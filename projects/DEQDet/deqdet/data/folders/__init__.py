@@ -1,4 +1,4 @@
-"""Folders of pictures with labels, as other programs write them: recognised, read into COCO's form, split, written."""
+"""Folders of labelled images in COCO, YOLO or Pascal VOC format: recognises, reads, splits and writes them."""
 
 from .found import FolderData, FoundSet
 from .read import FORMATS, read_folder

@@ -1,4 +1,4 @@
-"""Reads folders with COCO's JSON files: COCO's own layout, Roboflow's, and files beside a folder of images."""
+"""Reads folders with COCO's JSON files: COCO's own layout, Roboflow's, and files next to a folder of images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,11 +10,11 @@ from ..findings import Findings
 from .found import IMAGE_FOLDERS, FolderData, FoundSet, list_folder, refuse_same_split, split_folders, split_of
 
 LOOKED_FOR = "annotation files of COCO (*.json, annotations/*.json, train/_annotations.coco.json)"
-_PROBED = 50  # images of a file that are sought in each folder that may hold them
+_PROBED = 50  # images of a file that are looked up in each candidate folder
 
 
 def find_coco_files(folder: Path) -> list[Path]:
-    """The files that may be COCO's by their place and first bytes; those of other tasks than boxes are left out."""
+    """Find the files that look like COCO's by path and content, without those of tasks other than detection."""
     places = [folder, folder / "annotations", *split_folders(folder).values()]
     found = [path for place in places for path in list_folder(place) if path.suffix == ".json" and _looks_right(path)]
     for place in places:
@@ -26,10 +26,11 @@ def find_coco_files(folder: Path) -> list[Path]:
 
 
 def read_coco_folder(folder: Path) -> FolderData:
-    """Read every annotation file; records stay as they are, for the check to look at.
+    """Read every annotation file. Records are not modified; the data set check examines them.
 
     Raises:
-        UserError: a file is no JSON of COCO's form, two files are of one split, or the images of one are nowhere.
+        UserError: a file is not COCO-format JSON, two files are of the same split, or the images of a file cannot be
+            found.
     """
     files = find_coco_files(folder)
     found = []
@@ -41,7 +42,7 @@ def read_coco_folder(folder: Path) -> FolderData:
     if any(each.split for each in found):
         unused = [str(each.source) for each in found if not each.split]
         found = [each for each in found if each.split]
-        remarks += [f"{name} is not used: its name speaks of no split" for name in unused]
+        remarks += [f"{name} is not used: its name does not contain a split" for name in unused]
     refuse_same_split(folder, found)
     left_out = _find_placeholders([each.content for each in found])
     if left_out:
@@ -51,7 +52,7 @@ def read_coco_folder(folder: Path) -> FolderData:
 
 
 def _looks_right(path: Path) -> bool:
-    """Whether a JSON file is an object that has images; of a large file not more than its keys' text is sought."""
+    """Return whether a JSON file seems to be an object with "images", without parsing it, since it may be large."""
     content = read_bytes(str(path), str(path))
     return content[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and b'"images"' in content
 
@@ -64,12 +65,12 @@ def _find_image_root(folder: Path, path: Path, images: Sequence[object]) -> Path
     counts = [sum((place / name).is_file() for name in names) for place in places]
     if names and not any(counts):
         looked = ", ".join(str(place) for place in places)
-        raise UserError(f"{path}: none of its images is there, the first one is {names[0]} (looked in {looked})")
+        raise UserError(f"{path}: none of its images exists, the first one is {names[0]} (looked in {looked})")
     return places[counts.index(max(counts))]
 
 
 def _possible_roots(folder: Path, path: Path) -> Iterator[Path]:
-    """The folders that may hold the images of an annotation file, the likeliest first."""
+    """Yield the folders that may hold the images of an annotation file, the likeliest first."""
     suffix = path.stem.rpartition("_")[2]  # train2017 of instances_train2017
     bases = [path.parent, *([path.parent.parent] if path.parent != folder else []), folder]
     split = split_of(path.stem) or (split_of(path.parent.name) if path.parent != folder else "")
@@ -82,7 +83,7 @@ def _possible_roots(folder: Path, path: Path) -> Iterator[Path]:
 
 
 def _find_placeholders(contents: Sequence[dict]) -> list[str]:
-    """The classes without a box, in any file, that another class names as its supercategory, as Roboflow writes."""
+    """Return the classes that are only supercategories of others and have no boxes in any file, as Roboflow writes."""
     records = [record for whole in contents for record in whole["categories"] if isinstance(record, dict)]
     groups = {record.get("supercategory") for record in records}
     names = {record.get("name") for record in records if isinstance(record.get("name"), str)} & groups

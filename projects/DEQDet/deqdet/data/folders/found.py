@@ -1,4 +1,4 @@
-"""What every reader of a folder returns, and how names of files and folders say which split they are."""
+"""The result type of all folder readers, and the split that a file or folder name indicates."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from ...errors import UserError, describe_os_error
 TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 SPLIT_FOLDERS = {TRAIN: ("train", "training"), VAL: ("valid", "val", "validation"), TEST: ("test", "testing")}
 IMAGE_FOLDERS = ("images", "JPEGImages", "Images", "imgs", "img")
-# What Pillow reads and people label; other files in a folder of images are not looked at.
+# Common image formats that Pillow reads; other files in a folder of images are ignored.
 _SUFFIXES = frozenset((".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 
@@ -19,27 +19,27 @@ _SUFFIXES = frozenset((".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png",
 class FoundSet:
     """One split of a folder."""
 
-    split: str  # "train", "val" or "test"; "" where nothing says which
+    split: str  # "train", "val" or "test"; "" if unknown
     source: Path  # the file or folder of the labels, for messages
     image_root: Path
-    content: dict  # as a COCO file has it; what is wrong with it is left to the check, see `checking`
+    content: dict  # as in a COCO file, possibly with faults, which the check handles (see `checking`)
 
 
 @dataclass(frozen=True)
 class FolderData:
-    """What a folder holds."""
+    """The contents of a folder."""
 
     format: str  # "coco", "yolo" or "voc"
     sets: tuple[FoundSet, ...]  # of different splits
-    remarks: tuple[str, ...] = ()  # what the user should know of how the folder was read, a line each
+    remarks: tuple[str, ...] = ()  # for the user, about how the folder was read; one line each
 
     def find(self, split: str) -> FoundSet | None:
-        """The set of a split, None if there is none."""
+        """Return the set of a split, or None."""
         return next((found for found in self.sets if found.split == split), None)
 
 
 def split_of(name: str) -> str:
-    """The split that a name speaks of: "instances_val2017" of "val", "valid" too; "" for none."""
+    """Return the split that a name contains: "val" for "instances_val2017" or "valid"; "" if there is none."""
     for token in re.findall("[a-z]+", name.lower()):
         if token.startswith("train"):
             return TRAIN
@@ -51,23 +51,23 @@ def split_of(name: str) -> str:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders within one that have the name of a split.
+    """Return the subfolders that have the name of a split, by split.
 
     Raises:
-        UserError: two of them stand for the same split.
+        UserError: two of them are of the same split.
     """
     found: dict[str, Path] = {}
     for split, names in SPLIT_FOLDERS.items():
         there = [path for path in list_folder(folder) if path.is_dir() and path.name.lower() in names]
         if len(there) > 1:
-            raise UserError(f"{folder} has both {' and '.join(path.name for path in there)}: leave one of them")
+            raise UserError(f"{folder} has both {' and '.join(path.name for path in there)}: keep only one of them")
         if there:
             found[split] = there[0]
     return found
 
 
 def refuse_same_split(folder: Path, found: Sequence[FoundSet]) -> None:
-    """See that no two sets are of the same split.
+    """Check that no two sets are of the same split.
 
     Raises:
         UserError: two are; names them.
@@ -84,7 +84,7 @@ def refuse_same_split(folder: Path, found: Sequence[FoundSet]) -> None:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """The entries of a folder, sorted by name, without hidden ones; none if it is no folder.
+    """List the entries of a folder, sorted by name, without hidden ones; none if it is not a folder.
 
     Raises:
         UserError: the folder cannot be read.
@@ -96,7 +96,7 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The files below a folder, at any depth, that are named as images; sorted."""
+    """List the files with image suffixes at any depth below a folder, sorted."""
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -105,33 +105,35 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is named as an image."""
+    """Return whether a file name has an image suffix and is not hidden."""
     return os.path.splitext(name)[1].lower() in _SUFFIXES and not name.startswith(".")
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark.
+    """Read a text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, or is no such text.
+        UserError: it cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({describe_os_error(error)})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: save it as such") from error
+        raise UserError(f"{path} is not UTF-8 text: save it in UTF-8") from error
 
 
 def make_content(
     source: Path, classes: Sequence[str], images: Iterable[dict], annotations: Iterable[dict], first_class: int = 1
 ) -> dict:
-    """A COCO file's content, with images and annotations numbered from 1 in the order given.
+    """Build the content of a COCO file, with images and annotations numbered from 1 in the given order.
 
     Args:
+        source: the file or folder of the labels, for the description.
+        classes: the class names.
         images: records without an id.
         annotations: records without an id, whose image_id is the position of the image in `images`, from 1.
-        first_class: the id of the first class; the others' follow.
+        first_class: the id of the first class; the others' ids follow.
     """
     return {
         "info": {"description": f"made of {source}"},

@@ -14,17 +14,17 @@ FORMATS = {
 
 
 def read_folder(folder: Path, form: str = "") -> FolderData:
-    """Read the labels of a folder in COCO's, YOLO's or Pascal VOC's form; the images are not decoded.
+    """Read the labels of a folder in COCO, YOLO or Pascal VOC format; the images are not decoded.
 
-    Nothing that looks wrong is dropped: boxes outside their image, classes and images that are missing and texts in
-    place of numbers are passed on to the check of data sets, which names them.
+    Faults are not dropped: boxes outside their image, missing classes and images, and text in place of numbers are
+    passed on to the data set check, which reports them.
 
     Args:
-        folder: or a file data.yaml in it.
-        form: a key of FORMATS; "" to recognise it.
+        folder: the folder, or a file data.yaml in it.
+        form: a key in FORMATS; "" to recognise the format.
 
     Raises:
-        UserError: the folder is missing, no format or several are recognised, or its files are not as they should be.
+        UserError: the folder is missing, no format or several are recognised, or its files are invalid.
     """
     folder = folder.absolute()
     if folder.suffix in (".yaml", ".yml") and folder.is_file():

@@ -1,21 +1,21 @@
-"""Class names that are probably slips of the pen, where names are typed by hand in each label file."""
+"""Finds class names that are probably misspelt, for formats in which names are typed by hand in each label file."""
 
 from collections.abc import Mapping
 from difflib import SequenceMatcher
 
-_RARE = 2  # images in which a misspelt class occurs at most
-_TIMES_MORE = 5  # how many times more images the right class must have
-_SHORTEST = 4  # letters: "cat" and "bat" differ by one letter too, and are two animals
+_RARE = 2  # a misspelt class occurs in at most this many images
+_TIMES_MORE = 5  # the right class must occur in at least this many times as many images
+_SHORTEST = 4  # letters: shorter names that differ by one letter, such as "cat" and "bat", may both be right
 
 
 def find_misspelt(images: Mapping[str, int]) -> dict[str, str]:
-    """Find rare classes whose names are nearly those of frequent ones.
+    """Find rare classes whose names are almost those of frequent ones.
 
     Args:
-        images: in how many images each class occurs.
+        images: the number of images in which each class occurs.
 
     Returns:
-        For each name that looks misspelt the name that is probably meant, the most frequent one if there are several.
+        For each probably misspelt name, the name that is probably meant; the most frequent one if there are several.
     """
     found = {}
     for name, count in images.items():
@@ -26,9 +26,9 @@ def find_misspelt(images: Mapping[str, int]) -> dict[str, str]:
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether two names differ in capitals and white space only, or by one letter that is put in, left out or changed.
+    """Return whether two names differ only in case and white space, or by one letter inserted, deleted or replaced.
 
-    A digit is no such letter, since "type 1" and "type 2" are surely two classes.
+    Digits do not count as letters here, since "type 1" and "type 2" are different classes.
     """
     one, other = ("".join(name.split()).casefold() for name in (one, other))
     edits = [edit for edit in SequenceMatcher(None, one, other, autojunk=False).get_opcodes() if edit[0] != "equal"]

@@ -1,4 +1,4 @@
-"""Train and validation sets out of one set, the same for the same names and seed."""
+"""Completes missing splits, by dividing a set reproducibly: the same names and seed give the same split."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from .found import TEST, TRAIN, VAL, FolderData, FoundSet
 
 
 def complete_splits(data: FolderData, *, seed: int, val_fraction: float) -> FolderData:
-    """The folder's sets with a train and a validation set among them, made where they are not found.
+    """Return the folder's sets, completed by a train and a validation set if they are missing.
 
-    A test set with labels stands in for a missing validation set. Else the train set, or the set whose split nothing
-    tells, is divided, see `divide`.
+    A labelled test set replaces a missing validation set. Without one, the train set, or the set of unknown split, is
+    divided (see `divide`).
 
     Raises:
-        UserError: there is no set to train on, or a single image that would have to be divided.
+        UserError: there is no set to train on, or a set to be divided has fewer than two images.
     """
     train, val, test = data.find(TRAIN) or data.find(""), data.find(VAL), data.find(TEST)
     if train is None:
         names = ", ".join(str(found.source) for found in data.sets)
-        raise UserError(f"there is no train set beside {names}: name one train, or leave all images in one set")
+        raise UserError(f"there is no train set besides {names}: name one train, or put all images in one set")
     remarks = list(data.remarks)
     if val is None and test is not None and test.content.get("annotations"):
         val = replace(test, split=VAL)
@@ -37,15 +37,15 @@ def complete_splits(data: FolderData, *, seed: int, val_fraction: float) -> Fold
 
 
 def divide(found: FoundSet, *, seed: int, val_fraction: float) -> tuple[FoundSet, FoundSet]:
-    """Divide a set into train and validation set.
+    """Divide a set into a train and a validation set.
 
-    Images are ordered by a hash of the seed and their names, so that the same names give the same split on every
-    machine and in every format, and a few more images move few others. Each class keeps at least one image in the train
-    set and, if it has two, one in the validation set where that has room, the rarest class first. A validation set has
-    at least one image.
+    Images are ordered by a hash of the seed and their names. The split is therefore the same on every machine and in
+    every format, and adding a few images moves few others. Starting with the rarest class, each class keeps at least
+    one image in the train set and, if it has two, gets one in the validation set as long as there is room. The
+    validation set has at least one image.
 
     Args:
-        val_fraction: of the images that the validation set gets, rounded.
+        val_fraction: the fraction of images for the validation set; their number is rounded.
 
     Raises:
         UserError: there are fewer than two images.
@@ -65,7 +65,7 @@ def divide(found: FoundSet, *, seed: int, val_fraction: float) -> tuple[FoundSet
 
 
 def _choose(order: Sequence[int], classes: Sequence[set], count: int) -> set[int]:
-    """The `count` images of the validation set."""
+    """Choose the `count` images of the validation set."""
     members: dict[object, list[int]] = {}
     for i in order:
         for name in classes[i]:
@@ -108,7 +108,7 @@ def _part(found: FoundSet, split: str, chosen: Sequence[bool]) -> FoundSet:
     annotations = []
     for annotation in content.get("annotations", ()):
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        # What belongs to no image stays in the train set, so that the check sees it.
+        # Annotations of unknown images stay in the train set, so that the check sees them.
         if look_up(image_id, ids) is not None or (split == TRAIN and look_up(image_id, known) is None):
             annotations.append(annotation)
     return replace(found, split=split, content={**content, "images": images, "annotations": annotations})

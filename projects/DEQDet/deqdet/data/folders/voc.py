@@ -1,9 +1,9 @@
-"""Reads folders in Pascal VOC's form: an XML file for each image.
+"""Reads folders in Pascal VOC format: an XML file for each image.
 
-VOC counts pixels from 1, and the corners of a box are its first and last pixel. The box of corners (xmin, ymin, xmax,
-ymax) is therefore, in coordinates that start at the image's border as COCO's do, from (xmin - 1, ymin - 1) to
-(xmax, ymax). Some programs write borders from 0 instead. A set in which any box has a coordinate below 1 is of these,
-and its corners are taken as they are.
+VOC counts pixels from 1, and the corners of a box are its first and last pixels. In coordinates that start at the
+image's border, as COCO's do, the box (xmin, ymin, xmax, ymax) therefore extends from (xmin - 1, ymin - 1) to
+(xmax, ymax). Some programs write such border coordinates themselves. If any box in a folder has a coordinate below 1,
+the corners are taken to be border coordinates.
 """
 
 import math
@@ -35,7 +35,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def find_voc_places(folder: Path) -> list[Path]:
-    """The folders with XML files: of the whole, of each split, or of VOCdevkit's years."""
+    """Find the folders with XML files, for the whole folder, each split, or each year of a VOCdevkit."""
     bases = [folder, *split_folders(folder).values(), *_find_years(folder)]
     return [place for base in bases if (place := _find_xml_folder(base)) is not None]
 
@@ -44,7 +44,7 @@ def read_voc_folder(folder: Path) -> FolderData:
     """Read every XML file. The classes are the names that occur, in alphabetical order.
 
     Raises:
-        UserError: a file is no XML of VOC's form, or several years of VOC are there.
+        UserError: a file is not XML in VOC format, or the folder has several years of VOC.
     """
     years = _find_years(folder)
     if len(years) > 1:
@@ -68,13 +68,13 @@ def read_voc_folder(folder: Path) -> FolderData:
 
 @dataclass(frozen=True)
 class _Labels:
-    """What an XML file says."""
+    """The contents of an XML file."""
 
     path: Path
-    image: Path  # which may be missing
+    image: Path  # may be missing
     size: tuple[int, int] | None
-    objects: list[tuple[str, list[float] | list[str]]]  # class and corners; texts where they are no numbers
-    difficult: int
+    objects: list[tuple[str, list[float] | list[str]]]  # class and corners; strings if these are not numbers
+    difficult: int  # number of objects marked as difficult
 
 
 def _convert(folder: Path, groups: dict[str, list[_Labels]], remarks: list[str]) -> FolderData:
@@ -85,10 +85,10 @@ def _convert(folder: Path, groups: dict[str, list[_Labels]], remarks: list[str])
     corners = [box for labels in every for _, box in labels.objects if all(isinstance(x, float) for x in box)]
     from_border = any(min(box) < 1 for box in corners if len(box) == 4)
     if from_border:
-        remarks.append("a box has a coordinate below 1, so that corners are taken for borders counted from 0")
+        remarks.append("a box has a coordinate below 1, so corners are read as borders counted from 0")
     difficult = sum(labels.difficult for labels in every)
     if difficult:
-        remarks.append(f"{difficult} objects are marked as difficult, and are used as any other")
+        remarks.append(f"{difficult} objects are marked as difficult, and are used like any other")
     remarks += _note_misspelt(every)
     found = []
     for split, files in groups.items():
@@ -107,7 +107,7 @@ def _convert(folder: Path, groups: dict[str, list[_Labels]], remarks: list[str])
 
 
 def _note_unlabelled(base: Path, files: Sequence[_Labels], prefix: str) -> Iterator[str]:
-    """A remark on the images without an XML file that lie beside images with one; `prefix` says of which split."""
+    """Remark on images without an XML file in the folders of images with one; `prefix` names the split."""
     used, stems = {labels.image for labels in files}, {labels.path.stem for labels in files}
     folders = {image.parent for image in used}
     images = [path for paths in _find_images(base).values() for path in paths if path.parent in folders]
@@ -118,7 +118,7 @@ def _note_unlabelled(base: Path, files: Sequence[_Labels], prefix: str) -> Itera
 
 
 def _note_misspelt(files: Sequence[_Labels]) -> Iterator[str]:
-    """A remark on each class that is probably a misspelling of another one."""
+    """Remark on each class that is probably a misspelling of another one."""
     places: dict[str, list[Path]] = {}  # the files in which each class occurs
     for labels in files:
         for name in dict.fromkeys(name for name, _ in labels.objects):
@@ -129,7 +129,7 @@ def _note_misspelt(files: Sequence[_Labels]) -> Iterator[str]:
 
 
 def _to_coco(box: Sequence[float | str], first: int) -> dict:
-    """The box of two corners; `first` is the number of an image's first pixel."""
+    """Convert two corners into the fields of a COCO annotation; `first` is the number of an image's first pixel."""
     if len(box) != 4 or not all(isinstance(x, float) for x in box):
         return {"bbox": list(box), "iscrowd": 0}
     left, top, right, bottom = box[0] - first, box[1] - first, box[2], box[3]
@@ -138,7 +138,7 @@ def _to_coco(box: Sequence[float | str], first: int) -> dict:
 
 
 def _find_years(folder: Path) -> list[Path]:
-    """The folders VOC2007, VOC2012, ... within a folder or its VOCdevkit."""
+    """Find the folders VOC2007, VOC2012, ... in a folder or its VOCdevkit."""
     places = [path for base in (folder, folder / "VOCdevkit") for path in list_folder(base)]
     return [path for path in places if path.name.startswith("VOC") and (path / "Annotations").is_dir()]
 
@@ -151,7 +151,7 @@ def _find_xml_folder(base: Path) -> Path | None:
 
 
 def _read_place(base: Path) -> list[_Labels]:
-    """The labels of all XML files that belong to a folder, sorted by the names of the images."""
+    """Read all XML files that belong to a folder, sorted by image name."""
     xml_folder = _find_xml_folder(base)
     by_stem, usual = _find_images(base), _find_image_folders(base)[0]
     files = [path for path in list_folder(xml_folder) if path.suffix.lower() == ".xml"]
@@ -160,13 +160,13 @@ def _read_place(base: Path) -> list[_Labels]:
 
 
 def _find_image_folders(base: Path) -> list[Path]:
-    """The folders that may hold the images of the XML files in or below `base`, the likeliest first."""
+    """List the folders that may hold the images of the XML files in or below `base`, the likeliest first."""
     places = (*(base / name for name in IMAGE_FOLDERS), _find_xml_folder(base), base)
     return list(dict.fromkeys(place for place in places if place.is_dir()))
 
 
 def _find_images(base: Path) -> dict[str, list[Path]]:
-    """The images in these folders by their names without suffix."""
+    """Return the images in the folders of `_find_image_folders`, by stem."""
     by_stem: dict[str, list[Path]] = {}
     for place in _find_image_folders(base):
         for path in list_folder(place):
@@ -178,7 +178,7 @@ def _find_images(base: Path) -> dict[str, list[Path]]:
 def _read_file(path: Path, by_stem: dict[str, list[Path]], image_folder: Path) -> _Labels:
     root = _parse(path)
     file_name = (root.findtext("filename") or "").strip().replace("\\", "/").rpartition("/")[2]
-    # The XML file's own name comes first: "filename" is often that of before a renaming.
+    # The XML file's own name comes first: "filename" is often outdated after a renaming.
     same = by_stem.get(path.stem) or by_stem.get(file_name.rpartition(".")[0]) or []
     image = next((x for x in same if x.name == file_name), same[0] if same else None)
     objects, difficult = [], 0
@@ -194,9 +194,9 @@ def _read_file(path: Path, by_stem: dict[str, list[Path]], image_folder: Path) -
 
 
 class _PlainTree(ElementTree.TreeBuilder):
-    """Builds the tree of a file, and refuses a document type, whose entities can expand without end.
+    """Builds the element tree of a file, but refuses a document type, whose entities could expand endlessly.
 
-    The parser asks it, and not the bytes of the file, so that the file's encoding plays no part.
+    Unlike a search in the bytes of the file, this works in any encoding.
     """
 
     def __init__(self, path: Path):
@@ -204,7 +204,7 @@ class _PlainTree(ElementTree.TreeBuilder):
         self._path = path
 
     def doctype(self, *declaration: str | None) -> None:
-        """Called by the parser as a document type begins, before any entity is known."""
+        """Refuse the file; the parser calls this where a document type begins, before any entity is defined."""
         raise UserError(f"{self._path} has a document type of its own, which VOC's files do not have: remove it")
 
 
@@ -231,7 +231,7 @@ def _read_corners(texts: Sequence[str]) -> list[float] | list[str]:
 
 
 def _read_size(root: ElementTree.Element) -> tuple[int, int] | None:
-    """Width and height in pixels; None where they are missing or 0, as some programs write."""
+    """Read width and height in pixels; None if they are missing or 0, as some programs write."""
     try:
         width, height = (int(float(root.findtext(f"size/{key}") or 0)) for key in ("width", "height"))
     except (ValueError, OverflowError):
@@ -240,7 +240,7 @@ def _read_size(root: ElementTree.Element) -> tuple[int, int] | None:
 
 
 def _read_image_sets(base: Path) -> dict[str, list[str]]:
-    """The stems that ImageSets/Main lists for each split; lists of one class, such as cat_train.txt, are not read."""
+    """Read the stems that ImageSets/Main lists for each split, without lists of one class such as cat_train.txt."""
     folder = base / "ImageSets" / "Main"
     named = {name: folder / f"{name}.txt" for name in ("train", "val", "test", "trainval")}
     there = {name: path for name, path in named.items() if path.is_file()}
@@ -257,7 +257,7 @@ def _read_stems(path: Path) -> Iterator[str]:
 def _select(base: Path, files: Sequence[_Labels], stems: Sequence[str]) -> list[_Labels]:
     by_stem = {labels.path.stem: labels for labels in files}
     lost = [stem for stem in stems if stem not in by_stem]
-    # VOC2007's and 2012's lists for the test have no public labels.
+    # The test sets of VOC2007 and 2012 have no public labels.
     if lost and len(lost) < len(stems):
-        raise UserError(f"{base}: ImageSets/Main lists {lost[0]}, of which there is no {lost[0]}.xml")
+        raise UserError(f"{base}: ImageSets/Main lists {lost[0]}, but there is no {lost[0]}.xml")
     return sorted((by_stem[stem] for stem in dict.fromkeys(stems) if stem in by_stem), key=lambda x: x.image)

@@ -1,4 +1,4 @@
-"""Writes folders in COCO's and in YOLO's form, from what `read_folder` returns."""
+"""Writes folders in COCO and YOLO format, from the result of `read_folder`."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from .yolo import label_path
 
 
 def write_coco_folder(data: FolderData, folder: Path) -> None:
-    """Write annotations/instances_SPLIT.json and the images under images/SPLIT.
+    """Write annotations/instances_SPLIT.json, and copy the images to images/SPLIT.
 
     Args:
-        folder: is made; it must not exist.
+        folder: the folder to create; it must not exist.
 
     Raises:
         UserError: the folder exists, an image is missing or its name leads out of the images' folder, or a file cannot
@@ -33,12 +33,12 @@ def write_coco_folder(data: FolderData, folder: Path) -> None:
 
 
 def write_yolo_folder(data: FolderData, folder: Path) -> None:
-    """Write data.yaml, the images under images/SPLIT, and a label file for each under labels/SPLIT, also an empty one.
+    """Write data.yaml, and for each image a copy in images/SPLIT and a label file, possibly empty, in labels/SPLIT.
 
-    YOLO has no crowds, which are left out. A set whose split nothing tells becomes the train set.
+    Crowds are left out, since YOLO has none. A set of unknown split becomes the train set.
 
     Args:
-        folder: is made; it must not exist.
+        folder: the folder to create; it must not exist.
 
     Raises:
         UserError: the folder exists, an image or its size is missing or its name leads out of the images' folder, or a
@@ -57,7 +57,7 @@ def write_yolo_folder(data: FolderData, folder: Path) -> None:
 
 
 def _without_sources(content: dict) -> dict:
-    """A COCO file's content that says no more of the label files from which it was made."""
+    """Return a COCO file's content without references to the label files from which it was made."""
     plain = dict(content)
     for key in content.keys() & {"images", "annotations"}:
         plain[key] = [{name: value for name, value in x.items() if name != SOURCE} for x in content[key]]
@@ -65,7 +65,7 @@ def _without_sources(content: dict) -> dict:
 
 
 def _label_lines(found: FoundSet, numbers: dict[int, int]) -> Iterator[tuple[str, list[str]]]:
-    """The name of each image and its lines; 12 digits keep a box within 1e-8 of a pixel."""
+    """Yield the name of each image and its label lines; 12 digits keep a box accurate to 1e-8 pixels."""
     by_image: dict[int, list[dict]] = {}
     for annotation in found.content.get("annotations", ()):
         if not annotation.get("iscrowd"):
@@ -87,13 +87,13 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({describe_os_error(error)}): give a new folder") from error
+        raise UserError(f"{folder} cannot be created ({describe_os_error(error)}): give a new folder") from error
 
 
 def _copy_images(found: FoundSet, folder: Path) -> None:
     for image in found.content["images"]:
         name = image["file_name"]
-        # The name is that of an annotation file, which may come from anywhere: "../../setup.py" must not be written.
+        # The name is from an annotation file of unknown origin: "../../setup.py" must not be written.
         for root in (found.image_root, folder):
             if not lies_below(root / name, root):
                 raise UserError(f"{found.source}: an image has file_name {name!r}, which leaves {root}: correct it")

@@ -1,7 +1,7 @@
-"""Reads folders in YOLO's form: a text file for each image, and data.yaml with the classes, as Ultralytics and Roboflow
-write them.
+"""Reads folders in YOLO format, as Ultralytics and Roboflow write it: a text file for each image, and data.yaml.
 
-A line is a class number and the box's centre, width and height, divided by the image's: "2 0.5 0.5 0.1 0.2".
+A line such as "2 0.5 0.5 0.1 0.2" has a class number, and the box's centre, width and height relative to those of the
+image. data.yaml lists the classes.
 """
 
 import os
@@ -33,7 +33,7 @@ _LISTS_OF_CLASSES = ("classes.txt", "obj.names", "labels.txt")
 
 
 def find_yolo_files(folder: Path) -> list[Path]:
-    """The YAML files with class names at the top of a folder, or else lists of classes beside a folder "labels"."""
+    """Find the YAML files with class names in a folder, or else a list of classes next to or in a folder "labels"."""
     found = [path for path in list_folder(folder) if _is_setup(path)]
     if not found and (folder / "labels").is_dir() and (folder / "images").is_dir():
         places = [base / name for base in (folder, folder / "labels") for name in _LISTS_OF_CLASSES]
@@ -43,17 +43,17 @@ def find_yolo_files(folder: Path) -> list[Path]:
 
 
 def read_yolo_folder(folder: Path) -> FolderData:
-    """Read the label files of all splits; an image without one has no box, as in YOLO's own trainings.
+    """Read the label files of all splits; an image without one has no boxes, as in YOLO's own training.
 
-    Numbers that are none, and classes that data.yaml lacks, are passed on for the check to name.
+    Invalid numbers, and classes that data.yaml lacks, are passed on to the check, which reports them.
 
     Raises:
-        UserError: data.yaml is wrong or there are several, a folder that it names is missing, or no image has labels.
+        UserError: data.yaml is invalid or there are several, a folder that it names is missing, or no image has labels.
     """
     files = find_yolo_files(folder)
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
-        raise UserError(f"{folder} is ambiguous: {names} all have class names: leave one of them")
+        raise UserError(f"{folder} is ambiguous: {names} all have class names: keep only one of them")
     setup = _read_setup(files[0])
     images: dict[str, list[Path]] = {}
     for split in SPLITS:
@@ -69,7 +69,7 @@ def read_yolo_folder(folder: Path) -> FolderData:
     remarks = []
     if images[VAL] == images["train"]:
         images[VAL] = []
-        remarks.append(f"val is the same folder as train in {files[0]}, so that it is not used")
+        remarks.append(f"val is the same folder as train in {files[0]}, so it is not used")
     found = []
     for split in SPLITS:
         if images[split]:
@@ -79,7 +79,7 @@ def read_yolo_folder(folder: Path) -> FolderData:
 
 @dataclass(frozen=True)
 class _Setup:
-    """What data.yaml says."""
+    """The contents of data.yaml."""
 
     file: Path
     classes: list[str]
@@ -88,7 +88,7 @@ class _Setup:
 
 
 def _is_setup(path: Path) -> bool:
-    """Whether a file is named data.yaml, or any other YAML file with class names."""
+    """Return whether a file is named data.yaml, or is another YAML file with class names."""
     if path.suffix not in (".yaml", ".yml"):
         return False
     try:
@@ -148,7 +148,7 @@ def _find_images(folder: Path, setup: _Setup, split: str) -> list[Path]:
     for entry in entries:
         places = list(dict.fromkeys(_possible_places(setup, entry)))
         place = next((place for place in places if place.exists()), None)
-        if place is None and split == TEST:  # Roboflow names one whether there is one or not
+        if place is None and split == TEST:  # Roboflow always names a test set, even if there is none
             continue
         if place is None:
             looked = ", ".join(map(str, places))
@@ -158,19 +158,22 @@ def _find_images(folder: Path, setup: _Setup, split: str) -> list[Path]:
 
 
 def _possible_places(setup: _Setup, entry: str) -> Iterator[Path]:
-    """Where an entry of data.yaml may lead: by its "path", beside it, and without the "../" that Roboflow writes."""
+    """Yield the paths that an entry in data.yaml may mean.
+
+    They are relative to the "path" in the file or to its folder, with and without the "../" that Roboflow writes.
+    """
     here = setup.file.parent
     inside = entry
     while inside.startswith(("../", "./")):
         inside = inside.partition("/")[2]
     for name in (entry, inside):
         yield from (Path(os.path.normpath(here / base / name)) for base in (setup.base, "") if base or name)
-    # "path" is relative to a folder of Ultralytics' own, which need not be this one.
+    # "path" may be relative to Ultralytics' own data set folder instead of this one.
     yield Path(os.path.normpath(here / Path(entry).name))
 
 
 def _read_list(setup: _Setup, path: Path) -> list[Path]:
-    """The images that a text file lists, relative to the file or to data.yaml."""
+    """Read the images that a text file lists, relative to the file or to data.yaml."""
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     found = []
     for line in lines:
@@ -180,7 +183,7 @@ def _read_list(setup: _Setup, path: Path) -> list[Path]:
 
 
 def label_path(image: Path) -> Path:
-    """Where YOLO has the labels of an image: the last folder "images" on the path becomes "labels"."""
+    """Return YOLO's label path for an image: the last folder "images" in the path becomes "labels"."""
     parts = list(image.parent.parts)
     for i in reversed(range(len(parts))):
         if parts[i] == "images":
@@ -190,7 +193,7 @@ def label_path(image: Path) -> Path:
 
 
 def _label_file(image: Path) -> Path:
-    """The usual place, or beside the image where that has no folder."""
+    """Return YOLO's label path, or if its folder does not exist, a path next to the image."""
     usual = label_path(image)
     return usual if usual.parent.is_dir() else image.with_suffix(".txt")
 
@@ -202,7 +205,7 @@ def _read_set(file: Path, split: str, images: Sequence[Path], classes: list[str]
         raise UserError(f"{file}: no image of {split} has a label file: the first one would be {labels[0]}")
     if not all(there):
         count = there.count(False)
-        remarks.append(f"{split}: {count} of {len(images)} images have no label file, and so no box")
+        remarks.append(f"{split}: {count} of {len(images)} images have no label file, and therefore no boxes")
     images = [*images, *_find_lost_images(labels)]
     labels = [_label_file(path) for path in images]
     root = Path(os.path.commonpath([path.parent for path in images]))
@@ -210,7 +213,7 @@ def _read_set(file: Path, split: str, images: Sequence[Path], classes: list[str]
     headers = read_headers(paths, f"Reading the sizes of {split}'s images", {}, read_stamps(paths))
     records, annotations, polygons = [], [], 0
     for number, (path, label, header) in enumerate(zip(images, labels, headers, strict=True), 1):
-        known = header.width > 0  # else the check says what is wrong with the file
+        known = header.width > 0  # else the check reports the fault of the file
         records.append(
             {"file_name": path.relative_to(root).as_posix()}
             | ({"width": header.width, "height": header.height} if known else {})
@@ -233,7 +236,7 @@ def _read_set(file: Path, split: str, images: Sequence[Path], classes: list[str]
 
 
 def _find_lost_images(labels: Sequence[Path]) -> list[Path]:
-    """For each label file whose image is missing, a name under which the check reports that."""
+    """Return an image path for each label file without an image, so that the check reports the missing image."""
     known = set(labels)
     lost = []
     for place in sorted({path.parent for path in labels}):
@@ -256,7 +259,7 @@ def _images_of(label_folder: Path) -> Path:
 
 
 def _read_line(words: Sequence[str], scale: tuple[int, int]) -> tuple[dict, bool]:
-    """An annotation of a line, with the words themselves where they are no numbers; and whether it is an outline."""
+    """Parse a line into an annotation, which keeps words that are not numbers, and whether it is an outline."""
     try:
         label, *numbers = (float(word) for word in words)
     except ValueError:
@@ -276,7 +279,7 @@ def _read_line(words: Sequence[str], scale: tuple[int, int]) -> tuple[dict, bool
 
 
 def _class_id(given: float | str) -> int | str:
-    """A class number, which is the class's id too; what is no whole number stays as it is, for the check."""
+    """Return a class number, which is also the class's id; any other value is passed on as a string, for the check."""
     try:
         value = float(given)
     except ValueError:
