@@ -104,7 +104,7 @@ def plan_video(source: Path | None, output: Path) -> Path:
 
 
 def beside(picture: Path, ending: str) -> Path:
-    """The file beside a picture: out/a_strip.png for out/a.jpg and "_strip.png"."""
+    """Return the file beside a picture: out/a_strip.png for out/a.jpg and "_strip.png"."""
     return picture.with_name(picture.stem + ending)
 
 

@@ -20,7 +20,8 @@ class ExportedSwinBlock(SwinTransformerBlock):
     """Attention within the windows of a grid, which every second block shifts by half a window, then an MLP."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """
+        """Apply the attention and the MLP.
+
         Args:
             x: (B, H * W, C), with H and W as set by the stage.
             mask: (windows, w * w, w * w), added to the logits where the grid is shifted.
@@ -47,7 +48,8 @@ class ExportedSwinStage(BasicLayer):
     """BasicLayer: some blocks, then the merging of 2 x 2 tokens into one."""
 
     def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int, Tensor, int, int]:
-        """
+        """Apply the blocks, and merge tokens for the next stage.
+
         Args:
             x: (B, H * W, C).
             height, width: H and W, which must be even if a stage follows.
