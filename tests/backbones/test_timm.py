@@ -201,7 +201,7 @@ def test_a_detector_trains_and_detects(small_cfg, make_inputs):
     (["MODEL.TIMM.NAME", "edgenext_xx_small", "MODEL.BACKBONE.FREEZE_AT", 6], "FREEZE_AT is 6: .* from 0 to 5"),
     (["MODEL.TIMM.NAME", "hrnet_w18_small", "MODEL.BACKBONE.FREEZE_AT", 1], "FREEZE_AT must be 0 for MODEL.TIMM.NAME"),
     (["MODEL.TIMM.NAME", SMALL, "MODEL.TIMM.OUT_INDICES", [0, 9]], r"with the levels \[0, 9\] of MODEL.TIMM"),
-    (["MODEL.TIMM.NAME", "test_vit", "MODEL.TIMM.OUT_INDICES", [0, 1]], r"are \[16, 16\], but each must be another"),
+    (["MODEL.TIMM.NAME", "test_vit", "MODEL.TIMM.OUT_INDICES", [0, 1]], r"are \[16, 16\], but they must be different"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(make, overrides, message):
     with pytest.raises(UserError, match=message) as error:

@@ -348,10 +348,10 @@ def test_the_runner_chooses_the_steps_of_one_graph(make_predictor, tmp_path):
     for options in ({"rtol": 0.1}, {"solver": "anderson"}):
         with pytest.raises(ValueError, match=r"one graph has neither; export with --form two"):
             detector(image, **options)
-    with pytest.raises(ValueError, match="solver 'newton': plain or anderson"):
+    with pytest.raises(ValueError, match="solver must be plain or anderson, got 'newton'"):
         detector(image, solver="newton")
     for steps in (-1, 1.5):
-        with pytest.raises(ValueError, match=f"steps {steps}: a whole number, at least 0"):
+        with pytest.raises(ValueError, match=f"steps must be a whole number of at least 0, got {steps}"):
             detector(image, steps=steps)
 
 
@@ -359,7 +359,7 @@ def test_the_steps_of_a_stack_are_fixed(make_predictor, tmp_path):
     path = export_detector(make_predictor(*STACKED), tmp_path / "small.onnx", form="one").files[0]
     detector = OnnxDetector(path, threads=1)
     assert detector(picture(64, 96)).steps == 1  # after the first layer
-    with pytest.raises(ValueError, match="steps 3: the layers of this detector have weights of their own"):
+    with pytest.raises(ValueError, match="steps 3: the layers of this detector have different weights"):
         detector(picture(64, 96), steps=3)
 
 
@@ -402,7 +402,7 @@ def test_defaults_come_from_the_config(make_predictor, tmp_path):
     assert isinstance(predictor.model.decoder.solver, Anderson)
     notes = build_notes(predictor.cfg, predictor, form="two", steps=6)
     assert (notes["solver"], notes["history_size"], notes["rtol"], notes["steps"]) == ("anderson", 3, 0.25, 6)
-    with pytest.raises(UserError, match="no exported form with --form one.*FixedPointIteration"):
+    with pytest.raises(UserError, match="cannot be exported with --form one.*FixedPointIteration"):
         export_detector(predictor, tmp_path / "small.onnx", form="one")
     notes = build_notes(predictor.cfg, predictor, form="one", solver=FixedPointIteration(damping=0.5), rtol=0.5)
     assert (notes["solver"], notes["damping"], notes["rtol"], notes["steps"]) == ("plain", 0.5, 0.0, 4)
@@ -411,13 +411,13 @@ def test_defaults_come_from_the_config(make_predictor, tmp_path):
 
 
 @pytest.mark.parametrize("overrides, options, message", [
-    (STACKED, {"form": "two"}, "weights of their own.*--form one"),
+    (STACKED, {"form": "two"}, "different weights.*--form one"),
     (STACKED, {"form": "one", "steps": 4}, "fixed: give no --steps"),
-    (("MODEL.DEQDET.SOLVER.NAME", "Broyden"), {"form": "two"}, "Broyden has no exported form"),
-    (("MODEL.DEQDET.SOLVER.RETURN_BEST", True), {"form": "two"}, "RETURN_BEST has no exported form"),
+    (("MODEL.DEQDET.SOLVER.NAME", "Broyden"), {"form": "two"}, "Broyden cannot be exported"),
+    (("MODEL.DEQDET.SOLVER.RETURN_BEST", True), {"form": "two"}, "RETURN_BEST cannot be exported"),
     ((), {"form": "one", "steps": 0}, "--steps must be at least 1"),
     (RECURRENT, {"form": "two", "rtol": 0.1}, "RecurrentDecoder, which takes no --rtol and no --solver"),
-    ((), {"form": "two", "solver": Broyden()}, "Broyden has no exported form"),
+    ((), {"form": "two", "solver": Broyden()}, "Broyden cannot be exported"),
 ])  # fmt: skip
 def test_what_cannot_be_exported_leaves_no_file(overrides, options, message, make_predictor, tmp_path):
     with pytest.raises(UserError, match=message):

@@ -51,7 +51,7 @@ def test_detect_gives_picture_table_line_and_refinement(app, detector):
 
 
 def test_no_picture_is_a_message(app, detector):
-    assert app.make_detect(detector)(None, 8, 0.0, 0.5, "plain") == (None, [], "Give a picture.", [])
+    assert app.make_detect(detector)(None, 8, 0.0, 0.5, "plain") == (None, [], "Choose a picture.", [])
 
 
 def test_it_loads_the_runner_without_the_package(app):

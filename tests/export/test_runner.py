@@ -134,19 +134,19 @@ IMAGE = np.zeros((40, 60, 3), np.uint8)
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"threshold": 1.01}, "threshold 1.01: a number from 0 to 1"),
-    ({"threshold": -0.1}, "threshold -0.1: a number from 0 to 1"),
-    ({"threshold": float("nan")}, "threshold nan: a number from 0 to 1"),
-    ({"threshold": "0.5"}, "threshold '0.5': a number from 0 to 1"),
-    ({"threshold": None}, "threshold None: a number from 0 to 1"),
-    ({"steps": 2.5}, "steps 2.5: a whole number, at least 0"),
-    ({"steps": 2.0}, "steps 2.0: a whole number, at least 0"),
-    ({"steps": -1}, "steps -1: a whole number, at least 0"),
-    ({"steps": True}, "steps True: a whole number, at least 0"),
-    ({"rtol": -0.1}, "rtol -0.1: a number, at least 0"),
-    ({"rtol": float("nan")}, "rtol nan: a number, at least 0"),
-    ({"rtol": "small"}, "rtol 'small': a number, at least 0"),
-    ({"solver": "broyden"}, "solver 'broyden': plain or anderson"),
+    ({"threshold": 1.01}, "threshold must be a number from 0 to 1, got 1.01"),
+    ({"threshold": -0.1}, "threshold must be a number from 0 to 1, got -0.1"),
+    ({"threshold": float("nan")}, "threshold must be a number from 0 to 1, got nan"),
+    ({"threshold": "0.5"}, "threshold must be a number from 0 to 1, got '0.5'"),
+    ({"threshold": None}, "threshold must be a number from 0 to 1, got None"),
+    ({"steps": 2.5}, "steps must be a whole number of at least 0, got 2.5"),
+    ({"steps": 2.0}, "steps must be a whole number of at least 0, got 2.0"),
+    ({"steps": -1}, "steps must be a whole number of at least 0, got -1"),
+    ({"steps": True}, "steps must be a whole number of at least 0, got True"),
+    ({"rtol": -0.1}, "rtol must be a number of at least 0, got -0.1"),
+    ({"rtol": float("nan")}, "rtol must be a number of at least 0, got nan"),
+    ({"rtol": "small"}, "rtol must be a number of at least 0, got 'small'"),
+    ({"solver": "broyden"}, "solver must be plain or anderson, got 'broyden'"),
 ])  # fmt: skip
 def test_options_out_of_range_are_refused(runner, one_graph, options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -217,13 +217,13 @@ class TestFiles:
     @pytest.mark.parametrize("notes", [{}, {"author": "me"}])
     def test_of_another_program(self, runner, tmp_path, notes):
         path = write_graph(tmp_path / "other.onnx", IMAGES, ONE_GRAPH, notes)
-        self.refuse(runner, path, ": give NAME.onnx or NAME.encoder.onnx, as deqdet-export-model has written it")
+        self.refuse(runner, path, ": give NAME.onnx or NAME.encoder.onnx, as written by deqdet-export-model")
 
     def test_two_graphs(self, runner, tmp_path):
         """The step in place of the encoder, and an encoder without its step."""
         notes = NOTES | {"form": "two"}
         step = write_graph(tmp_path / "a.step.onnx", {"state": (TensorProto.FLOAT, [None, 9])}, ONE_GRAPH, notes)
-        self.refuse(runner, step, ": give NAME.onnx or NAME.encoder.onnx, as deqdet-export-model has written it")
+        self.refuse(runner, step, ": give NAME.onnx or NAME.encoder.onnx, as written by deqdet-export-model")
         encoder = write_graph(tmp_path / "b.encoder.onnx", IMAGES, ONE_GRAPH, notes)
         with pytest.raises(ValueError, match=r"/b\.step\.onnx does not exist: deqdet-export-model writes it$"):
             runner.OnnxDetector(encoder)

@@ -285,7 +285,7 @@ class TestPreparation:
             prepare(QUICK / "deqdet_shapes.yaml", overrides=overrides)
 
     @pytest.mark.parametrize("seeds, message", [
-        ([1, -1], "^--seeds -1: a negative seed stands for a random one: give numbers from 0 on"),
+        ([1, -1], "^--seeds -1: a negative seed means a random one: give seeds of at least 0"),
         ([1, 2, 1], "^--seeds has 1 twice: give each seed once"),
     ])  # fmt: skip
     def test_wrong_seeds(self, prepare, seeds, message):

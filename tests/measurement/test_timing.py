@@ -60,7 +60,7 @@ def test_figures_of_a_model(small_model, make_inputs):
 
 
 def test_two_images_are_too_few(small_model, make_inputs):
-    with pytest.raises(UserError, match="2 images cannot time a model, for which more than 2 are needed: use"):
+    with pytest.raises(UserError, match="timing a model needs more than 2 images, but the set has 2 images: use"):
         measure(small_model().eval(), [make_inputs(1)] * 2)
 
 

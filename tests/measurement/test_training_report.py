@@ -161,7 +161,7 @@ def test_without_detections_no_threshold_is_the_best(tmp_path, small_set):
     folder = make_run(tmp_path, small_set, [])
     (folder / "model_final.safetensors").touch()
     text = write_training_report(folder, ["mine"]).read_text()
-    assert "There are no detections, so that every box in 4 images is missed:" in text
+    assert "There are no detections, so every box in 4 images is missed:" in text
     assert rows(text)["red"] == ["70.5", "3", "0", "3", "0", "0"]
     assert "0.50" not in text and "best F1" not in text
 

@@ -332,14 +332,14 @@ class TestEquilibria:
         check_walk(model, 32)
         original = walking.walk
         monkeypatch.setattr(walking, "walk", lambda *given, steps, **named: original(*given, steps=steps + 1, **named))
-        with refused("MODEL.DEQDET.DECODER is WalkingDecoder, whose walk is not what its execution() says: "):
+        with refused("MODEL.DEQDET.DECODER is WalkingDecoder, whose walk() does not match its execution(): "):
             check_walk(model, 32)
 
     def test_an_export_without_equilibrium(self, small_cfg, walking, monkeypatch):
         model = build_model(small_cfg("MODEL.DEQDET.DECODER", "WalkingDecoder")).eval()
         monkeypatch.setattr(walking, "has_equilibrium", False)
         for graphs in (Encoder, OneGraph):
-            with refused("MODEL.DEQDET.DECODER is WalkingDecoder, for which there is no export: it needs an equilib"):
+            with refused("MODEL.DEQDET.DECODER is WalkingDecoder, which cannot be exported: it needs an equilib"):
                 graphs(model)
 
 

@@ -357,7 +357,7 @@ class TestInterruptions:
 
         monkeypatch.setattr(DEQDet, "infer", infer)
         assert run("--input", images, "--output", "out")[0] is None
-        assert codes == ["error: --output out is in use by another run: wait for its end"]
+        assert codes == ["error: --output out is in use by another run: wait until it has finished"]
 
 
 class TestBrokenImages:
@@ -475,5 +475,5 @@ def test_mistakes_are_one_line(run, images, tmp_path, words, message):
 def test_an_empty_list_and_a_missing_one(run, tmp_path):
     (tmp_path / "list.txt").write_text("\n")
     code, _, _ = run("--input-list", "list.txt", "--output", "out")
-    assert str(code) == "error: --input-list list.txt is empty: write one path in a line"
+    assert str(code) == "error: --input-list list.txt is empty: write one path per line"
     assert "nowhere.txt cannot be read" in str(run("--input-list", "nowhere.txt", "--output", "out")[0])

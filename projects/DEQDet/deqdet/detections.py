@@ -1,4 +1,4 @@
-"""What a Predictor finds in an image, and the forms into which it converts."""
+"""The detections of a Predictor in an image, and their conversion to other formats."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from .extras import how_to_install
 
 @dataclass(frozen=True)
 class Detections:
-    """What a Predictor found in one image."""
+    """The detections of a Predictor in one image."""
 
     # On the CPU, best first, with pred_boxes (xyxy, pixels of the original image), scores and pred_classes.
     instances: Instances
     class_names: tuple[str, ...]
-    steps: int  # applications of f; for a stack of layers, the layers after the first
+    steps: int  # applications of f; for a stacked decoder, the layers after the first
     residual: float | None  # ||f(y) - y|| / ||f(y)|| at the last step; None for a detector without an equilibrium
 
     def __len__(self) -> int:
@@ -33,12 +33,12 @@ class Detections:
         return [self.class_names[index] for index in self.instances.pred_classes.tolist()]
 
     def draw(self, image: ImageLike, *, channels: str = "RGB", enlarge: bool = True) -> np.ndarray:
-        """Draw the detections on their image, with names and scores, in one colour for each class.
+        """Draw the detections on their image, with names and scores, in one colour per class.
 
         Args:
-            image: what was given to the Predictor.
+            image: the image that was given to the Predictor.
             channels: the order of an array or tensor, "RGB" or "BGR".
-            enlarge: draw on an enlarged copy of a small image, so that the labels can be read.
+            enlarge: draw small images enlarged, so that the labels can be read.
 
         Returns:
             (H, W, 3) uint8 RGB.
@@ -48,13 +48,13 @@ class Detections:
         return drawing.draw_detections(picture, self.instances, self.class_names)
 
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict]:
-        """The detections in COCO's result format: image_id, category_id, bbox (x, y, width, height; pixels), score.
+        """Convert to COCO's result format: image_id, category_id, bbox (x, y, width, height; pixels), score.
 
         Args:
             category_ids: the id of each class; by default 1, 2, ... in the order of class_names.
 
         Raises:
-            UserError: there is not one id for each class.
+            UserError: the number of ids is not that of the classes.
         """
         ids = range(1, len(self.class_names) + 1) if category_ids is None else category_ids
         if len(ids) != len(self.class_names):
@@ -63,7 +63,7 @@ class Detections:
         return [record | {"category_id": ids[record["category_id"]]} for record in records]
 
     def to_supervision(self):
-        """The detections as supervision.Detections, for that library's annotators, trackers and converters.
+        """Convert to supervision.Detections, for that library's annotators, trackers and converters.
 
         Raises:
             UserError: the package supervision is not installed.

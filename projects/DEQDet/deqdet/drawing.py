@@ -1,4 +1,4 @@
-"""Pictures of detections, drawn with detectron2's Visualizer."""
+"""Draw detections with detectron2's Visualizer."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -13,8 +13,8 @@ from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
-ENLARGED_SIDE = 640  # pixels: smaller images are drawn about this large
-MOST_ENLARGED = 16  # times
+ENLARGED_SIDE = 640  # pixels: smaller images are enlarged to about this size
+MOST_ENLARGED = 16  # maximum factor
 
 Colour = tuple[float, float, float]  # RGB, 0 to 1
 
@@ -33,7 +33,7 @@ def coloured_metadata(metadata: Metadata) -> Metadata:
 
 
 class BoxVisualizer(Visualizer):
-    """detectron2's Visualizer with opaque lines, whose light edges keep them visible on any background."""
+    """detectron2's Visualizer with opaque lines, whose light edges make them visible on any background."""
 
     def draw_box(self, box_coord, alpha=1.0, edge_color="g", line_style="-") -> VisImage:
         """Draw a box (4,) xyxy; `alpha` is ignored."""
@@ -45,12 +45,12 @@ class BoxVisualizer(Visualizer):
 
 @cache
 def text_font(size: int) -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings, for Pillow, whose own has only one size in its older releases."""
+    """Load matplotlib's font for Pillow, whose own font has only one size in older releases."""
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-    """Make a small image (H, W, 3) uint8 a whole number of times as large, so that labels can be read."""
+    """Enlarge a small image (H, W, 3) uint8 by an integer factor, so that labels can be read."""
     factor = min(max(1, round(ENLARGED_SIDE / max(image.shape[:2]))), MOST_ENLARGED)
     size = (image.shape[1] * factor, image.shape[0] * factor)
     return image if factor == 1 else cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
@@ -60,7 +60,7 @@ def draw_detections(image: np.ndarray, instances: Instances, class_names: Sequen
     """Draw the boxes in the colours of their classes, with names and scores.
 
     Args:
-        image: (H, W, 3) uint8 RGB; the one of the detections, or an enlarged copy of it.
+        image: (H, W, 3) uint8 RGB; the image of the detections, or an enlarged copy.
         instances: on the CPU, in pixels of the original image.
 
     Returns:
@@ -69,7 +69,7 @@ def draw_detections(image: np.ndarray, instances: Instances, class_names: Sequen
     scale = image.shape[1] / instances.image_size[1]
     scaled = Instances(image.shape[:2], **instances.get_fields())
     scaled.pred_boxes = Boxes(scale * instances.pred_boxes.tensor)
-    names = [name.replace("$", r"\$") for name in class_names]  # matplotlib reads formulas between two $
+    names = [name.replace("$", r"\$") for name in class_names]  # matplotlib reads text between two $ as a formula
     metadata = coloured_metadata(Metadata(name="detections", thing_classes=names))
     visualizer = BoxVisualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION, font_size_scale=0.8)
     visualizer.draw_instance_predictions(scaled, jittering=False)
@@ -82,7 +82,7 @@ def separate_labels(picture: VisImage) -> None:
     placed: list[tuple[float, float, float, float]] = []  # x, y (upper left), width, height; pixels
     for label in picture.ax.texts:
         extent = label.get_window_extent(picture.canvas.get_renderer())
-        w, h = extent.width + 2, extent.height + 2  # with the margin of the dark ground
+        w, h = extent.width + 2, extent.height + 2  # with the margin of the dark background
         lowest = max(0.0, picture.height - h)
         x, y = np.clip(label.get_position(), 0, (max(0.0, picture.width - w), lowest))
         rows = np.append(np.arange(y, lowest, h / 2), np.arange(y, 0, -h / 2))

@@ -1,4 +1,4 @@
-"""Detection in a few lines of Python: a trained detector with its classes, for images of any kind.
+"""Detect objects with a trained detector in a few lines of Python.
 
 from deqdet import Predictor
 
@@ -35,19 +35,19 @@ from .model_zoo import get_config, put_overrides
 
 
 class Predictor:
-    """A trained detector, ready for images: make it with `from_file` or `from_config`, then call it.
+    """A trained detector that can be called on images. Build it with `from_file` or `from_config`.
 
-    It prepares an image as an evaluation does (MIN_SIZE_TEST, MAX_SIZE_TEST, INPUT.FORMAT), so that it finds what an
-    evaluation finds. It runs on CUDA if there is one, else on the CPU, unless told otherwise.
+    Images are prepared as in an evaluation (MIN_SIZE_TEST, MAX_SIZE_TEST, INPUT.FORMAT), so the detections are the
+    same. By default, the detector runs on CUDA if it is available, and otherwise on the CPU.
     """
 
     def __init__(self, model: DEQDet, cfg: CfgNode, class_names: Sequence[str], *, threshold: float = 0.5):
         """
         Args:
-            model: with its weights; it is put in evaluation mode.
+            model: the detector with its weights; it is put into evaluation mode.
             cfg: the config that the model was built from.
-            class_names: of the model's K classes, in their order.
-            threshold: the lowest score of a detection that is returned, 0 to 1.
+            class_names: the names of the model's K classes, in their order.
+            threshold: minimum score of a detection that is returned, 0 to 1.
 
         Raises:
             UserError: the number of names is not K, or the threshold or INPUT.FORMAT is not valid.
@@ -71,15 +71,16 @@ class Predictor:
         device: str | torch.device | None = None,
         threshold: float = 0.5,
     ) -> "Predictor":
-        """Load a model file, which holds weights, config and class names: what training and tools/publish.py write.
+        """Load a model file (weights, config and class names), as written by training and tools/publish.py.
 
         Args:
             path: a .safetensors file, or "hf://owner/name" on the Hugging Face Hub.
-            overrides: config keys and values in turn.
-            device: "cpu", "cuda", "cuda:1", ... or a torch.device; by default CUDA if there is one.
+            overrides: alternating config keys and values.
+            device: "cpu", "cuda", "cuda:1", ... or a torch.device; by default CUDA if available.
 
         Raises:
-            UserError: the file is missing, damaged or no model file, an override is wrong, or the device is not there.
+            UserError: the file is missing, damaged or not a model file, an override is invalid, or the device is not
+                available.
         """
         file = read_model_file(resolve_file(os.fspath(path)))
         cfg = load_model_config(file)
@@ -106,13 +107,13 @@ class Predictor:
         Args:
             config: the name of a config in the model zoo, a YAML file, or a config.
             weights: the checkpoint (.pth, .safetensors); by default the config's MODEL.WEIGHTS.
-            overrides: config keys and values in turn.
+            overrides: alternating config keys and values.
             class_names: by default those in the checkpoint if it is a model file, else those of the first set of
-                DATASETS.TRAIN, or of DATASETS.TEST, or "class 0", ... where neither has them.
+                DATASETS.TRAIN, or else of DATASETS.TEST, or "class 0", ... if neither has names.
             device: see `from_file`.
 
         Raises:
-            UserError: the config is wrong, or the checkpoint is missing or does not fit it.
+            UserError: the config is invalid, or the checkpoint is missing or does not fit it.
         """
         if isinstance(config, CfgNode):
             cfg = config.clone()
@@ -145,20 +146,20 @@ class Predictor:
         channels: str = "RGB",
         batch_size: int = 8,
     ) -> Detections | list[Detections]:
-        """Detect in one image, or in a list of them.
+        """Detect objects in one image, or in a list of images.
 
         Args:
-            images: an image or a list or tuple of images. An image is a file's path, a PIL image, an array (H, W, 3) or
-                (H, W) uint8, or a tensor (3, H, W), uint8 or float from 0 to 1. Files and PIL images are turned upright
-                by their EXIF data. All arrays and tensors of a call are taken as RGB, unless `channels` says "BGR"
-                (OpenCV's order).
-            steps: the most applications of f; by default MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS. Fewer are faster.
-            rtol: stop where the relative residual falls below it; by default MODEL.DEQDET.SOLVER.RTOL; 0: never.
-            solver: "plain", "anderson", "broyden", "anderson4", "Anderson(history_size=4)", a registered name of your
-                own, or a solver object; by default MODEL.DEQDET.SOLVER.
-            threshold: the lowest score of a detection; by default the Predictor's.
-            batch_size: the most images at once. Only images that need the same padded size share a batch, so that each
-                gets what it would get alone, up to rounding (see docs/equilibrium.md).
+            images: an image, or a list or tuple of images. An image is the path of a file, a PIL image, an array
+                (H, W, 3) or (H, W) uint8, or a tensor (3, H, W), uint8 or float from 0 to 1. Files and PIL images are
+                rotated according to their EXIF data.
+            steps: maximum number of applications of f; by default MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS.
+            rtol: stop when the relative residual falls below it; by default MODEL.DEQDET.SOLVER.RTOL; 0: never.
+            solver: "plain", "anderson", "broyden", "anderson4", "Anderson(history_size=4)", the name of a solver that
+                you registered, or a solver object; by default MODEL.DEQDET.SOLVER.
+            threshold: minimum score of a detection; by default the Predictor's.
+            channels: the channel order of all arrays and tensors, "RGB" or "BGR" (OpenCV's order).
+            batch_size: maximum number of images per batch. Only images with the same padded size share a batch, so each
+                gets the detections that it would get alone, up to rounding (see docs/equilibrium.md).
 
         Returns:
             Detections for one image; for a list, a list of them.
@@ -193,12 +194,12 @@ class Predictor:
         channels: str = "RGB",
         batch_size: int = 8,
     ) -> Iterator[Detections]:
-        """Detect in any number of images: they are read as they are needed, and results come in their order.
+        """Detect objects in any number of images, which are read only when needed; the results keep their order.
 
         The arguments are those of a call.
 
         Raises:
-            UserError: as a call; an image without a path is named by its place, beginning with 0.
+            UserError: as a call; an image without a path is named by its index.
         """
         _check_batch_size(batch_size)
         lowest, options = self._lowest(threshold), self.options(steps, rtol, solver)
@@ -216,7 +217,7 @@ class Predictor:
         threshold: float | None = None,
         batch_size: int = 8,
     ) -> list[Detections]:
-        """Detect in images that `prepare` has read already; the arguments are those of a call.
+        """Detect objects in images that `prepare` has read; the other arguments are those of a call.
 
         Raises:
             UserError: an option does not fit the detector, or there is not enough memory.
@@ -236,12 +237,12 @@ class Predictor:
         record_iterates: bool = False,
         channels: str = "RGB",
     ) -> BatchTrajectory:
-        """The way of one image to its equilibrium, from which states, residuals and detections of any step are read.
+        """Solve for the equilibrium of one image; the result gives states, residuals and detections by step.
 
         Args:
             steps, rtol, solver, channels: see a call.
             record: the steps to keep, such as range(11). Step 0 is the output of the initialization layer.
-            record_iterates: keep also to which iterate each of these steps applied f, for residuals by part.
+            record_iterates: also keep the iterate to which each of these steps applied f, for residuals by part.
 
         Raises:
             UserError: as a call; or the detector has no equilibrium.
@@ -253,14 +254,14 @@ class Predictor:
             return self.model.walk([inputs], **options, record=record, record_iterates=record_iterates)
 
     def prepare(self, image: ImageLike, *, channels: str = "RGB") -> dict:
-        """The input that the model gets for an image.
+        """Convert an image to the model's input.
 
         Returns:
-            "image" (3, h, w) uint8, resized, in the order of INPUT.FORMAT; "height" and "width" of the image as it was;
+            "image" (3, h, w) uint8, resized, in the order of INPUT.FORMAT; "height" and "width" of the original image;
             "file_name" if it is a path.
 
         Raises:
-            UserError: the image cannot be read, or a side has no pixel left after the resize.
+            UserError: the image cannot be read, or a side would have no pixels after resizing.
         """
         rgb = to_array(image, channels)
         height, width = rgb.shape[:2]
@@ -277,7 +278,7 @@ class Predictor:
         return {"image": tensor, "height": height, "width": width, **named}
 
     def _prepare_numbered(self, index: int, image: ImageLike, channels: str) -> dict:
-        """As `prepare`, but the errors of an image without a path give its place in the list."""
+        """Like `prepare`, but errors about an image without a path name its index in the list."""
         try:
             return self.prepare(image, channels=channels)
         except UserError as error:
@@ -294,10 +295,10 @@ class Predictor:
         return self.model.decoder.has_equilibrium
 
     def options(self, steps: int | None = None, rtol: float | None = None, solver: str | Solver | None = None) -> dict:
-        """Check the options of a call, before any image is read, and make a solver of its name.
+        """Check the options of a call before any image is read, and build the solver from its name.
 
         Returns:
-            "steps", "rtol" and "solver", as a call, `stream`, `walk` and DEQDet.infer take them.
+            A dict with "steps", "rtol" and "solver", as accepted by a call, `stream`, `walk` and DEQDet.infer.
 
         Raises:
             UserError: a number is out of range, or the solver is unknown.
@@ -319,10 +320,10 @@ class Predictor:
     def _detect(
         self, chunk: list[dict], options: dict, threshold: float, batch_size: int | None = None
     ) -> Iterator[Detections]:
-        """Detect in prepared images, those of one padded size at a time; the results are in their order.
+        """Detect objects in prepared images, batched by their padded size; the results keep the order of the images.
 
         Args:
-            batch_size: the most images at once; None: all of one padded size.
+            batch_size: maximum number of images per batch; None: all images of the same padded size.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, inputs in enumerate(chunk):
@@ -349,7 +350,7 @@ class Predictor:
         return (found[index] for index in range(len(chunk)))
 
     def _padded_size(self, image: Tensor) -> tuple[int, ...]:
-        """Height and width to which the model would pad this image alone."""
+        """Return the height and width to which the model would pad this image alone."""
         unit = max(1, self.model.backbone.size_divisibility)
         return tuple(-(-side // unit) * unit for side in image.shape[1:])
 
@@ -364,7 +365,7 @@ def _build(cfg: CfgNode) -> DEQDet:
 
 
 def _find_weights(cfg: CfgNode) -> ModelFile | None:
-    """The model file that MODEL.WEIGHTS names; None for a checkpoint of any other kind.
+    """Read the model file that MODEL.WEIGHTS names; return None for any other kind of checkpoint.
 
     Raises:
         UserError: MODEL.WEIGHTS is empty, or the file does not exist or is damaged.
@@ -381,13 +382,13 @@ def _find_weights(cfg: CfgNode) -> ModelFile | None:
 
 
 def _load_state(model: DEQDet, weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Load all of the model's weights; half precision becomes the model's own on the way."""
+    """Load all weights of the model; half-precision weights are converted to the model's dtype."""
     model.load_state_dict(check_complete(path, weights, model.state_dict()), strict=False)  # without unread counters
     check_finite_model(model, str(path))
 
 
 def _set_device(cfg: CfgNode, device: str | torch.device | None) -> None:
-    """Put the model on the device that the caller names, or else on that of the config if it is there."""
+    """Choose the device that the caller names, or else that of the config if it is available."""
     if device is None:
         adapt_device(cfg)
         return
@@ -413,7 +414,7 @@ def _check_threshold(threshold: float) -> float:
 
 @contextmanager
 def _explained(inputs: dict) -> Iterator[None]:
-    """Turn a lack of memory within it into a UserError with the image's size; other errors are not the image's."""
+    """Turn out-of-memory errors into a UserError with the image's size; other errors pass through."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

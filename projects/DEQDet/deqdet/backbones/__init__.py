@@ -1,4 +1,4 @@
-"""Backbones with their necks, which importing this package registers in detectron2's BACKBONE_REGISTRY."""
+"""Backbones with their necks; importing this package registers them in detectron2's BACKBONE_REGISTRY."""
 
 from .basic_resnet import build_basic_resnet_channel_mapper_backbone, build_basic_resnet_fpn_backbone
 from .channel_mapper import ChannelMapper, build_resnet_channel_mapper_backbone

@@ -11,7 +11,7 @@ from .fpn import build_fpn
 
 
 def build_basic_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Build detectron2's ResNet with as many basic blocks in res2, res3, ... as MODEL.RESNETS.BASIC_BLOCKS lists.
+    """Build detectron2's ResNet; MODEL.RESNETS.BASIC_BLOCKS lists the numbers of basic blocks in res2, res3, ...
 
     The first stage has MODEL.RESNETS.RES2_OUT_CHANNELS channels, and each further stage twice as many as the one
     before.

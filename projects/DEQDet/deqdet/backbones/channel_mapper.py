@@ -11,7 +11,7 @@ NORM_GROUPS = 32
 
 
 class ChannelMapper(Backbone):
-    """Maps each level by a convolution of its own, ReLU, and one GroupNorm that all levels share.
+    """Maps each level by its own convolution, a ReLU, and one GroupNorm that all levels share.
 
     The output level of stride 2^n has the name "p<n>": "p2" to "p5" for strides 4 to 32.
     """

@@ -11,10 +11,10 @@ from .fpn import build_fpn
 
 
 class FreezableSwin(SwinTransformer):
-    """detectron2's SwinTransformer whose frozen stages stay in evaluation mode, and so never drop a path."""
+    """detectron2's SwinTransformer whose frozen stages stay in evaluation mode, so they never drop a path."""
 
     def train(self, mode: bool = True) -> "FreezableSwin":
-        """Set the mode of the stages that are not frozen. SwinTransformer itself would set the frozen ones' too."""
+        """Set the mode of all stages but the frozen ones; SwinTransformer would change their mode too."""
         super().train(mode)
         self._freeze_stages()
         return self

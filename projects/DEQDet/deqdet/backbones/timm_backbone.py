@@ -1,6 +1,6 @@
 """Any feature extractor of the package timm (PyTorch Image Models), under either neck.
 
-timm is an extra, imported where it is needed only.
+timm is an optional dependency, imported only where it is needed.
 """
 
 import difflib
@@ -21,10 +21,10 @@ from .channel_mapper import ChannelMapper
 from .fpn import build_fpn
 
 STRIDES = (4, 8, 16, 32)
-# Models whose windows or positions depend on the image's size take images of one size only, unless they are told
-# otherwise; each understands at most one of these arguments.
+# By default, models whose windows or positions depend on the image's size accept only one size. One of these arguments
+# lifts the restriction; each model understands at most one of them.
 ANY_SIZE: tuple[dict, ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
-PROBE = (64, 96)  # height and width, in pixels, of the image with which a model is tried out
+PROBE = (64, 96)  # height and width, in pixels, of the image that tests a model
 
 
 class TimmBackbone(Backbone):
@@ -36,8 +36,8 @@ class TimmBackbone(Backbone):
             net: what timm.create_model(..., features_only=True) returns: from images to a list of levels.
             levels: the channels and the stride of each level, finest first.
             channels_last: whether the levels of `net` are (B, H, W, C), as Swin's are.
-            frozen: names of parameters of `net` that are not trained. Modules with frozen parameters only stay in
-                evaluation mode: their BatchNorm layers keep their statistics, and they drop no path.
+            frozen: names of parameters of `net` that are not trained. Modules whose parameters are all frozen stay in
+                evaluation mode, so their BatchNorm layers keep their statistics, and they drop no path.
         """
         super().__init__()
         self.net = net
@@ -50,7 +50,7 @@ class TimmBackbone(Backbone):
         self.train()
 
     def train(self, mode: bool = True) -> "TimmBackbone":
-        """Set the mode of all modules but the frozen ones."""
+        """Set the mode of all modules except the frozen ones."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
@@ -77,11 +77,11 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Build the model that MODEL.TIMM describes, with random weights.
 
     With MODEL.BACKBONE.FREEZE_AT = 0 nothing is frozen, with 1 the stem, with k + 1 everything on which the first k
-    levels depend. The stem is what comes before the first stage: all up to the level of stride 2 where timm has one.
+    levels depend. The stem is the part before the first stage: up to the level of stride 2 if timm has one.
 
     Raises:
-        UserError: timm is missing or knows no such model; the model has no such levels, or takes images of one size
-            only; or FREEZE_AT is out of range.
+        UserError: timm is missing or does not know the model, the model lacks these levels or accepts only one image
+            size, or FREEZE_AT is out of range.
     """
     options, freeze_at = cfg.MODEL.TIMM, cfg.MODEL.BACKBONE.FREEZE_AT
     net = create_net(options.NAME, options.OUT_INDICES, options.DROP_PATH_RATE, channels=input_shape.channels)
@@ -92,7 +92,7 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         if stride.bit_count() != 1 or name in levels:
             raise UserError(
                 f"MODEL.TIMM.OUT_INDICES is {list(info.out_indices)}: the strides of these levels of {options.NAME} "
-                f"are {info.reduction()}, but each must be another power of 2"
+                f"are {info.reduction()}, but they must be different powers of 2"
             )
         levels[name] = ShapeSpec(channels=channels, stride=stride)
     found = _probe(net, options.NAME, input_shape.channels)
@@ -136,7 +136,7 @@ def import_timm() -> ModuleType:
     """Import timm.
 
     Raises:
-        UserError: it cannot be imported; names the extra.
+        UserError: timm cannot be imported; the message names the extra to install.
     """
     try:
         import timm
@@ -156,18 +156,18 @@ def create_net(
     pretrained: bool = False,
     weights: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Create a feature extractor, which holds no layer behind its last level.
+    """Create a feature extractor without layers beyond its last level.
 
     Args:
-        name: of a timm model, with or without the tag of its weights ("resnet50", "resnet50.a1_in1k").
+        name: name of a timm model, with or without the tag of its weights ("resnet50", "resnet50.a1_in1k").
         out_indices: timm's numbers of the levels; if empty, the last level of each of the strides 4, 8, 16 and 32.
-        drop_path_rate: of stochastic depth; 0 leaves it to the model's default.
-        channels: of the images.
-        pretrained: load timm's own weights, which are downloaded.
-        weights: load these instead, a state dict under timm's names.
+        drop_path_rate: rate of stochastic depth; 0: the model's default.
+        channels: number of channels of the images.
+        pretrained: download and load timm's own weights.
+        weights: a state dict with timm's names to load instead.
 
     Raises:
-        UserError: timm is missing, or cannot create the model or load the weights; says why.
+        UserError: timm is missing, or cannot create the model or load the weights; the message says why.
     """
     timm = import_timm()
     known = timm.list_models()
@@ -194,7 +194,7 @@ def _create(name: str, **arguments: object) -> nn.Module:
         except TypeError as error:
             if not any(argument in str(error) for argument in any_size):
                 raise UserError(f"MODEL.TIMM.NAME {name} cannot be created: {one_line(error)}") from error
-        except Exception as error:  # timm raises any, RuntimeError and AssertionError above all
+        except Exception as error:  # timm raises many types, mostly RuntimeError and AssertionError
             how = " with its weights" if arguments.get("pretrained") else ""
             if isinstance(error, IndexError | AssertionError) and "out_indices" in arguments:
                 how += f" with the levels {list(arguments['out_indices'])} of MODEL.TIMM.OUT_INDICES"
@@ -203,7 +203,7 @@ def _create(name: str, **arguments: object) -> nn.Module:
 
 
 def _shorten(error: Exception) -> str:
-    """The beginning of an error's message, since a list of missing weights goes on for pages."""
+    """Shorten the message of an error, because a list of missing weights can be pages long."""
     message = one_line(error)
     return f"{message[:300]} ..." if len(message) > 300 else message or type(error).__name__
 
@@ -220,12 +220,12 @@ def _pyramid_indices(net: nn.Module, name: str) -> tuple[int, ...]:
 
 
 def _frozen_parameters(net: nn.Module, levels: Sequence[Tensor], name: str, freeze_at: int) -> set[str]:
-    """The names of the parameters in the stem and in the first freeze_at - 1 stages, and of those that nothing reads.
+    """Return the names of the parameters in the stem and in the first freeze_at - 1 stages, and of unused parameters.
 
-    Some extractors keep modules behind their last level. DistributedDataParallel would wait for gradients of these.
+    Some extractors have modules beyond their last level. DistributedDataParallel would wait for their gradients.
 
     Args:
-        levels: what the extractor has made of some image.
+        levels: the output of the extractor for any image.
     """
     if freeze_at > len(levels) + 1:
         raise UserError(
@@ -240,7 +240,7 @@ def _frozen_parameters(net: nn.Module, levels: Sequence[Tensor], name: str, free
 
 
 def _dependencies(net: nn.Module, levels: Sequence[Tensor]) -> set[str]:
-    """The names of the parameters on which the values of some levels depend."""
+    """Return the names of the parameters on which the given levels depend."""
     names, parameters = zip(*net.named_parameters(), strict=True)
     total = sum(level.sum() for level in levels)
     gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
@@ -248,7 +248,7 @@ def _dependencies(net: nn.Module, levels: Sequence[Tensor]) -> set[str]:
 
 
 def _stem(net: nn.Module, name: str) -> set[str]:
-    """The names of the parameters before the first level of stride 4 or more.
+    """Return the names of the parameters before the first level of stride 4 or more.
 
     timm registers the modules of an extractor in the order in which they are applied.
     """
@@ -261,7 +261,7 @@ def _stem(net: nn.Module, name: str) -> set[str]:
 
 
 def _find_module(order: Sequence[str], module: str, name: str) -> int:
-    """The place of the module that timm calls `module`, under any of the names by which an extractor holds it."""
+    """Return the index of the module that timm calls `module`, under any name that an extractor gives it."""
     for found in (module, module.replace(".", "_"), f"model.{module}"):
         if found and found in order:
             return order.index(found)
@@ -272,24 +272,24 @@ def _find_module(order: Sequence[str], module: str, name: str) -> int:
 
 
 def _last_module(order: Sequence[str], module: str, name: str) -> int:
-    """The place of the last module within that module."""
+    """Return the index of the last module inside `module`."""
     first = _find_module(order, module, name)
     inside = f"{order[first]}."
     return max(i for i, other in enumerate(order) if i == first or other.startswith(inside))
 
 
 def _probe(net: nn.Module, name: str, channels: int) -> list[Tensor]:
-    """What the extractor makes of a small black image in evaluation mode, with its graph.
+    """Run the extractor on a small black image in evaluation mode, and return its levels with their graph.
 
     Raises:
-        UserError: it does not take the image.
+        UserError: the extractor does not accept the image.
     """
     image = torch.zeros(1, channels, *PROBE, device=next(net.parameters()).device)
     training = net.training
     try:
         with torch.enable_grad():
             return net.eval()(image)
-    except Exception as error:  # whatever a model does with a size that it was not made for
+    except Exception as error:  # models fail in many ways on an unsupported size
         raise UserError(
             f"MODEL.TIMM.NAME {name} does not take images of every size ({_shorten(error)}): choose another "
             "model"
@@ -299,10 +299,10 @@ def _probe(net: nn.Module, name: str, channels: int) -> list[Tensor]:
 
 
 def _is_channels_last(levels: Sequence[Tensor], shapes: Sequence[ShapeSpec], name: str) -> bool:
-    """Whether the levels are (B, H, W, C) and not (B, C, H, W). No attribute says it for every model of timm.
+    """Return whether the levels are (B, H, W, C), not (B, C, H, W), which no attribute of timm tells for every model.
 
     Raises:
-        UserError: the levels have other sizes than their strides say.
+        UserError: the sizes of the levels do not match their strides.
     """
     found = [tuple(level.shape[1:]) for level in levels]
     sizes = [(shape.channels, *(side // shape.stride for side in PROBE)) for shape in shapes]

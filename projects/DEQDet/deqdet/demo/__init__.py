@@ -1,4 +1,4 @@
-"""The demo: detections in images, videos and a camera's pictures, and how an image's equilibrium is reached."""
+"""The demo: detections in images, videos and a camera stream, and how an image converges to its equilibrium."""
 
 from .files import find_images, plan_pictures, plan_video
 from .images import GIF, PLOT, STRIP, ImageDemo

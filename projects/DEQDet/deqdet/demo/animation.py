@@ -1,4 +1,4 @@
-"""The boxes of an image's detections step by step, as a GIF and as one row of pictures."""
+"""Draw the boxes of an image's detections step by step, as a GIF and as a strip of panels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ..drawing import MOST_ENLARGED, BoxVisualizer, Colour, class_colours, text_
 from .refinement import Refinement
 
 GIF_SIDE, PANEL_SIDE = 640, 256  # longest side of the picture in a frame of the GIF, in a panel of the strip; pixels
-LEAST_WIDTH = {GIF_SIDE: 340, PANEL_SIDE: 210}  # of a frame and a panel, so that the text has its place; pixels
+LEAST_WIDTH = {GIF_SIDE: 340, PANEL_SIDE: 210}  # of a frame and a panel, so that the text fits; pixels
 LINE_WIDTH = {GIF_SIDE: 0.8, PANEL_SIDE: 0.45}  # font_size_scale of the Visualizer, to which lines are proportional
 STRIP_STEPS = (0, 1, 2, 3, 5, 10)  # and the last one
 FONT_SIZE, LINE, GAP = 16, 24, 8  # pixels
@@ -22,14 +22,14 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Scene:
-    """An image in its final size with the paths of its detections. S = 2 + T states: initial boxes, g, steps 1 to T."""
+    """A resized image with the paths of its detections. S = 2 + T states: initial boxes, g, steps 1 to T."""
 
     side: int  # GIF_SIDE or PANEL_SIDE
     picture: np.ndarray  # (H, W, 3) uint8 RGB
     boxes: np.ndarray  # (S, M, 4)  xyxy, pixels of the picture
     sure: np.ndarray  # (S, M)  bool, whether the score has reached the threshold
     colours: list[Colour]  # M
-    legend: dict[str, Colour | None]  # what the colours, and dashes, mean
+    legend: dict[str, Colour | None]  # the meaning of the colours and of dashed lines
     titles: list[str]  # S
     notes: list[str]  # S  the residuals
 
@@ -41,7 +41,7 @@ def build_scene(
 
     Args:
         image: (H, W, 3) uint8 RGB, the original.
-        side: the longest one of the picture: GIF_SIDE or PANEL_SIDE.
+        side: the longest side of the picture, GIF_SIDE or PANEL_SIDE.
     """
     (height, width), steps = refinement.image_size, refinement.steps
     scale = min(side / max(height, width), MOST_ENLARGED)
@@ -52,7 +52,7 @@ def build_scene(
     limits = np.maximum(np.array(size) - 2.0, 1.0)  # so that the lines stay within the picture
     colours = class_colours(len(class_names))
     legend = {class_names[label]: colours[label] for label in sorted(set(labels.tolist()))}
-    explanation = f"dashed: score below {threshold:g}" if legend else f"no detection has a score of {threshold:g}"
+    explanation = f"dashed: score below {threshold:g}" if legend else f"no score reaches {threshold:g}"
     return Scene(
         side=side,
         picture=cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC),
@@ -66,7 +66,7 @@ def build_scene(
 
 
 def write_gif(scene: Scene, path: Path) -> None:
-    """Write all states as an endless animation that stays longer on the first states and on the last one."""
+    """Write all states as a looping animation that shows the first states and the last one for longer."""
     rows, last = list(zip(scene.titles, scene.notes, strict=True)), len(scene.titles) - 1
     frames = [_with_legend(_panel(scene, state, [row]), scene) for state, row in enumerate(rows)]
     durations = [1000, 1000, *[500] * 5, *[250] * last][:last] + [2500]  # ms
@@ -76,7 +76,7 @@ def write_gif(scene: Scene, path: Path) -> None:
 
 
 def write_strip(scene: Scene, path: Path) -> None:
-    """Write one row of at most seven steps."""
+    """Write a row of panels with at most seven steps."""
     last = len(scene.titles) - 2
     states = [step + 1 for step in sorted({step for step in STRIP_STEPS if step < last} | {last})]
     panels = [_panel(scene, state, [(scene.titles[state], ""), (scene.notes[state], "")]) for state in states]
@@ -88,7 +88,7 @@ def write_strip(scene: Scene, path: Path) -> None:
 
 
 def _panel(scene: Scene, state: int, rows: Sequence[tuple[str, str]]) -> Image.Image:
-    """The picture with its boxes, dashed where the score is below the threshold, under rows of text (left, right)."""
+    """Draw the picture with its boxes, dashed if the score is below the threshold, under rows of text (left, right)."""
     visualizer = BoxVisualizer(scene.picture, font_size_scale=LINE_WIDTH[scene.side])
     for box, sure, colour in zip(scene.boxes[state], scene.sure[state], scene.colours, strict=True):
         visualizer.draw_box(box, edge_color=colour, line_style="-" if sure else "--")
@@ -105,7 +105,7 @@ def _panel(scene: Scene, state: int, rows: Sequence[tuple[str, str]]) -> Image.I
 
 
 def _with_legend(above: Image.Image, scene: Scene) -> Image.Image:
-    """A picture with the legend below it, in as many lines as it takes."""
+    """Add the legend below a picture, with line breaks where needed."""
     places = []
     x, y = 4, above.height
     for name, colour in scene.legend.items():
@@ -127,7 +127,7 @@ def _with_legend(above: Image.Image, scene: Scene) -> Image.Image:
 
 
 def _palette(frame: Image.Image, scene: Scene) -> Image.Image:
-    """One palette for all frames, so that what does not move is stored once; lines and text keep their colours."""
+    """Make one palette for all frames, so that unchanged pixels are stored once; lines and text keep their colours."""
     exact = list(dict.fromkeys([PAPER, INK, *(_to_bytes(x) for x in scene.legend.values() if x)]))[:128]
     others = frame.quantize(256 - len(exact)).getpalette()
     palette = Image.new("P", (1, 1))

@@ -1,4 +1,4 @@
-"""Detection in one image of the demo, with its time."""
+"""Run the detector on one image of the demo, and measure the time."""
 
 import time
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from ..predictor import Predictor
 
 
 def detect(predictor: Predictor, image: np.ndarray, name: str, options: Mapping[str, Any]) -> tuple[Detections, float]:
-    """Detect in an image (H, W, 3) uint8 RGB, and measure the seconds. A UserError begins with the name."""
+    """Run the detector on an image (H, W, 3) uint8 RGB, timed in seconds. A UserError begins with the name."""
     start = time.perf_counter()
     try:
         found = predictor(image, **options)

@@ -1,4 +1,4 @@
-"""Which image files a command line means, and where results go: never onto an input or an unrelated file beside it."""
+"""Find input files, and choose paths for results that never overwrite an input or an unrelated file beside it."""
 
 import glob
 import itertools
@@ -10,15 +10,15 @@ from pathlib import Path
 from ..data.images import IMAGE_SUFFIXES
 from ..errors import UserError, describe_os_error
 
-KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")  # the pictures of other images become .png
+KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")  # pictures of images in other formats are written as .png
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi")
 
 
 def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Find files, the images directly in folders (by their suffix; no hidden ones), and what globs match.
+    """Find files, images directly in folders (by suffix, without hidden files), and matches of globs.
 
     Returns:
-        The files, each once, and a message for each pattern that has none.
+        The files, each once, and a message for each pattern without files.
     """
     files: dict[Path, Path] = {}
     faults = []
@@ -32,8 +32,8 @@ def find_images(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def _expand(pattern: str) -> list[Path]:
-    """The files that a pattern means. OSError if there are none."""
-    pattern = os.path.expanduser(pattern)  # leaves the ~ of an unknown user, where Path.expanduser raises an error
+    """Return the files that a pattern matches. Raise an OSError if there are none."""
+    pattern = os.path.expanduser(pattern)  # Path.expanduser would raise an error for the ~ of an unknown user
     path = Path(pattern)
     if path.is_dir():
         names = sorted(path.iterdir())
@@ -52,15 +52,15 @@ def _expand(pattern: str) -> list[Path]:
 def plan_pictures(sources: Sequence[Path], output: Path, endings: Sequence[str] = ()) -> list[Path]:
     """Choose a path for the picture of each source, and make the folder.
 
-    The names are those of the sources; of several with the same name, later ones get _2, _3, ...
+    The names are those of the sources; if several have the same name, later ones get _2, _3, ...
 
     Args:
         output: a folder, or for a single source a file.
-        endings: of the files beside each picture, see `beside`.
+        endings: the endings of the files beside each picture, see `beside`.
 
     Raises:
-        UserError: one file for several sources, a suffix that cannot be written, the folder cannot be made, or an input
-            or another file in its folder would be written over.
+        UserError: `output` is one file for several sources or has an unsupported suffix, the folder cannot be created,
+            or an input or another file in its folder would be overwritten.
     """
     as_file = _means_file(output, IMAGE_SUFFIXES)
     if as_file and len(sources) > 1:
@@ -73,7 +73,7 @@ def plan_pictures(sources: Sequence[Path], output: Path, endings: Sequence[str] 
 
 
 def plan_texts(sources: Sequence[Path], folder: Path) -> list[Path]:
-    """Choose a .txt file in `folder` for each source, and make the folder; names differ as those of `plan_pictures`.
+    """Choose a .txt file in `folder` for each source, and make the folder; the names are unique as in `plan_pictures`.
 
     Raises:
         UserError: the folder cannot be made.
@@ -87,11 +87,11 @@ def plan_video(source: Path | None, output: Path) -> Path:
 
     Args:
         source: the video that is read; None for a camera.
-        output: a file by its suffix, else a folder; there, a camera's videos are webcam.mp4, webcam_2.mp4, ...
+        output: a file, by its suffix, or else a folder, in which a camera's videos are webcam.mp4, webcam_2.mp4, ...
 
     Raises:
-        UserError: a suffix that cannot be written, the folder cannot be made, or the source or another file in its
-            folder would be written over.
+        UserError: `output` has an unsupported suffix, the folder cannot be created, or the source or another file in
+            its folder would be overwritten.
     """
     as_file = _means_file(output, VIDEO_SUFFIXES)
     file = output if as_file else output / ("webcam.mp4" if source is None else f"{source.stem}.mp4")
@@ -104,12 +104,12 @@ def plan_video(source: Path | None, output: Path) -> Path:
 
 
 def beside(picture: Path, ending: str) -> Path:
-    """The file beside a picture: out/a_strip.png for out/a.jpg and "_strip.png"."""
+    """Return the file beside a picture: out/a_strip.png for out/a.jpg and "_strip.png"."""
     return picture.with_name(picture.stem + ending)
 
 
 def _means_file(output: Path, suffixes: Sequence[str]) -> bool:
-    """Whether --output means a file, by its suffix, and not a folder. UserError if we cannot write such a file."""
+    """Return whether --output is a file, by its suffix, and not a folder. UserError if its format is unsupported."""
     if output.is_dir() or output.suffix.lower() in suffixes:
         return not output.is_dir()
     if (mimetypes.guess_type(output.name)[0] or "").startswith(("image/", "video/")):
@@ -125,10 +125,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _spare(files: Sequence[Path], sources: Sequence[Path], output: Path, *, named: bool) -> None:
-    """Refuse to write over an input, or over a file in an input's folder that may be the user's own.
+    """Refuse to overwrite an input, or an unrelated file in the folder of an input.
 
     Args:
-        named: the user gave the file's name, and may want to replace what is there.
+        named: the user chose the name of the file, and may want to replace an existing one.
     """
     inputs = {source.resolve() for source in sources}
     folders = {source.parent for source in inputs}
@@ -141,7 +141,7 @@ def _spare(files: Sequence[Path], sources: Sequence[Path], output: Path, *, name
 
 
 def _number(sources: Sequence[Path], folder: Path, endings: Sequence[str]) -> list[Path]:
-    """Paths whose names, and those of the files beside them, differ even where the file system ignores case."""
+    """Choose paths that, with the files beside them, are unique even on a case-insensitive file system."""
     taken: set[str] = set()
     own = {source.stem.lower() for source in sources}
     pictures = []

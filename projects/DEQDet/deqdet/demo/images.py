@@ -1,4 +1,4 @@
-"""The demo on image files: one that cannot be done does not keep the others from it."""
+"""The demo on image files. A file that cannot be processed does not stop the others."""
 
 import os
 import struct
@@ -27,7 +27,7 @@ GIF, STRIP, PLOT = "_refinement.gif", "_strip.png", "_convergence.png"  # ending
 
 @dataclass
 class ImageDemo:
-    """Detects in image files. Each file that cannot be done has its line on stderr and is counted in `faults`."""
+    """Runs on image files. A file that cannot be processed is reported on stderr and counted in `faults`."""
 
     predictor: Predictor
     options: Mapping[str, Any] = field(default_factory=dict)  # steps, rtol and solver, as in a Predictor's call
@@ -37,7 +37,7 @@ class ImageDemo:
         """Write a picture of each image, and print a line.
 
         Args:
-            pictures: where to, one for each source.
+            pictures: the path of each source's picture.
             extras: GIF, STRIP, PLOT: what to write beside each picture.
         """
         targets = dict(zip(sources, pictures, strict=True))
@@ -55,7 +55,7 @@ class ImageDemo:
             tqdm.write(f"{line} -> {names}")
 
     def show(self, sources: Sequence[Path]) -> None:
-        """Show each image in a window until a key is pressed; Esc ends it. UserError: see Window."""
+        """Show each image in a window until a key is pressed; Esc quits. UserError: see Window."""
         window = Window("DEQDet")
         for _, image, found, line in self._detect(sources):
             tqdm.write(line)
@@ -63,17 +63,17 @@ class ImageDemo:
                 break
 
     def report(self, fault: object) -> None:
-        """Count a fault and print its line."""
+        """Count a fault, and print it in one line."""
         self.faults += 1
         tqdm.write(f"error: {one_line(fault)}", file=sys.stderr)
 
     def _detect(self, sources: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray, Detections, str]]:
-        """The images (H, W, 3) uint8 RGB that can be read, with their detections and the line to print."""
+        """Yield the images (H, W, 3) uint8 RGB that can be processed, with their detections and the line to print."""
         for source in tqdm(sources, desc="images", disable=None if len(sources) > 1 else True):
             try:
                 image = read_image(source)
                 found, seconds = detect(self.predictor, image, str(source), self.options)
-            except UserError as error:  # either names the file
+            except UserError as error:  # the message names the file
                 self.report(error)
                 continue
             counts = f"{plural(len(found), 'detection')}, {plural(found.steps, 'step')}"

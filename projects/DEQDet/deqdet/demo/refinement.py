@@ -1,4 +1,4 @@
-"""How the queries of one image moved, from the initial boxes to the equilibrium, and its residuals as a plot."""
+"""Trace the queries of one image from the initial boxes to the equilibrium, and plot the residuals."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ from ..structures import QueryState
 
 @dataclass(frozen=True)
 class Refinement:
-    """T: steps taken; N: queries; K: classes. All on the CPU; boxes are xyxy, in pixels of the original image.
+    """Boxes, scores and residuals of one image by step. T: steps taken; N: queries; K: classes.
 
-    Step 0 is the output of the initialization layer g. A residual of step t is that of the iterate to which the step
-    applied f.
+    All tensors are on the CPU; boxes are xyxy, in pixels of the original image. Step 0 is the output of the
+    initialization layer g. A residual of step t is that of the iterate to which the step applied f.
     """
 
     image_size: tuple[int, int]  # height, width of the original image
@@ -27,7 +27,7 @@ class Refinement:
     scores: Tensor  # (1 + T, N, K)
     detected: Tensor  # (M, 2)  int64, query and class of the detections after step T, best first, one for each query
     residuals: Tensor  # (T,)  relative, of the whole packed state: what rtol is compared with
-    shown: Tensor  # (T,)  of the state that boxes and scores come from; an earlier step's where that state was kept
+    shown: Tensor  # (T,)  of the state that boxes and scores come from; an earlier step's if its state was kept
     parts: ResidualParts  # (T,) each: residuals of content and of position
     shifts: Tensor  # (T, N)  by how much each box changes, clipped: root mean square over x0, y0, x1, y1; pixels
 
@@ -43,7 +43,7 @@ def trace_refinement(walk: BatchTrajectory, threshold: float) -> Refinement:
 
     Args:
         walk: with record_iterates, and with every step recorded.
-        threshold: the lowest score of a detection.
+        threshold: minimum score of a detection.
     """
     path, (height, width), size = walk.trajectory, walk.images.image_sizes[0], walk.original_sizes[0]
     solution, steps = path.solution, int(path.solution.steps[0])
@@ -53,7 +53,7 @@ def trace_refinement(walk: BatchTrajectory, threshold: float) -> Refinement:
     scores = torch.cat([x.logits.float().sigmoid() for x in predictions]).cpu()
     residuals = solution.residuals[:steps, 0].float().cpu()
     shown = residuals.clone()
-    for t in range(1, steps):  # a worse step than the best one so far, or an infinite one, leaves the state as it was
+    for t in range(1, steps):  # a step that is infinite, or worse than the best so far, keeps the state
         if not torch.equal(solution.recorded[t + 1], solution.outputs[t + 1]):
             shown[t] = shown[t - 1]
     return Refinement(
@@ -74,7 +74,7 @@ def trace_refinement(walk: BatchTrajectory, threshold: float) -> Refinement:
 
 
 def _detect(scores: Tensor, threshold: float, most: int) -> Tensor:
-    """(N, K) -> (M, 2), see Refinement.detected."""
+    """Select detections from scores (N, K) -> (M, 2), see Refinement.detected."""
     best, order = scores.flatten().topk(min(most, scores.numel()))
     pairs = torch.stack([order // scores.shape[1], order % scores.shape[1]], dim=1)[best >= threshold]
     seen: dict[int, int] = {}
@@ -84,19 +84,19 @@ def _detect(scores: Tensor, threshold: float, most: int) -> Tensor:
 
 
 def _shift(iterate: QueryState, output: QueryState, scale: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, N), see Refinement.shifts. Both boxes are clipped to the image, as detections are."""
+    """Compute (1, N), see Refinement.shifts. Both boxes are clipped to the image, as detections are."""
     limits = scale.new_tensor([size[1], size[0]]).repeat(2)
     before, after = (torch.minimum((scale * decode_boxes(x.position)).clamp(min=0), limits) for x in (iterate, output))
     return (after - before).square().mean(dim=2).sqrt()
 
 
 def plot_convergence(refinement: Refinement, title: str, rtol: float) -> Figure:
-    """Plot the residuals of content and position against the step, absolute ones on the left, relative ones right.
+    """Plot the residuals of content and position against the step, absolute on the left, relative on the right.
 
     Args:
-        rtol: drawn beside the relative residuals if it is positive.
+        rtol: drawn as a line in the relative plot if it is positive.
     """
-    figure = Figure(figsize=(9, 4), layout="constrained")  # pyplot would choose a backend
+    figure = Figure(figsize=(9, 4), layout="constrained")  # not by pyplot, which would choose a backend
     axes_absolute, axes_relative = figure.subplots(1, 2)
     parts, every = refinement.parts, refinement.shifts
     found = every[:, refinement.detected[:, 0]]

@@ -17,14 +17,14 @@ from ..errors import UserError
 from ..predictor import Predictor
 from .detection import detect
 
-DEFAULT_FPS = 25.0  # where a file or camera does not say
-COMPLETE = 0.9  # of the frames that a file announces, which is an estimate
+DEFAULT_FPS = 25.0  # if a file or camera does not report it
+COMPLETE = 0.9  # minimum share of readable frames, since the number that a file announces is an estimate
 ESCAPE = 27
 
 
 @dataclass(frozen=True)
 class Video:
-    """What `open_video` or `open_camera` opened."""
+    """A video file or a camera, opened by `open_video` or `open_camera`."""
 
     capture: cv2.VideoCapture
     name: str
@@ -38,18 +38,18 @@ class Video:
 
     @property
     def length(self) -> int | None:
-        """The number of frames that the file announces; None for a camera, or a file that does not say."""
+        """The number of frames that the file announces; None for a camera, or if the file does not say."""
         count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
         return count if count > 0 and not self.live else None
 
     def frames(self) -> Iterator[np.ndarray]:
-        """The frames (H, W, 3) uint8 RGB, until there are no more."""
+        """Yield the frames (H, W, 3) uint8 RGB until there are no more."""
         while (frame := self.capture.read()[1]) is not None:
             yield np.ascontiguousarray(frame[:, :, ::-1])
 
 
 def open_video(path: Path) -> Video:
-    """Open a video file. UserError if it is missing or no video."""
+    """Open a video file. UserError if it is missing or not a video."""
     if not path.is_file():
         raise UserError(f"--video-input {path} {'is not a file' if path.exists() else 'does not exist'}")
     problem = f"--video-input {path} is not a video, or of a format that OpenCV cannot read"
@@ -63,23 +63,23 @@ def open_camera(index: int) -> Video:
 
 
 class VideoFile:
-    """Writes frames with the codec mp4v. The file is opened with the first one, whose size all others must have."""
+    """Writes frames with the codec mp4v. The first frame opens the file, and all others must have its size."""
 
     def __init__(self, path: Path, fps: float, live: bool):
         """
         Args:
-            live: keep to the clock: repeat frames where they come more slowly than fps.
+            live: keep real time by repeating frames that arrive more slowly than fps.
         """
         self.path, self.fps, self.live = path, fps, live
         self._writer: cv2.VideoWriter | None = None
         self._start, self._written = 0.0, 0
 
     def write(self, frame: np.ndarray) -> bool:
-        """Write a frame (H, W, 3) uint8 RGB, and return True: go on. UserError if the file cannot be opened."""
+        """Write a frame (H, W, 3) uint8 RGB, and return True to continue. UserError if the file cannot be opened."""
         if self._writer is None:
             height, width = frame.shape[:2]
             problem = f"--output {self.path}: cannot write this video (codec mp4v, {width} x {height} px)"
-            advice = "see that its folder can be written, and call it .mp4"
+            advice = "make sure that its folder is writable and that its name ends in .mp4"
             target = str(self.path), cv2.VideoWriter_fourcc(*"mp4v"), self.fps, (width, height)
             self._writer = _open(cv2.VideoWriter, *target, problem=f"{problem}: {advice}")
             self._start = time.perf_counter()
@@ -99,9 +99,9 @@ class Window:
     """A window that shows one picture at a time."""
 
     def __init__(self, name: str):
-        """UserError if there is no display, or OpenCV was built without windows."""
+        """Open the window. UserError if there is no display, or if OpenCV was built without windows."""
         self.name = name
-        # OpenCV may end the whole process where there is no display.
+        # Without a display, OpenCV may end the whole process.
         if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             raise UserError("no window can be opened, since there is no display: give --output")
         try:
@@ -111,15 +111,15 @@ class Window:
             raise UserError(f"no window can be opened, since {reason}: give --output") from error
 
     def show(self, picture: np.ndarray, *, wait: bool) -> bool:
-        """Show a picture (H, W, 3) uint8 RGB, with `wait` until a key is pressed. False after the key Esc."""
+        """Show a picture (H, W, 3) uint8 RGB; with `wait`, until a key is pressed. Return False after Esc."""
         cv2.imshow(self.name, picture[:, :, ::-1])
         return cv2.waitKey(0 if wait else 1) != ESCAPE
 
 
 def run_video(predictor: Predictor, video: Video, output: Path | None, options: Mapping[str, Any] = {}) -> None:
-    """Detect in every frame, write a video or show it in a window, and print a line.
+    """Run the detector on every frame, write a video or show it in a window, and print a summary line.
 
-    Esc in the window, or Ctrl-C where a camera is recorded, ends it.
+    Esc in the window ends the loop, and so does Ctrl-C while a camera is recorded.
 
     Args:
         options: steps, rtol and solver, as in a Predictor's call.

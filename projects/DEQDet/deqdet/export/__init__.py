@@ -1,7 +1,7 @@
-"""A trained detector as ONNX graphs or torch.export programs, which run without this package.
+"""Export a trained detector as ONNX graphs or torch.export programs, which run without this package.
 
-`export_detector` writes the files, `check_export` compares them with PyTorch, and `OnnxDetector` runs the ONNX ones.
-The last is in runner.py, which needs numpy and onnxruntime only and can be copied alone.
+`export_detector` writes the files, `check_export` compares them with PyTorch, and `OnnxDetector` runs the ONNX files.
+The last one is in runner.py, which needs only numpy and onnxruntime, and can be copied out of the package.
 """
 
 from .check import Difference, check_export

@@ -1,8 +1,8 @@
-"""Compare the graphs of an export with PyTorch, at other batch sizes and image sizes than they were traced with.
+"""Compare exported graphs with PyTorch, at batch sizes and image sizes other than those that were traced.
 
-An equilibrium that does not settle on an image amplifies rounding from step to step: two correct programs end at
-different boxes. So each comparison also measures what PyTorch itself does when the state before f is changed by one
-part in a million, and a difference counts as an error only where it is far above that.
+If the iteration does not converge on an image, it amplifies rounding errors from step to step, so two correct programs
+can end at different boxes. Each comparison therefore also measures how far PyTorch's own boxes move if the state is
+perturbed by one part in a million. A difference is an error only if it is far above that.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ from .write import Exported, say_nothing
 SIZES = ((3, 5), (6, 4), (5, 8))  # height and width, in units of the size divisibility
 BATCHES = (1, 3)
 TOLERANCE = 1e-2  # pixels
-THRESHOLD = 0.05  # the lowest score of a detection that is compared
-NOISE = 1e-6  # relative, about the rounding of float32
-AMPLIFIED = 10  # times the effect of NOISE: still explained by an iteration that does not settle
+THRESHOLD = 0.05  # minimum score of the detections that are compared
+NOISE = 1e-6  # relative perturbation, about the rounding error of float32
+AMPLIFIED = 10  # A non-converging iteration explains differences of up to this many times the effect of NOISE.
 
 Graph = Callable[..., list[Tensor]]
 
@@ -33,18 +33,18 @@ class Difference:
     batch: int
     height: int
     width: int
-    detections: int  # PyTorch's above THRESHOLD; if there are none, the best of each image
-    boxes: float  # pixels, the largest
-    scores: float
-    sensitivity: float  # pixels, by which PyTorch's own boxes move under NOISE; 0 without an iteration
+    detections: int  # number that are compared: PyTorch's above THRESHOLD, or else the best of an image
+    boxes: float  # largest difference, pixels
+    scores: float  # largest difference
+    sensitivity: float  # how far PyTorch's own boxes move under NOISE, pixels; 0 without an iteration
 
     @property
     def is_equal(self) -> bool:
-        """Whether the boxes agree, or differ by no more than rounding does on an image that does not settle."""
+        """Whether the boxes agree up to TOLERANCE, or up to the rounding that a non-converging iteration amplifies."""
         return self.boxes <= max(TOLERANCE, AMPLIFIED * self.sensitivity)
 
     def __str__(self) -> str:
-        unstable = "" if self.sensitivity <= TOLERANCE else "; the iteration is unstable here, it amplifies rounding"
+        unstable = "" if self.sensitivity <= TOLERANCE else "; the iteration is unstable here and amplifies rounding"
         return (
             f"batch {self.batch}, {self.height} x {self.width}: {self.detections} detections differ by up to "
             f"{self.boxes:.1e} px and {self.scores:.1e} in score (PyTorch itself by {self.sensitivity:.1e} px after a "
@@ -53,13 +53,13 @@ class Difference:
 
 
 def check_export(exported: Exported, say: Callable[[str], None] = say_nothing) -> list[Difference]:
-    """Run the graphs beside PyTorch on generated images, at three sizes and two batch sizes.
+    """Run the graphs and PyTorch on generated images of three sizes and with two batch sizes, and compare them.
 
     Args:
         say: called with a line before the comparison, and with one for each difference as soon as it is known.
 
     Raises:
-        UserError: the detections differ by more than TOLERANCE on an image where the iteration is stable.
+        UserError: the boxes differ by more than TOLERANCE, and by more than AMPLIFIED times the sensitivity.
     """
     files = " and ".join(map(str, exported.files))
     say(f"Comparing {files} with PyTorch after {exported.notes['steps']} steps:")
@@ -82,7 +82,7 @@ def check_export(exported: Exported, say: Callable[[str], None] = say_nothing) -
 
 
 def _batches(unit: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Plain images with rectangles of other colours, and a few lines and columns of padding."""
+    """Generate images of one colour with rectangles of other colours, and a few rows and columns of padding."""
     for height, width in SIZES:
         for batch in BATCHES:
             shape = height * unit, width * unit
@@ -99,13 +99,13 @@ def _batches(unit: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Te
 
 
 def _load(path, target: str) -> Graph:
-    """A file as a function of tensors."""
+    """Load a file as a function of tensors."""
     if target == "torch-export":
         return torch.export.load(path).module()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone; see OnnxDetector's loading for the warning that this leaves out
+    options.log_severity_level = 3  # errors only; runner._load names the warning that this suppresses
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
 
@@ -117,7 +117,7 @@ def _load(path, target: str) -> Graph:
 
 
 def _detect(graphs: list[Graph], images: Tensor, sizes: Tensor, notes: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (B, M, 4), scores (B, M) and classes (B, M), after plain iteration where it lies outside of the graphs."""
+    """Compute boxes (B, M, 4), scores (B, M) and classes (B, M); with two graphs, by plain iteration of the step."""
     if len(graphs) == 1:
         return tuple(graphs[0](images, sizes)[:3])
     state, boxes, scores, *levels = graphs[0](images, sizes)
@@ -129,17 +129,17 @@ def _iterate(step: Graph, state, boxes, scores, levels, steps: int) -> tuple[Ten
         state, _, boxes, scores = step(state, levels)
     classes = scores.shape[2]
     indices = torch.arange(scores[0].numel()).expand(len(scores), -1)
-    pairs = boxes.repeat_interleave(classes, dim=1)  # every query with every class
+    pairs = boxes.repeat_interleave(classes, dim=1)  # every pair of a query and a class
     return pairs, scores.flatten(1), indices % classes
 
 
 def _noisy(modules: list, images: Tensor, sizes: Tensor, notes: dict, generator: torch.Generator):
-    """PyTorch's detections after a change of the state by NOISE; None where no layer is applied again and again."""
+    """Compute PyTorch's detections with the state perturbed by NOISE; None if no layer is applied repeatedly."""
     if len(modules) == 1:
         graph: OneGraph = modules[0]
         if len(graph.repeated) > 1:
             return None
-        # The change enters through the initial queries, which are the state before g.
+        # The perturbation enters through the initial queries, which are the state before g.
         weight = graph.queries.content.weight
         original = weight.clone()
         weight.mul_(1 + NOISE * torch.randn(weight.shape, generator=generator))
@@ -156,9 +156,9 @@ def _noisy(modules: list, images: Tensor, sizes: Tensor, notes: dict, generator:
 
 
 def _compare(want: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> tuple[float, float, int]:
-    """The largest differences in pixels and in score, over the detections that count, and their number.
+    """Compute the largest differences in pixels and in score, and the number of compared detections.
 
-    Detections of equal scores may change places, so that each is compared with the nearest one of its class.
+    Detections of equal scores may change places, so each one is compared with the nearest one of its class.
     """
     pixels, scores, count = 0.0, 0.0, 0
     for boxes, score, classes, other_boxes, other_score, other_classes in zip(*want, *got, strict=True):

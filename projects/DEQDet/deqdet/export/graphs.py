@@ -1,9 +1,9 @@
 """The modules that are exported: a whole detector, or its encoder with g and one step of f.
 
-All of them take images as they are, 0 to 255, so that a caller only resizes and pads. None of them reads Python numbers
-from a tensor, so that one graph serves every batch size and image size.
+Modules with image inputs take pixel values from 0 to 255, so a caller only has to resize and pad. No module reads
+Python numbers from a tensor, so one graph works for every batch size and image size.
 
-B: images, N: queries, C: channels, K: classes, D = N * (4 + C): numbers of a packed state, L: levels, M: detections.
+B: images, N: queries, C: channels, K: classes, D = N * (4 + C): size of a packed state, L: levels, M: detections.
 """
 
 import copy
@@ -22,22 +22,22 @@ from ..layers import SparseRCNNLayer
 from ..structures import QueryState
 from .swin import ExportedSwinBlock, ExportedSwinStage
 
-# RoIAlign's samples of a box this far from the image, in pixels, are all outside it, where they count as 0.
+# A coordinate in pixels so far outside the image that all of RoIAlign's samples in a box there are 0.
 OUTSIDE = -1e6
-# Boxes beyond this distance from the origin, in pixels, are moved to it, as SparseRCNNLayer does.
+# Box coordinates are clamped to this distance from the origin, in pixels, as in SparseRCNNLayer.
 FARTHEST = 1e6
 
 
 class ExportedSparseRCNNLayer(SparseRCNNLayer):
-    """The same layer, with the same weights, pooled without the loops over images and levels of ROIPooler.
+    """The same layer with the same weights, which pools without ROIPooler's loops over images and levels.
 
-    ROIPooler sorts the boxes by level and takes a list of boxes for each image; the numbers of both would be fixed in a
-    graph. Here each level pools all boxes, of which those of other levels are moved outside the image, where RoIAlign
-    reads 0; the sum over the levels is then the same. It costs L times ROIPooler's arithmetic.
+    ROIPooler sorts the boxes by level and takes a list of boxes for each image; a graph would fix the numbers of both.
+    Here each level pools all boxes, but those of other levels are moved outside the image, where RoIAlign reads 0, so
+    the sum over the levels is the same. This costs L times the arithmetic of ROIPooler.
     """
 
     def _pool(self, features: list[Tensor], boxes: Tensor) -> Tensor:
-        """See SparseRCNNLayer._pool; here with one state of each image, (B, N, 4) to (B, N, cells, C)."""
+        """See SparseRCNNLayer._pool; here with one state per image, from boxes (B, N, 4) to (B, N, cells, C)."""
         boxes = boxes.nan_to_num().clamp(-FARTHEST, FARTHEST)
         level = self._assign_level(boxes)[..., None]  # (B, N, 1)
         image = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)[:, None, None]
@@ -51,14 +51,14 @@ class ExportedSparseRCNNLayer(SparseRCNNLayer):
         return regions.flatten(2).transpose(1, 2).unflatten(0, (-1, boxes.shape[1]))
 
     def _assign_level(self, boxes: Tensor) -> Tensor:
-        """(B, N) the index of the level that each box is read from (FPN, CVPR 2017, Eq. 1)."""
+        """Return the index of the level from which each box is pooled, (B, N) (FPN, CVPR 2017, Eq. 1)."""
         pooler = self.pooler
         area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
         octave = torch.log2(area.sqrt() / pooler.canonical_box_size + 1e-8)
         return (pooler.canonical_level + octave).floor().clamp(pooler.min_level, pooler.max_level) - pooler.min_level
 
 
-# The class of a module, and the subclass that takes its place in an export, with the same parameters.
+# The class of a module -> the subclass that replaces it in an export, with the same parameters.
 EXPORTED: dict[type[nn.Module], type[nn.Module]] = {
     SparseRCNNLayer: ExportedSparseRCNNLayer,
     SwinTransformerBlock: ExportedSwinBlock,
@@ -67,22 +67,22 @@ EXPORTED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class Encoder(nn.Module):
-    """Backbone, neck and the initialization layer g: all that runs once for an image."""
+    """Backbone, neck and the initialization layer g: the part that runs once per image."""
 
     def __init__(self, model: DEQDet):
         """
         Args:
-            model: a detector, of which a copy on the CPU in evaluation mode is taken.
+            model: a detector; the module holds a copy of it on the CPU, in evaluation mode.
 
         Raises:
-            UserError: the decoder's layers are not one layer that is applied again and again.
+            UserError: the decoder does not apply one layer repeatedly.
         """
         super().__init__()
         model = _exportable(model)
         if isinstance(model.decoder, StackedDecoder):
             raise UserError(
-                f"MODEL.DEQDET.DECODER is {type(model.decoder).__name__}, whose layers have weights of their own: two "
-                "graphs need one layer that is applied again and again; give --form one"
+                f"MODEL.DEQDET.DECODER is {type(model.decoder).__name__}, whose layers have different weights: two "
+                "graphs need one layer that is applied repeatedly; give --form one"
             )
         execution = _execution(model.decoder)
         self.backbone, self.in_features, self.queries = model.backbone, model.in_features, model.queries
@@ -93,10 +93,10 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_std", model.pixel_std)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        """Encode images, and make the state from which f starts.
+        """Encode images, and compute the state from which f starts.
 
         Args:
-            images: (B, 3, H, W) uint8, padded at the right and at the bottom with anything, in the model's channel
+            images: (B, 3, H, W) uint8, padded at the right and the bottom with any values, in the model's channel
                 order; H and W are multiples of the backbone's size divisibility.
             sizes: (B, 2) int64, height and width of each image before padding.
 
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
 
 class Step(nn.Module):
-    """One application of f, with its residual and its read-out: all that a solver outside of the graph needs."""
+    """One application of f with its residual and its read-out: everything that a solver outside the graph needs."""
 
     def __init__(self, model: DEQDet):
         super().__init__()
@@ -125,12 +125,12 @@ class Step(nn.Module):
 
         Args:
             state: (B, D) packed y.
-            levels: for each level (B, C, H_l, W_l), as the encoder made them.
+            levels: (B, C, H_l, W_l) for each level, from the encoder.
 
         Returns:
             f(y) packed (B, D); ||f(y) - y|| / ||f(y)|| (B,); boxes (B, N, 4) and scores (B, N, K) of f(y).
         """
-        # One symbol for both batch sizes: two of them that are only known to be equal are a guard against a batch of 1.
+        # Both batch sizes must be one symbol: torch.export would guard two equal symbols, which excludes a batch of 1.
         state = state.reshape(levels[0].shape[0], state.shape[1])
         refined = self.refinement(QueryState.unpack(state, self.num_queries), list(levels))
         output = refined.pack()
@@ -139,7 +139,7 @@ class Step(nn.Module):
 
 
 class LoopBody(nn.Module):
-    """One step of plain iteration, as OneGraph takes it: what an ONNX Loop repeats."""
+    """One step of plain iteration, as in OneGraph: the body of an ONNX Loop."""
 
     def __init__(self, model: DEQDet, damping: float = 1.0):
         super().__init__()
@@ -148,7 +148,7 @@ class LoopBody(nn.Module):
     def forward(
         self, state: Tensor, boxes: Tensor, scores: Tensor, levels: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Apply f once; where f(y) is not finite, all stays as it was.
+        """Apply f once; where f(y) is not finite, keep the state and its read-out.
 
         Args:
             state: (B, D) packed y.
@@ -167,14 +167,14 @@ class LoopBody(nn.Module):
 
 
 class Best(nn.Module):
-    """The best pairs of a query and a class, as inference.top_detections chooses them."""
+    """Selects the best pairs of a query and a class, as inference.top_detections does."""
 
     def __init__(self, max_detections: int):
         super().__init__()
         self.max_detections = max_detections
 
     def forward(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (B, N, 4) and scores (B, N, K) to boxes (B, M, 4), falling scores (B, M) and classes (B, M)."""
+        """Select boxes (B, M, 4), scores (B, M) descending, classes (B, M) from boxes (B, N, 4), scores (B, N, K)."""
         queries, classes = scores.shape[1:]
         scores, indices = scores.flatten(1).topk(min(self.max_detections, queries * classes), dim=1)
         boxes = boxes.gather(1, (indices // classes)[..., None].expand(-1, -1, 4))
@@ -188,11 +188,11 @@ class OneGraph(nn.Module):
         """
         Args:
             model: see Encoder.
-            steps: the applications of f; by default those of the decoder. Only where the layers are one layer.
+            steps: number of applications of f, for decoders that repeat one layer; by default the decoder's own.
             damping: of the plain iteration; 1 is the paper's.
 
         Raises:
-            UserError: the layers have weights of their own, and a number of steps is given; or an unknown decoder.
+            UserError: steps is given but the layers have different weights, or the decoder is unknown.
         """
         super().__init__()
         model = _exportable(model)
@@ -203,15 +203,15 @@ class OneGraph(nn.Module):
         self.first, self.repeated, self.steps = _layers(model, steps)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Detect.
+        """Detect objects.
 
         Args:
             images, sizes: see Encoder.forward.
 
         Returns:
-            Boxes (B, M, 4) xyxy in pixels of `images`, scores (B, M) falling, classes (B, M) int64, and the relative
-            change of the state in the last layer (B,). For an equilibrium this is the residual. It is inf if there was
-            no step.
+            Boxes (B, M, 4) xyxy in pixels of `images`, descending scores (B, M), classes (B, M) int64, and the
+            relative change of the state in the last layer (B,). For an equilibrium this is the residual. It is inf if
+            there was no step.
         """
         features, state = _encode(self, images, sizes)
         residual = torch.full((images.shape[0],), torch.inf, device=images.device)
@@ -222,9 +222,9 @@ class OneGraph(nn.Module):
             layer = self.repeated[step % len(self.repeated)]
             output = layer(self._unpack(flat), features).pack()
             residual = relative_residual(flat, output)
-            # A state that became infinite or NaN stays as it was before, as in solve().
+            # A state that would become infinite or NaN is kept as it was before, as in solve().
             usable = output.isfinite().all(dim=1, keepdim=True)
-            # What is read out is f(y) itself, so that the last step takes no damping.
+            # f(y) itself is read out, so the last step is not damped.
             last = self.damping == 1 or step == self.steps - 1
             flat = torch.where(usable, output if last else torch.lerp(flat, output, self.damping), flat)
         prediction = layer.predict(self._unpack(flat))
@@ -235,13 +235,13 @@ class OneGraph(nn.Module):
 
 
 def check_walk(model: DEQDet, unit: int) -> None:
-    """See that the walk of a decoder of the user's own is what two graphs compute: g once, then f again and again.
+    """Check that the walk of a custom decoder is what two graphs compute: g once, then f repeatedly.
 
     Args:
-        unit: the size divisibility, of which the sides of the example are multiples.
+        unit: the size divisibility; the sides of the example are multiples of it.
 
     Raises:
-        UserError: it ends at another state after two plain steps.
+        UserError: the walk ends at a different state after two plain steps.
     """
     if type(model.decoder) is EquilibriumDecoder or not model.decoder.has_equilibrium:
         return
@@ -257,13 +257,13 @@ def check_walk(model: DEQDet, unit: int) -> None:
         walk = model.decoder.walk(initial, levels, steps=2, rtol=0.0, solver=FixedPointIteration())
     if not torch.allclose(walk.solution.value, state, rtol=1e-3, atol=1e-3):
         raise UserError(
-            f"MODEL.DEQDET.DECODER is {type(model.decoder).__name__}, whose walk is not what its execution() says: the "
+            f"MODEL.DEQDET.DECODER is {type(model.decoder).__name__}, whose walk() does not match its execution(): the "
             "export needs its initialization once, if there is one, and then plain steps of its refinement"
         )
 
 
 def _layers(model: DEQDet, steps: int | None) -> tuple[nn.ModuleList, nn.ModuleList, int]:
-    """The layers that run once, those that run in turn after them, and how many of these applications there are."""
+    """Return the layers that run once, those that then run in turn, and the number of these applications."""
     decoder = model.decoder
     if isinstance(decoder, StackedDecoder):
         if steps is not None:
@@ -278,26 +278,26 @@ def _layers(model: DEQDet, steps: int | None) -> tuple[nn.ModuleList, nn.ModuleL
 
 
 def _execution(decoder: Decoder) -> Execution:
-    """The layers of a decoder that applies one layer again and again."""
+    """Return the layers of a decoder that applies one layer repeatedly."""
     if decoder.has_equilibrium or isinstance(decoder, RecurrentDecoder):
         return decoder.execution()
     raise UserError(
-        f"MODEL.DEQDET.DECODER is {type(decoder).__name__}, for which there is no export: it needs an equilibrium "
+        f"MODEL.DEQDET.DECODER is {type(decoder).__name__}, which cannot be exported: it needs an equilibrium "
         "(has_equilibrium), or must be a RecurrentDecoder or StackedDecoder"
     )
 
 
 def _exportable(model: DEQDet) -> DEQDet:
-    """A copy on the CPU in evaluation mode, whose modules are replaced by forms that a graph can hold, where needed."""
+    """Copy a model to the CPU in evaluation mode, and replace modules by exportable ones where needed."""
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for module in model.modules():
         if type(module) in EXPORTED:
-            module.__class__ = EXPORTED[type(module)]  # the same parameters and a method of its own
+            module.__class__ = EXPORTED[type(module)]  # same parameters, but an exportable method
     return model
 
 
 def _encode(module: Encoder | OneGraph, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], QueryState]:
-    """The pyramid and the initial queries; the padding becomes 0 behind the normalisation, as in DEQDet.preprocess."""
+    """Compute pyramid and initial queries; the padding is 0 after the normalisation, as in DEQDet.preprocess."""
     rows = torch.arange(images.shape[2], device=images.device) < sizes[:, :1]  # (B, H)
     columns = torch.arange(images.shape[3], device=images.device) < sizes[:, 1:]  # (B, W)
     normalised = (images.to(module.pixel_mean.dtype) - module.pixel_mean) / module.pixel_std

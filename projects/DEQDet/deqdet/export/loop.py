@@ -1,7 +1,7 @@
-"""A whole detector as one ONNX graph, in which a Loop applies f: its steps are an input, and its weights stand once.
+"""Join the exported parts of a detector into one ONNX graph, in which a Loop applies f.
 
-torch.onnx has no form for a loop whose body is a module, so that the graphs of the parts, exported one by one, are
-joined here.
+The number of steps is an input, and each weight is stored once. torch.onnx cannot export a loop whose body is a module,
+so the parts are exported one by one and joined here.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
-CARRIED = ("state", "boxes", "scores", "residual")  # from one step to the next
+CARRIED = ("state", "boxes", "scores", "residual")  # the loop-carried values
 
 
 def join_loop(encoder: ModelProto, body: ModelProto, best: ModelProto, steps: int) -> ModelProto:
@@ -19,10 +19,10 @@ def join_loop(encoder: ModelProto, body: ModelProto, best: ModelProto, steps: in
         encoder: images, sizes -> state, boxes, scores, level0, ... (see graphs.Encoder).
         body: state, boxes, scores, level0, ... -> state, boxes, scores, residual (see graphs.LoopBody).
         best: boxes, scores -> boxes, scores, classes (see graphs.Best).
-        steps: what the input "steps" () int64 is if it is not given.
+        steps: the default of the input "steps", () int64.
 
     Returns:
-        images, sizes -> boxes, scores, classes, residual.
+        images, sizes, steps -> boxes, scores, classes, residual.
     """
     encoder, body, best = (
         onnx.compose.add_prefix(model, f"{name}/") for name, model in (("g", encoder), ("f", body), ("best", best))
@@ -36,7 +36,7 @@ def join_loop(encoder: ModelProto, body: ModelProto, best: ModelProto, steps: in
     nodes = [
         *(helper.make_node("Identity", [x.name], [f"g/{x.name}"]) for x in inputs),
         *encoder.graph.node,
-        # A loop's body reads the names of the graph around it: the levels need not be carried along.
+        # The body of a Loop can read values of the enclosing graph, so the levels need not be loop-carried.
         *(helper.make_node("Identity", [f"g/{level}"], [f"f/{level}"]) for level in levels),
         helper.make_node("Shape", ["g/state"], ["loop/batch"], start=0, end=1),
         helper.make_node("ConstantOfShape", ["loop/batch"], ["g/residual"], value=no_step_yet),
@@ -65,7 +65,7 @@ def join_loop(encoder: ModelProto, body: ModelProto, best: ModelProto, steps: in
 
 
 def _loop_graph(body: GraphProto) -> GraphProto:
-    """The body with what a Loop hands to it first: the number of the step, and whether to go on."""
+    """Add the first two inputs of every Loop body: the number of the step, and whether to continue."""
     carried = [_renamed(x, x.name) for x in body.input if not x.name.startswith("f/level")]
     by_name = {x.name: x for x in body.output}
     found = [by_name[f"f/{name}.out"] for name in CARRIED]

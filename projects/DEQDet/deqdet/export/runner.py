@@ -3,9 +3,9 @@
     detector = OnnxDetector("model.encoder.onnx")     # or "model.onnx", which takes no rtol and no solver
     found = detector(image, steps=8, rtol=0.01, solver="anderson", threshold=0.5)
 
-An image is an array (H, W, 3) of uint8, RGB. With two graphs, the encoder runs once for an image and the other one, f,
-as often as you say: each call chooses its own number of steps, tolerance and solver. One graph holds both, and a loop
-around f whose number of steps is an input; it takes less time.
+An image is an array (H, W, 3) of uint8, RGB. With two graphs, the encoder runs once per image and the other one, f,
+once per step: each call chooses its own number of steps, tolerance and solver. A single graph contains both, with a
+loop around f whose number of steps is an input; it is faster.
 """
 
 import json
@@ -26,7 +26,7 @@ class Found:
     scores: np.ndarray  # (M,)
     classes: np.ndarray  # (M,) int64
     labels: list[str]  # the name of each class
-    steps: int  # the applications of f
+    steps: int  # number of applications of f
     residual: float  # ||f(y) - y|| / ||f(y)|| of the last one; inf before the first
 
 
@@ -37,17 +37,17 @@ class OnnxDetector:
         """
         Args:
             path: NAME.onnx or NAME.encoder.onnx.
-            threads: of onnxruntime; 0: as many as it likes.
+            threads: number of threads of onnxruntime; 0: its own choice.
             providers: onnxruntime's execution providers, for example "CUDAExecutionProvider".
 
         Raises:
-            ValueError: a file is missing, is no ONNX file, or was not written by deqdet-export-model.
+            ValueError: a file is missing, is not an ONNX file, or was not written by deqdet-export-model.
         """
         path = Path(path)
         self.encoder, self.step = _load(path, threads, providers), None
         metadata = self.encoder.get_modelmeta().custom_metadata_map
         if "deqdet" not in metadata or "images" not in [x.name for x in self.encoder.get_inputs()]:
-            raise ValueError(f"{path}: give NAME.onnx or NAME.encoder.onnx, as deqdet-export-model has written it")
+            raise ValueError(f"{path}: give NAME.onnx or NAME.encoder.onnx, as written by deqdet-export-model")
         # The exporter's notes: class names, sizes, pixel format, defaults of steps, rtol and solver.
         self.notes = {key: json.loads(value) for key, value in metadata.items()}
         if self.notes["form"] == "two":
@@ -55,30 +55,30 @@ class OnnxDetector:
             self.step = _load(path.with_name(f"{name}.step.onnx"), threads, providers)
 
     def __call__(self, images, *, steps=None, rtol=None, solver=None, threshold: float = 0.5):
-        """Detect in one image, or in a list of images as one batch.
+        """Detect objects in one image, or in a list of images as one batch.
 
         Args:
             images: an array (H, W, 3) uint8 RGB, or a list of such arrays; a list is padded to one common size.
-            steps: the largest number of applications of f; 0 gives what the initialization layer finds.
-            rtol: the relative residual at which an image stops; 0: it never stops early.
-            solver: "plain" or "anderson". Each of the three is by default that of the exported config. A file of one
-                graph accepts steps alone, and only where it applies one layer again and again.
-            threshold: the lowest score of a detection, 0 to 1.
+            steps: maximum number of applications of f; 0 gives the detections of the initialization layer.
+            rtol: an image stops when its relative residual is below this; 0: it never stops early.
+            solver: "plain" or "anderson". The defaults of steps, rtol and solver are those of the exported config. A
+                single graph accepts only steps, and only if it applies one layer repeatedly.
+            threshold: minimum score of a detection, 0 to 1.
 
         Returns:
             A Found, or a list of them.
 
         Raises:
-            ValueError: an image or an option is not as described here; names it, and says what is allowed.
+            ValueError: an image or an option is not as described here; the message says what is allowed.
         """
         *_, last = self._detect(images, steps, rtol, solver, threshold)
         return last
 
     def refine(self, images, *, steps=None, rtol=None, solver=None, threshold: float = 0.5) -> Iterator:
-        """As a call, but yield the result after each step, beginning with step 0, the initialization layer's.
+        """Detect as in a call, but yield the result after each step, beginning with step 0, the initialization layer.
 
         Raises:
-            ValueError: as a call, at the first result; or the detector is one graph, whose steps cannot be seen.
+            ValueError: as in a call, at the first result; or the detector is a single graph, whose steps are hidden.
         """
         if self.step is None:
             raise ValueError("refine() needs two graphs: export with --form two; one graph shows its last step only")
@@ -107,13 +107,13 @@ class OnnxDetector:
             yield found[0] if single else found
 
     def _steps_of_one_graph(self, steps, rtol, solver) -> int:
-        """The number of steps that one graph takes, which is fixed where it has no input for it."""
+        """Return the number of steps of a single graph, which is fixed if the graph has no input for it."""
         if rtol or solver not in (None, "plain"):
             raise ValueError(f"rtol {rtol}, solver {solver}: one graph has neither; export with --form two for them")
         if steps is None:
             return self.notes["steps"]
         if "steps" not in [x.name for x in self.encoder.get_overridable_initializers()]:
-            raise ValueError(f"steps {steps}: the layers of this detector have weights of their own; leave steps out")
+            raise ValueError(f"steps {steps}: the layers of this detector have different weights; leave steps out")
         return steps
 
     def _walk(self, batch, sizes, steps, rtol, solver) -> Iterator[tuple[np.ndarray, ...]]:
@@ -160,7 +160,7 @@ class OnnxDetector:
         return batch, sizes
 
     def _best(self, boxes, scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The best pairs of a query and a class: boxes (B, M, 4), scores (B, M) falling, classes (B, M)."""
+        """Select the best pairs of a query and a class: boxes (B, M, 4), descending scores (B, M), classes (B, M)."""
         classes = scores.shape[2]
         flat = scores.reshape(len(scores), -1)
         best = np.argsort(-flat, axis=1, kind="stable")[:, : self.notes["max_detections"]]
@@ -168,7 +168,7 @@ class OnnxDetector:
         return boxes, np.take_along_axis(flat, best, axis=1), best % classes
 
     def _found(self, boxes, scores, classes, steps, residual, image, scale, *, threshold) -> Found:
-        """Scale the boxes of an image to its original size, clip them, and keep those that count."""
+        """Scale the boxes to the original image, clip them, and drop empty boxes and low scores."""
         height, width = image.shape[:2]
         boxes = boxes * np.array([*scale, *scale], np.float32)
         boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
@@ -183,7 +183,7 @@ def _load(file: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
         raise ValueError(f"{file} does not exist: deqdet-export-model writes it")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Only errors: at each load, onnxruntime would warn that "steps" has a default, which in ONNX is an initializer.
+    # Errors only: onnxruntime would warn at each load that "steps" has a default, in ONNX an initializer.
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
@@ -192,15 +192,15 @@ def _load(file: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
 
 
 def _check_options(steps, rtol, solver, threshold) -> None:
-    """Raise a ValueError for an option that is out of its range; None stands for the exported default."""
+    """Raise a ValueError for an option that is out of range; None means the exported default."""
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0):
-        raise ValueError(f"steps {steps!r}: a whole number, at least 0")
+        raise ValueError(f"steps must be a whole number of at least 0, got {steps!r}")
     if rtol is not None and not (_is_number(rtol) and 0 <= rtol < np.inf):
-        raise ValueError(f"rtol {rtol!r}: a number, at least 0")
+        raise ValueError(f"rtol must be a number of at least 0, got {rtol!r}")
     if solver not in (None, "plain", "anderson"):
-        raise ValueError(f"solver {solver!r}: plain or anderson")
+        raise ValueError(f"solver must be plain or anderson, got {solver!r}")
     if not (_is_number(threshold) and 0 <= threshold <= 1):
-        raise ValueError(f"threshold {threshold!r}: a number from 0 to 1")
+        raise ValueError(f"threshold must be a number from 0 to 1, got {threshold!r}")
 
 
 def _is_number(value) -> bool:
@@ -222,7 +222,7 @@ def _check_images(images: Sequence) -> None:
 def anderson(iterate, output, history, size, damping, regularization):
     """Anderson acceleration (Walker and Ni, SIAM J. Numer. Anal. 2011); with size 1 it is plain iteration.
 
-    With the changes g = f(y) - y of the last iterates, the next one is y + damping g - sum_j w_j (dy_j + damping dg_j),
+    With g = f(y) - y of the last iterates, the next iterate is y + damping g - sum_j w_j (dy_j + damping dg_j),
     where w minimises ||g - sum_j w_j dg_j||, and dy, dg are differences of successive y and g.
 
     Args:
@@ -250,9 +250,9 @@ def anderson(iterate, output, history, size, damping, regularization):
 
 
 def target_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Height and width with the short side `shortest`, or less where the long side would exceed `longest`.
+    """Return height and width with the short side `shortest`, or less if the long side would exceed `longest`.
 
-    A side has 1 pixel at least, however narrow the image is.
+    Each side has at least 1 pixel. With `shortest` 0, the size does not change.
     """
     if shortest == 0:
         return height, width
@@ -270,7 +270,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resize_first_axis(image: np.ndarray, size: int) -> np.ndarray:
-    """A triangle filter, as wide as a new pixel where the image shrinks, in fixed-point numbers of 22 bits."""
+    """Apply a triangle filter, as wide as an output pixel if the image shrinks, in 22-bit fixed-point arithmetic."""
     if size == len(image):
         return image
     scale = len(image) / size

@@ -1,7 +1,7 @@
-"""detectron2's Swin Transformer in a form that torch.export can trace at free image sizes.
+"""detectron2's Swin Transformer in a form that torch.export can trace with dynamic image sizes.
 
 The original computes the sizes of padded windows by floating-point division and by nested remainders, and torch.export
-cannot prove that the two agree. Here every size is a product of whole numbers. The weights stay the original's.
+cannot prove that the two agree. Here every size is a product of integers. The weights are those of the original.
 
 B: images, H, W: the sides of a level in tokens, w: the side of a window in tokens, C: channels.
 """
@@ -17,12 +17,13 @@ MASKED = -100.0
 
 
 class ExportedSwinBlock(SwinTransformerBlock):
-    """Attention within the windows of a grid, which every second block shifts by half a window; then a network."""
+    """Attention within the windows of a grid, which every second block shifts by half a window, then an MLP."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """
+        """Apply the attention and the MLP.
+
         Args:
-            x: (B, H * W, C), with H and W as the stage has set them.
+            x: (B, H * W, C), with H and W as set by the stage.
             mask: (windows, w * w, w * w), added to the logits where the grid is shifted.
 
         Returns:
@@ -47,13 +48,14 @@ class ExportedSwinStage(BasicLayer):
     """BasicLayer: some blocks, then the merging of 2 x 2 tokens into one."""
 
     def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int, Tensor, int, int]:
-        """
+        """Apply the blocks, and merge tokens for the next stage.
+
         Args:
             x: (B, H * W, C).
             height, width: H and W, which must be even if a stage follows.
 
         Returns:
-            The stage's output, H and W, and the same of the next stage's input; without one, of the output again.
+            The stage's output, H and W, and the same for the next stage's input (the output again if there is none).
         """
         mask = self._mask(height, width, x.device)
         for block in self.blocks:
@@ -61,16 +63,16 @@ class ExportedSwinStage(BasicLayer):
             x = block(x, mask)
         if self.downsample is None:
             return x, height, width, x, height, width
-        # Of each 2 x 2 tokens first the left two, then the right two.
+        # In each group of 2 x 2 tokens, the left two come before the right two.
         pairs = x.unflatten(1, (height // 2, 2, width // 2, 2)).permute(0, 1, 3, 4, 2, 5)
         merged = self.downsample.reduction(self.downsample.norm(pairs.flatten(3).flatten(1, 2)))
         return x, height, width, merged, height // 2, width // 2
 
     def _mask(self, height: int, width: int, device: torch.device) -> Tensor:
-        """(windows, w * w, w * w): 0 between tokens that may attend to each other, MASKED between others.
+        """Compute (windows, w * w, w * w): 0 between tokens that may attend to each other, MASKED between others.
 
-        The shift wraps around: the first lines and columns come after the last ones and share windows with them. No
-        token of the one part may attend to one of the other.
+        The shift wraps around, so that the first rows and columns share windows with the last ones. Tokens of the first
+        part must not attend to tokens of the last part, and vice versa.
         """
         regions = []
         for length in (height, width):
@@ -83,5 +85,5 @@ class ExportedSwinStage(BasicLayer):
 
 
 def _windows(length: int, side: int) -> int:
-    """How many windows cover this many tokens."""
+    """Return the number of windows that cover `length` tokens."""
     return (length + side - 1) // side

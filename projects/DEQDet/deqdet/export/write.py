@@ -1,4 +1,4 @@
-"""Write a detector as ONNX graphs or torch.export programs, with what a caller must know in the same files."""
+"""Write a detector as ONNX graphs or torch.export programs, with the metadata that a caller needs."""
 
 import inspect
 import json
@@ -34,18 +34,18 @@ TARGETS = {"onnx": ".onnx", "torch-export": ".pt2"}
 FORMS = ("one", "two")
 OPSET = 18
 IMAGES = ["images", "sizes"]  # the inputs of a graph that takes images
-NOTES_FILE = "deqdet.json"  # the notes within a .pt2 file
+NOTES_FILE = "deqdet.json"  # the metadata in a .pt2 file
 TRACED_BATCH = 2  # images in the example that is traced; torch.export treats a size of 0 or 1 as a constant
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The files of an export, with the modules that they were made of."""
+    """The files of an export, and the modules that they were made from."""
 
     target: str  # a key of TARGETS
     form: str  # "one" or "two"
     graphs: tuple[tuple[Path, nn.Module], ...]  # one graph; or the encoder and the step
-    notes: dict[str, object]  # what the files say about themselves
+    notes: dict[str, object]  # the metadata in the files
 
     @property
     def files(self) -> list[Path]:
@@ -54,7 +54,7 @@ class Exported:
 
 
 def say_nothing(line: str) -> None:
-    """Discard a line of progress."""
+    """Discard a progress message."""
 
 
 def export_detector(
@@ -72,24 +72,24 @@ def export_detector(
 
     Args:
         predictor: the detector with its classes and its config.
-        path: of one graph; two graphs become NAME.encoder.onnx and NAME.step.onnx beside it.
+        path: the file of one graph; two graphs are written to NAME.encoder.onnx and NAME.step.onnx beside it.
         target: "onnx" or "torch-export".
         form: "one": the whole detector with plain steps; "two": the encoder with g, and a step of f.
-        steps: how often f is applied; by default as often as the decoder does. Whoever runs the ONNX files may choose
-            another number. In a .pt2 file of one graph it is fixed.
-        rtol, solver: the defaults of whoever runs two graphs; by default those of the decoder. One graph has plain
+        steps: number of applications of f; by default the decoder's own. It can be changed when ONNX files are run, but
+            is fixed in a .pt2 file of one graph.
+        rtol, solver: the defaults for running two graphs; by default those of the decoder. One graph uses plain
             iteration without a tolerance.
-        say: called with a line before each slow stage, such as print.
+        say: called with a message before each slow stage, for example print.
 
     Raises:
-        UserError: the path has another ending than .onnx or .pt2, the detector has no such form, it cannot be traced
+        UserError: the path does not have the target's suffix, the detector cannot be exported in this form or traced
             for all sizes, or a file cannot be written.
     """
     path = Path(path)
     if path.suffix != TARGETS[target]:
         raise UserError(f"{path}: the output of --to {target} must end in {TARGETS[target]}")
     if target == "torch-export" and any(isinstance(x, SwinTransformerBlock) for x in predictor.model.modules()):
-        raise UserError("Swin can be exported as ONNX only: torch.export's programs would take few sizes of images")
+        raise UserError("Swin can be exported as ONNX only: torch.export's programs would accept only few image sizes")
     notes = build_notes(predictor.cfg, predictor, form, steps, rtol, solver)
     unit = notes["size_divisibility"]
     model = predictor.model
@@ -121,7 +121,7 @@ def export_detector(
 
 
 def _write_loop(predictor: Predictor, path: Path, notes: dict, say: Callable[[str], None]) -> None:
-    """Export encoder, step and read-out, and write them as one graph in which the step is repeated."""
+    """Export encoder, step and read-out, and write them as one graph with a loop around the step."""
     model, parts = predictor.model, ["state", "boxes", "scores"]
     levels = [f"level{i}" for i in range(len(notes["strides"]))]
     say("Tracing the encoder")
@@ -146,13 +146,13 @@ def build_notes(
     rtol: float | None = None,
     solver: Solver | None = None,
 ) -> dict[str, object]:
-    """What a caller of the files must know: classes, preparation of images, defaults of the iteration.
+    """Collect the metadata that a caller needs: classes, image preprocessing, defaults of the iteration.
 
     Args:
         steps, rtol, solver: see `export_detector`.
 
     Raises:
-        UserError: the config asks for what this form cannot do.
+        UserError: this form does not support the config or the options.
     """
     decoder = predictor.model.decoder
     if (rtol, solver) != (None, None) and not decoder.has_equilibrium:
@@ -166,11 +166,11 @@ def build_notes(
     if name is None or (form == "one" and name != "plain"):
         possible = "FixedPointIteration" if form == "one" else "FixedPointIteration or Anderson"
         raise UserError(
-            f"the solver {type(solver).__name__} has no exported form with --form {form}: give --solver or "
+            f"the solver {type(solver).__name__} cannot be exported with --form {form}: give --solver or "
             f"MODEL.DEQDET.SOLVER.NAME {possible}"
         )
     if decoder.has_equilibrium and decoder.return_best:
-        raise UserError("MODEL.DEQDET.SOLVER.RETURN_BEST has no exported form: set it to False")
+        raise UserError("MODEL.DEQDET.SOLVER.RETURN_BEST cannot be exported: set it to False")
     if steps is not None and steps < 1:
         raise UserError(f"--steps must be at least 1, got {steps}")
     if steps is not None and isinstance(decoder, StackedDecoder):
@@ -183,7 +183,7 @@ def build_notes(
         "class_names": list(predictor.class_names),
         "pixel_format": cfg.INPUT.FORMAT,  # the order of the channels of "images", which are 0 to 255
         "min_size": cfg.INPUT.MIN_SIZE_TEST,  # of the short side, pixels; 0: images keep their size
-        "max_size": cfg.INPUT.MAX_SIZE_TEST,  # the most of the long side, pixels
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,  # maximum of the long side, pixels
         "size_divisibility": max(1, predictor.model.backbone.size_divisibility),
         "strides": [shapes[level].stride for level in predictor.model.in_features],
         "max_detections": predictor.model.max_detections,
@@ -197,9 +197,9 @@ def build_notes(
 
 
 def _trace_images(module: nn.Module, unit: int) -> tuple[ExportedProgram, list[torch.Tensor]]:
-    """Trace a module that takes images, and return what it makes of the example that it was traced with."""
-    # The sides are in units of the size divisibility, so that the coarsest level has one cell a unit. With Swin, such a
-    # level has three windows along each side; a single window would be traced as a constant.
+    """Trace a module that takes images, and return the program and the module's outputs for the example."""
+    # The sides are in units of the size divisibility, so the coarsest level has one cell per unit. With Swin, this
+    # level then has three windows along each side; a single window would be traced as a constant.
     window = max((x.window_size for x in module.modules() if isinstance(x, SwinTransformerBlock)), default=1)
     batch, height, width = TRACED_BATCH, 2 * window + 1, 2 * window + 2
     generator = torch.Generator().manual_seed(0)
@@ -215,14 +215,17 @@ def _trace_images(module: nn.Module, unit: int) -> tuple[ExportedProgram, list[t
 
 
 def _require_free_sizes(program: ExportedProgram, module: nn.Module, others: list[tuple[int, int, int]]) -> None:
-    """Refuse a traced program that differs from its module at other sizes than the traced ones.
+    """Check that a traced program agrees with its module at sizes other than the traced ones.
 
-    torch.export evaluates a condition on sizes, such as height < width, once, and reports no error.
+    torch.export evaluates a condition on sizes, such as height < width, once while tracing, and reports no error.
 
     Args:
-        others: batch, height and width of images, pixels.
+        others: batch size, and height and width of the images in pixels.
+
+    Raises:
+        UserError: the results differ.
     """
-    # Without the guards that torch.export has recorded: they would end the call before there is a result to compare.
+    # The guards that torch.export recorded are disabled: they would raise before there is a result to compare.
     options = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
     traced = program.module(**options)
     generator = torch.Generator().manual_seed(1)
@@ -233,7 +236,7 @@ def _require_free_sizes(program: ExportedProgram, module: nn.Module, others: lis
             want = module(*inputs)
             try:
                 torch.testing.assert_close(traced(*inputs), want, rtol=1e-3, atol=1e-3, equal_nan=True)
-            except (AssertionError, RuntimeError) as error:  # another result, or a shape that does not fit
+            except (AssertionError, RuntimeError) as error:  # a different result, or a shape mismatch
                 raise UserError(
                     f"torch.export cannot trace this detector for all sizes: the graph is wrong for a batch of {batch} "
                     f"and images of {height} x {width} pixels"
@@ -241,8 +244,8 @@ def _require_free_sizes(program: ExportedProgram, module: nn.Module, others: lis
 
 
 def _trace_step(module: nn.Module, states: list[torch.Tensor], levels: list[torch.Tensor]) -> ExportedProgram:
-    """Trace a module of tensors (B, ...) and of the levels."""
-    # The sizes of the levels depend on one another, which f does not use: each is free for itself.
+    """Trace a module whose inputs are tensors (B, ...) and the levels."""
+    # The sizes of the levels depend on one another, but f does not rely on it: each size is dynamic by itself.
     rows = Dim("batch", min=1)
     shapes = (*({0: rows} for _ in states), [{0: rows, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC} for _ in levels])
     return _export(module, (*states, levels), shapes)
@@ -250,7 +253,7 @@ def _trace_step(module: nn.Module, states: list[torch.Tensor], levels: list[torc
 
 def _export(module: nn.Module, inputs: tuple, shapes: tuple) -> ExportedProgram:
     with torch.no_grad(), _quiet():
-        # Not strict, torch.export runs Python's len() of a tensor, which fixes the batch size.
+        # If not strict, torch.export evaluates len() of a tensor in Python, which fixes the batch size.
         try:
             return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=True)
         except Exception as error:  # of many types, depending on the operation
@@ -259,7 +262,7 @@ def _export(module: nn.Module, inputs: tuple, shapes: tuple) -> ExportedProgram:
 
 
 def _explain_constant(error: Exception, module: nn.Module) -> str | None:
-    """Say which part of a module has made a constant of a size that must be free; None for any other error.
+    """Explain which part of a module turned a dynamic size into a constant; return None for any other error.
 
     The message of torch.export names the sizes, and ends with the lines of code that were being traced.
     """
@@ -278,10 +281,10 @@ def _explain_constant(error: Exception, module: nn.Module) -> str | None:
 
 
 def _find_part(module: nn.Module, lines: list[tuple[str, str]]) -> tuple[str, str]:
-    """The innermost part of a module that lines of code, outermost first, belong to; and its line, in parentheses."""
+    """Find the innermost part of a module to which one of the lines of code belongs (outermost first), and the line."""
     files = {}
     for part in module.modules():
-        with suppress(TypeError, OSError):  # a class of a notebook has no file
+        with suppress(TypeError, OSError):  # a class defined in a notebook has no file
             files.setdefault(inspect.getfile(type(part)), describe(part))
     for file, line in reversed(lines):
         if file in files:
@@ -319,9 +322,9 @@ def _write_onnx(model: ModelProto, path: Path, notes: dict) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and remarks, which are about its own workings, from the user.
+    """Suppress the exporter's warnings and log messages, which are about its internals.
 
-    Its errors as well: what they say is raised too. With TORCH_LOGS in the environment, torch's log stays as it is.
+    Logged errors are suppressed too, since they are also raised. If TORCH_LOGS is set, torch's log is left alone.
     """
     names = ["onnxscript", "onnx_ir", *([] if "TORCH_LOGS" in os.environ else ["torch"])]
     loggers = [logging.getLogger(name) for name in names]

@@ -1,13 +1,15 @@
 """Everything that measures a trained detector.
 
-- `cost`: its parameters and multiply-adds; needs neither weights nor data.
-- `residuals`: how close its iterates come to a fixed point.
-- `timing`: seconds and bytes that it takes for an image.
+- `cost`: parameters and multiply-adds; needs neither weights nor data.
+- `residuals`: how close the iterates come to a fixed point.
+- `timing`: latency and memory for one image.
+- `benchmark`, `memory`, `gradients`: time by part, memory in training, gradients in lower precision.
+- `duplicates`: objects that several queries find.
 - `steps`, `steps_report`: AP, residual and latency against the number of steps, the solver and the tolerance.
-- `residual_signal`, `residual_signal_report`: whether the residual says how far to trust a result. `corruptions`,
-  `verdicts` and `rank_statistics` are its parts.
-- `comparison`, `comparison_report`: several configs trained on equal terms, and the table of them.
-- `mistakes`, `mistakes_sheet`, `training_report`: what was missed or false in each image, a picture of the worst ones,
-  and the page about a training.
-- `accuracy`, `plots`, `tables`: COCO's AP, pictures of a training, tables in markdown.
+- `residual_signal`, `residual_signal_report`: whether the residual predicts how reliable a result is, with
+  `corruptions`, `verdicts` and `rank_statistics`.
+- `comparison`, `comparison_report`: several configs trained with the same budget, and the table of their results.
+- `mistakes`, `mistakes_sheet`, `training_report`: missed objects and false detections of each image, a picture of the
+  worst images, and the report on a training run.
+- `accuracy`, `plots`, `tables`: COCO's AP, plots of a training run, Markdown tables.
 """

@@ -1,4 +1,4 @@
-"""COCO's AP of detections, for any choice of one step of each image."""
+"""COCO's AP of detections, where each image may be read out after a different number of steps."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Accuracy:
-    """COCO's box AP, 0 to 100. A figure is None where it has no value, such as APs on a set without small objects."""
+    """COCO's box AP, 0 to 100. A field is None if it is undefined, such as APs on a data set without small objects."""
 
     AP: float | None
     AP50: float | None
@@ -30,24 +30,24 @@ class Accuracy:
 
 
 class Detected(Protocol):
-    """An image with what was found in it after several steps, such as a steps.ImagePath."""
+    """The detections in one image after several numbers of steps, for example a steps.ImagePath."""
 
     image_id: int
-    detections: Mapping[int, Instances]
+    detections: Mapping[int, Instances]  # step -> detections
 
 
 class Evaluation:
-    """Compares detections with the annotations of a data set. Only the images that are given count."""
+    """Compares detections with the annotations of a data set. Only the images of a call are evaluated."""
 
     def __init__(self, dataset: str, *, max_detections: int):
         """
         Args:
             dataset: the name of a registered data set.
-            max_detections: the most detections that the model returns for an image (TEST.DETECTIONS_PER_IMAGE). Above
-                COCO's limit of 100, AP counts as many, as it does in a training.
+            max_detections: the model's maximum number of detections per image (TEST.DETECTIONS_PER_IMAGE). It replaces
+                COCO's limit of 100 where it is larger, as in the evaluations of a training run.
 
         Raises:
-            UserError: it is not in COCO's format.
+            UserError: the data set is not in COCO format.
         """
         if not MetadataCatalog.get(dataset).get("json_file"):
             raise UserError(f"{dataset} of DATASETS.TEST is not in COCO format, which this evaluation needs")
@@ -61,7 +61,7 @@ class Evaluation:
         """Evaluate the detections of B images once for each choice of steps.
 
         Args:
-            choices: each has the step of each image, (B,). Equal choices are evaluated once.
+            choices: each gives the step at which each image is read out, (B,). Equal choices are evaluated once.
 
         Raises:
             UserError: the data set has no annotations.
@@ -84,7 +84,7 @@ class Evaluation:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what detectron2 and pycocotools print about every evaluation."""
+    """Suppress the output of detectron2 and pycocotools for each evaluation."""
     logger = logging.getLogger("detectron2.evaluation.coco_evaluation")
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -1,8 +1,8 @@
-"""How long a detector takes, by part, beside the least that its matrix products could take.
+"""Measure the time of a detector and its parts, and compare a step with the time of its matrix products alone.
 
-The calls that are compared take turns, so that a machine that becomes slower meanwhile favours none of them. Each gets
-fresh inputs, and the device is waited for before and after. The *floor* of a step are its matrix products alone: those
-that the step runs, on operands of the same shapes, strides and precision.
+The calls under comparison run alternately, so a change in the machine's speed affects all of them alike. Each call gets
+fresh inputs, and the device is synchronised before and after it. The *floor* of a step is the time of its matrix
+products alone, on operands of the same shapes, strides and precision.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,26 +37,26 @@ from .memory import training_memory
 from .timing import peak_memory, timed
 
 TASKS = ("step", "decoder", "inference", "training", "memory")
-# The dtype of autocast, None without it. tf32 is float32 whose matrix products a GPU computes with 10 bits of mantissa.
+# The dtype of autocast; None: no autocast. With tf32, a GPU computes float32 matrix products with 10 mantissa bits.
 PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
-STEPS = 5  # A step is timed in a solve of so many steps, if the setting does not say how many.
-BOXES = 10  # of each image in training
+STEPS = 5  # length of the solve in which a step is timed, unless the setting gives another
+BOXES = 10  # per training image
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The milliseconds of one call over all repeats."""
+    """The duration of one call in milliseconds, over all repeats."""
 
     median: float
-    low: float  # the first and the third quartile
-    high: float
+    low: float  # first quartile
+    high: float  # third quartile
 
     @classmethod
     def of(cls, times: Sequence[float], parts: int = 1) -> "Timing":
-        """Of seconds, each of `parts` equal parts."""
-        low, _, high = quantiles(times, n=4, method="inclusive")  # within what was measured, also for two times
+        """Summarise durations in seconds of calls that consist of `parts` equal parts; the result is for one part."""
+        low, _, high = quantiles(times, n=4, method="inclusive")  # never outside the measured range
         return cls(*(1e3 * x / parts for x in (median(times), low, high)))
 
 
@@ -65,15 +65,15 @@ class Setting:
     """What is measured."""
 
     task: str
-    height: int  # of the images, pixels; they are padded as the model pads them
+    height: int  # image size in pixels, before the model pads it
     width: int
     batch: int
     precision: str
-    # Of the decoder, or of the solve in which a step is timed. None is the decoder's own number, or STEPS.
+    # Steps of the decoder, or of the solve in which a step is timed. None: the decoder's own number, or STEPS.
     steps: int | None = None
     compiled: bool = False
     graph: bool = False  # replay a recorded CUDA graph, see DecodingGraphs; not in training
-    compute: bool = True  # for memory: run both passes for the peak
+    compute: bool = True  # task memory: run both passes to measure the peak
     repeats: int = 20
     warm_up: int = 3
 
@@ -81,7 +81,7 @@ class Setting:
 def interleave(
     calls: Mapping[str, Call], device: torch.device, *, repeats: int, warm_up: int
 ) -> dict[str, list[float]]:
-    """Time calls that take turns. Returns the seconds of each, without those of the first `warm_up` rounds."""
+    """Run calls alternately, and return the durations of each in seconds, without the first `warm_up` rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(warm_up + repeats):
         for name, call in calls.items():
@@ -92,23 +92,26 @@ def interleave(
 def benchmark(model: DEQDet, setting: Setting) -> dict[str, Any]:
     """Measure one task of a model.
 
-    MODEL.DEQDET.CUDA_GRAPHS is ignored: `setting` alone says whether a graph is replayed. Build the model without
-    MODEL.DEQDET.COMPILE and with TEST.PRECISION float32, because `setting` says how it is to run.
+    MODEL.DEQDET.CUDA_GRAPHS is ignored: `setting` alone decides whether a graph is replayed. Build the model without
+    MODEL.DEQDET.COMPILE and with TEST.PRECISION float32, because `setting` decides on these as well.
 
     Returns:
-        For JSON: median_ms, low_ms and high_ms (quartiles) of the task; peak_mb, the most that tensors took beside the
-        weights, in MiB, but None for a recorded graph. For a step also floor_ms and, of the eager one, simple_ms, the
-        same step from features that were not prepared; on CUDA kernels, moved_mb and bandwidth_ms as well. For training
-        also forward_ms, backward_ms, optimizer_ms. For memory there are no times, but `memory`, a list with points,
-        recomputed, saved_mb and, if both passes were computed, peak_mb (see TrainingMemory).
+        A dict for JSON with median_ms, low_ms and high_ms (quartiles) of the task, and peak_mb, the peak memory of
+        tensors without the weights in MiB (None for a recorded graph). Further keys by task:
+
+        - step: floor_ms; in eager mode, simple_ms, the same step on features that were not prepared; on CUDA, kernels,
+          moved_mb and bandwidth_ms.
+        - training: forward_ms, backward_ms, optimizer_ms.
+        - memory: only `memory`, a list of dicts with points, recomputed, saved_mb and, if both passes were run, peak_mb
+          (see TrainingMemory).
 
     Raises:
         UserError: the decoder cannot be recorded as a graph.
     """
     torch.manual_seed(0)
-    if setting.compiled and setting.task != "step":  # _step looks for the eager step's products first
+    if setting.compiled and setting.task != "step":  # _step records the eager step's products before it compiles
         compile_refinement(model.decoder)
-    model.graphs = DecodingGraphs(1) if setting.graph else None  # all inputs have one size
+    model.graphs = DecodingGraphs(1) if setting.graph else None  # all inputs have the same size
     run = {"step": _step, "decoder": _decoder, "inference": _inference, "training": _training, "memory": _memory}
     trains = setting.task in ("training", "memory")
     with torch.set_grad_enabled(trains), _matrix_precision(setting):
@@ -131,7 +134,7 @@ def _autocast(model: DEQDet, setting: Setting) -> AbstractContextManager:
 
 
 def _images(model: DEQDet, setting: Setting) -> list[dict]:
-    """A batch of images of noise, with boxes in training."""
+    """Make a batch of noise images, with boxes for training."""
     batch = []
     for _ in range(setting.batch):
         image = torch.randint(0, 256, (3, setting.height, setting.width), dtype=torch.uint8)
@@ -147,14 +150,14 @@ def _images(model: DEQDet, setting: Setting) -> list[dict]:
 
 
 def _encoded(model: DEQDet, setting: Setting) -> tuple[QueryState, Features]:
-    """Initial queries and features of noise."""
+    """Compute the initial queries and the features of a batch of noise images."""
     with _autocast(model, setting):
         features, initial = model.encode(model.preprocess(_images(model, setting)))
     return initial, features
 
 
 def _random_state(initial: QueryState, setting: Setting) -> QueryState:
-    """Contents like those after a LayerNorm, and boxes of 1/20 to 3/5 of the image's sides, all over the image."""
+    """Make a state with content of unit variance, and boxes all over the image of 1/20 to 3/5 of its sides."""
     batch, queries = initial.position.shape[:2]
     device = initial.content.device
     size = torch.tensor([setting.width, setting.height], device=device)
@@ -176,7 +179,7 @@ def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
         with _autocast(model, setting):
             iterate(layer, start, features, solver=FixedPointIteration(), steps=count, units=units)
 
-    with _Operations() as seen:  # of the eager step: a compiled one shows no operations
+    with _Operations() as seen:  # of the eager step: a compiled one hides its operators
         walk(prepared, 1, next(states))
     calls = {
         "step": lambda: walk(prepared, steps, next(states)),
@@ -229,7 +232,7 @@ def _inference(model: DEQDet, setting: Setting) -> dict[str, Any]:
 
 
 def _training(model: DEQDet, setting: Setting) -> dict[str, Any]:
-    """One iteration by part, with AdamW: fused where the device has it."""
+    """Time the parts of a training iteration with AdamW, which is fused on CUDA."""
     inputs = cycle([_images(model, setting) for _ in range(2)])
     weights = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-7, fused=model.device.type == "cuda")
@@ -275,13 +278,13 @@ def _memory(model: DEQDet, setting: Setting) -> dict[str, Any]:
 def _time_one(call: Call, model: DEQDet, setting: Setting) -> dict[str, Any]:
     times = interleave({"task": call}, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
     if setting.graph and not model.graphs.replays:
-        raise UserError("the decoder was not recorded as a graph: with MODEL.DEQDET.SOLVER.RTOL above 0 it cannot be")
+        raise UserError("the decoder was not recorded as a graph: set MODEL.DEQDET.SOLVER.RTOL to 0 (no tolerance)")
     found = _report({"task": Timing.of(times["task"])}, "task")
     return found | {"peak_mb": _peak_mb(call, model, setting)}
 
 
 def _peak_mb(call: Call, model: DEQDet, setting: Setting) -> float | None:
-    """MiB; None for a recording, which takes its memory before it is replayed."""
+    """Measure the peak memory in MiB; None for a CUDA graph, which allocates its memory before the replay."""
     return None if setting.graph else peak_memory(call, model.device) / 2**20
 
 
@@ -292,7 +295,7 @@ def _report(timings: dict[str, Timing], main: str) -> dict[str, Any]:
 
 
 class _Operations(TorchDispatchMode):
-    """The matrix products of what runs within it, and the bytes that all of its operations read and write."""
+    """Records the matrix products that run within it, and counts the bytes that all operators read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +308,7 @@ class _Operations(TorchDispatchMode):
         name = str(func.overloadpacket)
         if name in PRODUCTS:
             self.products_seen.append((func, args, kwargs))
-        elif "scaled_dot_product" in name:  # its two products, without the softmax between them
+        elif "scaled_dot_product" in name:  # the two products of attention, without the softmax
             query, key, value = (x.flatten(0, 1) for x in args[:3])
             weights = query @ key.transpose(1, 2)
             self.products_seen += [(torch.bmm, (query, key.transpose(1, 2)), {}), (torch.bmm, (weights, value), {})]
@@ -316,13 +319,13 @@ class _Operations(TorchDispatchMode):
         return result
 
     def products(self) -> None:
-        """Run the matrix products alone."""
+        """Run the recorded matrix products alone."""
         for func, args, kwargs in self.products_seen:
             func(*args, **kwargs)
 
 
 def _count_kernels(call: Call) -> int:
-    """The kernels, copies on the device included, that a call starts on a GPU."""
+    """Count the kernels that a call launches on a GPU, including copies on the device."""
     call()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         call()
@@ -331,7 +334,7 @@ def _count_kernels(call: Call) -> int:
 
 
 def _copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
-    """Bytes that a copy on the device reads and writes in a second."""
+    """Measure the bytes per second that a copy on the device reads and writes."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = interleave({"copy": lambda: target.copy_(source)}, device, repeats=20, warm_up=3)

@@ -1,8 +1,8 @@
-"""Several configs trained on the same data for the same budget, each in a folder of its own.
+"""Train several configs on the same data with the same budget, each run in its own folder.
 
-In a run's folder, run.json is written first and holds the settings with which the run was begun; result.json is written
-last and marks it as done; minutes.json has the minutes of each start of the training. A comparison that was interrupted
-goes on from there.
+In the folder of a run, run.json is written first and holds the settings with which the run was started; result.json is
+written last and marks the run as finished; minutes.json holds the duration of each start of the training. An
+interrupted comparison resumes from these files.
 """
 
 import json
@@ -30,18 +30,18 @@ from .metrics_file import read_lines
 from .timing import Measurement, describe_machine
 from .training_process import run_training
 
-EVALUATIONS = 6  # of a training, if no period is given
+EVALUATIONS = 6  # per training run, if no period is given
 
 
 @dataclass(frozen=True)
 class Run:
-    """One config with one seed, to be trained in a folder."""
+    """One config with one seed, trained in its own folder."""
 
-    name: str  # that of the config file, without .yaml
+    name: str  # of the config file, without .yaml
     seed: int
     folder: Path
-    arguments: tuple[str, ...]  # those of tools/train_net.py
-    settings: dict[str, object]  # as prepare_settings returns them, and num_gpus
+    arguments: tuple[str, ...]  # for tools/train_net.py
+    settings: dict[str, object]  # those of prepare_settings, and num_gpus
 
     @property
     def label(self) -> str:
@@ -49,12 +49,12 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """The checkpoint after the last iteration, which exists once the training is done."""
+        """The checkpoint of the last iteration, which exists once the training is finished."""
         return self.folder / "model_final.pth"
 
     @property
     def log(self) -> Path:
-        """The file that gets all that the training and the measurement print."""
+        """The file that receives the output of the training and of the measurement."""
         return self.folder / "log"
 
     @property
@@ -63,25 +63,25 @@ class Run:
 
     @property
     def minutes_file(self) -> Path:
-        """The file in which the minutes of each start of the training are noted."""
+        """The file that holds the duration of each start of the training."""
         return self.folder / "minutes.json"
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of a finished training. One is None where it has no value, such as APs on a set without small objects."""
+    """Results of a training run. A field is None if undefined, such as APs on a data set without small objects."""
 
-    AP: float | None  # after the last iteration, as are the next two
+    AP: float | None  # this and the next two: after the last iteration
     AP50: float | None
     APs: float | None
     curve: list[list]  # [iterations done, AP] of every evaluation, in order
     seconds_per_iteration: float | None  # median; None if too few iterations were timed
-    training_memory_mb: float | None  # the most that deqdet.engine.hooks.PeakMemory saw
+    training_memory_mb: float | None  # the maximum that deqdet.engine.hooks.PeakMemory reported
 
 
 @dataclass(frozen=True)
 class Result:
-    """Settings and figures of a finished run."""
+    """The settings and results of a finished run."""
 
     name: str
     seed: int
@@ -89,7 +89,7 @@ class Result:
     metrics: Metrics
     measurement: Measurement
     machine: str
-    minutes: float | None  # of all starts of the training, evaluations included; None if one of them is not known
+    minutes: float | None  # of all starts of the training, with evaluations; None if one of them is unknown
 
 
 def prepare_runs(
@@ -103,24 +103,25 @@ def prepare_runs(
     scale: str | None = None,
     plugins: Sequence[str] = (),
 ) -> list[Run]:
-    """List every config with the first seed, then with the next. All are checked before any is trained.
+    """Check and list the runs: every config with the first seed, then every config with the next seed, and so on.
 
     Args:
-        config_files: files or names of the model zoo; with a `scale`, rows of an ablation.
-        output: the folder that gets a folder for each run.
-        overrides: KEY VALUE pairs, the same for all configs; with a `scale`, put on that one first.
-        eval_period: iterations between two points of the curve; a sixth of SOLVER.MAX_ITER if None.
-        scale: a config on which the rows' changes are put, see `carry_over`.
-        plugins: modules of the user's own to import first.
+        config_files: config files or names in the model zoo; with `scale`, rows of an ablation.
+        output: the folder in which each run gets its own folder.
+        overrides: KEY VALUE pairs that are applied to every config; with `scale`, to that config before the rows.
+        eval_period: iterations between two points of the curve; None: a sixth of SOLVER.MAX_ITER.
+        scale: a config to which the changes of the rows are applied, see `carry_over`.
+        plugins: modules or .py files to import first.
 
     Raises:
-        UserError: a seed is negative or given twice, a config is wrong or has another budget than the first, two have
-            the same name, a row cannot be put on `scale`, or a run was begun with other settings.
+        UserError: a seed is negative or given twice, a config is invalid or has a different budget than the first, two
+            configs have the same name, a row cannot be applied to `scale`, a run was started with other settings, or a
+            run cannot be trained (see `check_trainings`).
     """
     _check_seeds(seeds)
     files = {Path(file).stem: file for file in map(find_config, config_files)}
     if len(files) < len(config_files):
-        raise UserError("two config files have the same name, which is that of a run's folder: rename one")
+        raise UserError("two config files have the same name, but a run's folder is named after it: rename one")
     for key in overrides[::2]:
         if key in OWN_KEYS:
             raise UserError(f"{key} cannot be overridden here: use {OWN_KEYS[key]}")
@@ -146,18 +147,18 @@ def prepare_runs(
 def _check_seeds(seeds: Sequence[int]) -> None:
     for seed in seeds:
         if seed < 0:
-            raise UserError(f"--seeds {seed}: a negative seed stands for a random one: give numbers from 0 on")
+            raise UserError(f"--seeds {seed}: a negative seed means a random one: give seeds of at least 0")
         if seeds.count(seed) > 1:
             raise UserError(f"--seeds has {seed} twice: give each seed once")
 
 
 def name_seeds(seeds: Sequence[int]) -> str:
-    """Several seeds as words: "seed 1" or "seeds 1, 2"."""
+    """Format several seeds: "seed 1" or "seeds 1, 2"."""
     return f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
 
 
 def _prepare_named(name: str, arguments: Sequence[str]) -> dict[str, object]:
-    """The settings of one config, whose errors begin with its name."""
+    """Return the settings of one config; error messages start with its name."""
     try:
         return prepare_settings(arguments)
     except UserError as error:
@@ -165,7 +166,7 @@ def _prepare_named(name: str, arguments: Sequence[str]) -> dict[str, object]:
 
 
 def _arguments(files: dict[str, str], scale: str | None, common: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The arguments of tools/train_net.py, by the names of the config files."""
+    """Return the arguments for tools/train_net.py, by config name."""
     if scale is None:
         return {name: ("--config-file", file, *common) for name, file in files.items()}
     base = ("--config-file", find_config(scale), *common)
@@ -174,10 +175,10 @@ def _arguments(files: dict[str, str], scale: str | None, common: Sequence[str]) 
 
 
 def check_trainings(runs: Sequence[Run]) -> None:
-    """Check that runs which are still to be trained can be.
+    """Check that runs can be trained.
 
     Raises:
-        UserError: the data or the weights of one are not there or do not fit, or its model cannot be built.
+        UserError: the data or the weights of a run are missing or do not fit, or its model cannot be built.
     """
     built = set()
     for run in runs:
@@ -187,7 +188,7 @@ def check_trainings(runs: Sequence[Run]) -> None:
         check_run(cfg, args)
         cfg.MODEL.DEVICE = "cpu"
         try:
-            if run.name not in built:  # the seeds make no difference
+            if run.name not in built:  # the model does not depend on the seed
                 build_model(cfg)
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from error
@@ -195,10 +196,12 @@ def check_trainings(runs: Sequence[Run]) -> None:
 
 
 def check_record(run: Run) -> None:
-    """Check that a run which was begun earlier has still the same settings. A key that is newer had its default then.
+    """Check that a run that was started earlier still has the same settings.
+
+    Keys that did not exist then are taken to have had their default values.
 
     Raises:
-        UserError: it has others now.
+        UserError: a setting has changed.
     """
     record = run.folder / "run.json"
     if not record.is_file():
@@ -214,20 +217,20 @@ def check_record(run: Run) -> None:
 
 
 def complete(run: Run, train: Sequence[str], measure: Callable[[Run], Measurement]) -> Result:
-    """Train a run, or what is left of it, and measure the model. The result of a finished run is only read.
+    """Train or resume a run, and measure the model. If the run is finished, only read its result.
 
     Args:
-        train: the command to which the run's arguments are added. Its output goes to the run's file "log".
-        measure: called when the training is done.
+        train: the training command, to which the run's arguments are appended. Its output goes to the run's log file.
+        measure: called after the training.
 
     Raises:
         UserError: the command failed, or left no model or no final AP.
-        Interrupted: as `run_training`.
+        Interrupted: see `run_training`.
     """
     if run.result_file.is_file():
         known = json.loads(run.result_file.read_text())
         parts = {"metrics": Metrics(**known["metrics"]), "measurement": Measurement.from_dict(known["measurement"])}
-        if not run.minutes_file.is_file():  # an earlier version noted the minutes of the last start only
+        if not run.minutes_file.is_file():  # an earlier version recorded the last start only
             parts["minutes"] = None
         return Result(**{**known, **parts, "name": run.name})  # config and folder may have been renamed
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -247,10 +250,10 @@ def complete(run: Run, train: Sequence[str], measure: Callable[[Run], Measuremen
 
 @contextmanager
 def _timed_start(run: Run) -> Iterator[None]:
-    """Note in the run's minutes.json how long one start of the training takes, also if it is interrupted.
+    """Record the duration of one start of the training in the run's minutes.json, even if it is interrupted.
 
-    The file is a list with a number for each start, which is null until the start has ended. A start of which the file
-    knows nothing, because an earlier version or deqdet-train made it, is null too.
+    The file is a list with one number per start. The number is null until the start has ended, and for an earlier start
+    that was not recorded because it was made by an earlier version or by deqdet-train.
     """
     begun = (run.folder / "metrics.json").is_file()
     earlier = json.loads(run.minutes_file.read_text()) if run.minutes_file.is_file() else [None] * begun
@@ -268,7 +271,7 @@ def _sum_minutes(run: Run) -> float | None:
 
 
 def find_unlisted(runs: Sequence[Run], output: Path) -> dict[str, list[int]]:
-    """The seeds of finished runs in the folder `output` that are not among `runs`, by the names of their configs."""
+    """Find the finished runs in the folder `output` that are not among `runs`: their seeds by config name."""
     listed, found = {run.folder.name for run in runs}, {}
     for file in sorted(output.glob("*-seed*/result.json")):
         name, _, seed = file.parent.name.rpartition("-seed")
@@ -278,16 +281,16 @@ def find_unlisted(runs: Sequence[Run], output: Path) -> dict[str, list[int]]:
 
 
 def _trained_metrics(run: Run) -> Metrics | None:
-    """The figures of the run's training; None while it is not done."""
+    """Read the results of the run's training; None if it is not finished."""
     if not run.weights.is_file():
         return None
     return read_metrics(run.folder / "metrics.json", run.settings["SOLVER.MAX_ITER"])
 
 
 def read_metrics(path: Path, max_iter: int) -> Metrics | None:
-    """Read a training's metrics.json; None if the evaluation after iteration `max_iter` is not there yet."""
+    """Read a training's metrics.json; None if the evaluation after iteration `max_iter` is missing."""
     lines = read_lines(path) if path.is_file() else []
-    # detectron2 counts iterations from 0, but gives the last evaluation the number of all of them.
+    # detectron2 numbers iterations from 0, but stores the last evaluation under the total number of iterations.
     evaluations = {min(line["iteration"] + 1, max_iter): line for line in lines if "bbox/AP" in line}
     if max_iter not in evaluations:
         return None

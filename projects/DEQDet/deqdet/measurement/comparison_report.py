@@ -1,4 +1,4 @@
-"""The table of a comparison, as markdown and JSON, and its curve."""
+"""Write the results of a comparison: the table as Markdown and JSON, and a plot of AP against iterations."""
 
 import json
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ COLUMNS = (
 
 
 def write_report(results: Sequence[Result], folder: Path, command: str) -> None:
-    """Write comparison.md, comparison.json and comparison.png into `folder`, each whole or not at all.
+    """Write comparison.md, comparison.json and comparison.png into `folder`, each atomically.
 
     Args:
-        results: at least one. Those of one config make one row; rows are in the order of their first results.
-        command: the one that made them, for the reader to repeat.
+        results: at least one. The results of one config form one row; rows are in the order of their first results.
+        command: the command that produced the results, so that readers can repeat it.
 
     Raises:
         UserError: a file cannot be written.
@@ -50,8 +50,8 @@ def write_report(results: Sequence[Result], folder: Path, command: str) -> None:
 def summarize(results: Sequence[Result]) -> list[dict]:
     """Make a dict for each config: the means of all figures over its seeds, and under "seeds" the figures of each seed.
 
-    "changes" are the settings in which the config differs from the first one, where both have them. A mean that lacks
-    one of its figures is None. A curve's mean has the points that every seed has.
+    "changes" holds the settings that both this config and the first one have, but with different values. A mean is None
+    if one of its figures is. The mean curve has the points that all seeds have in common.
     """
     configs, first = [], results[0].settings
     for name in dict.fromkeys(result.name for result in results):
@@ -79,7 +79,7 @@ def summarize(results: Sequence[Result]) -> list[dict]:
 
 
 def format_report(configs: Sequence[dict], results: Sequence[Result], command: str) -> str:
-    """Markdown: a row for each config, and below the table what its columns mean and how to repeat it."""
+    """Format the Markdown report: a table with one row per config, the meaning of its columns, and the command."""
     budget, seeds = results[0].settings, list(dict.fromkeys(result.seed for result in results))
     sizes = dict.fromkeys("{} x {}".format(*config["image_size"]) for config in configs)
     doubles = [heading for heading, *_ in DUPLICATE_COLUMNS]
@@ -104,9 +104,9 @@ def format_report(configs: Sequence[dict], results: Sequence[Result], command: s
 - Multiply-adds of convolutions and linear layers on an image of {", ".join(sizes)} pixels.
 - s / iteration: median, with {processes}. ms / image: median, one image at a time, \
 without loading it.
-- Memory in training: on a GPU, the most that tensors took of the first one; on a CPU, the most that the first process \
-had resident, with more than 0.5 GB of libraries.
-- Memory at inference: the most that tensors took for one image, weights included.
+- Memory in training: on a GPU, the peak of tensors on the first one; on a CPU, the peak resident memory of the first \
+process, which includes more than 0.5 GB of libraries.
+- Memory at inference: the peak of tensors for one image, including the weights.
 - Machine: {"; ".join(_machines(results))}. {date.today().isoformat()}.
 - Command: `{command}`
 
@@ -116,7 +116,7 @@ had resident, with more than 0.5 GB of libraries.
 
 def plot_curves(configs: Sequence[dict], path: Path) -> None:
     """Draw AP against iterations: thin lines for the seeds, a thick one for their mean."""
-    figure = Figure(figsize=(8, 5), layout="constrained")  # pyplot would choose a backend
+    figure = Figure(figsize=(8, 5), layout="constrained")  # not by pyplot, which would choose a backend
     axes = figure.subplots()
     colours, lines = matplotlib.colormaps["tab10"].colors, ("-", "--", ":")
     for index, config in enumerate(configs):
@@ -127,7 +127,7 @@ def plot_curves(configs: Sequence[dict], path: Path) -> None:
         style = {"color": colour, "linestyle": line, "linewidth": 2.2, "marker": "o", "markersize": 4}
         _plot(axes, config["curve"], **style, label=config["name"])
     axes.set(xlabel="iterations", ylabel="AP", xlim=(0, None))
-    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))  # where every AP is 0, the axis would reach below it
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))  # if every AP is 0, the axis would extend below 0
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if len(configs) > len(colours):

@@ -1,4 +1,4 @@
-"""What the configs of a comparison set, key by key: one budget for all, and rows of an ablation at another scale."""
+"""The settings of the configs in a comparison: check their budgets, and carry rows of an ablation over to a config."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ..model_zoo import flatten
 BUDGET = ("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
 OWN_KEYS = {"OUTPUT_DIR": "--output", "SEED": "--seeds", "TEST.EVAL_PERIOD": "--eval-period"}
 
-# For ablations.
+# Of ablations: the row with which the others are compared, and the sizes that scale with the images.
 DEFAULT_ROW = "default.yaml"
 SIZES_IN_PIXELS = ("MODEL.DEQDET.PERTURBATION.POSITION_SIZE",)
 # For each section, the keys that decide whether the section's other keys have an effect.
@@ -31,16 +31,18 @@ def parse_training(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def prepare_settings(arguments: Sequence[str]) -> dict[str, object]:
-    """Every dotted key of the config that tools/train_net.py gets from `arguments`, but OUTPUT_DIR, which may move.
+    """Return the settings that `arguments` of tools/train_net.py result in, by dotted key.
+
+    OUTPUT_DIR is left out, because the folder may be moved.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: see `load_config`.
     """
     return _settings(load_config(parse_training(arguments)))
 
 
 def prepare_defaults() -> dict[str, object]:
-    """The settings of a config that sets nothing."""
+    """Return the default settings."""
     cfg = get_cfg()
     add_deqdet_config(cfg)
     return _settings(cfg)
@@ -50,10 +52,11 @@ def check_budgets(configs: dict[str, dict[str, object]]) -> None:
     """Check that all configs train on the same data for the same number of iterations.
 
     Args:
-        configs: the settings of each, by its name.
+        configs: the settings of each config, by its name.
 
     Raises:
-        UserError: two differ in a key of BUDGET; there is not one test set; or detectron2 would change the budget.
+        UserError: two configs differ in a key of BUDGET, there is not exactly one test set, or detectron2 would rescale
+            the budget.
     """
     (first, expected), *_ = configs.items()
     for name, settings in configs.items():
@@ -70,18 +73,18 @@ def check_budgets(configs: dict[str, dict[str, object]]) -> None:
 
 
 def carry_over(config_file: str, scale_file: str, settings: dict[str, object]) -> list[str]:
-    """What a row of an ablation changes, as KEY VALUE pairs that make the same row of another config.
+    """Return the changes that an ablation's row makes, as KEY VALUE pairs to be applied to another config.
 
     A row changes the keys in which it differs from the DEFAULT_ROW beside it. SIZES_IN_PIXELS keep their ratio to the
-    default row's; any other change needs the default row's value as its starting point.
+    default row; for any other changed key, the other config must have the value of the default row.
 
     Args:
-        config_file: the row.
-        scale_file: the other config, for messages.
-        settings: those of the other config.
+        config_file: the file of the row.
+        scale_file: the file of the other config, for error messages.
+        settings: the settings of the other config.
 
     Raises:
-        UserError: there is no default row, or the row means nothing on the other config.
+        UserError: there is no default row, or a change cannot be applied to the other config.
     """
     default_file = Path(config_file).with_name(DEFAULT_ROW)
     if not default_file.is_file():
@@ -93,7 +96,7 @@ def carry_over(config_file: str, scale_file: str, settings: dict[str, object]) -
             continue
         in_pixels = key in SIZES_IN_PIXELS and default[key] > 0
         for same in (*SWITCHES.get(key.rpartition(".")[0], ()), *(() if in_pixels else (key,))):
-            there, start = settings.get(same), default.get(same)  # an option of a solver may stand in one of them only
+            there, start = settings.get(same), default.get(same)  # either may lack an option of a solver
             if there != start:
                 raise UserError(
                     f"{config_file} changes {key} from {default.get(key)} to {row[key]}, but {same} is {there} in "
@@ -110,5 +113,5 @@ def _settings(node: dict) -> dict[str, object]:
 
 
 def _as_json(value: object) -> object:
-    """The same value as it comes back from a JSON file, which has no tuples."""
+    """Convert a value as a round trip through JSON would: tuples become lists."""
     return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,6 +1,6 @@
-"""Corruptions of rising strength, by torchvision's functions: blur, noise, low contrast, occlusion.
+"""Image corruptions of increasing strength, computed with torchvision: blur, noise, low contrast, occlusion.
 
-Lengths are shares of the image, so that a strength means the same for images of any size.
+Lengths are relative to the image, so a strength has the same meaning for images of any size.
 """
 
 import math
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..data import seeded
 
-GREY = 0.5  # of the square that hides a part of the image, as a share of the range of the pixels
+GREY = 0.5  # of the occluding rectangle, relative to the range of pixel values
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is done to an image; strength 0 leaves it clean."""
+    """A corruption with its strength; strength 0 leaves an image clean."""
 
     corruption: str  # "clean", or a key of CORRUPTIONS
     strength: float
@@ -29,32 +29,32 @@ class Condition:
 
 @dataclass(frozen=True)
 class Corruption:
-    """A kind of corruption, with the strengths at which it is tried, the weakest first."""
+    """A type of corruption, with the strengths to measure in increasing order."""
 
     function: Callable[[Tensor, float], Tensor]  # image (3, H, W) float from 0 to 1, strength -> the same shape
     strengths: tuple[float, ...]
-    meaning: str  # of the strength
+    meaning: str  # what the strength measures
 
 
 def blur(image: Tensor, sigma: float) -> Tensor:
     """Blur with a Gaussian whose standard deviation is `sigma` times the short side."""
     short = min(image.shape[1:])
-    radius = min(max(1, math.ceil(3 * sigma * short)), short - 1)  # the reflected border is narrower than the image
+    radius = min(max(1, math.ceil(3 * sigma * short)), short - 1)  # reflection padding must be narrower than the image
     return F.gaussian_blur(image, [2 * radius + 1] * 2, [sigma * short] * 2)
 
 
 def add_noise(image: Tensor, sigma: float) -> Tensor:
-    """Add Gaussian noise to each channel of each pixel, with `sigma` as a share of the range of the pixels."""
+    """Add Gaussian noise to each channel of each pixel, with `sigma` relative to the range of pixel values."""
     return F.gaussian_noise(image, sigma=sigma)
 
 
 def lower_contrast(image: Tensor, lost: float) -> Tensor:
-    """Mix each pixel with the mean grey of the image, of which it gets the share `lost`."""
+    """Blend each pixel with the mean grey of the image, which has the weight `lost`."""
     return F.adjust_contrast(image, 1 - lost)
 
 
 def occlude(image: Tensor, share: float) -> Tensor:
-    """Hide a share of the image's area behind a grey rectangle of the image's shape, at a random place."""
+    """Hide a fraction `share` of the image behind a grey rectangle of the same aspect ratio, at a random position."""
     height, width = (max(1, round(side * math.sqrt(share))) for side in image.shape[1:])
     y, x = torch.rand(2).tolist()
     top, left = round(y * (image.shape[1] - height)), round(x * (image.shape[2] - width))
@@ -68,7 +68,7 @@ CORRUPTIONS = {
     "occlusion": Corruption(occlude, (0.1, 0.2, 0.3, 0.4), "share of the area that is hidden"),
 }
 CLEAN = Condition("clean", 0.0)
-# The conditions that are run as one batch: images of one size, and few enough for large images.
+# The conditions that run as one batch: all images have the same size, and are few enough even if they are large.
 BATCHES = (
     (CLEAN,),
     *(tuple(Condition(name, strength) for strength in kind.strengths) for name, kind in CORRUPTIONS.items()),
@@ -77,14 +77,14 @@ CONDITIONS = tuple(condition for batch in BATCHES for condition in batch)
 
 
 def corrupt(image: Tensor, condition: Condition, *, seed: int) -> Tensor:
-    """Corrupt one image; the state of the random generators is kept.
+    """Corrupt one image, and leave the global random generators as they were.
 
     Args:
         image: (3, H, W) uint8, RGB, on the CPU.
-        seed: of this image. The same seed gives the same noise and the same place of the rectangle.
+        seed: determines the noise and the position of the rectangle.
 
     Returns:
-        (3, H, W) uint8; the image itself if it is to stay clean.
+        (3, H, W) uint8; the given tensor itself if the condition is clean.
     """
     if not condition.strength:
         return image

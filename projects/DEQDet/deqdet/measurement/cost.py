@@ -4,10 +4,10 @@ Multiply-adds are counted in two ways:
 
 - "linear", the paper's: convolutions and linear layers. The projections inside nn.MultiheadAttention are left out,
   because the paper's counter hooks modules and does not see them.
-- "all": every operator that fvcore has a count for, and two that it lacks. In addition to "linear" these are
-  attention's projections and its two products; the other matrix products; 4 for each value that grid_sample returns,
-  and 4 for each bilinear sample of RoIAlign; normalization, 5 per value (4 without an affine part; BatchNorm 2); 1 per
-  value of the FPN's upsampling. Elementwise functions, softmax, pooling and reductions count nothing.
+- "all": every operator that fvcore can count, and three that it cannot (attention, RoIAlign, embedding_bag). Beyond
+  "linear", these are attention's projections and its two products; the other matrix products; 4 for each value that
+  grid_sample returns, and 4 for each bilinear sample of RoIAlign; normalization, 5 per value (4 without an affine part;
+  BatchNorm 2); 1 per value of the FPN's upsampling. Elementwise functions, softmax, pooling and reductions count as 0.
 """
 
 import math
@@ -32,21 +32,21 @@ from ..structures import QueryState
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many numbers a model learns or keeps frozen."""
+    """The parameter counts of a model, including frozen parameters."""
 
     total: int
     modules: dict[str, int]  # by name; modules without parameters are left out
 
 
 def count_parameters(model: nn.Module) -> Parameters:
-    """Count parameters, frozen ones too, shared ones once. FrozenBatchNorm2d has none: its numbers are buffers."""
+    """Count parameters, including frozen ones; shared ones count once. FrozenBatchNorm2d only has buffers."""
     counts = parameter_count(model)
     modules = {name: counts[name] for name, _ in model.named_modules() if name and name in counts}
     return Parameters(counts[""], modules)
 
 
 def format_parameters(parameters: Parameters, depth: int = 3) -> str:
-    """A table of the modules down to `depth`, each below its parent, in millions."""
+    """Format a table of parameters in millions, for modules down to `depth`, each indented below its parent."""
     rows = {name: count for name, count in parameters.modules.items() if name.count(".") < depth}
     labels = ["  " * name.count(".") + name.rpartition(".")[2] for name in rows]
     width = max(map(len, ["Parameters", *labels]))
@@ -76,11 +76,11 @@ class Cost:
     """Multiply-adds of a detector on one image."""
 
     image_size: tuple[int, int]  # height, width, pixels
-    padded_size: tuple[int, int]  # the same as the backbone gets it
+    padded_size: tuple[int, int]  # the size that the backbone gets
     steps: int
     backbone: MultiplyAdds
     neck: MultiplyAdds
-    initialization: MultiplyAdds  # with its read-out; 0 where there is no such layer
+    initialization: MultiplyAdds  # with its read-out; 0 without such a layer
     per_step: MultiplyAdds  # with its read-out, as in the paper's figures; our decoders read out the last step only
     read_out: MultiplyAdds  # of one step
 
@@ -90,7 +90,7 @@ class Cost:
         return self.backbone + self.neck + self.initialization + self.per_step * self.steps
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON, by way of counting and then by part."""
+        """Return the same for JSON, first by counting method and then by part."""
         parts = ("backbone", "neck", "initialization", "per_step", "read_out", "total")
         counts = {part: asdict(getattr(self, part)) for part in parts}
         ways = {way: {part: counts[part][way] for part in parts} for way in ("linear", "all")}
@@ -98,7 +98,7 @@ class Cost:
 
 
 def format_cost(cost: Cost) -> str:
-    """A table of the parts, in billions of multiply-adds (the paper's GFLOPS)."""
+    """Format a table of the parts, in billions of multiply-adds (the paper's GFLOPS)."""
     rows = {
         "backbone": cost.backbone,
         "neck": cost.neck,
@@ -116,15 +116,15 @@ def format_cost(cost: Cost) -> str:
 
 @torch.no_grad()
 def count_multiply_adds(model: DEQDet, *, steps: int | None = None, height: int = 800, width: int = 1333) -> Cost:
-    """Run each part once on an empty image, and count.
+    """Run each part once on an empty image, and count its multiply-adds.
 
     Args:
         model: its training mode is restored afterwards.
         steps: see plan_execution.
-        height, width: size of the image, pixels; it is padded as the model pads it.
+        height, width: size of the image in pixels, before the model pads it.
 
     Raises:
-        UserError: as plan_execution and trace.
+        UserError: see plan_execution and trace.
     """
     execution = plan_execution(model.decoder, steps)
     with inference_context(model):
@@ -136,7 +136,7 @@ def count_multiply_adds(model: DEQDet, *, steps: int | None = None, height: int 
         initialization = MultiplyAdds(0, 0)
         if execution.initialization is not None:
             initialization = sum(_count_layer(execution.initialization, initial, features), start=initialization)
-    body = backbone.get("bottom_up", backbone[""])  # all of it where there is no neck
+    body = backbone.get("bottom_up", backbone[""])  # the whole backbone if it has no neck
     return Cost(
         image_size=(height, width),
         padded_size=tuple(images.shape[2:]),
@@ -150,14 +150,14 @@ def count_multiply_adds(model: DEQDet, *, steps: int | None = None, height: int 
 
 
 def plan_execution(decoder: Decoder, steps: int | None = None) -> Execution:
-    """Say which layers run how often at test time.
+    """Determine which layers run at test time, and how often.
 
     Args:
-        steps: refinement layers after the initialization layer (or the first one); None for the decoder's own number.
-            Only a decoder with an equilibrium takes another number.
+        steps: number of refinement layers after the initialization layer (or the first layer); None: the decoder's own
+            number. Only a decoder with an equilibrium accepts a different number.
 
     Raises:
-        UserError: the decoder does not take that many steps.
+        UserError: the decoder does not accept this number of steps.
     """
     execution = decoder.execution()
     if steps is None or steps == execution.steps:
@@ -174,13 +174,13 @@ def plan_execution(decoder: Decoder, steps: int | None = None) -> Execution:
 
 @torch.no_grad()
 def trace(module: nn.Module, *inputs: Tensor) -> dict[str, MultiplyAdds]:
-    """Run a module once, and count by the names of its submodules; "" is the module itself.
+    """Run a module once, and count the multiply-adds of its submodules by name; "" is the module itself.
 
     Args:
-        inputs: tensors on the CPU or a GPU; fvcore's tracer does not take meta tensors.
+        inputs: tensors on the CPU or a GPU; fvcore's tracer does not accept meta tensors.
 
     Raises:
-        UserError: an RoIAlign has no fixed number of samples.
+        UserError: the number of samples of an RoIAlign is not fixed.
     """
     analysis = FlopCountAnalysis(module, inputs).tracer_warnings("none")
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -199,7 +199,7 @@ def trace(module: nn.Module, *inputs: Tensor) -> dict[str, MultiplyAdds]:
 
 @contextmanager
 def _unfused_attention() -> Iterator[None]:
-    """Let nn.MultiheadAttention run as several operators; without gradient it would be one that hides projections."""
+    """Disable the fast path of nn.MultiheadAttention, a single operator that would hide the projections."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -209,42 +209,42 @@ def _unfused_attention() -> Iterator[None]:
 
 
 def _count_attention(inputs: list[Any], outputs: list[Any]) -> int:
-    """Q K^T and its product with V, for Q (B, heads, N, E), K (B, heads, M, E) and V (B, heads, M, F)."""
+    """Count Q K^T and its product with V, for Q (B, heads, N, E), K (B, heads, M, E) and V (B, heads, M, F)."""
     query, (keys, value_dim) = get_shape(inputs[0]), get_shape(inputs[2])[2:]
     return math.prod(query[:3]) * keys * (query[3] + value_dim)
 
 
 def _count_roi_align(inputs: list[Any], outputs: list[Any]) -> int:
-    """4 for each of the ratio x ratio bilinear samples of an output value; inputs[5] is the ratio."""
+    """Count 4 for each of the ratio x ratio bilinear samples of an output value; inputs[5] is the ratio."""
     if (ratio := inputs[5].toIValue()) < 1:
         raise UserError(
-            f"RoIAlign with sampling ratio {ratio} takes the more samples the larger a box is: "
+            f"RoIAlign with sampling ratio {ratio} takes more samples for larger boxes: "
             "set MODEL.DEQDET.SPARSE_RCNN.POOLER_SAMPLING_RATIO to at least 1"
         )
     return math.prod(get_shape(outputs[0])) * ratio**2 * 4
 
 
 def _count_bags(inputs: list[Any], outputs: list[Any]) -> int:
-    """1 for each value of a row in a bag, which is as many as grid_sample or RoIAlign count for the same samples."""
+    """Count 1 for each value of a row in a bag, which gives the count of grid_sample or RoIAlign for these samples."""
     table, index = get_shape(inputs[0]), get_shape(inputs[1])
     return math.prod(index) * table[1]
 
 
 def _empty_features(model: DEQDet, images: Tensor) -> list[Tensor]:
-    """Zeros in the shapes of the pyramid, which saves a second run of the backbone."""
+    """Make a pyramid of zeros, which saves a second run of the backbone."""
     shapes = [model.backbone.output_shape()[name] for name in model.in_features]
     sizes = [[-(-side // shape.stride) for side in images.shape[2:]] for shape in shapes]
     return [images.new_zeros(1, shape.channels, *size) for shape, size in zip(shapes, sizes, strict=True)]
 
 
 def _count_layer(layer: RefinementLayer, state: QueryState, features: list[Tensor]) -> list[MultiplyAdds]:
-    """The multiply-adds of one refinement and of one read-out."""
+    """Count the multiply-adds of one refinement and of one read-out."""
     inputs = (state.position, state.content)
     return [trace(_OnTensors(layer), *inputs, *features)[""], trace(_OnTensors(layer), *inputs)[""]]
 
 
 class _OnTensors(nn.Module):
-    """A layer's forward, or without features its predict, from tensors to tensors, as the tracer needs it."""
+    """A layer with tensors as inputs and outputs, for the tracer: its forward, or without features its predict."""
 
     def __init__(self, layer: RefinementLayer):
         super().__init__()

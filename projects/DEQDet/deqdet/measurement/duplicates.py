@@ -1,7 +1,7 @@
-"""Whether several queries of a detector find the same object, and how alike the contents of such queries are.
+"""Count the objects that several queries find, and measure how similar the contents of such queries are.
 
-A detector without NMS must tell its queries apart: one of those that look at an object is to score high, and the others
-low. Where two queries reach the same state, nothing can rank them, and the object is found twice.
+Without NMS, a detector must distinguish its queries: of those that attend to the same object, one must score high and
+the others low. If two queries converge to the same state, nothing distinguishes them, and the object is found twice.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,9 +20,9 @@ from ..data import read_truths
 from ..detector import DEQDet
 from .accuracy import Detected, Evaluation
 
-CONFIDENT = 0.3  # the lowest score of a detection that counts
-SAME_OBJECT = 0.5  # the lowest IoU of a detection with the object that it finds
-NMS = 0.6  # IoU above which NMS drops the lower of two detections of one class
+CONFIDENT = 0.3  # minimum score of a detection that counts
+SAME_OBJECT = 0.5  # minimum IoU of a detection with the object that it finds
+NMS = 0.6  # IoU above which NMS drops the lower-scoring of two detections of the same class
 
 
 # Heading, field of Duplicates, format.
@@ -35,19 +35,19 @@ DUPLICATES_NOTE = (
     "duplicates: the share of the found objects that several queries find. An object is found by a detection of its "
     f"class with a score of at least {CONFIDENT:g} and an IoU of at least {SAME_OBJECT:g}. distance: 2 ||a - b|| / "
     "(||a|| + ||b||) of the contents a, b of two queries that find the same object, median over the pairs; near 0, "
-    f"nothing can rank them. AP, NMS: AP after NMS with IoU {NMS:g} within each class."
+    f"nothing distinguishes them. AP, NMS: AP after NMS with IoU {NMS:g} within each class."
 )
 
 
 class DetectedWithDistances(Detected, Protocol):
-    """An image with what was found in it, and how far apart the contents of its confident queries are."""
+    """The detections in one image, and the distances between the contents of their queries."""
 
-    distances: Mapping[int, Tensor]  # step -> (D, D), see `content_distances`; empty if the states are not known
+    distances: Mapping[int, Tensor]  # step -> (D, D), see `content_distances`; empty if the states are unknown
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An image with its detections by step; a decoder whose steps cannot be chosen has them under step 0."""
+    """The detections in one image by step; `see_images` stores the final ones under step 0."""
 
     image_id: int
     detections: dict[int, Instances]
@@ -56,11 +56,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """How often a detector finds an object more than once. A figure is None where there is nothing to count."""
+    """How often a detector finds an object more than once. A field is None if there is nothing to count."""
 
     found: int  # objects that at least one confident detection of their class finds
-    doubled: float | None  # percent of these that two or more find
-    distance: float | None  # of the contents of two queries that find one object, median over all such pairs
+    doubled: float | None  # percent of these objects that two or more detections find
+    distance: float | None  # between the contents of two queries that find the same object: median over all pairs
     AP_nms: float | None  # COCO's box AP, 0 to 100, after NMS
 
 
@@ -71,13 +71,13 @@ class DuplicateCounter:
         """
         Args:
             dataset: the name of a registered data set.
-            evaluation: of that set.
+            evaluation: the evaluation on that data set.
         """
         self._truths = read_truths(dataset)
         self._evaluation = evaluation
 
     def __call__(self, images: Sequence[DetectedWithDistances], step: int) -> Duplicates:
-        """Count the duplicates after one number of steps.
+        """Count the duplicates after a number of steps.
 
         Args:
             images: with the detections and distances of that step.
@@ -104,11 +104,11 @@ class DuplicateCounter:
 
 @torch.no_grad()
 def see_images(model: DEQDet, batches: Iterable[list[dict]]) -> Iterator[Seen]:
-    """Detect in each image, and keep how far apart the contents are.
+    """Run the detector on each image, and measure the distances between the contents of its queries.
 
     Args:
-        model: in evaluation mode. A decoder of one's own that does not tell its last state leaves no distances.
-        batches: detectron2's inputs, as a test loader gives them.
+        model: in evaluation mode. With a custom decoder that does not return its last state, there are no distances.
+        batches: detectron2's inputs, as from a test loader.
     """
     for batch in batches:
         decoded, found = model.decode(batch)
@@ -120,14 +120,14 @@ def see_images(model: DEQDet, batches: Iterable[list[dict]]) -> Iterator[Seen]:
 
 
 def content_distances(found: Instances, content: Tensor) -> Tensor:
-    """How far apart the contents of the queries of the confident detections are.
+    """Measure the distances between the contents of the queries of confident detections.
 
     Args:
         found: the detections of an image with their scores and queries, best first.
         content: (N, C), of all queries of that image.
 
     Returns:
-        (D, D), 2 ||a - b|| / (||a|| + ||b||) for each pair of the D confident detections; two zeros are 0 apart.
+        (D, D), 2 ||a - b|| / (||a|| + ||b||) for each pair of the D confident detections; 0 for two zeros.
     """
     mine = content.double()[found.queries[: count_confident(found)]]
     norms = torch.linalg.vector_norm(mine, dim=1)
@@ -137,15 +137,15 @@ def content_distances(found: Instances, content: Tensor) -> Tensor:
 
 
 def count_confident(found: Instances) -> int:
-    """The number of detections with a score of at least CONFIDENT, which come first."""
+    """Count the detections with a score of at least CONFIDENT, which come first in the list."""
     return int((found.scores >= CONFIDENT).sum())
 
 
 def find_objects(found: Instances, truth: Instances) -> list[list[int]]:
-    """Which confident detections find each object of an image, crowds left out: a list of their indices for each.
+    """List the indices of the confident detections that find each object of an image, without crowds.
 
-    A detection finds the object of its own class with which its IoU is largest, if that is SAME_OBJECT or more. So it
-    finds one object at most, and two detections of one object come from two queries.
+    A detection finds the object of its own class with the highest IoU, if this IoU is at least SAME_OBJECT. So it finds
+    at most one object, and two detections of the same object come from two queries.
 
     Args:
         found: the detections of an image, best first.
@@ -165,5 +165,5 @@ def find_objects(found: Instances, truth: Instances) -> list[list[int]]:
 
 
 def suppress(found: Instances) -> Instances:
-    """The detections that NMS leaves within each class, best first."""
+    """Apply NMS within each class, and return the remaining detections, best first."""
     return found[batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, NMS)]

@@ -1,4 +1,4 @@
-"""How far the gradient of training in a lower precision is from that in float32, by part of the detector."""
+"""Compare training gradients in lower precision with those in float32, for each part of the detector."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from ..matcher import Matches
 from .tables import format_table
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-SCALE = 2.0**16  # of the loss in float16, where GradScaler starts
-# The parameters of a part by the beginnings of their names; the first part that fits counts.
+SCALE = 2.0**16  # loss scale in float16: the initial value of GradScaler
+# The prefixes of parameter names that belong to each part; the first match counts.
 PARTS = {
     "backbone": ("backbone.bottom_up.",),
     "neck": ("backbone.",),
@@ -26,18 +26,18 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two gradients of one part, for each of several batches."""
+    """How far two gradients of one part agree, with one entry per batch."""
 
-    norms: list[float]  # in float32
-    ratios: list[float]  # of the norm in the lower precision to that in float32
-    cosines: list[float]  # of the angle between the two
+    norms: list[float]  # of the gradient in float32
+    ratios: list[float]  # norm in the lower precision / norm in float32
+    cosines: list[float]  # of the angle between the two gradients
 
 
 class _RepeatedMatches:
-    """Matches in its first call as the given matcher does, and returns the same pairs ever after.
+    """Calls the given matcher once, and returns the same matches in all later calls.
 
-    Two predictions of nearly equal cost may swap their boxes in another precision. The gradient is then that of another
-    loss, just as right, and would say nothing about rounding.
+    In another precision, two predictions of nearly equal cost may swap their boxes. Their gradient is then that of a
+    different, equally valid loss, and the comparison would say nothing about rounding.
     """
 
     def __init__(self, matcher: object):
@@ -55,15 +55,15 @@ def compare_gradients(
 ) -> dict[str, dict[str, Agreement]]:
     """Compare the gradients of the training loss on the same images, with the same noise and the same matches.
 
-    The loss in float16 is scaled as torch's GradScaler does: by 2^16, and by half of it for as long as a gradient
-    overflows. Weights stay as they are, but BatchNorm's running statistics move.
+    The loss in float16 is scaled as torch's GradScaler does: by 2^16, which is halved until no gradient overflows. The
+    weights do not change, but BatchNorm's running statistics do.
 
     Args:
         batches: with "image" and "instances", see DEQDet.forward.
         precisions: names of PRECISIONS.
 
     Returns:
-        The agreement of each precision and each part that has parameters to train.
+        The agreement by precision and by part, for the parts with trainable parameters.
 
     Raises:
         UserError: the gradient is not finite at any scale.
@@ -89,7 +89,7 @@ def compare_gradients(
 
 
 def _gradient(model: DEQDet, batch: list[dict], seed: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The gradient of each part as one float64 vector."""
+    """Compute the gradient of each part as one float64 vector."""
     scale = SCALE if dtype == torch.float16 else 1.0
     while scale >= 1:
         model.zero_grad()
@@ -114,7 +114,7 @@ def _by_part(model: DEQDet, scale: float) -> dict[str, Tensor]:
 
 
 def format_gradients(found: Mapping[str, Mapping[str, Agreement]]) -> str:
-    """A table of the means over the batches, with the worst batch in brackets."""
+    """Format a table of the means over the batches, with the worst batch in parentheses."""
     rows = [["part", "precision", "norm in float32", "ratio of the norms", "cosine"]]
     for part in next(iter(found.values())):
         for precision, agreements in found.items():

@@ -1,9 +1,8 @@
-"""How much memory training keeps for the backward pass, against the number of supervised states |Omega|.
+"""Measure the memory that training keeps for the backward pass, against the number of supervised states |Omega|.
 
-Counted are the tensors that autograd saves, each storage once and without parameters, as torch hands them to the hooks
-of saved tensors. This is a property of the graph, the same on a CPU and on a GPU up to what their kernels save. It
-needs only the sizes of the tensors, so that FakeTensorMode counts it without computing anything. The peak of the whole
-pass has to be measured.
+Saved-tensor hooks report the tensors that autograd saves; each storage is counted once, and parameters are left out.
+The count is a property of the graph, the same on a CPU and a GPU except for what their kernels save. It depends only on
+the sizes of the tensors, so FakeTensorMode can determine it without computing anything. The peak has to be measured.
 """
 
 from collections.abc import Callable, Collection
@@ -23,23 +22,23 @@ from .timing import peak_memory
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """What one forward and backward pass of the decoder takes, beside weights and features."""
+    """Memory for one forward and backward pass of the decoder, without weights and features."""
 
     points: int  # |Omega|
     recomputed: bool  # CHECKPOINT_SEGMENTS
     saved: int  # bytes that are kept between the forward and the backward pass
-    peak: int | None  # bytes, the most at any time of both passes; None if nothing was computed
+    peak: int | None  # bytes, the maximum during both passes; None if nothing was computed
 
 
 def saved_bytes(call: Callable[[], Any], without: Collection[Tensor] = ()) -> int:
-    """The bytes that autograd saves during a call, each storage once.
+    """Count the bytes that autograd saves during a call, each storage once.
 
     Args:
-        call: computes something with gradient, and returns it, so that its graph lives until all is counted.
-        without: tensors that do not count, such as parameters.
+        call: runs with gradients, and returns its result, which keeps the graph alive until everything is counted.
+        without: tensors to leave out, such as parameters.
     """
     known = [x.untyped_storage() for x in without]
-    # By identity, which is unique as long as the storages are kept; a fake tensor's has no address.
+    # Compared by id(), since a fake tensor's storage has no address. Ids are unique while `known` keeps the storages.
     outside = {id(x) for x in known}
     saved: dict[int, UntypedStorage] = {}
 
@@ -66,11 +65,11 @@ def training_memory(
     """Measure a decoder with and without CHECKPOINT_SEGMENTS, for several SUPERVISION_COUNTs.
 
     Args:
-        decoder: in training mode. It is as before afterwards.
-        initial, features: as for its `supervise`; their gradients are discarded.
+        decoder: in training mode; its settings are restored afterwards.
+        initial, features: the arguments of its `supervise`; their gradients are discarded.
         counts: the m of Omega = {1, C, 2C, ..., mC, T}.
-        compute: run both passes for the peak. Without, the saved tensors are counted from their sizes alone, which a
-            model of any size takes seconds for.
+        compute: run both passes to measure the peak. If False, the saved tensors are counted from their sizes alone,
+            which takes seconds for a model of any size.
 
     Raises:
         UserError: the decoder has no equilibrium.

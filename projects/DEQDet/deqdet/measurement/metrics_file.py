@@ -1,4 +1,4 @@
-"""The metrics.json of a training: one JSON object in each line."""
+"""Read the metrics.json of a training run, which has one JSON object per line."""
 
 import json
 import logging
@@ -10,10 +10,10 @@ logger = logging.getLogger(__name__)
 
 
 def read_lines(path: str | Path) -> list[dict]:
-    """The lines of a metrics.json, in the order of their iterations; a training's line comes before an evaluation's.
+    """Read the lines of a metrics.json, sorted by iteration, the training line before the evaluation line.
 
-    The file is appended to: where a later training or a resumed one goes over the same iterations, its lines count. A
-    line that is damaged, as a kill leaves the last one, is left out with a warning.
+    Training appends to the file. If a later or a resumed run repeats iterations, its lines replace the earlier ones. A
+    damaged line, such as the last one after a kill, is left out with a warning.
 
     Raises:
         UserError: the file cannot be read.
@@ -22,9 +22,9 @@ def read_lines(path: str | Path) -> list[dict]:
         texts = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}): give the OUTPUT_DIR of a run") from error
-    # By iteration, and whether the line is an evaluation's own. It may stand after a line of a later iteration.
+    # By iteration and whether it is an evaluation line, which may follow the training line of a later iteration.
     lines: dict[tuple[int, bool], dict] = {}
-    trained = -1  # the last iteration that a training's line has told of
+    trained = -1  # the iteration of the last training line
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
@@ -33,7 +33,7 @@ def read_lines(path: str | Path) -> list[dict]:
             logger.warning("%s, line %d, is damaged and is left out", path, number)
             continue
         if not evaluated:
-            if iteration <= trained:  # another training begins here
+            if iteration <= trained:  # another run starts here
                 lines = {key: known for key, known in lines.items() if key[0] < iteration}
             trained = iteration
         lines[iteration, evaluated] = line

@@ -1,4 +1,4 @@
-"""Which true boxes of an image a detector missed, and which of its detections are wrong."""
+"""Find the ground-truth boxes that a detector missed, and its wrong detections."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from torch import Tensor
 
 from detectron2.structures import Instances, pairwise_ioa, pairwise_iou
 
-LEAST_IOU = 0.5  # between a true box and a detection of it, as for AP50
-NO_CHOICE = 0.5  # the threshold to count at where none is better than another
+LEAST_IOU = 0.5  # of a detection with its ground-truth box, as for AP50
+NO_CHOICE = 0.5  # the score threshold if no threshold is better than another
 
 
 class Outcome(IntEnum):
-    """What became of a true box or of a detection."""
+    """The outcome for a ground-truth box or for a detection."""
 
-    RIGHT = 0  # a pair of a true box and a detection of its class
-    CONFUSED = 1  # a pair whose classes differ
-    ALONE = 2  # a true box that was missed, or a false detection
+    RIGHT = 0  # a matched pair of the same class
+    CONFUSED = 1  # a matched pair of different classes
+    ALONE = 2  # unmatched: a missed box, or a false detection
     IGNORED = 3  # a crowd, or a detection within one
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The outcomes in one image, of M true boxes and of the D detections whose score reaches the threshold."""
+    """The outcomes in one image, for M ground-truth boxes and the D detections whose score reaches the threshold."""
 
     truth: Instances  # M: gt_boxes (xyxy, pixels), gt_classes, gt_crowd
     found: Instances  # D, best first: pred_boxes (xyxy, pixels), scores, pred_classes
@@ -33,48 +33,48 @@ class Judgement:
 
     @property
     def right(self) -> int:
-        """Objects that were found."""
+        """The number of objects that were found."""
         return int((self.found_outcomes == Outcome.RIGHT).sum())
 
     @property
     def missed(self) -> int:
-        """True boxes without a detection."""
+        """The number of ground-truth boxes without a detection."""
         return int((self.truth_outcomes == Outcome.ALONE).sum())
 
     @property
     def false(self) -> int:
-        """Detections without a true box; second detections of one object are among them."""
+        """The number of detections without a ground-truth box, including duplicates of another detection."""
         return int((self.found_outcomes == Outcome.ALONE).sum())
 
     @property
     def confused(self) -> int:
-        """Objects that were found as another class."""
+        """The number of objects that were found as another class."""
         return int((self.found_outcomes == Outcome.CONFUSED).sum())
 
     @property
     def error(self) -> int:
-        """The image's error: missed + false + confused. 0 means that every object was found and nothing else."""
+        """The number of mistakes, missed + false + confused: 0 if every object was found and nothing else."""
         return self.missed + self.false + self.confused
 
     @property
     def doubt(self) -> float:
-        """The sum of the scores of all wrong detections, by which images with equally many mistakes are ordered."""
+        """The sum of the scores of all wrong detections, which orders images with the same number of mistakes."""
         wrong = np.isin(self.found_outcomes, (Outcome.ALONE, Outcome.CONFUSED))
         return float(self.found.scores.numpy()[wrong].sum())
 
 
 def judge(truth: Instances, found: Instances, threshold: float) -> Judgement:
-    """Pair the true boxes of an image with its detections.
+    """Match the ground-truth boxes of an image with its detections.
 
-    First as COCO's evaluation does at an IoU of 0.5: each detection, the surest first, takes the true box of its own
-    class that it overlaps most and that no surer one has taken. What is then left is paired in the same way whatever
-    its class, so that an object found as another class is one mistake and not two. A detection of which half or more
-    lies within a crowd of its class is neither right nor wrong.
+    The first pass follows COCO's evaluation at an IoU of 0.5: in descending order of score, each detection takes the
+    box of its own class with the highest IoU among those that are still free. The second pass matches the remaining
+    boxes and detections in the same way regardless of class, so that an object found as another class is one mistake
+    and not two. A detection of which at least half lies within a crowd of its class is neither right nor wrong.
 
     Args:
-        truth: M boxes, see Judgement; on the CPU.
+        truth: M ground-truth boxes on the CPU, see Judgement.
         found: detections in any order; those below the threshold are left out.
-        threshold: the lowest score that counts.
+        threshold: minimum score of a detection.
     """
     found = found[found.scores >= threshold]
     found = found[found.scores.argsort(descending=True, stable=True)]
@@ -84,14 +84,14 @@ def judge(truth: Instances, found: Instances, threshold: float) -> Judgement:
     same = found.pred_classes[:, None].numpy() == truth.gt_classes[None].numpy()
     _pair(np.where(same, iou, 0.0), truths, outcomes, Outcome.RIGHT)
     crowds = truth.gt_crowd.numpy()
-    covered = pairwise_ioa(truth.gt_boxes, found.pred_boxes).numpy().T >= LEAST_IOU  # of the detection's area
+    covered = pairwise_ioa(truth.gt_boxes, found.pred_boxes).numpy().T >= LEAST_IOU  # relative to the detection's area
     outcomes[(outcomes == Outcome.ALONE) & (covered & same & crowds).any(axis=1)] = Outcome.IGNORED
     _pair(iou, truths, outcomes, Outcome.CONFUSED)
     return Judgement(truth, found, truths, outcomes)
 
 
 def _pair(iou: np.ndarray, truths: np.ndarray, outcomes: np.ndarray, outcome: Outcome) -> None:
-    """Give each detection that is alone, in their order, the free true box of its highest IoU, in place."""
+    """Assign to each unmatched detection, in order, the unmatched box with the highest IoU, in place."""
     for row in np.nonzero(outcomes == Outcome.ALONE)[0]:
         free = np.where(truths == Outcome.ALONE, iou[row], 0.0)
         if free.size and free.max() >= LEAST_IOU:
@@ -99,28 +99,28 @@ def _pair(iou: np.ndarray, truths: np.ndarray, outcomes: np.ndarray, outcome: Ou
 
 
 def judge_all(truths: Sequence[Instances], found: Sequence[Instances], threshold: float) -> list[Judgement]:
-    """`judge` for each image."""
+    """Apply `judge` to each image."""
     return [judge(*pair, threshold) for pair in zip(truths, found, strict=True)]
 
 
 def sort_by_error(judgements: Sequence[Judgement]) -> list[int]:
-    """Indices of the images, the worst first: by error, then by doubt, then in their order."""
+    """Return the indices of the images, the worst first: sorted by error, then by doubt, then by index."""
     return sorted(range(len(judgements)), key=lambda i: (-judgements[i].error, -judgements[i].doubt, i))
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of one class, or of all, over the images."""
+    """The counts of one class over all images."""
 
-    boxes: int  # true ones, without crowds
+    boxes: int  # ground-truth boxes, without crowds
     right: int
     missed: int
-    confused: int  # true boxes of this class that were found as another
-    false: int  # detections of this class without a true box; not those that are confused
+    confused: int  # ground-truth boxes of this class that were found as another class
+    false: int  # detections of this class without a ground-truth box, except confused ones
 
 
 def tally(judgements: Sequence[Judgement], num_classes: int) -> list[Tally]:
-    """The counts of each class."""
+    """Count the outcomes of each class."""
     truth = _count([x.truth.gt_classes for x in judgements], [x.truth_outcomes for x in judgements], num_classes)
     found = _count([x.found.pred_classes for x in judgements], [x.found_outcomes for x in judgements], num_classes)
     return [
@@ -144,12 +144,12 @@ def _count(labels: Sequence[Tensor], outcomes: Sequence[np.ndarray], num_classes
 
 
 def best_threshold(truths: Sequence[Instances], found: Sequence[Instances]) -> float | None:
-    """The score, in hundredths, at which F1 = 2 right / (detections + true boxes) over all images is highest.
+    """Find the score threshold, in hundredths, with the highest F1 = 2 right / (detections + boxes) over all images.
 
-    Of several equal ones it is the highest. Without a right detection there is none: F1 is then 0 at every score.
+    Of several best thresholds, the highest is returned; None if no detection is right, since F1 is then 0 everywhere.
     """
-    # The pairs of the same class at a threshold are those of threshold 0 whose score reaches it, because surer
-    # detections choose first: so one judgement gives the figures of all thresholds.
+    # Detections are matched in descending order of score, so the matches at a threshold are those matches without a
+    # threshold whose score reaches it: one judgement is enough for all thresholds.
     judged = judge_all(truths, found, threshold=-np.inf)
     boxes = sum(int((~truth.gt_crowd).sum()) for truth in truths)
     scores = np.concatenate([x.found.scores.numpy() for x in judged] or [np.zeros(0)])

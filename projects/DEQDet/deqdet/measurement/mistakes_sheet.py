@@ -1,4 +1,4 @@
-"""A picture of the images in which a detector makes the most mistakes: ground truth beside detections."""
+"""Draw the images in which a detector makes the most mistakes: ground truth beside detections."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .mistakes import Judgement, Outcome
 TILE = 480  # pixels: the longer side of each half of a pair
 GAP, LINE, HEAD = 8, 24, 60  # pixels: between halves, a caption, the legend
 FONT_SIZE = 15
-FEW = 8  # boxes: with no more of them in an image, those that are right are labelled too
+FEW = 8  # boxes: right ones are labelled too, if an image has at most this many
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 COLOURS = {  # RGB
     Outcome.RIGHT: (40, 170, 70),
@@ -38,15 +38,15 @@ def write_mistakes(
     threshold: float,
     columns: int = 2,
 ) -> None:
-    """Write images with their ground truth on the left and their detections on the right, in the order given.
+    """Write a sheet of images in the given order, each with its ground truth on the left and its detections beside it.
 
-    The colour of a box tells its outcome. Boxes that are right have a label only where the image has few boxes.
+    The colour of a box shows its outcome. Right boxes are labelled only in images with few boxes.
 
     Args:
-        records: of the images, in detectron2's format; at least one.
+        records: detectron2's dataset dicts of the images, at least one.
         judgements: one for each record.
         path: .jpg or .png.
-        threshold: of the judgements, for the legend.
+        threshold: the score threshold of the judgements, for the legend.
 
     Raises:
         UserError: an image cannot be read, or the file cannot be written.
@@ -69,7 +69,7 @@ def write_mistakes(
 
 
 def describe(judgement: Judgement) -> str:
-    """The mistakes in words, such as "2 missed, 1 false"."""
+    """Describe the mistakes in words, such as "2 missed, 1 false"."""
     counts = {"missed": judgement.missed, "false": judgement.false, "of another class": judgement.confused}
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no mistake"
 
@@ -100,7 +100,7 @@ def _draw_pair(record: dict, judgement: Judgement, class_names: Sequence[str]) -
 def _draw_boxes(
     image: np.ndarray, boxes: np.ndarray, labels: Sequence[str], outcomes: np.ndarray, label_all: bool
 ) -> np.ndarray:
-    """Draw what is right first, so that a mistake is never hidden below it.
+    """Draw boxes, the right ones first, so that they never hide a mistake.
 
     Args:
         boxes: (M, 4) xyxy, pixels of the image.
@@ -110,7 +110,7 @@ def _draw_boxes(
         colour = tuple(part / 255 for part in COLOURS[outcomes[index]])
         visualizer.draw_box(boxes[index], edge_color=colour, line_style="-" if outcomes[index] < 2 else "--")
         if label_all or outcomes[index] in (Outcome.CONFUSED, Outcome.ALONE):
-            text = labels[index].replace("$", r"\$")  # matplotlib reads formulas between two $
+            text = labels[index].replace("$", r"\$")  # matplotlib reads text between two $ as a formula
             visualizer.draw_text(text, boxes[index, :2], font_size=10, color=colour, horizontal_alignment="left")
     separate_labels(visualizer.output)
     return visualizer.get_output().get_image()

@@ -1,4 +1,4 @@
-"""Pictures of a training's outcome: detections beside the ground truth, loss curve, residuals against steps."""
+"""Plots of a training run: detections beside the ground truth, loss curves, residuals against steps."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from ..engine.pictures import draw_beside_truth
 from .metrics_file import read_lines
 
 MARGIN = 6  # pixels between the pictures of a sheet
-LOSS_KEYS = re.compile(r"(.*/)?total_loss")  # of metrics.json; the sets' names come first
+LOSS_KEYS = re.compile(r"(.*/)?total_loss")  # in metrics.json, where the name of the data set may come first
 AP_KEYS = re.compile(r"(.*/)?bbox/AP(50)?")
 
 
@@ -52,7 +52,7 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
 
     Args:
         pairs: as draw_pair returns them.
-        path: of a PNG file.
+        path: the PNG file to write.
 
     Raises:
         UserError: the file cannot be written.
@@ -75,7 +75,7 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 120) -> None:
-    """Write a figure as PNG, whole or not at all.
+    """Write a figure as PNG, atomically.
 
     Raises:
         UserError: the file cannot be written.
@@ -90,14 +90,14 @@ def plot_curves(lines: Sequence[Mapping], path: str | Path) -> None:
     Args:
         lines: as read_lines returns them. detectron2 writes the median loss of the last 20 iterations.
     """
-    figure = Figure(figsize=(11, 4), layout="constrained")  # pyplot would choose a backend
+    figure = Figure(figsize=(11, 4), layout="constrained")  # not by pyplot, which would choose a backend
     losses, accuracy = figure.subplots(1, 2)
     highest = 0.0
     for key, colour in zip(_keys(lines, LOSS_KEYS), ("C0", "C1", "C2"), strict=False):
         iterations, values = _series(lines, key)
         losses.plot(iterations, values, color=colour, label=key.replace("_", " "), linewidth=1.4)
         highest = max(highest, min(1.05 * max(values), 3 * float(np.median(values))))
-    # The first losses may be so large that nothing could be seen of the others, and are cut off.
+    # The first losses are cut off, because they may be so large that the others could not be seen.
     losses.set(xlabel="iteration", ylabel="loss", title="loss", ylim=(0, highest or 1))
     for key in _keys(lines, AP_KEYS):
         iterations, values = _series(lines, key)
@@ -105,7 +105,7 @@ def plot_curves(lines: Sequence[Mapping], path: str | Path) -> None:
         accuracy.annotate(f"{values[-1]:.1f}", (iterations[-1], values[-1]), textcoords="offset points", xytext=(0, 6),
                           ha="right")  # fmt: skip
     accuracy.set(xlabel="iteration", ylabel="AP", title="box AP on the test set", ylim=(0, 100))
-    # Both have the same iterations, so that a drop of the loss and a rise of AP lie at the same place.
+    # Both panels show the same iterations, so that loss and AP can be compared.
     last = max((line["iteration"] for line in lines), default=0)
     for axes in (losses, accuracy):
         axes.set_xlim(0, max(1, 1.02 * last))
@@ -124,7 +124,7 @@ def _keys(lines: Sequence[Mapping], pattern: re.Pattern) -> list[str]:
 
 
 def _series(lines: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
-    """The iterations at which a finite value was written, and the values."""
+    """Return the iterations with a finite value, and these values."""
     pairs = [(line["iteration"], line[key]) for line in lines if np.isfinite(line.get(key, np.nan))]
     return [i for i, _ in pairs], [value for _, value in pairs]
 
@@ -134,7 +134,7 @@ def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
     lines = [line for line in read_lines(metrics_file) if "total_loss" in line]
     iterations = [line["iteration"] for line in lines]
     names = sorted({key.removeprefix("loss_cls_") for line in lines for key in line if key.startswith("loss_cls_")})
-    figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would choose a backend
+    figure = Figure(figsize=(7, 4), layout="constrained")  # not by pyplot, which would choose a backend
     axes = figure.subplots()
     for name in names:
         sums = [sum(v for k, v in line.items() if k.startswith("loss_") and k.endswith(f"_{name}")) for line in lines]
@@ -147,14 +147,14 @@ def plot_losses(metrics_file: str | Path, path: str | Path) -> None:
 
 
 def plot_residuals(residuals: Tensor, path: str | Path) -> None:
-    """Draw median and quartiles over the images against the step, on a logarithmic axis.
+    """Plot the median and quartiles over the images against the step, on a logarithmic axis.
 
     Args:
         residuals: (1 + T, images), as measure_residuals returns them.
     """
     quartiles = np.quantile(residuals.numpy(), [0.25, 0.5, 0.75], axis=1)
     steps = np.arange(len(residuals))
-    figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would choose a backend
+    figure = Figure(figsize=(7, 4), layout="constrained")  # not by pyplot, which would choose a backend
     axes = figure.subplots()
     axes.fill_between(steps, quartiles[0], quartiles[2], alpha=0.25, label="middle half of the images")
     axes.plot(steps, quartiles[1], marker="o", markersize=3, label="median image")

@@ -1,4 +1,4 @@
-"""How well one number ranks another, or separates two kinds, with intervals by the bootstrap over images."""
+"""Rank correlations and the area under the ROC curve of a signal, with bootstrap intervals over images."""
 
 import math
 import warnings
@@ -15,7 +15,7 @@ LEVEL = 0.95  # of its intervals
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with its bootstrap interval. A figure is None where it has no value, as that of equal numbers."""
+    """A statistic with its bootstrap interval. A field is None if undefined, as for constant columns."""
 
     value: float | None
     low: float | None
@@ -23,7 +23,7 @@ class Estimate:
 
 
 def correlate(signal: np.ndarray, AP: np.ndarray) -> float:
-    """Spearman's rank correlation, -1 to 1; NaN where all values of a column are equal, or there are fewer than two."""
+    """Compute Spearman's rank correlation; NaN if a column is constant or has fewer than two values."""
     if len(AP) < 2:
         return math.nan
     with warnings.catch_warnings():
@@ -32,10 +32,10 @@ def correlate(signal: np.ndarray, AP: np.ndarray) -> float:
 
 
 def correlate_given(signal: np.ndarray, AP: np.ndarray, known: np.ndarray) -> float:
-    """Spearman's partial rank correlation of signal and AP, given a signal that is known already.
+    """Compute Spearman's partial rank correlation of signal and AP, given another signal.
 
-    It is the correlation of what is left of the ranks of both when the part that is linear in the ranks of `known` has
-    been taken away: (r_sa - r_sk r_ak) / sqrt((1 - r_sk^2) (1 - r_ak^2)).
+    This is the correlation of what remains of the ranks of both after a linear regression on the ranks of `known`:
+    (r_sa - r_sk r_ak) / sqrt((1 - r_sk^2) (1 - r_ak^2)).
     """
     r_sa, r_sk, r_ak = correlate(signal, AP), correlate(signal, known), correlate(AP, known)
     left = (1 - r_sk**2) * (1 - r_ak**2)
@@ -43,10 +43,10 @@ def correlate_given(signal: np.ndarray, AP: np.ndarray, known: np.ndarray) -> fl
 
 
 def separate(signal: np.ndarray, right: np.ndarray) -> float:
-    """The probability that a right detection has a higher signal than a wrong one, where a tie counts one half.
+    """Compute the probability that a right detection has a higher signal than a wrong one; ties count one half.
 
-    It is the area under the ROC curve, by Mann and Whitney's U / (n1 n2): 1 if all right ones come first, 0.5 if the
-    signal says nothing. NaN where there are no right or no wrong ones.
+    This is the area under the ROC curve, the Mann-Whitney statistic U / (n1 n2): 1 for a perfect signal, 0.5 for one
+    without information. NaN if there are no right or no wrong detections.
     """
     if right.all() or not right.any():
         return math.nan
@@ -57,9 +57,9 @@ def separate(signal: np.ndarray, right: np.ndarray) -> float:
 def estimate(
     statistic: Callable[[np.ndarray, np.ndarray], float], image: np.ndarray, *columns: np.ndarray
 ) -> Estimate:
-    """A statistic of the rows with its interval by the bootstrap over images.
+    """Compute a statistic of the rows and its bootstrap interval over images.
 
-    Whole images are drawn, with all their conditions and detections, because the rows of one image resemble each other.
+    Whole images are resampled, with all their conditions and detections, because the rows of one image are correlated.
 
     Args:
         image: (n,) the image of each row.
@@ -70,7 +70,7 @@ def estimate(
     if math.isnan(value) or len(rows) < 2:
         return Estimate(finite_or_none(value), None, None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # a resample without a value: no interval
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # from an undefined resample: no interval
         interval = stats.bootstrap(
             (np.arange(len(rows)),),
             partial(_resampled, statistic, rows, columns),
@@ -91,5 +91,5 @@ def _resampled(
 
 
 def finite_or_none(value: float) -> float | None:
-    """The number, or None where it is NaN or infinite, which JSON does not have."""
+    """Return the number, or None if it is NaN or infinite, which JSON cannot represent."""
     return value if math.isfinite(value) else None

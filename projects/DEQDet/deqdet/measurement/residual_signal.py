@@ -1,8 +1,8 @@
-"""Whether the residual at the last step says how far to trust a result, beside the confidence.
+"""Measure whether the residual at the last step predicts how reliable a result is, compared with the confidence.
 
-Each image is detected clean and corrupted. Three signals are compared: the relative residual of the whole state, that
-of the contents of the confident queries, and the mean score. For images the question is whether a signal ranks them as
-their AP does, for detections whether it puts the right ones before the wrong ones.
+The detector runs on each image, clean and corrupted. Three signals are compared: the relative residual of the whole
+state, that of the contents of the confident queries, and the mean score. A good signal ranks images by their AP, and
+right detections before wrong ones.
 """
 
 import math
@@ -23,7 +23,7 @@ from .duplicates import count_confident
 from .rank_statistics import Estimate, correlate, correlate_given, estimate, finite_or_none, separate
 from .verdicts import RIGHT, VERDICTS, judge
 
-# The signals, each turned so that a higher value should mean a better result.
+# The signals, with their signs chosen so that a higher value should mean a better result.
 SIGNALS = ("residual", "residual of detections", "confidence")
 
 
@@ -37,18 +37,18 @@ class Observation:
     residual: float  # of the whole state
     content_residual: float  # of the contents of the confident queries together
     confidence: float  # mean score of the confident detections
-    query_residuals: Tensor  # (D,) float64, of the content of the query of each confident detection
+    query_residuals: Tensor  # (D,) float64, of the content of each confident detection's query
 
 
 @torch.no_grad()
 def observe(model: DEQDet, batches: Iterable[list[dict]], *, steps: int) -> Iterator[Observation]:
-    """Detect in each image under all conditions, with a fixed number of steps and the decoder's own solver.
+    """Run the detector on each image under all conditions, with a fixed number of steps and the decoder's own solver.
 
-    Where no detection is confident, the best one stands for the confident ones.
+    If no detection is confident, content_residual and confidence are those of the best detection.
 
     Args:
         model: in evaluation mode; its decoder must return the last iterate, not the best one.
-        batches: detectron2's inputs with "image_id", as a test loader gives them.
+        batches: detectron2's inputs with "image_id", as from a test loader.
 
     Raises:
         UserError: the decoder has no equilibrium.
@@ -75,25 +75,25 @@ def observe(model: DEQDet, batches: Iterable[list[dict]], *, steps: int) -> Iter
 
 
 def _corrupted(model: DEQDet, image: Tensor, condition: Condition, seed: int) -> Tensor:
-    if model.input_format == "BGR":  # what the contrast calls grey depends on the order of the channels
+    if model.input_format == "BGR":  # lower_contrast computes grey from RGB
         return corrupt(image.flip(0), condition, seed=seed).flip(0)
     return corrupt(image, condition, seed=seed)
 
 
 def _relative(before: Tensor, after: Tensor) -> Tensor:
-    """||after - before|| / ||after|| along the last dimension; inf where that is no number."""
+    """Compute ||after - before|| / ||after|| along the last dimension; inf where this is NaN."""
     quotient = torch.linalg.vector_norm(after - before, dim=-1) / torch.linalg.vector_norm(after, dim=-1)
     return quotient.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _finite(residual: float) -> float:
-    """The residual, where NaN counts as the largest one."""
+    """Replace NaN, the worst residual, by inf."""
     return math.inf if math.isnan(residual) else residual
 
 
 @dataclass(frozen=True)
 class ImageRows:
-    """All images under all conditions: n rows of numbers."""
+    """The columns of a table with one row for each image under each condition, n rows in total."""
 
     image: np.ndarray  # (n,) the id
     condition: np.ndarray  # (n,) index into CONDITIONS
@@ -103,13 +103,13 @@ class ImageRows:
     AP: np.ndarray  # (n,) of the image alone, 0 to 100; NaN for an image without objects
 
     def signals(self) -> dict[str, np.ndarray]:
-        """The signals by name, turned so that a higher value should mean a higher AP."""
+        """Return the signals by name, with signs so that a higher value should mean a higher AP."""
         return dict(zip(SIGNALS, (-self.residual, -self.content_residual, self.confidence), strict=True))
 
 
 @dataclass(frozen=True)
 class DetectionRows:
-    """All confident detections of all images under all conditions, those in crowds left out: n rows of numbers."""
+    """The columns of a table with one row for each confident detection that is not in a crowd, n rows in total."""
 
     image: np.ndarray  # (n,) the id
     condition: np.ndarray  # (n,) index into CONDITIONS
@@ -120,26 +120,25 @@ class DetectionRows:
 
     @property
     def right(self) -> np.ndarray:
-        """(n,) bool."""
+        """Whether each detection is right, (n,) bool."""
         return self.verdict == RIGHT
 
     def signals(self) -> dict[str, np.ndarray]:
-        """The signals by name, turned so that a higher value should mean a right detection."""
+        """Return the signals by name, with signs so that a higher value should mean a right detection."""
         return dict(zip(SIGNALS, (-self.image_residual, -self.residual, self.score), strict=True))
 
 
 def tabulate_images(
     observations: Sequence[Observation], evaluation: Evaluation, truths: Mapping[int, Instances], steps: int
 ) -> ImageRows:
-    """Compute the AP of each image alone, and put all numbers into columns.
+    """Compute the AP of each single image, and collect all numbers in columns.
 
-    COCO's AP of one image is the mean over the classes of its objects. A wrong detection of another class does not
-    count.
+    COCO's AP of a single image is the mean over the classes of its objects. It ignores detections of other classes.
     """
 
     def alone(x: Observation) -> float:
         if not len(x.detections[steps]) and not truths[x.image_id].gt_crowd.all():
-            return 0.0  # detectron2 gives no AP where there are no detections
+            return 0.0  # detectron2 returns no AP without detections
         (accuracy,) = evaluation([x], [(steps,)])
         return math.nan if accuracy.AP is None else accuracy.AP
 
@@ -156,7 +155,7 @@ def tabulate_images(
 def tabulate_detections(
     observations: Sequence[Observation], truths: Mapping[int, Instances], steps: int
 ) -> DetectionRows:
-    """Judge all confident detections, and put all numbers into columns."""
+    """Judge all confident detections, and collect all numbers in columns."""
     rows = [
         (x.image_id, CONDITIONS.index(x.condition), x.residual, residual, score, verdict)
         for x in observations
@@ -184,7 +183,7 @@ class VerdictCell:
     """The detections of one verdict."""
 
     count: int
-    residual: float | None  # of the content of their queries, median; None if there are none, or it is infinite
+    residual: float | None  # median, of the content of their queries; None without detections, or if infinite
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class ConditionRow:
     content_residual: float | None  # median
     confidence: float  # median
     precision: float | None  # percent of the confident detections that are right
-    correlations: dict[str, float | None]  # of each signal with the AP of the image: Spearman's
+    correlations: dict[str, float | None]  # Spearman's, of each signal with the AP of the image
 
 
 @dataclass(frozen=True)
@@ -206,18 +205,18 @@ class GroupRow:
     """The images of several conditions, pooled."""
 
     name: str
-    images: int  # with objects, each condition counted
-    correlations: dict[str, Estimate]  # of each signal with the AP of the image: Spearman's
+    images: int  # number of images with objects, once for each condition
+    correlations: dict[str, Estimate]  # Spearman's, of each signal with the AP of the image
     image_partial: float | None  # of the residual with AP, given the confidence
-    right: int  # confident detections
-    wrong: int
+    right: int  # number of right confident detections
+    wrong: int  # number of wrong ones
     separations: dict[str, Estimate]  # probability that a right detection has the higher signal than a wrong one
     detection_partial: float | None  # rank correlation of the query's residual with being right, given the score
     verdicts: dict[str, VerdictCell]
 
 
 def make_groups() -> dict[str, tuple[Condition, ...]]:
-    """The conditions that are pooled, by the name of the group."""
+    """Return the conditions that each group pools, by the name of the group."""
     alike = {name: tuple(x for x in CONDITIONS if x.corruption == name) for name in CORRUPTIONS}
     return {"clean": (CLEAN,), **alike, "all": CONDITIONS}
 
@@ -225,7 +224,7 @@ def make_groups() -> dict[str, tuple[Condition, ...]]:
 def summarize_condition(
     condition: Condition, images: ImageRows, detections: DetectionRows, accuracy: Accuracy
 ) -> ConditionRow:
-    """Make the row of one condition from the columns of all."""
+    """Summarise one condition, given the columns of all conditions."""
     index = CONDITIONS.index(condition)
     mine, known = images.condition == index, (images.condition == index) & ~np.isnan(images.AP)
     right = detections.right[detections.condition == index]
@@ -248,7 +247,7 @@ def summarize_condition(
 def summarize_group(
     name: str, conditions: Sequence[Condition], images: ImageRows, detections: DetectionRows
 ) -> GroupRow:
-    """Make the row of one group of conditions from the columns of all."""
+    """Summarise one group of conditions, given the columns of all conditions."""
     indices = [CONDITIONS.index(condition) for condition in conditions]
     known = np.isin(images.condition, indices) & ~np.isnan(images.AP)
     mine = np.isin(detections.condition, indices)

@@ -1,4 +1,4 @@
-"""The tables of the residual as a signal as markdown and JSON, and the reliability plot."""
+"""Write the results of the residual signal: tables as Markdown and JSON, and the reliability plot."""
 
 import json
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from .tables import format_table, format_value
 from .verdicts import NEAR, VERDICTS
 
 BINS = 10  # of the reliability plot: deciles
-LEAST_IN_BIN = 5  # images or detections, so that a mean is more than noise
+LEAST_IN_BIN = 5  # images or detections, so that the mean of a bin is more than noise
 
 
 @dataclass(frozen=True)
 class Report:
     """What was measured, and the results."""
 
-    command: str  # for the reader to repeat
+    command: str  # so that readers can repeat it
     weights: str
     dataset: str
     images: int
@@ -39,7 +39,7 @@ class Report:
 
 
 def write_report(report: Report, images: ImageRows, detections: DetectionRows, folder: Path) -> None:
-    """Write residual_signal.md, .json (with the numbers of each image) and .png, each whole or not at all.
+    """Write residual_signal.md, .json (with the numbers of each image) and .png, each atomically.
 
     Raises:
         UserError: a file cannot be written.
@@ -60,7 +60,7 @@ def _finite_list(column: np.ndarray) -> list[float | None]:
 
 
 def format_report(report: Report) -> str:
-    """Markdown: ranks of images, ranks of detections, each condition, and what the columns mean."""
+    """Format the Markdown report: images, detections, mistakes, each condition, and the meaning of the columns."""
     return "\n\n".join([
         "## Images: does the signal rank them as their AP does?\n\n" + _images_table(report.groups),
         "## Detections: does the signal put right before wrong?\n\n" + _detections_table(report.groups),
@@ -125,21 +125,22 @@ def _notes(report: Report) -> list[str]:
         f"{plural(report.images, 'image')} of {report.dataset}, each under {len(report.conditions)} conditions, after "
         f"{report.steps} steps; weights {report.weights}; {report.device}.",
         f"Images: Spearman's rank correlation of the signal with the COCO AP of the image alone, in brackets the "
-        f"{LEVEL:.0%} interval of a bootstrap over images ({RESAMPLES} resamples). The sign of residuals is turned, so "
-        "that +1 is a perfect signal for every column, and 0 none. The AP of an image is the mean over the classes of "
-        "its objects; images without objects do not count.",
+        f"{LEVEL:.0%} interval of a bootstrap over images ({RESAMPLES} resamples). The sign of the residuals is "
+        "reversed, so that +1 is a perfect signal in every column and 0 none. The AP of an image is the mean over the "
+        "classes of its objects; images without objects do not count.",
         "residual: ||f(y) - y|| / ||f(y)|| of the whole state at the last step. residual of detections: the same of "
         f"the contents of the queries whose score is at least {CONFIDENT:g}. confidence: the mean score of these "
-        "detections. An image without any has the figures of its best one.",
+        "detections. An image without any is represented by its highest-scoring detection.",
         "residual given confidence, residual given score: Spearman's partial correlation of the residual with the AP, "
         "or of the query's residual with being right, given the score: what the residual adds for a user who knows the "
-        "scores. 0 is nothing.",
+        "scores. 0 means nothing.",
         f"Detections: those with a score of at least {CONFIDENT:g}, right if their IoU with an object of their class "
-        f"that no surer one has taken is at least {SAME_OBJECT:g}. The figure is the probability that a right "
-        "detection has the lower residual, or the higher score, than a wrong one; 0.5 says nothing. Interval as above.",
+        f"that no higher-scoring one has been matched to is at least {SAME_OBJECT:g}. The figure is the probability "
+        "that a right detection has a lower residual, or a higher score, than a wrong one; 0.5 is no signal. Interval "
+        "as above.",
         "Mistakes: the number of the detections, and the median residual of the content of their queries. double: the "
-        f"object is taken; class: the IoU with an object of another class is at least {SAME_OBJECT:g}; box: the IoU "
-        f"with any object is at least {NEAR:g}; nothing: it is not.",
+        "object has been matched already; class: the IoU with an object of another class is at least "
+        f"{SAME_OBJECT:g}; box: the IoU with any object is at least {NEAR:g}; nothing: it is lower.",
         "Each condition: medians over the images; rank: the correlation as above, within the condition. Strength of "
         f"{strengths}.",
         f"{date.today().isoformat()}. Command: `{report.command}`",
@@ -149,10 +150,10 @@ def _notes(report: Report) -> list[str]:
 def plot_reliability(images: ImageRows, detections: DetectionRows) -> Figure:
     """Draw the AP of images and the precision of detections in each decile of residual and of confidence.
 
-    One line is for the clean images and one for each corruption, so that one sees whether a value of the signal means
-    the same in both.
+    There is one line for the clean images and one for each corruption. They coincide if a value of the signal means the
+    same under all conditions.
     """
-    figure = Figure(figsize=(10, 7.5), layout="constrained")  # pyplot would choose a backend
+    figure = Figure(figsize=(10, 7.5), layout="constrained")  # not by pyplot, which would choose a backend
     (image_residual, image_confidence), (query_residual, score) = figure.subplots(2, 2, sharey="row")
     AP, right = images.AP, 100.0 * detections.right
     _plot_deciles(image_residual, images.residual, AP, images.condition)
@@ -177,7 +178,7 @@ def plot_reliability(images: ImageRows, detections: DetectionRows) -> Figure:
 
 
 def _plot_deciles(axes: Axes, signal: np.ndarray, outcome: np.ndarray, condition: np.ndarray) -> None:
-    """Draw the mean outcome against the median signal of each decile, for the clean ones and each corruption."""
+    """Draw the mean outcome against the median signal of each decile, for clean images and for each corruption."""
     known = np.isfinite(signal) & ~np.isnan(outcome)
     for number, name in enumerate(("clean", *CORRUPTIONS)):
         alike = [index for index, x in enumerate(CONDITIONS) if x.corruption == name]
@@ -189,7 +190,7 @@ def _plot_deciles(axes: Axes, signal: np.ndarray, outcome: np.ndarray, condition
 
 
 def deciles(signal: np.ndarray, outcome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The median signal and the mean outcome of each decile of the signal, lowest first; of fewer bins for few rows."""
+    """Compute median signal and mean outcome of each decile of the signal, lowest first; few rows give fewer bins."""
     bins = max(1, min(BINS, len(signal) // LEAST_IN_BIN))
     parts = [part for part in np.array_split(np.argsort(signal, kind="stable"), bins) if len(part)]
     medians = np.array([np.median(signal[part]) for part in parts])

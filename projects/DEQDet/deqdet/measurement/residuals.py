@@ -1,4 +1,4 @@
-"""How close the iterates come to a fixed point, measured on a data set."""
+"""Measure how close the iterates come to a fixed point on a data set."""
 
 from collections.abc import Iterable
 
@@ -12,11 +12,11 @@ from ..detector import DEQDet
 
 
 def measure_residuals(model: DEQDet, batches: Iterable[list[dict]], steps: int) -> Tensor:
-    """Relative residuals ||f(y) - y|| / ||f(y)|| of packed states, without noise, with the decoder's own solver.
+    """Measure relative residuals ||f(y) - y|| / ||f(y)|| of packed states, without noise, with the decoder's solver.
 
     Args:
         model: its training mode is restored afterwards.
-        batches: detectron2's inputs, as a test loader gives them.
+        batches: detectron2's inputs, as from a test loader.
         steps: T, applications of f after g.
 
     Returns:

@@ -1,9 +1,9 @@
-"""AP and time of whole images, for detectors that are run in several ways: steps, precision, eager, compiled, exported.
+"""Measure AP and end-to-end latency of detectors for several steps, precisions and modes (eager, compiled, exported).
 
-A `Way` takes an image as it was read and returns its detections, so that everything between is in its time: resizing,
-backbone, decoder, read-out. First each way detects in all images, for its AP; this also warms it up. Then the ways take
-turns on some of these images, so that a machine that becomes slower meanwhile favours none of them. On its turn each
-detects twice and is timed once, so that none pays for the weights of another model in the processor's caches.
+A `Way` maps an image in memory to its detections, so its latency includes resizing, backbone, decoder and read-out.
+First, each way runs on all images for its AP, which also warms it up. Then the ways run alternately on some of these
+images, so a change in the machine's speed affects all of them alike. Each way processes an image twice, and only the
+second run is timed: during the first, the weights of another model may be in the processor's caches.
 """
 
 import json
@@ -29,40 +29,40 @@ from .plots import save_figure
 from .tables import format_table, format_value
 from .timing import timed
 
-Detect = Callable[[np.ndarray], Instances]  # of an image (H, W, 3) uint8 RGB, on the CPU, in its pixels
-TIMED = 100  # images on which the ways take turns
+Detect = Callable[[np.ndarray], Instances]  # image (H, W, 3) uint8 RGB -> detections on the CPU, in its pixels
+TIMED = 100  # images for which the latency is measured
 
 
 @dataclass(frozen=True)
 class Way:
-    """One detector, run in one way."""
+    """One detector with one way of running it."""
 
     model: str
     steps: str  # "8 steps", or "6 layers" for a stack
     precision: str
     mode: str  # "eager", "compiled" or "onnx"
-    max_detections: int  # of an image
+    max_detections: int  # per image
     detect: Detect
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one way reached."""
+    """The results of one way."""
 
     model: str
     steps: str
     precision: str
     mode: str
     accuracy: Accuracy
-    time: Timing  # of one image
-    first: float  # seconds of the first image, in which a compiled layer is compiled
+    time: Timing  # per image
+    first: float  # seconds for the first image, including compilation
 
 
 @dataclass(frozen=True)
 class Report:
     """What was measured, and the results."""
 
-    command: str  # for the reader to repeat
+    command: str  # so that readers can repeat it
     dataset: str
     images: int
     timed: int
@@ -70,7 +70,7 @@ class Report:
     rows: list[Row]
 
 
-# A way returns its detections on the CPU, so that there is nothing to wait for when it is done.
+# Detections are returned on the CPU, so timing needs no synchronisation.
 _CPU = torch.device("cpu")
 
 
@@ -85,7 +85,7 @@ def measure_ways(ways: Sequence[Way], records: Sequence[dict], evaluation: Evalu
 
     Args:
         records: detectron2's dataset dicts of the test set, at least one.
-        images: on how many the ways take turns, the first ones; 2 or more, since quartiles need several times.
+        images: how many of the first images are timed; at least 2, since quartiles need several values.
 
     Raises:
         UserError: an image cannot be read, or the data set has no annotations.
@@ -113,7 +113,7 @@ def measure_ways(ways: Sequence[Way], records: Sequence[dict], evaluation: Evalu
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write speed_accuracy.md, .json and .png into `folder`, each whole or not at all.
+    """Write speed_accuracy.md, .json and .png into `folder`, each atomically.
 
     Raises:
         UserError: a file cannot be written.
@@ -124,7 +124,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def format_report(report: Report) -> str:
-    """Markdown: the table, what its columns mean, and how it was made."""
+    """Format the Markdown report: the table, the meaning of its columns, and the command."""
     table = [["model", "at test time", "precision", "run as", "AP", "AP50", "ms an image", "first image (s)"]]
     for row in report.rows:
         time = f"{row.time.median:.1f} ({row.time.low:.1f} to {row.time.high:.1f})"
@@ -132,16 +132,16 @@ def format_report(report: Report) -> str:
         table.append([row.model, row.steps, row.precision, row.mode, *scores, time, f"{row.first:.2f}"])
     return (
         f"{format_table(table, names=4)}\n\n"
-        f"AP is that of {report.images} images of {report.dataset}. Times are medians over {report.timed} of them, on "
-        "which all rows took turns, with the first and third quartile in parentheses, from the picture in memory to "
-        "its detections. Each row detects in the image once before it is timed. The time of the first image includes "
-        "compiling, which later rows of the same model need not repeat.\n\n"
+        f"AP is that of {report.images} images of {report.dataset}. Times are end-to-end, from the image in "
+        f"memory to its detections: medians over {report.timed} of these images, with the first and third quartile in "
+        "parentheses. On every image all rows run in turn, each once untimed before its time is taken. The time of the "
+        "first image includes compiling, which later rows of the same model need not repeat.\n\n"
         f"{report.device}, {date.today().isoformat()}:\n\n    {report.command}\n"
     )
 
 
 def plot_rows(rows: Sequence[Row]) -> Figure:
-    """AP against milliseconds: a colour for each model, a marker for each way of running it."""
+    """Plot AP against latency, with one colour per model and one marker per way of running it."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.model for row in rows))}

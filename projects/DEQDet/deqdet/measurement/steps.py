@@ -1,7 +1,7 @@
 """AP and residual of an equilibrium detector against steps, solver and tolerance (the paper's Tables 7 to 9).
 
-Each image is walked once with each solver: what it is after any number of steps, and where it would stop with any
-tolerance, is read off that one path.
+Each image is solved once with each solver. Its state after any number of steps, and the step at which it would stop
+with any tolerance, are read off that one path.
 """
 
 import math
@@ -26,7 +26,7 @@ from .timing import Latency
 
 
 def build_solvers(cfg: CfgNode, specs: Sequence[str]) -> dict[str, Solver]:
-    """Build solvers by their short names ("plain", "anderson4"); each comes once, under the first of its names.
+    """Build solvers from short names ("plain", "anderson4"). Equal solvers are built once, under their first name.
 
     Raises:
         UserError: a name is unknown, or a number out of range.
@@ -44,11 +44,11 @@ def build_solvers(cfg: CfgNode, specs: Sequence[str]) -> dict[str, Solver]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which states are read off every path."""
+    """The states to read off every path."""
 
     steps: tuple[int, ...]  # numbers of steps, the same for all images
-    rtols: tuple[float, ...]  # relative residuals at which each image stops on its own
-    limit: int  # the most steps with an rtol, and the number that they are compared with
+    rtols: tuple[float, ...]  # relative residuals at which an image stops
+    limit: int  # maximum number of steps with an rtol, and the reference without one
 
     def __post_init__(self) -> None:
         if wrong := [step for step in (*self.steps, self.limit) if step < 1]:
@@ -69,10 +69,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class ImagePath:
-    """What became of one image along T steps of one solver."""
+    """One image along T steps of one solver."""
 
     image_id: int
-    steps: int  # applications of f that it took part in: T, or fewer if its states became infinite or NaN
+    steps: int  # applications of f: T, or fewer if the state became infinite or NaN
     finite: bool
     residuals: Tensor  # (T,)  relative residual of each step's iterate
     detections: dict[int, Instances]  # step -> detections in the pixels of the original image, on the CPU
@@ -85,7 +85,7 @@ def walk_paths(model: DEQDet, batches: Iterable[list[dict]], *, solver: Solver, 
 
     Args:
         model: in evaluation mode.
-        batches: detectron2's inputs, as a test loader gives them.
+        batches: detectron2's inputs, as from a test loader.
 
     Yields:
         The path of each image, in order. T is the largest number of steps in the plan.
@@ -122,7 +122,7 @@ class StepsRow:
 
     steps: int
     multiply_adds: int  # of convolutions and linear layers; a solver's own arithmetic is not counted
-    seconds: float  # for an image
+    seconds: float  # per image
     residual: float | None  # of the last step's iterate, median over the images; None if it is infinite
     accuracy: Accuracy
     duplicates: Duplicates
@@ -130,7 +130,7 @@ class StepsRow:
 
 @dataclass(frozen=True)
 class ToleranceRow:
-    """Each image until its relative residual is below rtol, at most `limit` steps."""
+    """All images, each stopped when its relative residual is below rtol, or after `limit` steps."""
 
     rtol: float  # 0: all images take all steps
     mean_steps: float
@@ -140,7 +140,7 @@ class ToleranceRow:
     converged: float | None  # percent of the images; None with rtol = 0
     accuracy: Accuracy
     difference: float | None  # AP minus that of rtol = 0
-    AP_fixed: float | None  # of all images after mean_steps steps, interpolated; None outside of the steps rows
+    AP_fixed: float | None  # if all images take mean_steps steps, interpolated; None outside the steps rows
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ class Results:
     """All rows of one solver."""
 
     name: str
-    solver: str  # with its numbers
+    solver: str  # with its options
     latency: Latency
     nonfinite: int  # images whose states became infinite or NaN; they keep the last finite one
-    median_residuals: list[float | None]  # of every step, from the first one on
+    median_residuals: list[float | None]  # of every step, beginning with the first
     steps: list[StepsRow]
     tolerances: list[ToleranceRow]  # the first one is rtol = 0
 
@@ -167,7 +167,7 @@ def summarize(
     cost: Cost,
     latency: Latency,
 ) -> Results:
-    """Make all rows of a solver from the paths of all images.
+    """Compute all rows of a solver from the paths of all images.
 
     Args:
         paths: walked with the same plan.
@@ -176,7 +176,7 @@ def summarize(
         cost: the cost of an image, with any number of steps.
     """
     residuals = torch.stack([path.residuals for path in paths], dim=1)  # (T, images)
-    # A residual that is NaN is further from convergence than any number.
+    # NaN counts as infinite, that is, as not converged.
     medians = np.median(residuals.nan_to_num(nan=math.inf, posinf=math.inf).numpy(), axis=1).tolist()
     medians = [value if math.isfinite(value) else None for value in medians]
     rtols = (0.0, *plan.rtols)
@@ -197,7 +197,7 @@ def summarize(
     tolerances, accuracies = [], accuracies[len(plan.steps) :]
     fixed = {row.steps: row.accuracy.AP for row in rows} | {plan.limit: accuracies[0].AP}
     for rtol, stop, accuracy in zip(rtols, stops, accuracies, strict=True):
-        # With an rtol, an image that became infinite leaves the batch; with rtol = 0, f is still applied to it.
+        # With an rtol, an image whose state is infinite leaves the batch; with rtol = 0, f is still applied to it.
         taken = np.minimum([path.steps for path in paths] if rtol else plan.limit, stop.numpy())
         converged = residuals.gather(0, stop[None] - 1) < rtol
         known = accuracy.AP is not None and accuracies[0].AP is not None
@@ -219,7 +219,7 @@ def summarize(
 
 
 def _interpolate(fixed: dict[int, float | None], steps: float) -> float | None:
-    """The AP between the two nearest fixed numbers of steps, on a straight line; None outside of them."""
+    """Interpolate AP linearly between the two nearest fixed numbers of steps; None outside their range."""
     known = {step: value for step, value in sorted(fixed.items()) if value is not None}
     if not known or not min(known) <= steps <= max(known):
         return None

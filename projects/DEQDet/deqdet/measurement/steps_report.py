@@ -1,4 +1,4 @@
-"""The tables of all solvers as markdown and JSON, and their picture."""
+"""Write the results of all solvers: tables as Markdown and JSON, and a plot."""
 
 import json
 import math
@@ -24,27 +24,27 @@ from .steps import Results
 from .tables import format_table, format_value
 
 METRICS = tuple(field.name for field in fields(Accuracy))
-PLAIN = "plain"  # its rows make the paper's Tables 7 and 8, those of the other solvers Table 9
+PLAIN = "plain"  # its rows form the paper's Tables 7 and 8; those of the other solvers form Table 9
 MARKERS = "osD^vPX<>*"  # one for each rtol
-LEAST_RANGE = 3.0  # AP that an axis spans at least, so that noise does not fill the panel
+LEAST_RANGE = 3.0  # minimum range of an AP axis, so that noise does not fill the panel
 
 
 @dataclass(frozen=True)
 class Report:
     """What was evaluated, and the results."""
 
-    command: str  # for the reader to repeat
+    command: str  # so that readers can repeat it
     weights: str
     dataset: str
     images: int
     device: str
-    limit: int  # TEST_STEPS, the most steps with an rtol
-    cost: Cost  # of an image as large as the first one
+    limit: int  # TEST_STEPS, the maximum number of steps with an rtol
+    cost: Cost  # for an image of the first one's size
     results: list[Results]
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write steps.md, steps.json and steps.png into `folder`, each whole or not at all.
+    """Write steps.md, steps.json and steps.png into `folder`, each atomically.
 
     Raises:
         UserError: a file cannot be written.
@@ -57,7 +57,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def format_report(report: Report) -> str:
-    """Markdown: AP against steps, of plain iteration and of other solvers; AP against rtol; what the columns mean."""
+    """Format the Markdown report: AP against steps by solver, AP against rtol, and the meaning of the columns."""
     plain = [results for results in report.results if results.name == PLAIN]
     others = [results for results in report.results if results.name != PLAIN]
     parts = []
@@ -72,12 +72,12 @@ def format_report(report: Report) -> str:
 
 
 def _steps_table(several: Sequence[Results], *, named: bool) -> str:
-    """The columns of Tables 7 and 8, then residual and latency; in front the solver, as in Table 9, if `named`."""
+    """Format the columns of Tables 7 and 8, residual and latency; with `named`, after the solver, as in Table 9."""
     doubles = [heading for heading, *_ in DUPLICATE_COLUMNS]
     rows = [["solver"] * named + ["multiply-adds (G)", "steps", *METRICS, *doubles, "residual", "s / image"]]
     for results in several:
         for row in results.steps:
-            # Two decimals as the paper has them, four for a small model.
+            # Two decimals as in the paper, four for a small model.
             billions = f"{row.multiply_adds / 1e9:.{2 if row.multiply_adds >= 1e10 else 4}f}"
             metrics = [format_value(getattr(row.accuracy, name), ".1f") for name in METRICS]
             metrics += [format_value(getattr(row.duplicates, key), form) for _, key, form in DUPLICATE_COLUMNS]
@@ -118,19 +118,19 @@ def _notes(report: Report) -> list[str]:
         f"rtol: an image stops after the first step whose residual is below it, at the latest after {report.limit} "
         f"(TEST_STEPS). saved: share of the {report.limit} evaluations of f for each image. converged: images below "
         f"rtol. change: of AP, from rtol 0, which is {report.limit} steps. AP, fixed steps: the AP of all images after "
-        "the same number of steps, the row's mean steps, at the same cost; on a straight line between the two nearest "
-        "rows of the steps table. A tolerance saves time only where its AP is above that.",
+        "the same number of steps, the row's mean steps, at the same cost; interpolated linearly between the two "
+        "nearest rows of the steps table. A tolerance saves time only where its AP is above that.",
         f"{date.today().isoformat()}. Command: `{report.command}`",
     ]
 
 
 def plot_results(several: Sequence[Results], path: Path) -> None:
-    """Draw AP and residual against steps, and AP where each image stops at rtol: three panels, a colour per solver."""
-    figure = Figure(figsize=(15, 4.6), layout="constrained")  # pyplot would choose a backend
+    """Plot AP and residual against steps, and AP with rtol, in three panels with one colour per solver."""
+    figure = Figure(figsize=(15, 4.6), layout="constrained")  # not by pyplot, which would choose a backend
     accuracy, residual, tolerance = figure.subplots(1, 3)
     for axes in (accuracy, residual):
         axes.set(xlabel="steps", xscale="log")
-    residual.set_yscale("log")  # before there are data: a logarithmic axis refuses NaN alone
+    residual.set_yscale("log")  # before plotting: a logarithmic axis fails on data that are all NaN
     colours = matplotlib.colormaps["tab10"].colors
     for results, colour in zip(several, cycle(colours), strict=False):
         steps, found = [row.steps for row in results.steps], [_number(row.accuracy.AP) for row in results.steps]
@@ -144,7 +144,7 @@ def plot_results(several: Sequence[Results], path: Path) -> None:
         axes.xaxis.set_major_locator(FixedLocator(_spread(ticks)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:.0f}")
-    accuracy.set(ylabel="AP", title="AP after so many steps")
+    accuracy.set(ylabel="AP", title="AP after each number of steps")
     residual.set(ylabel="relative residual", title="Median residual of each step")
     tolerance.set(xlabel="mean steps of an image", ylabel="AP", title="AP when each image stops at rtol")
     tolerance.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -165,7 +165,7 @@ def plot_results(several: Sequence[Results], path: Path) -> None:
 
 
 def _plot_tolerances(axes: Axes, results: Results, colour: tuple[float, ...]) -> None:
-    """Draw a marker for each rtol, joined in the order of their steps."""
+    """Draw a marker for each rtol, connected in the order of the mean steps."""
     points = [(row.mean_steps, _number(row.accuracy.AP)) for row in results.tolerances]
     axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=0.8, alpha=0.6)
     for point, marker in zip(points, cycle(MARKERS), strict=False):
@@ -178,7 +178,7 @@ def _round_numbers(last: int) -> list[int]:
 
 
 def _spread(ticks: Sequence[int]) -> list[int]:
-    """Choose those of the rising numbers whose labels do not touch on a logarithmic axis, the last one among them."""
+    """Choose ticks whose labels do not overlap on a logarithmic axis; the last tick is always kept."""
     gap = 0.045 * math.log(ticks[-1] / ticks[0])
     kept = [ticks[0]]
     for tick in ticks[1:]:

@@ -1,4 +1,4 @@
-"""Seconds and bytes that a trained model takes for an image at inference, and the machine that took them."""
+"""Measure the latency and memory of a trained model for one image, and describe the machine."""
 
 import multiprocessing
 import os
@@ -34,16 +34,16 @@ from .accuracy import Evaluation
 from .cost import count_multiply_adds, count_parameters
 from .duplicates import DuplicateCounter, Duplicates, see_images
 
-WARM_UP = 2  # images before the clock counts; Measurement takes the memory from them
-IMAGES = 20  # images that a Measurement times
-RUNS = 10  # walks that a Latency is the median of
+WARM_UP = 2  # untimed images; `measure` takes the peak memory from them
+IMAGES = 20  # images that `measure` times
+RUNS = 10  # walks of which a Latency is the median
 STEPS = 10  # steps of such a walk; a solver's history is full for most of them
 
 Result = TypeVar("Result")
 
 
 def timed(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """Call, and wait for the device. Returns the call's result and the seconds that it took."""
+    """Call, and return the result and the duration in seconds. The device is synchronised before and after the call."""
     _synchronize(device)
     start = time.perf_counter()
     result = call()
@@ -52,7 +52,7 @@ def timed(call: Callable[[], Result], device: torch.device) -> tuple[Result, flo
 
 
 def describe_machine(device: torch.device | None = None) -> str:
-    """Name the processor, its cores, the GPUs and the version of torch in one line; or one device and the version."""
+    """Describe the machine in one line, or only one of its devices, and the version of torch."""
     version = f"torch {torch.__version__}"
     if device is not None and device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {version}"
@@ -73,25 +73,25 @@ class Latency:
     """Seconds for one image, without loading it."""
 
     fixed: float  # preprocessing, backbone and neck, initialization layer, read-out, postprocessing
-    per_step: float  # one application of f, and what the solver does beside it
+    per_step: float  # one application of f, with the work of the solver
 
     def of(self, steps: int) -> float:
-        """Seconds of the whole detector with that many steps."""
+        """Return the seconds for the whole detector with this number of steps."""
         return self.fixed + steps * self.per_step
 
 
 def measure_latencies(
     model: DEQDet, batches: Iterable[list[dict]], solvers: Mapping[str, Solver]
 ) -> dict[str, Latency]:
-    """Measure the latency with each solver, by the solver's name: medians of RUNS walks.
+    """Measure the latency with each solver, by the solver's name, as medians of RUNS walks.
 
-    A walk of no steps and its read-out are the fixed cost. A walk of STEPS steps takes longer by the time of STEPS
-    applications. All walks of an image follow each other, so that a machine that becomes slower meanwhile favours no
-    solver.
+    The fixed cost is that of a walk without steps and its read-out. A walk of STEPS steps takes longer by STEPS
+    applications of f. All walks of an image run in succession, so a change in the machine's speed affects all solvers
+    alike.
 
     Args:
         model: in evaluation mode.
-        batches: detectron2's inputs, of one image each: at least one. The first RUNS images are used in turn.
+        batches: detectron2's inputs, at least one, each of one image. The first RUNS images are used in turn.
 
     Raises:
         UserError: the decoder has no equilibrium.
@@ -113,28 +113,28 @@ class Measurement:
     """Size, cost and speed of one model on one machine."""
 
     parameters: int
-    multiply_adds: int  # "linear" of `cost`, on an image of image_size
-    image_size: list[int]  # height and width of the first image as the model gets it, pixels
+    multiply_adds: int  # "linear" in `cost`, for an image of image_size
+    image_size: list[int]  # height and width of the first image after resizing, pixels
     ms_per_image: float  # median, one image at a time, without loading it
-    inference_memory_mb: float  # the most that tensors took for one image, weights included; MiB
+    inference_memory_mb: float  # peak memory of tensors for one image, including the weights; MiB
     duplicates: Duplicates | None = None  # on the whole test set; None if they were not counted
 
     @classmethod
     def from_dict(cls, known: dict) -> "Measurement":
-        """The inverse of dataclasses.asdict."""
+        """Invert dataclasses.asdict."""
         duplicates = known.get("duplicates")
         return cls(**{**known, "duplicates": None if duplicates is None else Duplicates(**duplicates)})
 
 
 def measure_apart(arguments: Sequence[str], weights: Path, log: Path) -> Measurement:
-    """Run `measure` in a fresh process, where nothing of a training or of another model is left; count duplicates too.
+    """Run `measure` and count duplicates in a fresh process, so that no earlier model affects the results.
+
+    If this process is interrupted, it kills the other one, which has nothing to save.
 
     Args:
         arguments: those of tools/train_net.py.
         weights: a checkpoint of that training.
-        log: what the process prints is added to this file.
-
-    An interruption of this process kills the other one, which has nothing to save.
+        log: the file to which the output of the process is appended.
 
     Raises:
         UserError: the process was killed.
@@ -149,7 +149,7 @@ def measure_apart(arguments: Sequence[str], weights: Path, log: Path) -> Measure
             except KeyboardInterrupt:
                 for child in multiprocessing.active_children():
                     if child not in before:
-                        child.kill()  # or the pool would wait until it is done
+                        child.kill()  # otherwise the pool would wait for it to finish
                 raise
     except BrokenProcessPool as error:
         raise UserError(f"the measurement of {weights} was killed: free memory and try again") from error
@@ -157,9 +157,10 @@ def measure_apart(arguments: Sequence[str], weights: Path, log: Path) -> Measure
 
 @contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """Start processes that never get SIGINT, which a terminal sends to all; in this process it comes a moment later.
+    """Block SIGINT in processes that are started within it; in this process the signal is only delayed.
 
-    A process that is importing its libraries would answer it with a traceback.
+    Ctrl-C sends SIGINT to all processes of a terminal, and one that is still importing its libraries would print a
+    traceback.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -170,7 +171,7 @@ def _without_ctrl_c() -> Iterator[None]:
 
 def _measure_checkpoint(arguments: Sequence[str], weights: Path, log: Path) -> Measurement:
     with open(log, "a") as output:
-        for descriptor in (1, 2):  # the profiler's library writes to them directly
+        for descriptor in (1, 2):  # the profiler's library writes to these directly
             os.dup2(output.fileno(), descriptor)
     model, cfg = build_trained(arguments, weights)
     dataset = cfg.DATASETS.TEST[0]
@@ -180,7 +181,7 @@ def _measure_checkpoint(arguments: Sequence[str], weights: Path, log: Path) -> M
 
 
 def build_trained(arguments: Sequence[str], weights: Path) -> tuple[DEQDet, CfgNode]:
-    """The model of a training in evaluation mode, and its config."""
+    """Load the model of a training run in evaluation mode, and its config."""
     args = parse_arguments(argument_parser(), arguments)
     cfg = load_config(args)
     check_run(cfg, args)
@@ -196,7 +197,7 @@ def measure(model: DEQDet, batches: Iterable[list[dict]]) -> Measurement:
         batches: detectron2's inputs, of one image each.
 
     Raises:
-        UserError: there are not more images than WARM_UP.
+        UserError: there are no more than WARM_UP images.
     """
     sizes, peaks, times = [], [], []
     for batch in islice(batches, WARM_UP + IMAGES):
@@ -207,7 +208,7 @@ def measure(model: DEQDet, batches: Iterable[list[dict]]) -> Measurement:
             times.append(timed(partial(model, batch), model.device)[1])
     if not times:
         images = plural(len(sizes), "image")
-        raise UserError(f"{images} cannot time a model, for which more than {WARM_UP} are needed: use a larger set")
+        raise UserError(f"timing a model needs more than {WARM_UP} images, but the set has {images}: use a larger set")
     height, width = sizes[0]
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return Measurement(
@@ -220,7 +221,7 @@ def measure(model: DEQDet, batches: Iterable[list[dict]]) -> Measurement:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that tensors on `device` take during a call, beside those that are there before it."""
+    """Measure the peak memory of tensors on `device` during a call, in bytes, beyond that before the call."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

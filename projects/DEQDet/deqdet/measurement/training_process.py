@@ -1,4 +1,4 @@
-"""A training in a process of its own, which a signal to this process stops with a checkpoint."""
+"""Run a training in a separate process, which saves a checkpoint and stops when this process gets a signal."""
 
 import os
 import signal
@@ -11,18 +11,18 @@ from ..engine.signals import AT_ONCE, CONFIRMATION, FirstAndSecond, Interrupted,
 
 
 def run_training(command: Sequence[str], log: Path) -> int:
-    """Run a training to its end, and return its exit code. All that it prints is added to the file `log`.
+    """Run a training command, append its output to the file `log`, and return its exit code.
 
-    The first SIGINT, SIGTERM or SIGHUP asks the training to end, which it does with a checkpoint after its current
-    iteration or evaluation; this function waits for it. A second signal kills the training with all its processes.
+    The first SIGINT, SIGTERM or SIGHUP asks the training to stop; it saves a checkpoint after the current iteration or
+    evaluation, and this function waits for it. A second signal kills all processes of the training.
 
     Raises:
-        Interrupted: a signal came; no process of the training is left.
+        Interrupted: a signal arrived; no process of the training is left.
     """
     stop = _Stop()
     with handled_by(stop.handler):
         with open(log, "a") as output:
-            # In a session of its own, Ctrl-C at a terminal reaches the training through this process only.
+            # In its own session, the training gets Ctrl-C from this process only, not from the terminal.
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             stop.attach(process)
@@ -32,13 +32,13 @@ def run_training(command: Sequence[str], log: Path) -> int:
             process.wait()
             raise
         if number := stop.handler.number:
-            _kill(process)  # processes that the training has started may still be there
+            _kill(process)  # child processes of the training may still be running
             raise Interrupted(number)
         return code
 
 
 class _Stop:
-    """Hands the first signal on to the training, and kills it at the second one."""
+    """Forwards the first signal to the training, and kills the training at the second one."""
 
     def __init__(self) -> None:
         self.handler = FirstAndSecond(self._ask_to_end, self._end_at_once)
@@ -46,13 +46,13 @@ class _Stop:
 
     def attach(self, process: subprocess.Popen) -> None:
         self._process = process
-        if self.handler.number:  # the signal came before the process
+        if self.handler.number:  # the signal arrived before the process was started
             process.send_signal(signal.SIGTERM)
 
     def _ask_to_end(self, number: int) -> None:
         _say(f"{signal.Signals(number).name}: {CONFIRMATION}")
         if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)  # its launcher hands it on to the other ranks
+            self._process.send_signal(signal.SIGTERM)  # its launcher forwards it to the other ranks
 
     def _end_at_once(self, number: int) -> None:
         if self._process is not None:

@@ -1,4 +1,4 @@
-"""What came of a training, in one page: AP of each class, curves of loss and AP, the images with the most mistakes."""
+"""Write a one-page report on a training run: AP of each class, curves of loss and AP, the worst images."""
 
 import math
 import os
@@ -27,17 +27,17 @@ _AP = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP@100")
 
 @dataclass(frozen=True)
 class SetSummary:
-    """What the report says of one test set."""
+    """The results on one test set."""
 
     dataset: str
-    results: Mapping[str, float]  # of the boxes: "AP", "AP50", ..., "AP-cat"; 0 to 100. Empty: there are none
-    iteration: int | None  # after how many iterations; None where it is not known
-    averaged: bool = False  # they are those of the averaged weights
+    results: Mapping[str, float]  # box metrics "AP", "AP50", ..., "AP-cat", 0 to 100; empty if there are none
+    iteration: int | None  # iterations before the evaluation; None if unknown
+    averaged: bool = False  # the results are those of the averaged weights
     images: int = 0
-    tallies: tuple[Tally, ...] = ()  # one for each class; none without detections or labels
-    threshold: float | None = None  # at which the mistakes were counted
-    best_f1: bool = False  # that is the threshold of the best F1
-    detections: int = 0  # of any score
+    tallies: tuple[Tally, ...] = ()  # one for each class; empty without detections or labels
+    threshold: float | None = None  # score threshold at which the mistakes were counted
+    best_f1: bool = False  # whether this threshold is that of the best F1
+    detections: int = 0  # with any score
     sheet: Path | None = None
     worst: tuple[tuple[str, str], ...] = ()  # file and mistakes of the images on the sheet
 
@@ -52,19 +52,19 @@ def write_training_report(
 ) -> Path:
     """Write report.md, curves.png and a sheet of the images with the most mistakes into a training's OUTPUT_DIR.
 
-    It reads what the training has written there: metrics.json, the detections of the last evaluation in inference/,
-    and model_final.safetensors. Where the training has averaged its weights, which the model file then holds, figures
-    and detections are those of the average. Parts whose files are not there are left out. No model is run. Of several
-    processes, call it on the main one.
+    The report is made from the files that the training wrote there: metrics.json, the detections of the last evaluation
+    in inference/, and model_final.safetensors. If the training averaged its weights, results and detections are those
+    of the averaged weights, which are then also the ones in the model file. Parts whose files are missing are left out.
+    No model is run. In distributed runs, call this on the main process only.
 
     Args:
         output: OUTPUT_DIR.
         datasets: the names of the test sets, registered and checked.
-        results: the evaluator's figures of each set, {"set": {"AP": ..., "AP-cat": ...}}; by default those of the last
+        results: the evaluator's metrics of each set, {"set": {"AP": ..., "AP-cat": ...}}; by default those of the last
             evaluation in metrics.json.
-        num_images: on each sheet.
-        threshold: the lowest score of a detection that counts as a mistake if it is false; by default that of the best
-            F1 on the set, see `mistakes.best_threshold`.
+        num_images: maximum number of images on each sheet.
+        threshold: minimum score of the detections that are judged; by default the threshold with the best F1 on the
+            set, see `mistakes.best_threshold`.
 
     Returns:
         The path of report.md.
@@ -74,7 +74,7 @@ def write_training_report(
     """
     folder = Path(output)
     lines = read_lines(folder / "metrics.json") if (folder / "metrics.json").is_file() else []
-    others = has_other_test_sets(folder, datasets)  # which have been evaluated after the training
+    others = has_other_test_sets(folder, datasets)  # evaluated after the training
     averaged = _has_average(lines) and not others
     summaries = []
     for name in datasets:
@@ -104,40 +104,40 @@ def find_last_results(
 
     Args:
         lines: as read_lines returns them.
-        several: there is more than one test set, so that the names of the metrics begin with that of the set.
+        several: there is more than one test set, so the names of metrics start with the name of the set.
         averaged: take the metrics of the averaged weights instead of those of the weights themselves.
 
     Returns:
-        The metrics by their names without any prefix, and the number of iterations that were done before this
-        evaluation. If there was no evaluation, an empty dict and None.
+        The metrics by name, without prefix, and the number of iterations before this evaluation. If there was no
+        evaluation, an empty dict and None.
     """
     prefix = f"{AVERAGE}/" * averaged + f"{dataset}/" * several + "bbox/"
     trained = max((line["iteration"] for line in lines if "total_loss" in line), default=-1)
     for line in reversed(lines):
         figures = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
         if figures:
-            # detectron2 counts iterations from 0, but gives the evaluation after the last one the number of all.
+            # detectron2 numbers iterations from 0, but stores the last evaluation under the total number of iterations.
             after_all = line["iteration"] == trained + 1
             return figures, line["iteration"] + (not after_all)
     return {}, None
 
 
 def _has_average(lines: Sequence[Mapping]) -> bool:
-    """Whether the last evaluation in metrics.json was one of averaged weights too."""
+    """Return whether the last evaluation in metrics.json includes the averaged weights."""
     evaluated = (line for line in reversed(lines) if any("bbox/" in key for key in line))
     return any(key.startswith(f"{AVERAGE}/") for key in next(evaluated, ()))
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Detections of a data set against its ground truth."""
+    """Detections in a data set, compared with its ground truth."""
 
     records: list[dict]
     judgements: list[Judgement]  # one for each record
     class_names: list[str]
     threshold: float
-    best_f1: bool  # the threshold is that of the best F1
-    detections: int  # of any score
+    best_f1: bool  # whether the threshold is that of the best F1
+    detections: int  # with any score
 
 
 def judge_results(file: Path, dataset: str, threshold: float | None) -> Judged | None:
@@ -145,11 +145,11 @@ def judge_results(file: Path, dataset: str, threshold: float | None) -> Judged |
 
     Args:
         dataset: registered and checked.
-        threshold: the lowest score that counts; None: that of the best F1, see `mistakes.best_threshold`, or NO_CHOICE
-            where no detection is right.
+        threshold: minimum score of the detections that are judged; None: that of the best F1, see
+            `mistakes.best_threshold`, or NO_CHOICE if no detection is right.
 
     Raises:
-        UserError: as `read_results`.
+        UserError: see `read_results`.
     """
     found = read_results(file, dataset)
     records = DatasetCatalog.get(dataset)
@@ -165,7 +165,7 @@ def judge_results(file: Path, dataset: str, threshold: float | None) -> Judged |
 
 
 def write_worst(judged: Judged, sheet: Path, count: int) -> list[tuple[str, str]]:
-    """Draw the at most `count` images with the most mistakes; without mistakes, no file is left at `sheet`.
+    """Draw up to `count` images with the most mistakes; if there are no mistakes, delete the file `sheet`.
 
     Returns:
         The files of the images and their mistakes in words, the worst first.
@@ -184,7 +184,7 @@ def write_worst(judged: Judged, sheet: Path, count: int) -> list[tuple[str, str]
 
 
 def _summarize(summary: SetSummary, file: Path | None, sheet: Path, count: int, threshold: float | None) -> SetSummary:
-    """Add the mistakes in the detections of an evaluation, if there are any, to what is known of a test set."""
+    """Add the mistakes in a file of detections, if there is one, to the summary of a test set."""
     judged = None if file is None else judge_results(file, summary.dataset, threshold)
     if judged is None:
         return summary
@@ -208,12 +208,12 @@ def format_report(
     curves: Path | None,
     model_file: Path | None,
 ) -> str:
-    """The page in markdown.
+    """Format the report as Markdown.
 
     Args:
-        lines: of metrics.json.
+        lines: as read_lines returns them.
     """
-    title = f"# What came of the training in {folder.resolve().name}"
+    title = f"# Results of the training in {folder.resolve().name}"
     parts = [title, *(_format_set(summary) for summary in summaries)]
     if curves is not None:
         losses = [line for line in lines if "total_loss" in line]
@@ -248,7 +248,7 @@ def _format_set(summary: SetSummary) -> str:
     else:
         parts.append("There is no AP: the set has no labels, or metrics.json has no evaluation of it.")
     of_class = {name: figures.get(f"AP-{name}") for name in names}
-    if len(names) == 1 and of_class[names[0]] is None:  # detectron2 leaves it out
+    if len(names) == 1 and of_class[names[0]] is None:  # detectron2 omits it for a single class
         of_class[names[0]] = figures.get("AP")
     if summary.tallies:
         head = ("class", "AP", "boxes", "found", "missed", "as another class", "false detections")
@@ -259,7 +259,7 @@ def _format_set(summary: SetSummary) -> str:
         ]  # fmt: skip
         images, lowest = plural(summary.images, "image"), f"{summary.threshold:.2f}"
         if not summary.detections:
-            parts.append(f"There are no detections, so that every box in {images} is missed:")
+            parts.append(f"There are no detections, so every box in {images} is missed:")
         else:
             counted = f"counting detections with a score of at least {lowest}"
             parts.append(f"Mistakes in {images}, at an IoU of 0.5 and {counted}:")

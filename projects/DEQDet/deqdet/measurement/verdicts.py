@@ -1,4 +1,4 @@
-"""Whether a detection is right, and what is wrong with it otherwise."""
+"""Judge whether a detection is right, and if not, what is wrong with it."""
 
 from detectron2.structures import Instances, pairwise_ioa, pairwise_iou
 
@@ -6,24 +6,27 @@ from .duplicates import SAME_OBJECT, count_confident
 
 RIGHT = "right"
 VERDICTS = (RIGHT, "double", "class", "box", "nothing")  # see `judge`
-NEAR = 0.1  # the lowest IoU with an object at which a detection is a bad box, not a detection of nothing
+NEAR = 0.1  # minimum IoU with an object for a detection to be a bad box, not a detection of nothing
 
 
 def judge(found: Instances, truth: Instances) -> list[str | None]:
-    """Say of each confident detection whether it is right, and what is wrong with it otherwise.
+    """Judge whether each confident detection is right, and if not, what is wrong with it.
 
-    Best first, each takes the object of its class that it overlaps most among those not yet taken, if their IoU is
-    SAME_OBJECT or more, and is "right". A wrong one is a "double" if its IoU with an object of its class that is taken
-    is so large, has the wrong "class" if that holds for an object of another class, has a bad "box" if its IoU with any
-    object is NEAR or more, and is a detection of "nothing" otherwise.
+    In descending order of score, each detection takes the object of its class with the highest IoU among those not yet
+    taken, if this IoU is at least SAME_OBJECT, and is then "right". A detection that takes no object is
+
+    - a "double" if its IoU with an object of its class that is taken is at least SAME_OBJECT,
+    - of the wrong "class" if this holds for an object of another class,
+    - a bad "box" if its IoU with any object is at least NEAR,
+    - a detection of "nothing" in all other cases.
 
     Args:
         found: the detections of an image, best first.
         truth: its true boxes, as read_truth returns them.
 
     Returns:
-        One verdict for each; None for a detection that takes no object and lies in a crowd of its class, by COCO's rule
-        that the intersection is then divided by the area of the detection.
+        One verdict for each; None for a detection that takes no object and lies in a crowd of its class. By COCO's
+        rule, the overlap with a crowd is the intersection divided by the area of the detection.
     """
     sure = found[: count_confident(found)]
     same = sure.pred_classes[:, None] == truth.gt_classes

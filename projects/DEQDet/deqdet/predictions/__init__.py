@@ -1,10 +1,10 @@
 """Detections of many images or of a video as files: COCO's JSON, YOLO's txt, CSV.
 
-- `sources`: the images, in their order and with their ids.
-- `journal`: what has been done so far, so that an interrupted run goes on.
-- `run`: the loop from the one to the other.
-- `formats`: the files that are written at the end.
-- `leftovers`: the files of an earlier run that are deleted then.
+- `sources`: the images, with their order and ids.
+- `journal`: the finished images, from which an interrupted run resumes.
+- `run`: the loop that detects and fills the journal.
+- `formats`: the output files, written at the end.
+- `leftovers`: the deletion of output files of an earlier run.
 """
 
 from .formats import FORMATS, MAIN, OutputFiles

@@ -1,4 +1,4 @@
-"""The files of a finished run: COCO's results, YOLO's labels, CSV."""
+"""Write the output files of a finished run: COCO results, YOLO labels, CSV."""
 
 import csv
 import io
@@ -14,30 +14,30 @@ from .leftovers import delete_images_file, delete_labels
 
 COCO_NAME, IMAGES_NAME, CSV_NAME = "predictions.json", "images.json", "predictions.csv"
 LABELS_NAME, CLASSES_NAME = "labels", "classes.txt"
-MAIN = {"coco": COCO_NAME, "yolo": LABELS_NAME, "csv": CSV_NAME}  # by which a finished run is known
+MAIN = {"coco": COCO_NAME, "yolo": LABELS_NAME, "csv": CSV_NAME}  # their existence shows that a run has finished
 _COLUMNS = ("image", "frame", "class_id", "class", "score", "x0", "y0", "x1", "y1")
 
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """What the files are made of. The lists have one entry for each image or frame, in the same order."""
+    """The contents of the output files. The lists have one entry for each image or frame, in the same order."""
 
     folder: Path
     done: Sequence[Done]
-    paths: Sequence[Path]  # of the images; those of a video's frames are names for text files
-    names: Sequence[str]  # as the files call the images; of a frame, the video
-    frames: Sequence[int | None]  # numbers, beginning at 1; None: an image
+    paths: Sequence[Path]  # of the images; for frames, only their names are used, for text files
+    names: Sequence[str]  # of the images in the output files; for a frame, that of the video
+    frames: Sequence[int | None]  # frame numbers from 1 on; None for an image
     image_ids: Sequence[int | str]
     class_names: Sequence[str]
     category_ids: Sequence[int | str]  # of each class
-    images_from: Path | None  # the file of the ids; None: they were made up here, and must be written down
-    overwrite: bool  # whether what an earlier run has left in the folder is deleted
+    images_from: Path | None  # the source of image_ids; None: they were assigned here, and must be written
+    overwrite: bool  # whether files of an earlier run in the folder are deleted
 
 
 def write_coco(output: OutputFiles) -> list[Path]:
-    """predictions.json in COCO's result format; and, where ids were made up, images.json that tells whose they are.
+    """Write predictions.json in COCO's result format and, if ids were assigned here, images.json, which explains them.
 
-    images.json has COCO's format without annotations: pycocotools takes it as the set that predictions.json is of.
+    images.json has COCO's format without annotations, so pycocotools accepts it as the data set of predictions.json.
     """
     results, images = [], []
     for done, name, frame, number in zip(output.done, output.names, output.frames, output.image_ids, strict=True):
@@ -61,10 +61,10 @@ def write_coco(output: OutputFiles) -> list[Path]:
 
 
 def write_yolo(output: OutputFiles) -> list[Path]:
-    """labels/NAME.txt for each image, with a line for each detection: class index, cx, cy, w, h (relative), score.
+    """Write labels/NAME.txt for each image, one line per detection: class index, cx, cy, w, h (relative), score.
 
-    classes.txt beside that folder has the class names in the order of the indices. Of images with one name, later ones
-    have _2, _3, ... An image that was skipped has no file.
+    classes.txt beside that folder lists the class names in the order of the indices. If several images have the same
+    name, later ones get _2, _3, ... Skipped images get no file.
     """
     texts = plan_texts(output.paths, output.folder / LABELS_NAME)
     if output.overwrite:
@@ -85,7 +85,7 @@ def write_yolo(output: OutputFiles) -> list[Path]:
 
 
 def write_csv(output: OutputFiles) -> list[Path]:
-    """predictions.csv with a line for each detection: corners in pixels, and the frame where it is one of a video."""
+    """Write predictions.csv with one line per detection: corners in pixels, and the frame number for a video."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -93,7 +93,7 @@ def write_csv(output: OutputFiles) -> list[Path]:
         for label, score, x, y, w, h in done.detections:
             corners = (f"{value:.3f}" for value in (x, y, x + w, y + h))
             index = int(label)
-            shown = name.encode(errors="backslashreplace").decode()  # names of files that are not UTF-8
+            shown = name.encode(errors="backslashreplace").decode()  # file names may not be UTF-8
             writer.writerow([shown, frame, index, output.class_names[index], f"{score:.6f}", *corners])
     write_text(text.getvalue(), output.folder / CSV_NAME)
     return [output.folder / CSV_NAME]

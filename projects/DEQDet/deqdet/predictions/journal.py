@@ -1,4 +1,4 @@
-"""Records what a run has predicted so far, in a file that stays usable when the run is killed at any moment."""
+"""Record the predictions of a run in a file from which it can resume, even if it is killed at any moment."""
 
 import fcntl
 import hashlib
@@ -16,24 +16,24 @@ NAME = ".predictions.unfinished"
 
 @dataclass(frozen=True)
 class Done:
-    """One image, or one frame of a video, that the run is done with."""
+    """A finished image, or a finished frame of a video."""
 
-    state: list  # of the image, see Source.state; of a frame its number
+    state: list  # of an image, see Source.state; for a frame, its number
     size: tuple[int, int] | None = None  # height and width, pixels; None for an image that was skipped
     detections: tuple[tuple[float, ...], ...] = ()  # best first: class index, score, x, y, width, height; pixels
     fault: str = ""  # why it was skipped
 
     def to_line(self) -> bytes:
-        """One line of the journal."""
+        """Format as one line of the journal."""
         fields = {"state": self.state, "size": self.size, "detections": self.detections, "fault": self.fault}
         return json.dumps(fields).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> "Done":
-        """Read what `to_line` wrote.
+        """Parse a line that `to_line` wrote.
 
         Raises:
-            ValueError, TypeError, KeyError: it is another line, or a part of one.
+            ValueError, TypeError, KeyError: the line is incomplete, or has another format.
         """
         if not line.endswith(b"\n"):
             raise ValueError("the line is incomplete")
@@ -43,23 +43,23 @@ class Done:
 
 
 class Journal:
-    """A file in the output folder with one line for each image that is done, in their order.
+    """A file in the output folder with one line for each finished image, in order.
 
-    Its first line tells the settings on which results depend. Another run with the same settings goes on behind the
-    last whole group of images, because images of a group share batches, and a detection may depend in its last digits
-    on what else is in the batch. So the results are the same, bit for bit, as those of a run without interruption.
+    The first line records the settings on which the results depend. A later run with the same settings resumes after
+    the last complete group of images: the images of a group share batches, and the last digits of a detection may
+    depend on the other images in the batch. The results are therefore bitwise those of a run without interruption.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object], *, group: int, overwrite: bool):
-        """Open the journal of a folder, or begin one. One process at a time may have it open.
+        """Open the journal of a folder, or create one. Only one process at a time can have it open.
 
         Args:
-            settings: what must not change; plain values.
+            settings: the settings that must not change, as JSON values.
             group: the number of images in a group.
-            overwrite: forget what is there.
+            overwrite: discard an existing journal.
 
         Raises:
-            UserError: another run has it open, or what is there has other settings; or the file cannot be written.
+            UserError: another run has the journal open, it has other settings, or the file cannot be written.
         """
         self.path = folder / NAME
         self._group = group
@@ -72,7 +72,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
-            raise UserError(f"--output {folder} is in use by another run: wait for its end") from error
+            raise UserError(f"--output {folder} is in use by another run: wait until it has finished") from error
         except OSError:  # some network file systems have no locks
             pass
         head = json.dumps({"settings": settings}).encode() + b"\n"
@@ -86,7 +86,7 @@ class Journal:
             try:
                 self.done.append(Done.from_line(line))
             except (ValueError, TypeError, KeyError):
-                break  # the line that a kill cut off, or damage: from here on it is done again
+                break  # damaged, or cut off by a kill: images from here on are processed again
         self._lengths = [len(head), *(len(line) for line in lines[1 : 1 + len(self.done)])]
         if not lines or lines[0] != head:
             self._file.truncate(0)
@@ -95,18 +95,18 @@ class Journal:
 
     @property
     def faults(self) -> list[str]:
-        """Why images were skipped, one line for each of them that names it; those of an earlier run are among them."""
+        """Why images were skipped, one line per image, including those that an earlier run skipped."""
         return [done.fault for done in self.done if done.size is None]
 
     def keep(self, states: Sequence[list], *, overwrite: bool = False) -> None:
-        """Keep what was done of these images, up to the first one that is another or has changed.
+        """Keep the results of these images up to the first image that is different or has changed.
 
         Args:
-            states: of all images of this run, in their order.
-            overwrite: do not mind if nothing can be kept.
+            states: the states of all images of this run, in order.
+            overwrite: accept that nothing can be kept.
 
         Raises:
-            UserError: nothing can be kept, since the journal is of other images.
+            UserError: nothing can be kept, because the journal is of other images.
         """
         same = 0
         while same < min(len(self.done), len(states)) and self.done[same].state == states[same]:
@@ -119,7 +119,7 @@ class Journal:
         self._cut(same)
 
     def add(self, done: Sequence[Done]) -> None:
-        """Write down a group of images.
+        """Append a group of images.
 
         Raises:
             UserError: the file cannot be written.
@@ -130,17 +130,17 @@ class Journal:
         self.done += done
 
     def remove(self) -> None:
-        """Delete the file: its run has written its results."""
+        """Delete the file once the results have been written."""
         with suppress(OSError):
             self.path.unlink()
         self._file.close()
 
     def close(self) -> None:
-        """Leave the file for another run to go on from."""
+        """Close the file, from which a later run can resume."""
         self._file.close()
 
     def _cut(self, count: int) -> None:
-        """Forget all but the first `count` images."""
+        """Drop all but the first `count` images."""
         self.done = self.done[:count]
         self._lengths = self._lengths[: count + 1]
         self._file.truncate(sum(self._lengths))
@@ -163,5 +163,5 @@ class Journal:
 
 
 def digest(*values: object) -> str:
-    """A short text that changes with any of the values."""
+    """Return a short hash of the values."""
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]

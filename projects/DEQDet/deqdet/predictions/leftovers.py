@@ -1,4 +1,4 @@
-"""Deletes what an earlier run has left in the output folder, and nothing that may be somebody else's."""
+"""Delete the output files of an earlier run, but no file that may have another origin."""
 
 import re
 from collections.abc import Collection
@@ -6,17 +6,17 @@ from pathlib import Path
 
 from ..errors import UserError, describe_os_error
 
-_LABELS = re.compile(rb"(\d+( -?\d+\.\d{6}){5}\n)*")  # what write_yolo writes, and hardly anybody else
+_LABELS = re.compile(rb"(\d+( -?\d+\.\d{6}){5}\n)*")  # the format of write_yolo, which is unlikely elsewhere
 _IMAGES = b'{"info": {}, "images": ['  # how write_coco's images.json begins
 
 
 def delete_labels(folder: Path, kept: Collection[Path]) -> None:
-    """Delete the labels of an earlier run, except the files `kept`, which this run writes anew.
+    """Delete the labels of an earlier run, except the files `kept`, which this run overwrites.
 
-    A file is deleted only if it is a *.txt file directly in the folder, no link, and each of its lines has the form of
-    write_yolo: a class and five numbers with six decimals. Labels for training, which have no score, and lists of
-    classes stay. An empty file, which an image without detections has, tells nothing about its origin: it is deleted
-    only if all other text files of the folder have that form, and at least one of them is not empty.
+    A file is deleted only if it is a *.txt file directly in the folder, is not a link, and has only lines in the format
+    of write_yolo: a class and five numbers with six decimals. Training labels, which have no score, and lists of
+    classes are kept. An empty file, as written for an image without detections, does not show its origin: it is deleted
+    only if all other text files in the folder have that format and at least one of them is not empty.
 
     Raises:
         UserError: a file cannot be read or deleted.
@@ -36,7 +36,7 @@ def delete_labels(folder: Path, kept: Collection[Path]) -> None:
 def delete_images_file(path: Path, images_from: Path) -> None:
     """Delete the images.json of an earlier run, whose ids are not those of this run's predictions.
 
-    A file that begins otherwise than write_coco's stays, and so does the file that this run has its ids from.
+    A file that does not begin like that of write_coco is kept, and so is the file that this run takes its ids from.
 
     Raises:
         UserError: the file cannot be read or deleted.

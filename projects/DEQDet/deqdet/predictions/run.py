@@ -1,4 +1,4 @@
-"""Runs the detector on images in batches, and writes down each group of images as soon as it is done."""
+"""Run the detector on images in batches, and record each group of images as soon as it is finished."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from ..predictor import Predictor
 from .journal import Done, Journal
 from .sources import Source
 
-BATCHES = 4  # in a group: of so many images, those of one padded size share batches
+BATCHES = 4  # per group of images; images of a group with the same padded size share batches
 
 
 def predict_images(
@@ -27,15 +27,15 @@ def predict_images(
     batch_size: int,
     skip_broken: bool,
 ) -> None:
-    """Detect in all images that the journal does not have yet.
+    """Run the detector on all images that are not in the journal yet.
 
     Args:
-        journal: of these images, with groups of BATCHES * batch_size.
+        journal: the journal of these images, with groups of BATCHES * batch_size.
         options: steps, rtol, solver, threshold, as in a Predictor's call.
-        skip_broken: an image that cannot be read has its line on stderr, and counts as done.
+        skip_broken: report an image that cannot be read on stderr, and continue without it.
 
     Raises:
-        UserError: an image cannot be read and is not to be skipped; names it. What was done before is in the journal.
+        UserError: an image cannot be read and is not skipped. The groups before it are in the journal.
     """
     first, group = len(journal.done), BATCHES * batch_size
     with tqdm(total=len(sources), initial=first, desc="images", unit=" images", disable=None) as bar:
@@ -55,10 +55,10 @@ def predict_images(
 def predict_video(
     predictor: Predictor, video: Video, journal: Journal, options: Mapping[str, Any], *, batch_size: int
 ) -> None:
-    """Detect in all frames of a video that the journal does not have yet; their numbers begin at 1.
+    """Run the detector on all frames of a video that are not in the journal yet; frames are numbered from 1 on.
 
     Raises:
-        UserError: no frame can be read, or the video breaks off; its frames until there are in the journal.
+        UserError: a frame cannot be processed. The groups before it are in the journal.
     """
     first, group = len(journal.done), BATCHES * batch_size
     frames = islice(enumerate(video.frames(), start=1), first, None)
@@ -74,10 +74,10 @@ def predict_video(
 
 
 def check_video(video: Video, count: int) -> None:
-    """See that as many frames were read as the file announces, about.
+    """Check that about as many frames were read as the file announces.
 
     Raises:
-        UserError: there are none, or the video breaks off.
+        UserError: no frame was read, or the video breaks off early.
     """
     if not count:
         raise UserError(f"{video.name}: no frame can be read")
@@ -88,7 +88,7 @@ def check_video(video: Video, count: int) -> None:
 def _prepare(
     predictor: Predictor, chunk: Sequence[Source], skip_broken: bool
 ) -> tuple[dict[int, dict], dict[int, str]]:
-    """The model's inputs of the images that can be read, and why others cannot, by their place in the chunk."""
+    """Read a chunk of images: the model's inputs, or why an image cannot be read, by index in the chunk."""
     prepared, faults = {}, {}
     for i, source in enumerate(chunk):
         try:

@@ -1,4 +1,4 @@
-"""Which images are predicted, and under which ids."""
+"""The images on which the detector runs, and their ids."""
 
 import os
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from ..errors import UserError, describe_os_error
 
 @dataclass(frozen=True)
 class Source:
-    """An image to be predicted."""
+    """An image on which the detector runs."""
 
     path: Path
     image_id: int | str
-    name: str  # as the files that are written call it
+    name: str  # in the output files
 
     def state(self) -> list:
-        """The path, the size in bytes and the time of modification, which tell whether the image has changed."""
+        """Return path, size in bytes and modification time, which show whether the image has changed."""
         try:
             status = os.stat(self.path)
         except OSError:
@@ -29,20 +29,20 @@ class Source:
 
 
 def list_sources(patterns: Sequence[str]) -> tuple[list[Source], list[str]]:
-    """Files, folders and globs, as the demo reads them; the ids are 1, 2, ... in the order of the images.
+    """List the images in files, folders and globs, as the demo does; the ids are 1, 2, ... in their order.
 
     Returns:
-        The images, and a message for each pattern that has none.
+        The images, and a message for each pattern without images.
     """
     files, faults = find_images(patterns)
     return [Source(file, index, str(file)) for index, file in enumerate(files, start=1)], faults
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a text file with one path each, with or without a byte order mark; empty lines are left out.
+    """Read a text file with one path per line, with or without a byte order mark; empty lines are left out.
 
     Raises:
-        UserError: the file cannot be read, or names nothing.
+        UserError: the file cannot be read, or is empty.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -50,20 +50,20 @@ def read_list(path: Path) -> list[str]:
         reason = describe_os_error(error) if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--input-list {path} cannot be read ({reason})") from error
     if not any(lines):
-        raise UserError(f"--input-list {path} is empty: write one path in a line")
+        raise UserError(f"--input-list {path} is empty: write one path per line")
     return [line for line in lines if line]
 
 
 def read_image_info(file: Path, folder: Path, class_names: Sequence[str]) -> tuple[list[Source], list[int | str]]:
-    """The images of a file in COCO's format, such as image_info_test-dev2017.json, and the ids of the classes in it.
+    """Read the images of a COCO-format file, such as image_info_test-dev2017.json, and its ids of the classes.
 
     Args:
         file: its "annotations" are not read, and may be missing.
-        folder: in which the images lie.
-        class_names: the model's.
+        folder: the folder of the images.
+        class_names: the names of the model's classes.
 
     Returns:
-        The images in the file's order, under its ids, and its category id of each of the model's classes.
+        The images with the order and the ids of the file, and its category id of each of the model's classes.
 
     Raises:
         UserError: the file cannot be used, or lacks one of the classes.

@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The tool's flags."""
+    """Make the parser of the tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--task", choices=TASKS, default="step", help="what to measure (default: step)")
@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Measure what the command line asks for, print it, and write it if it says where."""
+    """Run the measurement, print the results, and write them to --output if it is given."""
     for name in ("batch", "height", "width", "threads", *(["steps"] if args.task == "step" else [])):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -126,10 +126,10 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _check_replaced_keys(cfg: CfgNode) -> None:
-    """Refuse keys that decide how a model runs, so that the row names what ran.
+    """Check that keys that flags replace have their defaults, so that the flags describe what was measured.
 
     Raises:
-        UserError: one has another value than its default.
+        UserError: a key does not have its default value.
     """
     for key, value, default, flag in (
         ("FLOAT32_PRECISION", cfg.FLOAT32_PRECISION, "", "--precision float32 or tf32"),
@@ -138,11 +138,11 @@ def _check_replaced_keys(cfg: CfgNode) -> None:
         ("MODEL.DEQDET.CUDA_GRAPHS", cfg.MODEL.DEQDET.CUDA_GRAPHS, 0, "--mode graph"),
     ):
         if value != default:
-            raise UserError(f"{key} is {value!r}: {flag} takes its place, set the key to {default!r}")
+            raise UserError(f"{key} is {value!r}: set it to {default!r} and use {flag} instead")
 
 
 def format_row(found: dict) -> str:
-    """A row of the tables in docs/benchmarks.md."""
+    """Format a row of the tables in docs/benchmarks.md."""
     ratio = f"{found['median_ms'] / found['floor_ms']:.2f}" if "floor_ms" in found else ""
     simple = f"{found['simple_ms'] / found['floor_ms']:.2f}" if "simple_ms" in found and ratio else ""
     task = found["task"] if found["steps"] is None else f"{found['task']}, {found['steps']} steps"
@@ -153,7 +153,7 @@ def format_row(found: dict) -> str:
 
 
 def format_memory(rows: Sequence[dict]) -> str:
-    """The table of --task memory, a row for each size of Omega, in MiB."""
+    """Format the table of --task memory in MiB, with one row per size of Omega."""
     points = sorted({row["points"] for row in rows})
     cells = {(row["points"], row["recomputed"]): row for row in rows}
     names = {"saved_mb": "saved", "peak_mb": "peak"}

@@ -73,10 +73,10 @@ def main(words: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def checked_sets(args: argparse.Namespace) -> Iterator[tuple[CfgNode, dict[str, CheckedSet]]]:
-    """The config whose sets are checked, and what was found by the sets' names; they are registered within the block.
+    """Yield the config whose sets are checked and the results by set name; the sets are registered within the block.
 
     Raises:
-        UserError: a flag does not fit, or a set cannot be used.
+        UserError: the flags do not fit together, or a set cannot be used.
     """
     check_flags(args)
     if args.data:
@@ -95,10 +95,10 @@ def checked_sets(args: argparse.Namespace) -> Iterator[tuple[CfgNode, dict[str, 
 
 
 def load_check_config(args: argparse.Namespace) -> CfgNode:
-    """The config whose sets are checked: the given one, or the model zoo's default with the sets of the command line.
+    """Load the config whose sets are checked: the given config, or a default one, with the sets of the command line.
 
     Raises:
-        UserError: there is neither, or both, or a key is wrong.
+        UserError: there is neither a config nor a set, an annotation file has no folder, or a key is invalid.
     """
     if not args.files:
         return load_config(args)
@@ -115,7 +115,7 @@ def load_check_config(args: argparse.Namespace) -> CfgNode:
 
 
 def print_report(name: str, checked: CheckedSet | None, num_queries: int) -> None:
-    """Print what a set holds; None stands for a set that is not in COCO's format."""
+    """Print the report on a set; `checked` is None for a set that is not in COCO format."""
     print(f"== {name}")
     if checked is None:
         print("not in COCO format: only its class names were compared")
@@ -126,7 +126,7 @@ def print_report(name: str, checked: CheckedSet | None, num_queries: int) -> Non
 
 
 def write_contact_sheets(names: Sequence[str], file: Path, count: int) -> None:
-    """Write a contact sheet of `count` images of each set; with several, a set's name is put before the suffix.
+    """Write a contact sheet of `count` images of each set; with several sets, file names include the name of the set.
 
     Raises:
         UserError: an image cannot be read, or the file cannot be written.
@@ -139,7 +139,7 @@ def write_contact_sheets(names: Sequence[str], file: Path, count: int) -> None:
 
 
 def write_augmented(cfg: CfgNode, file: Path, count: int) -> None:
-    """Draw the first `count` images that a training of this config gets, after augmentation.
+    """Draw the first `count` images of a training with this config, after augmentation.
 
     Raises:
         UserError: there is no training set, an image cannot be read, or the file cannot be written.
@@ -157,8 +157,8 @@ def write_results(cfg: CfgNode, results: Path, file: Path, count: int, threshold
     """Draw the images with the most mistakes in a file of detections, the worst first.
 
     Args:
-        results: of the first set of DATASETS.TEST, or else of DATASETS.TRAIN.
-        threshold: the lowest score that counts; None: that of the best F1.
+        results: detections in the first set of DATASETS.TEST, or else of DATASETS.TRAIN.
+        threshold: minimum score of a detection; None: the score with the best F1.
 
     Raises:
         UserError: the detections are not of this set, the set has no boxes, or a file cannot be read or written.
@@ -185,7 +185,7 @@ def _save(sheet: Image.Image, path: Path) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Make the parser of the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help="annotation files, each followed by its image folder")
     parser.add_argument(
@@ -207,7 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_folder_arguments(parser, "check the labelled images in FOLDER (COCO, YOLO or Pascal VOC)")
     add_config_arguments(parser)
-    # What `labelled_folder` asks of a run; the images of --draw-augmented are those of a training in one process.
+    # `labelled_folder` reads these arguments of a run. --draw-augmented shows the images of a training in one process.
     parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, eval_only=False)
     return parser
 

@@ -44,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The tool's flags."""
+    """Make the parser of the tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="config files, or names in the model zoo")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the table and the runs")

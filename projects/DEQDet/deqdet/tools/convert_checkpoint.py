@@ -36,13 +36,13 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def format_config(config: dict[str, object]) -> str:
-    """The config as KEY VALUE pairs for a shell's command line."""
+    """Format the config as KEY VALUE pairs for a shell's command line."""
     texts = {key: str(value).replace(", ", ",") for key, value in config.items()}
     return " ".join(f'{key} "{text}"' if "[" in text else f"{key} {text}" for key, text in texts.items())
 
 
 def parse_args(words: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and import the plugins first: they may bring kinds of their own."""
+    """Parse the command line, and import the plugins first, because they may register kinds."""
     plugins = argparse.ArgumentParser(add_help=False)
     plugins.add_argument(
         "--plugin", action="append", default=[], metavar="MODULE",

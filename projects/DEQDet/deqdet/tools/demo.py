@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _detect_in_images(args: argparse.Namespace) -> None:
-    """Do all that can be done, then exit with 1 if something could not."""
+    """Process all images that can be read, then exit with 1 if any could not."""
     sources, faults = find_images(args.input)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)

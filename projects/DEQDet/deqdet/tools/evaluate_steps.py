@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The tool's flags."""
+    """Make the parser of the tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder for the tables and the log")
@@ -110,7 +110,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
 
 
 def make_plan(args: argparse.Namespace, limit: int) -> Plan:
-    """The plan of a command line, with rising steps and falling tolerances."""
+    """Make the plan of a command line, with increasing steps and decreasing tolerances."""
     steps, rtols = tuple(sorted(set(args.steps))), tuple(sorted(set(args.rtols), reverse=True))
     try:
         return Plan(steps=steps, rtols=rtols, limit=limit)

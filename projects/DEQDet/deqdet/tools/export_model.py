@@ -41,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> None:
             _, rtol, _ = predictor.model.decoder.options(**options)
             if rtol > 0:
                 print(f"One graph always takes all its steps: the tolerance {rtol} has no effect.")
-        say = partial(print, flush=True)  # each line before its stage, also into a pipe
+        say = partial(print, flush=True)  # flushed, so that each line comes before its stage, even in a pipe
         exported = export_detector(predictor, args.output, target=args.to, form=args.form, **options, say=say)
         for path in exported.files:
             print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -49,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Make the parser of the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="file to write, .onnx or .pt2")
     parser.add_argument(

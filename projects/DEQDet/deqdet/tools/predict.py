@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Make the parser of the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -99,7 +99,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _predict_images(args: argparse.Namespace) -> None:
-    """Do all images, then exit with 1 if some were skipped."""
+    """Process all images, then exit with 1 if any were skipped."""
     faults: list[str] = []
     if not args.images_from:
         sources, faults = list_sources(args.input or read_list(args.input_list))
@@ -145,10 +145,10 @@ def _predict_video(args: argparse.Namespace) -> None:
 
 
 def _open_journal(args: argparse.Namespace, predictor: Predictor, **more: object) -> Journal:
-    """The journal of the output folder for these settings, which are named as the user gives them."""
+    """Open the journal of the output folder; its settings have the names by which users know them."""
     cfg = predictor.cfg.clone()
     cfg.defrost()
-    cfg.MODEL.WEIGHTS = ""  # the file may have moved; what it holds counts
+    cfg.MODEL.WEIGHTS = ""  # the file may have moved; only its contents matter
     settings = {
         "model": digest(checksum(predictor.model.state_dict()), cfg.MODEL.dump(), predictor.class_names),
         "INPUT": digest(cfg.INPUT.dump()),

@@ -38,7 +38,7 @@ DEFAULT_CONFIG = "quick/deqdet_shapes"
 PREFIX = "backbone.bottom_up."  # of a detector's parameters, whether a channel mapper or an FPN is on top
 IMAGE_SIZE, MIN_SIZE, MAX_SIZE = 64, 10.0, 60.0  # pixels: of an image's sides; of the longer side of a shape
 SHRINKING = 0.6  # of the iterations, in which the smallest shape goes from MAX_SIZE to MIN_SIZE
-# Of draw_scene, with the pretraining's seed added. The data sets of this project have seeds of one or two digits.
+# Seeds for draw_scene, to which --seed is added. The data sets of this project have seeds of one or two digits.
 TRAINING_SEED, HELD_OUT_SEED = 10**9, 2 * 10**9
 HELD_OUT = 1000  # images
 BASE_LR, WEIGHT_DECAY = 1e-3, 0.05  # AdamW's, as in the quick configs
@@ -46,14 +46,14 @@ BASE_LR, WEIGHT_DECAY = 1e-3, 0.05  # AdamW's, as in the quick configs
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The weights of a backbone and how good a classifier they made."""
+    """The weights of a backbone, and the accuracy of its classifier."""
 
     weights: dict[str, Tensor]  # by the names that a detector gives them, on the CPU
-    accuracy: float  # of the held-out images, 0 to 1
+    accuracy: float  # on the held-out images, 0 to 1
 
 
 class ShapeClassifier(nn.Module):
-    """A linear layer on the averaged coarsest level of a backbone."""
+    """A linear classifier on the spatial average of a backbone's coarsest level."""
 
     def __init__(self, bottom_up: nn.Module, *, mean: Sequence[float], std: Sequence[float], is_bgr: bool):
         """
@@ -72,7 +72,7 @@ class ShapeClassifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits (B, K) of images (B, 3, H, W), RGB, 0 to 255."""
+        """Compute class logits (B, K) from images (B, 3, H, W), RGB, 0 to 255."""
         images = images.flip(1) if self.is_bgr else images
         features = self.bottom_up((images - self.mean) / self.std)[self.level]  # (B, C, H / s, W / s)
         return self.head(features.mean((2, 3)))
@@ -99,7 +99,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Make the parser of the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".pth or .safetensors file to write")
     parser.add_argument(
@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """See that the numbers are possible, and make the folder of the file, before any work is done.
+    """Check the numbers, and make the folder of the file, before any work is done.
 
     Raises:
         UserError: a number is out of range, the file has another suffix, or its folder cannot be made.
@@ -135,10 +135,10 @@ def pretrain(cfg: CfgNode, *, iterations: int, batch: int, seed: int) -> Pretrai
     """Train the backbone of `cfg` as a classifier of shapes, on MODEL.DEVICE, and print the loss ten times.
 
     Args:
-        batch: images of an iteration; every one is drawn anew.
+        batch: images per iteration; each is newly drawn.
 
     Raises:
-        UserError: the backbone cannot be built, or has no part under a neck.
+        UserError: the backbone cannot be built, or has no neck.
     """
     device = torch.device(cfg.MODEL.DEVICE)
     with random_state_kept(device):
@@ -168,15 +168,15 @@ def pretrain(cfg: CfgNode, *, iterations: int, batch: int, seed: int) -> Pretrai
 
 
 def build_bottom_up(cfg: CfgNode) -> nn.Module:
-    """The backbone of a config without its neck, with random weights, every stage and its BatchNorm to be trained.
+    """Build the backbone of a config without its neck, with random weights; all stages are trained, with BatchNorm.
 
     Raises:
-        UserError: the backbone cannot be built, or has no part under a neck.
+        UserError: the backbone cannot be built, or has no neck.
     """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    if cfg.MODEL.RESNETS.NORM == "FrozenBN":  # it has the same weights, but would keep its random ones
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":  # same parameter names, but FrozenBN would not be trained
         cfg.MODEL.RESNETS.NORM = "BN"
     with buildable():
         backbone = build_backbone(cfg)
@@ -187,10 +187,10 @@ def build_bottom_up(cfg: CfgNode) -> nn.Module:
 
 
 def smallest_size(progress: float) -> float:
-    """The size in pixels of the smallest shapes, whose logarithm falls linearly and then stays.
+    """Compute the size of the smallest shapes in pixels, whose logarithm falls linearly and then stays constant.
 
     Args:
-        progress: the part of the iterations that is done, from 0 to 1.
+        progress: the fraction of the iterations that is done, from 0 to 1.
     """
     return MAX_SIZE * (MIN_SIZE / MAX_SIZE) ** min(progress / SHRINKING, 1.0)
 
@@ -199,8 +199,8 @@ def draw_images(seed: int, first: int, count: int, smallest: float) -> tuple[Ten
     """Draw images with one shape each, on a textured and noisy background, and the classes of the shapes.
 
     Args:
-        first: the index of the first image among those that `seed` gives.
-        smallest: of the longer side of a shape, in pixels; the largest is MAX_SIZE.
+        first: the index of the first image in the sequence that `seed` determines.
+        smallest: minimum of the longer side of a shape, in pixels; the maximum is MAX_SIZE.
 
     Returns:
         (count, 3, IMAGE_SIZE, IMAGE_SIZE) float32, RGB, 0 to 255; and (count,) int64, indices in CLASSES.
@@ -221,7 +221,7 @@ def draw_images(seed: int, first: int, count: int, smallest: float) -> tuple[Ten
 
 @torch.no_grad()
 def measure_accuracy(model: ShapeClassifier, seed: int) -> float:
-    """The fraction of HELD_OUT images that the classifier gets right, in evaluation mode."""
+    """Measure the accuracy of the classifier on HELD_OUT images, in evaluation mode."""
     model.eval()
     correct = 0
     for first in range(0, HELD_OUT, 100):
@@ -231,7 +231,7 @@ def measure_accuracy(model: ShapeClassifier, seed: int) -> float:
 
 
 def made_by(cfg: CfgNode, numbers: dict[str, int]) -> dict[str, object]:
-    """What the file says about how it was made."""
+    """Describe how the weights were made, for the metadata of the file."""
     return {
         "task": f"classification of generated shapes, {IMAGE_SIZE} x {IMAGE_SIZE} px: {', '.join(CLASSES)}",
         "tool": "deqdet-pretrain-backbone",
@@ -241,7 +241,7 @@ def made_by(cfg: CfgNode, numbers: dict[str, int]) -> dict[str, object]:
 
 
 def write(done: Pretrained, path: Path, how: dict[str, object]) -> None:
-    """Write the weights, whole or not at all, with how they were made and their accuracy.
+    """Write the weights atomically, with `how` they were made and their accuracy as metadata.
 
     Raises:
         UserError: the file cannot be written.

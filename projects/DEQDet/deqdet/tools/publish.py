@@ -17,7 +17,7 @@ from ..engine import add_config_arguments, exit_on_user_error, load_config, pars
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command; on any error it leaves no file.
+    """Run the command. If it fails, it leaves no file.
 
     Args:
         words: the command line; by default that of the process.
@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Make the parser of the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth or .safetensors file, or hf://OWNER/NAME")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="model file to write, .safetensors")

@@ -49,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The tool's flags."""
+    """Make the parser of the tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--run", default="", metavar="FOLDER", help="OUTPUT_DIR of a training, with its config.yaml")
@@ -101,10 +101,10 @@ def report(args: argparse.Namespace) -> None:
 
 
 def _take_run(args: argparse.Namespace) -> None:
-    """Put the config and the folder of --run in the place of --config-file and OUTPUT_DIR.
+    """Use the config.yaml in the folder of --run as --config-file, and the folder as OUTPUT_DIR.
 
     Raises:
-        UserError: --run with a config of its own, or the folder is no training's.
+        UserError: a config is given as well, or the folder is not that of a training.
     """
     if args.config_file or args.model:
         raise UserError("--run uses the config.yaml in its folder: omit --config-file and --model")

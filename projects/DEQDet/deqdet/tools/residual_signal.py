@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The tool's flags."""
+    """Make the parser of the tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder for the tables and the log")
@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace, command: str) -> None:
-    """Detect under all conditions, compare the signals, and write the report.
+    """Run the detector under all conditions, compare the signals, and write the report.
 
     Args:
         command: how the tool was called, for the report.

@@ -38,13 +38,13 @@ STEPS = (5, 8, 25)
 PRECISIONS = ("float32", "bfloat16")  # those of TEST.PRECISION
 MODES = ("eager", "compiled", "graph", "onnx")
 DEFAULT_MODES = ("eager", "compiled", "onnx")
-# Keys that say how a model runs, and the flags in their place.
+# Keys that decide how a model runs -> the flags that replace them.
 OWN_KEYS = {
     "TEST.PRECISION": "--precisions",
     "MODEL.DEQDET.COMPILE": "--modes compiled",
     "MODEL.DEQDET.CUDA_GRAPHS": "--modes graph",
 }
-RECORDINGS = 16  # of --modes graph, for each number of steps: one for a padded size of images
+RECORDINGS = 16  # CUDA graphs for each number of steps, one per padded image size
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -56,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The tool's flags."""
+    """Make the parser of the tool's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, metavar="DETECTOR", help="model files (.safetensors)")
     parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder for the table and the log")
@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace, command: str) -> None:
-    """Run every detector in every way, and write the report.
+    """Measure every detector in every execution mode, and write the report.
 
     Args:
         command: how the tool was called, for the report.
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
                     ways += _onnx_ways(name, path, Path(folder), args)
         if not ways:
             raise UserError("--modes onnx runs in float32 only: add float32 to --precisions")
-        # A detector never returns more detections than its own limit, so under the largest one all of them count.
+        # No detector returns more detections than its own limit, so with the largest limit all of them count.
         limit = max(way.max_detections for way in ways)
         rows = measure_ways(ways, records, Evaluation(dataset, max_detections=limit), images=timed)
     device = f"{describe_machine()}, {plural(torch.get_num_threads(), 'thread')}"
@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
 
 
 def _names(models: Sequence[Path]) -> dict[str, Path]:
-    """A short name for each model file: its own, or its folder's where those are alike."""
+    """Choose a short name for each model file: its own, or that of its folder if file names are not unique."""
     stems = [path.stem for path in models]
     names = stems if len(set(stems)) == len(stems) else [path.resolve().parent.name for path in models]
     if len(set(names)) < len(names):
@@ -160,7 +160,7 @@ def _onnx_ways(name: str, path: Path, folder: Path, args: argparse.Namespace) ->
         from ..export import OnnxDetector, export_detector
     except ImportError as error:
         raise UserError(f"{error}, which --modes onnx needs: {how_to_install('export')}") from error
-    overrides = [*args.opts, "MODEL.DEQDET.SOLVER.NAME", "FixedPointIteration"]  # no other has a form as one graph
+    overrides = [*args.opts, "MODEL.DEQDET.SOLVER.NAME", "FixedPointIteration"]  # one graph supports no other
     predictor = Predictor.from_file(path, overrides=overrides, device="cpu", threshold=0.0)
     exported = export_detector(predictor, folder / f"{name}.onnx", form="one")
     detector = OnnxDetector(exported.files[0], threads=args.threads or 0)
@@ -175,7 +175,7 @@ def _onnx_ways(name: str, path: Path, folder: Path, args: argparse.Namespace) ->
 
 
 def _step_choices(predictor: Predictor, steps: Sequence[int]) -> list[tuple[str, int | None]]:
-    """What a detector can take: each number of steps, or what its layers are."""
+    """Return the labels and values of the steps to measure; a detector without equilibrium has only one choice."""
     if predictor.has_equilibrium:
         return [(f"{n} steps", n) for n in dict.fromkeys(steps)]
     return [(f"{predictor.model.decoder.execution().steps + 1} layers", None)]

@@ -49,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> None:
         words: the command line; by default that of the process.
     """
     parser = argument_parser()
-    parser.set_defaults(num_gpus=None)  # so that a number that is given is told from none
+    parser.set_defaults(num_gpus=None)  # to distinguish a given number from the default
     parser.description, parser.epilog = __doc__, EXAMPLES
     with exit_on_user_error():
         args = parse_arguments(parser, words, joins=True)

@@ -1,4 +1,4 @@
-"""The trained model that a tool is about, from its command line."""
+"""Load the trained model that a tool's command line describes."""
 
 import argparse
 import os
@@ -54,7 +54,7 @@ def load_trained(
 
 
 def choose_test_set(cfg: CfgNode) -> str:
-    """The first set of DATASETS.TEST, for a tool that uses one; a line says so where there are others."""
+    """Return the first set of DATASETS.TEST, for tools that use only one; print a line if there are others."""
     first, *others = cfg.DATASETS.TEST
     if others:
         count, unused = 1 + len(others), ", ".join(others)
@@ -78,14 +78,14 @@ def add_solver_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_predictor(args: argparse.Namespace, extras: Sequence[str] = ()) -> tuple[Predictor, dict]:
-    """The detector, and the command line's steps, rtol and solver as it takes them.
+    """Build the detector, and convert the command line's steps, rtol and solver to options of its calls.
 
     Args:
         args: with the flags of `add_config_arguments` and `add_solver_arguments`, and confidence_threshold.
         extras: further flags of the command line that need an equilibrium.
 
     Raises:
-        UserError: it cannot be built or loaded, or has no equilibrium for the flags that need one.
+        UserError: the detector cannot be built or loaded, or has no equilibrium although a flag needs one.
     """
     predictor = Predictor.from_config(load_config(args), threshold=args.confidence_threshold)
     options = {"steps": args.steps, "rtol": args.rtol, "solver": args.solver}
