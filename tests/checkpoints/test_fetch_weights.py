@@ -174,7 +174,7 @@ def test_names_of_outputs(tmp_path):
     with pytest.raises(SystemExit, match="--output .*weights.pth must end in .safetensors"):
         run("--output", tmp_path / "weights.pth")
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="its folder cannot be made"):
+    with pytest.raises(SystemExit, match="its folder cannot be created"):
         run("--output", tmp_path / "file" / "weights.safetensors")
 
 

@@ -19,7 +19,7 @@ pytestmark = IN_PROCESS
 
 @META_ARCH_REGISTRY.register()
 class PuttingToy(EngineToy):
-    """An EngineToy that uses put_, which has no deterministic form on any device."""
+    """An EngineToy that uses put_, which has no deterministic implementation on any device."""
 
     def forward(self, batched_inputs):
         torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
@@ -112,7 +112,7 @@ def find_gradients(model, inputs) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layer", ["AdaMixerLayer", "SparseRCNNLayer"])
 def test_deqdet_trains_strictly_with_the_same_gradients(small_model, make_inputs, monkeypatch, layer):
-    """AdaMixer samples in another way then: grid_sample's backward pass has no deterministic form on a GPU."""
+    """AdaMixer samples in another way then, since the backward pass of grid_sample is not deterministic on a GPU."""
     model, inputs = small_model("MODEL.DEQDET.REFINEMENT_LAYER", layer).double().train(), make_inputs(2, 1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

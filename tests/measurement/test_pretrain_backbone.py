@@ -125,7 +125,7 @@ def test_shapes_become_smaller():
     (["--output", "a.pth", "--batch", "1"], "--batch is 1: it must be from 2 to"),
     (["--output", "a.pth", "--seed", "-1"], "--seed is -1: it must be from 0 to"),
     (["--output", "a.pkl"], "--output a.pkl must be a file whose name ends in .pth or .safetensors"),
-    (["--output", "file/a.pth"], "the folder of --output file/a.pth cannot be made"),
+    (["--output", "file/a.pth"], "the folder of --output file/a.pth cannot be created"),
     (["--output", "a.pth", "MODEL.BACKBONE.NAME", "build_resnet_backbone"], "MODEL.BACKBONE.NAME .* choose one with"),
 ])  # fmt: skip
 def test_what_is_refused(tmp_path, monkeypatch, words, message):

@@ -26,7 +26,7 @@ from .findings import BROKEN, REMARK, REPAIRED, Finding, Findings
 from .image_headers import MISSING, ImageHeader, Stamp, read_headers, read_stamps
 from .report import Report, summarize
 
-_VERSION = f"3, Pillow {PIL.__version__}"  # raise the number when the checks change
+_VERSION = f"4, Pillow {PIL.__version__}"  # raise the number when the checks or their messages change
 _SKIP = "replace the image or correct the file, or set DATASETS.SKIP_BROKEN True to leave such images out"
 
 

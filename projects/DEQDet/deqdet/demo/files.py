@@ -76,7 +76,7 @@ def plan_texts(sources: Sequence[Path], folder: Path) -> list[Path]:
     """Choose a .txt file in `folder` for each source, and make the folder; the names are unique as in `plan_pictures`.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
     _make_folder(folder)
     return [beside(picture, ".txt") for picture in _number(sources, folder, [".txt"])]

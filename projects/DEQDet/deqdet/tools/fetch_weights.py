@@ -46,14 +46,14 @@ def check_output(path: Path) -> None:
     """Check that the output can be written, before anything is downloaded.
 
     Raises:
-        UserError: its suffix is wrong, or its folder cannot be made.
+        UserError: its suffix is wrong, or its folder cannot be created.
     """
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path} must end in .safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {path}: its folder cannot be made ({describe_os_error(error)})") from error
+        raise UserError(f"--output {path}: its folder cannot be created ({describe_os_error(error)})") from error
 
 
 def download(known: KnownWeights, folder: Path) -> Path:

@@ -117,7 +117,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check the numbers, and make the folder of the file, before any work is done.
 
     Raises:
-        UserError: a number is out of range, the file has another suffix, or its folder cannot be made.
+        UserError: a number is out of range, the file has another suffix, or its folder cannot be created.
     """
     for flag, low, high in (("iterations", 1, 10**7), ("batch", 2, 10**5), ("seed", 0, 10**9 - 1)):
         if not low <= getattr(args, flag) <= high:
@@ -128,7 +128,7 @@ def check_flags(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = describe_os_error(error)
-        raise UserError(f"the folder of --output {args.output} cannot be made ({reason}): choose another") from error
+        raise UserError(f"the folder of --output {args.output} cannot be created ({reason}): choose another") from error
 
 
 def pretrain(cfg: CfgNode, *, iterations: int, batch: int, seed: int) -> Pretrained:
