@@ -40,8 +40,10 @@ class OriginalIdsEvaluator(COCOEvaluator):
         Raises:
             UserError: the library is missing.
         """
-        # detectron2's own fast implementation is there only if its C++ code was compiled, and would be used unasked.
-        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
+        # detectron2's own fast implementation is there only if its C++ code was compiled, and would be used unasked. A
+        # set that a function loads is converted to a COCO file, once in a process: the file of an earlier process may
+        # hold the boxes of other records.
+        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False, allow_cached_coco=False)
         if max_detections > COCO_LIMIT:
             self._max_dets_per_image = [1, 10, COCO_LIMIT, max_detections]
         self._evaluation = None
