@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from deqdet.checkpoints import write_model_file
 from deqdet.data import (
     CheckOptions,
     annotations,
+    build_coco_evaluator,
     build_train_loader,
     cache,
     check_coco_file,
@@ -268,6 +270,22 @@ def test_a_set_that_a_function_loads_must_have_the_models_order(tmp_path):
     prepare_datasets(make_cfg({"a": first}, train=("a",), test=("same",)))
     with pytest.raises(UserError, match="'other' of DATASETS.TEST has the classes of 'a' of DATASETS.TRAIN in another"):
         prepare_datasets(make_cfg({"a": first}, train=("a",), test=("other",)))
+
+
+def test_the_coco_file_that_an_evaluation_makes_of_a_functions_set(tmp_path):
+    """It has the records as they are now, although an earlier training has left one or its folder is gone."""
+    records, out = [], tmp_path / "out"
+    json_file = out / "made_coco_format.json"
+    DatasetCatalog.register("made", lambda: records)
+    MetadataCatalog.get("made").set(thing_classes=["red"])
+    cfg = make_cfg({}, train=("made",), test=("made",))
+    for count in (1, 2, 3):
+        prepare_datasets(cfg)
+        records.append({"file_name": "a.png", "image_id": count, "height": 9, "width": 9, "annotations": []})
+        evaluator = build_coco_evaluator("made", str(out), apart=False)
+        assert len(evaluator._coco_api.dataset["images"]) == len(json.loads(json_file.read_text())["images"]) == count
+        if count == 2:
+            shutil.rmtree(out)
 
 
 def test_drawn_shapes_are_matched_by_name_without_a_look_at_their_images(tmp_path, monkeypatch, reads):

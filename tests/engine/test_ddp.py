@@ -1,13 +1,18 @@
 """Two gloo processes on the CPU against one process with the same global batch."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from detectron2.engine import defaults
 from detectron2.utils.events import EventStorage
 
 from deqdet.engine.step import StepTrainer
+from deqdet.engine.trainer import _our_parts
+from deqdet.model_zoo import get_config
 
 from helpers.gradients import CASES, batch, build, gradients
 from helpers.two_ranks import run_two_ranks
@@ -32,12 +37,24 @@ def accumulate(inputs: list[dict], parts: int) -> tuple[dict[str, torch.Tensor],
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}, len(exchanged)
 
 
+def two_levels(inputs: list[dict], wrap: Callable) -> dict[str, torch.Tensor | None]:
+    """The gradients after two iterations of a model that reads two levels of its backbone's four."""
+    model = wrap(build("MODEL.DEQDET.IN_FEATURES", ["p3", "p4"]))
+    return [gradients(model, inputs) for _ in range(2)][-1]
+
+
+def wrap_as_the_trainer(model: torch.nn.Module) -> torch.nn.Module:
+    with _our_parts(get_config("quick/deqdet_shapes")):
+        return defaults.create_ddp_model(model, broadcast_buffers=False)
+
+
 def work(output: str) -> None:
     """One image for each rank; find_unused_parameters is off, as it is by default. Then two for each, in two parts."""
     torch.set_num_threads(1)
     rank = torch.distributed.get_rank()
     found = [gradients(DistributedDataParallel(build()), batch(case)[rank : rank + 1]) for case in CASES]
     found.append([accumulate(batch(FOUR)[2 * rank :][:2], parts) for parts in (1, 2)])
+    found.append(two_levels(batch(CASES[0])[rank : rank + 1], wrap_as_the_trainer))
     if rank == 0:
         torch.save(found, output)
 
@@ -67,8 +84,18 @@ def test_two_processes_have_the_gradients_of_one(two_processes, index):
 
 def test_accumulated_gradients_of_two_processes_are_those_of_one(two_processes):
     """Four images as one batch, as two ranks' and as two parts of each; the parts cost no more communication."""
-    (whole, exchanges), (parts, exchanges_of_parts) = two_processes[-1]
+    (whole, exchanges), (parts, exchanges_of_parts) = two_processes[-2]
     assert exchanges_of_parts == exchanges > 0
     for name, gradient in gradients(build(), batch(FOUR)).items():
         for found in (whole, parts):
             assert (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-6) < 1e-5, name
+
+
+def test_levels_that_nothing_reads_have_no_gradient(two_processes):
+    """The trainer's DDP does not wait for one: their parameters are as in one process."""
+    expected, found = two_levels(batch(CASES[0]), lambda model: model), two_processes[-1]
+    unread = {name for name, gradient in expected.items() if gradient is None}
+    assert unread == {name for name, gradient in found.items() if gradient is None}
+    assert {"backbone.convs.0.weight", "backbone.convs.3.weight"} < unread
+    for name in expected.keys() - unread:
+        assert (found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6) < 1e-5, name

@@ -104,7 +104,8 @@ MORE = [
     ("TEST.EXPECTED_RESULTS", [["bbox", "AP"]]), ("TEST.PRECISE_BN.NUM_ITER", 0),
     ("DATALOADER.NUM_WORKERS", -1), ("DATALOADER.SAMPLER_TRAIN", "Sampler"), ("DATALOADER.REPEAT_THRESHOLD", -1.0),
     ("OUTPUT_DIR", ""), ("OUTPUT_DIR", None), ("SEED", 2**40), ("SEED", None), ("VIS_PERIOD", -1),
-    ("FLOAT32_PRECISION", "low"),
+    ("FLOAT32_PRECISION", "low"), ("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"),
+    ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"),
 ]  # fmt: skip
 WRONG = [
     *((key, value) for key, default in OURS.items() for value in WRONG_BY_TYPE[type(default)]),

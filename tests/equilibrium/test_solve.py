@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from deqdet.equilibrium import Anderson, FixedPointIteration, Status, first_below, relative_residual, solve
+from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration, Status, first_below, relative_residual, solve
 
 PLAIN = FixedPointIteration()
 
@@ -551,3 +551,14 @@ def test_what_is_no_solver(solver, told):
 def test_what_is_no_start(initial, error, message, max_steps):
     with pytest.raises(error, match=message):
         solve(affine, initial, solver=PLAIN, max_steps=max_steps)
+
+
+@pytest.mark.parametrize("function, told", [
+    (lambda y: y[:, :1], r"f was given \(3, 2\) and must return that shape, got \(3, 1\)"),
+    (lambda y: y.mean(0, keepdim=True), r"must return that shape, got \(1, 2\)"),
+    (lambda y: y[:, None] * torch.ones(1, 2, 1), r"must return that shape, got \(3, 2, 2\)"),
+])  # fmt: skip
+@pytest.mark.parametrize("solver", [FixedPointIteration(), Anderson(), Broyden()])
+def test_an_output_of_another_shape_is_not_broadcast(function, told, solver):
+    with pytest.raises(ValueError, match=told):
+        solve(function, torch.ones(3, 2), solver=solver, max_steps=4)

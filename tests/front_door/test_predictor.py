@@ -566,6 +566,8 @@ class TestDrawing:
     ({"solver": 5}, "solver must be a name or an object"),
     ({"solver": Broyden}, "solver must be a name or an object"),
     ({"solver": "anderson(history_size=2.5)"}, "history_size must be a whole number, got 2.5"),
+    ({"solver": "anderson(damping='a')"}, "damping must be a number, got 'a'"),
+    ({"solver": "anderson(damping=True)"}, "damping must be a number, got True"),
 ])  # fmt: skip
 def test_options_of_a_wrong_type(make_predictor, options, message):
     with pytest.raises(UserError, match=message):

@@ -17,11 +17,12 @@ BOXES = {"both": [[8.0, 12.0, 40.0, 52.0], [30.0, 5.0, 60.0, 30.0]], "first": [[
 CASES = [["both", "first"], ["both", "none"], ["none", "none"]]
 
 
-def build() -> torch.nn.Module:
+def build(*overrides: object) -> torch.nn.Module:
     cfg = get_cfg()
     add_deqdet_config(cfg)
     cfg.merge_from_file(str(CONFIG))
-    cfg.merge_from_list([*OVERRIDES, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 8])
+    narrow = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 8]
+    cfg.merge_from_list([*OVERRIDES, *narrow, *overrides])
     torch.manual_seed(0)
     model = build_model(cfg)
     with torch.no_grad():  # away from the initial zeros, behind which gradients would vanish

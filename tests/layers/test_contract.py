@@ -60,6 +60,26 @@ def test_it_trains_in_an_equilibrium(small_decoder):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+class DroppingLayer(PlainLayer):
+    def forward(self, state: QueryState, features: list[Tensor]) -> QueryState:
+        refined = super().forward(state, features)
+        return QueryState(refined.position, nn.functional.dropout(refined.content, 0.5))
+
+
+def test_recomputed_segments_drop_the_same_numbers_again(small_decoder):
+    key = "MODEL.DEQDET.EQUILIBRIUM"
+    decoder = small_decoder(f"{key}.TRAIN_STEPS", 1, f"{key}.SUPERVISION_COUNT", 0)
+    decoder.initialization, decoder.refinement = PlainLayer(32).double(), DroppingLayer(32).double()
+    problem, gradients = make_problem(), []
+    for checkpointed in (False, True):
+        decoder.checkpoint_segments = checkpointed
+        torch.manual_seed(0)
+        loss = sum(x.logits.square().sum() for x in decoder.supervise(*problem).values())
+        gradients.append(torch.autograd.grad(loss, list(decoder.refinement.parameters()), allow_unused=True))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 @torch.no_grad()
 def test_our_layers_take_all_segments_in_one_call():
     layer, calls = ADAMIXER.make(), []

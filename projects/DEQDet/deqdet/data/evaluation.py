@@ -41,8 +41,10 @@ class OriginalIdsEvaluator(COCOEvaluator):
         Raises:
             UserError: the library is missing.
         """
-        # Otherwise, detectron2 would use its own fast implementation whenever its C++ code is compiled.
-        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False)
+        # Otherwise, detectron2 would use its own fast implementation whenever its C++ code is compiled. If a user's
+        # function loads the set, detectron2 converts it to a COCO file; one that an earlier process left may hold the
+        # boxes of other records, so it is not reused.
+        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False, allow_cached_coco=False)
         if max_detections > COCO_LIMIT:
             self._max_dets_per_image = [1, 10, COCO_LIMIT, max_detections]
         self._evaluation = None

@@ -112,6 +112,7 @@ def register_sets(
     entries, done = find_entries(cfg), {}
     for name in dict.fromkeys(names):
         key = "TRAIN" if name in cfg.DATASETS.TRAIN and not eval_only else "TEST"
+        _forget_conversion(name)
         json_file, image_root, where = entries.get(name) or _find_registered(name, key)
         if not json_file:  # a set that a function of the user loads
             _check_without_file(name, key, classes)
@@ -370,6 +371,17 @@ def _find_registered(name: str, key: str) -> tuple[str | None, str | None, str]:
         )
     coco = MetadataCatalog.get(name).get("evaluator_type") == "coco" and image_root
     return json_file if coco else None, image_root, f"{name!r}: {json_file}"
+
+
+def _forget_conversion(name: str) -> None:
+    """Forget the COCO file to which an evaluation has converted a set that a user's function loads.
+
+    detectron2 keeps the file's path in the catalog until the process ends. By the next training the file may be gone,
+    and the function may return other records.
+    """
+    known = MetadataCatalog.get(name)
+    if (known.get("json_file") or "").endswith(f"{name}_coco_format.json"):
+        del known.json_file
 
 
 def _check_without_file(name: str, key: str, classes: ModelClasses) -> None:

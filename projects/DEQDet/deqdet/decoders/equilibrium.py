@@ -221,7 +221,7 @@ class EquilibriumDecoder(Decoder):
 
         names = [f"step{t}" for t in self.supervision.steps]
         if self.checkpoint_segments:
-            predictions = [checkpoint(segment, x, use_reentrant=False, preserve_rng_state=False) for x in points]
+            predictions = [checkpoint(segment, x, use_reentrant=False) for x in points]
         else:
             batch = segment(torch.cat(points))
             predictions = map(Prediction, batch.logits.chunk(len(points)), batch.boxes.chunk(len(points)))

@@ -29,6 +29,8 @@ for _solver in OURS:
 # Fields that can also be set by a key beside MODEL.DEQDET.SOLVER.NAME. OPTIONS takes precedence.
 KEYS = {"damping": "DAMPING", "history_size": "MEMORY", "regularization": "REGULARIZATION"}
 SHORT_NAMES = {"plain": "FixedPointIteration"}
+# By the type of an option's default: the types that the option accepts, and their name in messages.
+_NUMBERS = {int: ((int,), "a whole number"), float: ((int, float), "a number")}
 
 
 def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
@@ -57,7 +59,7 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
             by_lower = {field.lower(): field for field in known}
             values |= {by_lower.get(key.lower(), key.lower()): value for key, value in options.OPTIONS.items()}
         values |= own
-        _check_whole_numbers(solver, values)
+        _check_numbers(solver, values)
         if unknown := [field for field in values if field not in known]:
             has = f"its options are {', '.join(known)}" if known else "it has no options"
             raise ValueError(f"{name} has no option {unknown[0]}: {has}")
@@ -111,12 +113,14 @@ def check_keys(options: CfgNode) -> None:
             raise ValueError(f"MODEL.DEQDET.SOLVER.{key} must {allowed}, got {options[key]}")
 
 
-def _check_whole_numbers(solver: type, values: Mapping[str, object]) -> None:
-    """Check that options whose default is a whole number get one; 2.5 would fail somewhere inside the solver."""
+def _check_numbers(solver: type, values: Mapping[str, object]) -> None:
+    """Check that options whose default is a number get one; anything else would fail somewhere inside the solver."""
     for field in fields(solver):
         value = values.get(field.name)
-        if type(field.default) is int and value is not None and type(value) is not int:
-            raise ValueError(f"{field.name} must be a whole number, got {value!r}")
+        if value is not None and type(field.default) in _NUMBERS:
+            types, name = _NUMBERS[type(field.default)]
+            if type(value) not in types:
+                raise ValueError(f"{field.name} must be {name}, got {value!r}")
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, object]]:

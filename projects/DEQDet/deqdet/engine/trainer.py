@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..data import (
     import_faster_coco_eval,
     prepare_datasets,
 )
+from ..detector import DEQDet
 from ..errors import UserError, describe_os_error
 from .averaging import AverageWeights
 from .configuration import explained_datasets
@@ -442,7 +443,7 @@ def _readable_weights() -> Iterator[None]:
 
 @contextmanager
 def _our_parts(cfg: CfgNode) -> Iterator[None]:
-    """Make DefaultTrainer use our checkpointer and step, and let DDP wrap a model that is not on CUDA.
+    """Make DefaultTrainer use our checkpointer and step, and wrap the model in DDP by `_create_ddp_model`.
 
     DefaultTrainer.__init__ looks up DetectionCheckpointer, SimpleTrainer, AMPTrainer and create_ddp_model in its own
     module. The last passes the local rank as device_ids, which DDP rejects for a model on the CPU. None of them can be
@@ -458,14 +459,30 @@ def _our_parts(cfg: CfgNode) -> Iterator[None]:
         "SimpleTrainer": step,
         "AMPTrainer": step,
     }
-    if device_type != "cuda":
-        ours["create_ddp_model"] = functools.partial(defaults.create_ddp_model, device_ids=None)
-    elif comm.get_world_size() > 1:  # under Slurm, each process may see only its own GPU, as number 0
+    device_ids = None
+    if device_type == "cuda" and comm.get_world_size() > 1:
+        # Under Slurm, each process may see only its own GPU, as number 0.
         device_ids = [torch.cuda.current_device()]
-        ours["create_ddp_model"] = functools.partial(defaults.create_ddp_model, device_ids=device_ids)
+    ours["create_ddp_model"] = functools.partial(_create_ddp_model, defaults.create_ddp_model, device_ids=device_ids)
     originals = {name: getattr(defaults, name) for name in ours}
     vars(defaults).update(ours)
     try:
         yield
     finally:
         vars(defaults).update(originals)
+
+
+def _create_ddp_model(create: Callable[..., nn.Module], model: nn.Module, **options: Any) -> nn.Module:
+    """Call detectron2's create_ddp_model, also for a model that does not read all levels of its backbone.
+
+    Parameters that only the other levels use get no gradient. DDP reports an error in the next iteration, unless it
+    searches for such parameters.
+
+    Args:
+        create: detectron2's function.
+    """
+    if isinstance(model, DEQDet):
+        # "p6" of detectron2's FPN is a pooled "p5", without parameters of its own.
+        left_out = set(model.backbone.output_shape()) - {*model.in_features, "p6"}
+        options["find_unused_parameters"] = len(left_out) > 0
+    return create(model, **options)

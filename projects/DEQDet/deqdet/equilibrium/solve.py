@@ -81,8 +81,8 @@ def solve(
 
     Raises:
         TypeError: the solver is not an object such as Anderson(), or initial holds no floating-point numbers.
-        ValueError: initial is not (B, D), max_steps or rtol is negative or not finite, a recorded step lies outside
-            0..max_steps, or residuals is False although rtol or best needs them.
+        ValueError: initial is not (B, D), or f returned another shape; max_steps or rtol is negative or not finite, a
+            recorded step lies outside 0..max_steps, or residuals is False although rtol or best needs them.
     """
     _check_solver(solver)
     _check_start(initial)
@@ -103,7 +103,9 @@ def solve(
                 kept = results.drop_stopped(remaining)
                 function = restrict(results.rows)
                 iterate, state = iterate[kept], tuple(part[kept] for part in state)
-        output = function(iterate).to(iterate.dtype)
+        output = function(iterate)
+        _check_output(output, iterate)
+        output = output.to(iterate.dtype)
         with in_own_precision:
             proposal, state = solver.step(iterate, output, state)
             iterate = results.add(iterate, output, proposal)
@@ -135,6 +137,18 @@ def _check_start(initial: object) -> None:
         raise TypeError(f"initial must be a tensor of floating-point numbers (B, D), not {what}")
     if initial.ndim != 2:
         raise ValueError(f"initial must have the shape (B, D), got {tuple(initial.shape)}")
+
+
+def _check_output(output: Tensor, iterate: Tensor) -> None:
+    """Check that f returned the shape of its argument; the solvers would silently broadcast any other shape.
+
+    Raises:
+        ValueError: it did not; the message says what it returned.
+    """
+    if torch.compiler.is_compiling():  # a comparison of sizes would become a condition of the graph
+        return
+    if output.shape != iterate.shape:
+        raise ValueError(f"f was given {tuple(iterate.shape)} and must return that shape, got {tuple(output.shape)}")
 
 
 def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:
