@@ -447,7 +447,7 @@ def _our_parts(cfg: CfgNode) -> Iterator[None]:
 
     DefaultTrainer.__init__ looks up DetectionCheckpointer, SimpleTrainer, AMPTrainer and create_ddp_model in its own
     module. The last passes the local rank as device_ids, which DDP rejects for a model on the CPU. None of them can be
-    passed as an argument, so they are replaced in that module for the moment; a copy of __init__ would be longer.
+    passed as an argument, so they are temporarily replaced in that module; a copy of __init__ would be longer.
     """
     solver, device_type = cfg.SOLVER, cfg.MODEL.DEVICE.partition(":")[0]
     precision = PRECISIONS[solver.AMP.PRECISION] if solver.AMP.ENABLED else None
