@@ -132,10 +132,13 @@ def _compile(function: Callable, name: str) -> Callable:
 
     From then on, a call uses one of the existing graphs if it fits the inputs, and runs the function eagerly otherwise.
     """
-    compiled, full = torch.compile(function, fullgraph=True, dynamic=True), False
+    compiled, begun, full = torch.compile(function, fullgraph=True, dynamic=True), False, False
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal full
+        nonlocal begun, full
+        if not begun:
+            begun = True
+            logger.info("Compiling %s, which can take some seconds, or in training some minutes", name)
         if not full:
             try:
                 return compiled(*args, **kwargs)
