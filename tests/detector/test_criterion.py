@@ -1,18 +1,19 @@
 import math
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 from torchvision.ops import generalized_box_iou_loss
 
 from detectron2.config import get_cfg
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from deqdet.config import add_deqdet_config
 from deqdet.criterion import Criterion, giou_loss
 from deqdet.matcher import HungarianMatcher
 from deqdet.structures import Prediction, Targets
+
+from helpers.two_ranks import run_two_ranks
 
 NUMBERS = {"focal_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "focal_alpha": 0.25, "focal_gamma": 2.0}
 LN2, LN3, LN4_3 = math.log(2), math.log(3), math.log(4 / 3)
@@ -229,21 +230,13 @@ def losses_of_rank(rank):
     return make_criterion()({"init": random_prediction(1, 4, 2, seed=rank)}, targets)
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),  # an error, not a hang, where a rank does not take part
-    )
+def save_losses(folder):
+    rank = comm.get_rank()
     torch.save(losses_of_rank(rank), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_divisor_is_averaged_over_the_ranks(tmp_path):
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    run_two_ranks(save_losses, str(tmp_path))
     # Alone, rank 0 divides by 3 and rank 1 by 1 (the least); together both divide by (3 + 0) / 2.
     for rank, alone in ((0, 3.0), (1, 1.0)):
         shared = values(torch.load(tmp_path / f"{rank}.pt"))

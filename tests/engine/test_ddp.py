@@ -50,7 +50,6 @@ def wrap_as_the_trainer(model: torch.nn.Module) -> torch.nn.Module:
 
 def work(output: str) -> None:
     """One image for each rank; find_unused_parameters is off, as it is by default. Then two for each, in two parts."""
-    torch.set_num_threads(1)
     rank = torch.distributed.get_rank()
     found = [gradients(DistributedDataParallel(build()), batch(case)[rank : rank + 1]) for case in CASES]
     found.append([accumulate(batch(FOUR)[2 * rank :][:2], parts) for parts in (1, 2)])

@@ -15,6 +15,7 @@ from deqdet.engine.resume import CLOCK_FIGURES
 
 from helpers.engine_toy import IN_PROCESS, parse, write_dataset
 from helpers.short_training import in_metrics, in_tensorboard, train
+from helpers.two_ranks import forked_ranks
 
 pytestmark = IN_PROCESS
 
@@ -214,7 +215,8 @@ def stop_worker(args):
 def test_two_ranks_stop_together(tmp_path):
     """Only rank 0 knows the AP; the other would wait for it forever in the next iteration."""
     config = write_dataset(tmp_path, "stop")
-    run(stop_worker, parse(config, "--num-gpus", 2))
+    with forked_ranks():
+        run(stop_worker, parse(config, "--num-gpus", 2))
     assert read_torch(tmp_path / "out/model_final.pth")["iteration"] == 7
 
 

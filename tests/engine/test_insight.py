@@ -236,7 +236,6 @@ class TestTraining:
 
 def observe_worker(cfg, batch: list[dict], output: str) -> None:
     """Only rank 0 has the hook, between two steps of both; a collective call in it would meet the other's step."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = DistributedDataParallel(Trainer.build_model(cfg).train())
     hooks = build_insight(cfg, model)

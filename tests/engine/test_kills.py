@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -34,13 +35,21 @@ def end_of(out: Path) -> dict:
 
 
 def train(processes: int, config: str, *words) -> None:
-    """Train without an interruption; a single process is this one, which saves the time for imports."""
+    """Train without an interruption. A single process is this one, which saves the time for imports.
+
+    Two processes are told to meet at a port that is taken, and must find another one.
+    """
     if processes == 1:
         with loggers_as_before():
             work(parse(config, *words))
-    else:
-        done = run_toy(config, "--num-gpus", processes, *words)
-        assert done.returncode == 0, done.stderr[-2000:]
+        return
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        done = run_toy(config, "--num-gpus", processes, "--dist-url", url, *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "another port is used instead" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +135,3 @@ def test_a_second_signal_ends_the_training_at_once(asleep):
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == 143
     assert "stopped at once by a second signal" in printed.read_text()
-
-
-def test_a_port_that_is_taken(toy_config):
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        done = run_toy(toy_config, "--num-gpus", 2, "--dist-url", url)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "another port is used instead" in done.stderr

@@ -132,7 +132,6 @@ def test_the_average_has_its_own(toy_config, tmp_path):
 
 def share_worker(cfg, batches, output):
     """A rank with two batches, and one with one, which must not wait for a second of the other."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = DistributedDataParallel(build_model(cfg).train())
     torch.save(compute_losses(model, batches[comm.get_rank() :: 2]), f"{output}{comm.get_rank()}")
