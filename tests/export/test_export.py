@@ -1,8 +1,10 @@
 """Exported detectors beside PyTorch: both forms, all six detectors, other sizes and batches than were traced."""
 
+import functools
 import io
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,12 +39,12 @@ STACKED = "MODEL.DEQDET.DECODER", "StackedDecoder", "MODEL.DEQDET.NUM_LAYERS", 2
 RECURRENT = "MODEL.DEQDET.DECODER", "RecurrentDecoder", "MODEL.DEQDET.NUM_LAYERS", 2
 SWIN = (
     "MODEL.BACKBONE.NAME", "build_swin_channel_mapper_backbone", "MODEL.SWIN.EMBED_DIM", 8, "MODEL.SWIN.DEPTHS",
-    [2, 1, 1, 2], "MODEL.SWIN.NUM_HEADS", [1, 2, 4, 8], "MODEL.SWIN.WINDOW_SIZE", 2,
+    [2, 1, 1, 1], "MODEL.SWIN.NUM_HEADS", [1, 2, 4, 8], "MODEL.SWIN.WINDOW_SIZE", 2,
     "MODEL.SWIN.DROP_PATH_RATE", 0.0, "MODEL.BACKBONE.FREEZE_AT", 0,
 )  # fmt: skip
 TWO_STEPS = ("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 2)
 DETECTORS = {
-    "DEQDet": TWO_STEPS,
+    "DEQDet": (*TWO_STEPS, "MODEL.DEQDET.SOLVER.DAMPING", 0.5),
     "RNNDet": RECURRENT,
     "AdaMixer": STACKED,
     "DEQ Sparse R-CNN": (*SPARSE, *TWO_STEPS),
@@ -82,6 +84,26 @@ def two_graphs(make_predictor, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(predictor=predictor, exported=exported, detector=OnnxDetector(exported.files[0], threads=1))
 
 
+@pytest.fixture(scope="module")
+def one_graph(make_predictor, tmp_path_factory) -> Callable[[str], SimpleNamespace]:
+    """one_graph(name): one of DETECTORS in one graph, exported once, with its Predictor and the lines of progress."""
+
+    @functools.cache
+    def export(name: str) -> SimpleNamespace:
+        path, lines = tmp_path_factory.mktemp("one") / "small.onnx", []
+
+        def say(line: str) -> None:
+            assert not path.exists()
+            lines.append(line)
+
+        predictor = make_predictor(*DETECTORS[name])
+        return SimpleNamespace(
+            predictor=predictor, exported=export_detector(predictor, path, form="one", say=say), lines=lines
+        )
+
+    return export
+
+
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """(height, width, 3) uint8, RGB: three rectangles on a plain ground."""
     rng = np.random.default_rng(seed)
@@ -100,17 +122,16 @@ def assert_agree(differences: list[Difference]) -> None:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_one_graph_agrees_with_pytorch(name, make_predictor, tmp_path):
-    exported = export_detector(make_predictor(*DETECTORS[name]), tmp_path / "small.onnx", form="one")
+def test_one_graph_agrees_with_pytorch(name, one_graph):
+    exported = one_graph(name).exported
     assert [path.name for path in exported.files] == ["small.onnx"]
     assert_agree(check_export(exported))
     assert onnx.load(exported.files[0]).opset_import[0].version == 18
 
 
-def test_the_steps_of_one_graph_are_an_input(make_predictor, tmp_path):
+def test_the_steps_of_one_graph_are_an_input(one_graph):
     """With a default, and each weight once, whatever the steps; damping applies between the steps alone."""
-    predictor = make_predictor("MODEL.DEQDET.SOLVER.DAMPING", 0.5)
-    path = export_detector(predictor, tmp_path / "small.onnx", form="one", steps=25).files[0]
+    predictor, path = one_graph("DEQDet").predictor, one_graph("DEQDet").exported.files[0]
     model = onnx.load(path)
     assert [node.op_type for node in model.graph.node].count("Loop") == 1
     loop = next(node for node in model.graph.node if node.op_type == "Loop").attribute[0].g
@@ -135,7 +156,7 @@ def test_the_steps_of_one_graph_are_an_input(make_predictor, tmp_path):
     np.testing.assert_allclose(found[1][0], best, atol=1e-4)
     assert found[3].tolist() == [float("inf")]
     default = session.run(None, inputs)
-    np.testing.assert_array_equal(default[1], session.run(None, inputs | {"steps": np.array(25)})[1])
+    np.testing.assert_array_equal(default[1], session.run(None, inputs | {"steps": np.array(2)})[1])
 
 
 @pytest.mark.parametrize("name", ["DEQ Sparse R-CNN", "RNN Sparse R-CNN"])
@@ -170,7 +191,8 @@ def test_the_graphs_are_the_detector(name, make_predictor):
     padded = torch.full((2, 3, 64, 96), 255, dtype=torch.uint8)  # the padding has no effect, whatever it holds
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
-    boxes, scores, classes, residual = OneGraph(model)(padded, torch.tensor([[60, 90], [64, 80]]))
+    damping = 0.5 if name == "DEQDet" else 1.0
+    boxes, scores, classes, residual = OneGraph(model, damping=damping)(padded, torch.tensor([[60, 90], [64, 80]]))
     for i, output in enumerate(want):
         found = output["instances"]
         clipped = boxes[i].clamp(min=0).minimum(torch.tensor(found.image_size).flip(0).repeat(2))
@@ -331,14 +353,14 @@ def test_the_runner_agrees_with_the_predictor(two_graphs, options):
     assert found.labels == want.labels
 
 
-def test_the_runner_chooses_the_steps_of_one_graph(make_predictor, tmp_path):
+def test_the_runner_chooses_the_steps_of_one_graph(one_graph):
     """They are an input; a tolerance and another solver need two graphs."""
-    predictor, image = make_predictor(), picture(75, 110)
-    detector = OnnxDetector(export_detector(predictor, tmp_path / "small.onnx", form="one").files[0], threads=1)
+    predictor, image = one_graph("DEQDet").predictor, picture(75, 110)
+    detector = OnnxDetector(one_graph("DEQDet").exported.files[0], threads=1)
     for steps in (None, 1, 7):
         want = predictor(image, steps=steps)
         found = detector(image, steps=steps, rtol=0, solver="plain", threshold=0.0)
-        assert found.steps == want.steps == (steps or 4)
+        assert found.steps == want.steps == (steps or 2)
         assert found.residual == pytest.approx(want.residual, rel=2e-2)
         np.testing.assert_allclose(found.boxes, want.instances.pred_boxes.tensor, atol=1e-2)
         np.testing.assert_allclose(found.scores, want.instances.scores, atol=1e-4)
@@ -355,9 +377,8 @@ def test_the_runner_chooses_the_steps_of_one_graph(make_predictor, tmp_path):
             detector(image, steps=steps)
 
 
-def test_the_steps_of_a_stack_are_fixed(make_predictor, tmp_path):
-    path = export_detector(make_predictor(*STACKED), tmp_path / "small.onnx", form="one").files[0]
-    detector = OnnxDetector(path, threads=1)
+def test_the_steps_of_a_stack_are_fixed(one_graph):
+    detector = OnnxDetector(one_graph("AdaMixer").exported.files[0], threads=1)
     assert detector(picture(64, 96)).steps == 1  # after the first layer
     with pytest.raises(ValueError, match="steps 3: the layers of this detector have different weights"):
         detector(picture(64, 96), steps=3)
@@ -458,18 +479,13 @@ def test_the_command(make_predictor, tmp_path, capsys):
         main(["--model", str(file), "--output", str(Path(tmp_path, "out.pt"))])
 
 
-def test_each_line_comes_before_its_stage(make_predictor, tmp_path, capfd):
+def test_each_line_comes_before_its_stage(one_graph, capfd):
     """Of one graph. Its load for the comparison does not warn of the default of `steps`."""
-    path, lines = tmp_path / "small.onnx", []
-
-    def say(line: str) -> None:
-        assert not path.exists()
-        lines.append(line)
-
-    exported = export_detector(make_predictor(), path, form="one", say=say)
-    assert lines == ["Tracing the encoder", "Converting the encoder to ONNX",
-                     "Tracing the step, and converting it to ONNX", f"Writing {path}"]  # fmt: skip
-    del lines[:]
+    exported, lines = one_graph("DEQDet").exported, []
+    path = exported.files[0]
+    assert one_graph("DEQDet").lines == ["Tracing the encoder", "Converting the encoder to ONNX",
+                                         "Tracing the step, and converting it to ONNX", f"Writing {path}"]  # fmt: skip
+    capfd.readouterr()
     found = check_export(exported, lines.append)
-    assert lines == [f"Comparing {path} with PyTorch after 4 steps:", *(f"  {x}" for x in found)]
+    assert lines == [f"Comparing {path} with PyTorch after 2 steps:", *(f"  {x}" for x in found)]
     assert "Initializer steps" not in capfd.readouterr().err
