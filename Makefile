@@ -31,7 +31,7 @@ demo: setup  ## train DEQDet on generated shapes with two CPU processes, and rep
 	OMP_NUM_THREADS=1 $(BIN)/python tools/report.py --config-file $(CONFIG) OUTPUT_DIR $(OUTPUT)
 
 test: setup  ## run the tests, in two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## check the style
 	$(BIN)/python -m ruff check .

@@ -81,7 +81,7 @@ setup(
         "wandb": ["wandb>=0.16"],  # WRITERS
         "mlflow": ["mlflow-skinny>=2.9"],
         "dev": [
-            "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "timm>=1.0.9", "build>=1", "nbconvert>=7", "ipykernel>=6",
+            "pytest>=8", "pytest-xdist>=3.7", "ruff>=0.6", "timm>=1.0.9", "build>=1", "nbconvert>=7", "ipykernel>=6",
             "faster-coco-eval>=1.6", *EXPORT,
         ],
     },

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +18,7 @@ from deqdet.measurement.training_process import run_training
 
 from helpers.paths import ROOT
 
-# Stands for a training: it and a process that it starts hold a lock; {stop} is what it does at SIGTERM.
+# Acts as a training: it and a process that it starts hold a lock; {stop} is its reaction to SIGTERM.
 STUB = """
 import fcntl, os, pathlib, signal, subprocess, sys, time
 def stop(number, frame):
@@ -51,7 +51,18 @@ def is_free(file: TextIO) -> bool:
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def heeded() -> Iterator[None]:
+    """Signals that nohup, or a shell in the background, lets this process ignore are not ignored meanwhile."""
+    ignored = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, heeded):
     """train(stop, send): run the stub, and call send() in a thread once it and its own process are there."""
     monkeypatch.chdir(tmp_path)
 
