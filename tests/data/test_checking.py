@@ -273,7 +273,7 @@ def test_a_set_that_a_function_loads_must_have_the_models_order(tmp_path):
 
 
 def test_the_coco_file_that_an_evaluation_makes_of_a_functions_set(tmp_path):
-    """It has the records as they are now, although an earlier training has left one or its folder is gone."""
+    """The file holds the current records, whether the file of an earlier training still exists or not."""
     records, out = [], tmp_path / "out"
     json_file = out / "made_coco_format.json"
     DatasetCatalog.register("made", lambda: records)

@@ -71,7 +71,7 @@ def test_ids_are_those_of_the_users_own_file(tmp_path):
     ('{"image_id": 1}', "found.json is not a list of detections"),
     ("[7]", "detection 0 lacks one of image_id, category_id, bbox, score"),
     ([detection(), {"image_id": 1}], "detection 1 lacks one of"),
-    ([detection(image_id=9)], "detection 0 has image_id 9, which the data set lacks: give the"),
+    ([detection(image_id=9)], "detection 0 has image_id 9, which the data set lacks: give the data set of these"),
     ([detection(image_id=[1])], r"detection 0 has image_id \[1\]"),
     ([detection(category_id=4)], "detection 0 has category_id 4, which the data set lacks"),
     ([detection(bbox=[1, 2, 3])], r"detection 0 has bbox \[1, 2, 3\] and score 0.5: five numbers are needed"),

@@ -91,7 +91,7 @@ def test_accumulated_gradients_of_two_processes_are_those_of_one(two_processes):
 
 
 def test_levels_that_nothing_reads_have_no_gradient(two_processes):
-    """The trainer's DDP does not wait for one: their parameters are as in one process."""
+    """The trainer's DDP accepts parameters without a gradient; the other gradients are those of one process."""
     expected, found = two_levels(batch(CASES[0]), lambda model: model), two_processes[-1]
     unread = {name for name, gradient in expected.items() if gradient is None}
     assert unread == {name for name, gradient in found.items() if gradient is None}

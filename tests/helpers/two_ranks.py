@@ -20,9 +20,10 @@ _START = functools.partial(torch.multiprocessing.start_processes, start_method="
 
 @contextmanager
 def forked_ranks() -> Iterator[None]:
-    """Fork the processes that are started within from a server, which has imported the package already.
+    """Within the block, start processes by forking a server that has already imported the package.
 
-    This saves eight seconds for each. They have the environment variables from when the first one was forked.
+    This saves eight seconds per process. Their environment variables are those of the server, which starts with the
+    first process.
     """
     with mock.patch.object(torch.multiprocessing, "start_processes", _START):
         yield

@@ -52,7 +52,7 @@ def is_free(file: TextIO) -> bool:
 
 @pytest.fixture
 def heeded() -> Iterator[None]:
-    """Signals that nohup, or a shell in the background, lets this process ignore are not ignored meanwhile."""
+    """During the test, restore the default action of signals that this process ignores, for example under nohup."""
     ignored = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, signal.SIG_DFL)

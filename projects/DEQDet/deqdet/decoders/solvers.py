@@ -29,7 +29,7 @@ for _solver in OURS:
 # Fields that can also be set by a key beside MODEL.DEQDET.SOLVER.NAME. OPTIONS takes precedence.
 KEYS = {"damping": "DAMPING", "history_size": "MEMORY", "regularization": "REGULARIZATION"}
 SHORT_NAMES = {"plain": "FixedPointIteration"}
-# By the type of an option's default: the types that the option accepts, and their name in messages.
+# Options whose default is an int or a float. The default's type -> the accepted types, and their name in messages.
 _NUMBERS = {int: ((int,), "a whole number"), float: ((int, float), "a number")}
 
 

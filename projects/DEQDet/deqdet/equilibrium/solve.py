@@ -145,9 +145,8 @@ def _check_output(output: Tensor, iterate: Tensor) -> None:
     Raises:
         ValueError: it did not; the message says what it returned.
     """
-    if torch.compiler.is_compiling():  # a comparison of sizes would become a condition of the graph
-        return
-    if output.shape != iterate.shape:
+    # Not while compiling, where the comparison of sizes would become a condition of the graph.
+    if not torch.compiler.is_compiling() and output.shape != iterate.shape:
         raise ValueError(f"f was given {tuple(iterate.shape)} and must return that shape, got {tuple(output.shape)}")
 
 
