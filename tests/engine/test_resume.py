@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch.utils.data import Sampler
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils.events import EventStorage
 
-from deqdet.checkpoints import CheckpointError
+from deqdet.checkpoints import Checkpointer, CheckpointError, latest
 from deqdet.checkpoints.files import checksum, read_torch, write_torch
 from deqdet.checkpoints.latest import find_checkpoint
 from deqdet.data.randomness import mix_seed, random_state_kept, seed_all
@@ -185,6 +187,49 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read .*start again with --overwrite"):
         find_checkpoint(tmp_path)
     assert find_checkpoint(tmp_path / "nothing") is None
+
+
+def test_an_unreadable_checkpoint_gives_way_to_the_one_before(tmp_path, monkeypatch):
+    write_checkpoints(tmp_path, 3, 7)
+    opened = Path.open
+
+    def open_file(path, *args, **kwargs):
+        if path.name == "model_0000007.pth":
+            raise PermissionError(13, "Permission denied")  # a user with all rights cannot have it from the system
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_file)
+    found = find_checkpoint(tmp_path)
+    assert found.content["iteration"] == 3
+    assert found.warnings[0] == f"{tmp_path}/model_0000007.pth cannot be read (Permission denied)"
+
+
+def test_only_the_checkpoint_that_is_named_is_read(tmp_path, monkeypatch):
+    write_checkpoints(tmp_path, 3)
+    write_torch({**CONTENT, "iteration": 9}, tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    read = []
+    monkeypatch.setattr(latest, "read_torch", lambda path: read.append(path.name) or read_torch(path))
+    assert find_checkpoint(tmp_path).content["iteration"] == 9
+    assert read == ["model_final.pth"]
+
+
+def test_a_resumed_checkpoint_is_not_kept_in_memory(tmp_path):
+    model = torch.nn.Linear(2, 3)
+    Checkpointer(model, str(tmp_path), trainer=model).save("model_0000003", iteration=3)
+    checkpointer = Checkpointer(model, str(tmp_path), trainer=model)
+    taken = []
+    load_file = checkpointer._load_file
+
+    def keep(name):
+        content = load_file(name)
+        taken.append(weakref.ref(content["model"]["weight"]))
+        return content
+
+    checkpointer._load_file = keep
+    assert checkpointer.resume_or_load("")["iteration"] == 3
+    assert [x() for x in taken] == [None]
+    assert checkpointer.has_checkpoint() and checkpointer.load(checkpointer.get_checkpoint_file())["iteration"] == 3
 
 
 def test_the_final_checkpoint_of_a_shorter_training_is_not_the_newest(tmp_path):

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "projects" / "DEQDet" / "deqdet"
 # A file or folder of deqdet/ may import those of the levels above its own, and a folder itself. The order is
 # that of the design's data flow; a new module needs a place here.
 LEVELS = (
-    {"errors", "extras", "version", "config", "equilibrium", "structures", "boxes", "quiet_imports"},
+    {"errors"},
+    {"atomic", "extras", "version", "config", "equilibrium", "structures", "boxes", "quiet_imports"},
     {"config_file", "config_types", "contract", "drawing"},
     {"model_zoo", "plugins", "backbones", "queries", "layers", "perturbation"},
     {"decoders", "matcher"},

@@ -14,6 +14,7 @@ from torch import nn
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
+from ..atomic import write_text
 from .array_pickle import read_array_pickle
 from .files import (
     COUNTER,
@@ -22,7 +23,6 @@ from .files import (
     read_safetensors,
     read_torch,
     refuse_pickle,
-    write_text,
     write_torch,
 )
 from .latest import TAG, Found, find_checkpoint
@@ -64,7 +64,8 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **others)
         self._trust_pickle = trust_pickle
         self._from_model_zoo = False  # whether the file being loaded is on detectron2's server
-        self._found: Found | None = None
+        self._resumed: Path | None = None  # the checkpoint to resume from
+        self._content: dict | None = None  # what it holds, until it is loaded
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model, the checkpointables and `kwargs` as save_dir/<name>.pth, and tag it as the last one."""
@@ -86,17 +87,18 @@ class Checkpointer(DetectionCheckpointer):
         A collective operation: rank 0 chooses the checkpoint.
         """
         if resume:
-            self._found = self._agree_on_checkpoint()
-            self.complete = self.complete or self._found is not None
+            found = self._agree_on_checkpoint()
+            self._resumed, self._content = (found.path, found.content) if found else (None, None)
+            self.complete = self.complete or found is not None
         return super().resume_or_load(path, resume=resume)
 
     def has_checkpoint(self) -> bool:
         """Return whether `resume_or_load` has found a checkpoint to resume from."""
-        return self._found is not None
+        return self._resumed is not None
 
     def get_checkpoint_file(self) -> str:
         """Return the path of the checkpoint to resume from; "" if there is none."""
-        return str(self._found.path) if self._found else ""
+        return str(self._resumed or "")
 
     def _agree_on_checkpoint(self) -> Found | None:
         found, error = None, None
@@ -139,8 +141,9 @@ class Checkpointer(DetectionCheckpointer):
         path = Path(f)
         if path.suffix == ".safetensors":
             return {"model": read_model_file(path).weights if is_model_file(path) else read_safetensors(path)}
-        if self._found and self._found.path == path:
-            loaded = dict(self._found.content)  # a copy, since detectron2 pops the entries as it loads them
+        if path == self._resumed and self._content is not None:
+            # It was read when it was chosen. No reference is kept, so that its tensors are freed once they are loaded.
+            loaded, self._content = self._content, None
         else:
             loaded = read_torch(path)
         is_checkpoint = isinstance(loaded, Mapping) and "model" in loaded

@@ -1,28 +1,25 @@
-"""Reads checkpoint files without running code that they may hold, and writes them atomically."""
+"""Reads checkpoint files without running code that they may hold, and writes them, atomically (see atomic.py)."""
 
 import hashlib
-import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import UserError, describe_os_error, one_line
+from ..atomic import replacing
+from ..errors import UserError, describe_os_error
 
 # Where trainers put the weights in a checkpoint. A file without such an entry holds nothing but weights.
 ENTRIES = ("state_dict", "model")
 AUTHOR = "deqdet.checkpoints"
 PICKLES = (".pkl", ".pyth")  # suffixes of the files that detectron2 reads as pickles
-UNFINISHED = ".unfinished."  # prefix of the names of incomplete files
 # Suffix of BatchNorm's counters, which nothing reads, and which files of weights need not have.
 COUNTER = ".num_batches_tracked"
 CHECKSUM = "sha256"  # the entry of a .pth file with the checksum of its other entries
@@ -151,9 +148,13 @@ def read_torch(path: Path) -> object:
     Older files and files of other programs have none.
 
     Raises:
-        CheckpointError: the file is damaged, or holds other objects.
+        CheckpointError: the file cannot be read, is damaged, or holds other objects.
     """
-    if _is_tar(path):  # PyTorch before 2.6 runs code in these even if told to load weights only
+    try:
+        is_tar = _is_tar(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({describe_os_error(error)})") from error
+    if is_tar:  # PyTorch before 2.6 runs code in these even if told to load weights only
         raise CheckpointError(f"{path} is a tar archive, as PyTorch wrote before 2016: save it again with torch.save")
     try:
         with warnings.catch_warnings():
@@ -222,7 +223,7 @@ def write_checkpoint(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write a .safetensors file if `path` has that suffix, else {"model": weights} with torch.save.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     if path.suffix == ".safetensors":
         write_safetensors(weights, path, {"author": AUTHOR})
@@ -234,63 +235,23 @@ def write_torch(content: dict, path: Path) -> None:
     """Write a file with torch.save, adding a checksum that `read_torch` verifies.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     content = {**content, CHECKSUM: checksum(content)}
     with replacing(path) as file:
         torch.save(content, file)
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a text file atomically, in UTF-8; file names in the text that are not UTF-8 get escapes.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    with replacing(path) as file:
-        file.write(text.encode(errors="backslashreplace"))
-
-
 def write_safetensors(weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a .safetensors file with `metadata` in its header.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     # The entry "format" tells other programs that the tensors are PyTorch's.
     content = safetensors.torch.save(_own_copies(weights), {"format": "pt", **metadata})
     with replacing(path) as file:
         file.write(content)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file in the folder of `path`, and rename it to `path` once it is complete and on the disk.
-
-    Until then, `path` is unchanged, even after an error or a kill at any moment.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        reason = describe_os_error(error) if isinstance(error, OSError) else one_line(error)
-        raise CheckpointError(f"{path} cannot be written ({reason})") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-    with suppress(OSError):  # some file systems cannot sync a folder; the file itself is complete anyway
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # puts the new name on the disk
-        finally:
-            os.close(folder)
 
 
 def _is_tar(path: Path) -> bool:

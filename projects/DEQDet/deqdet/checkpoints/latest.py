@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from ..errors import describe_os_error
@@ -44,17 +45,19 @@ def find_checkpoint(folder: Path) -> Found | None:
     """
     warnings = []
     tagged = _read_tag(folder, warnings)
-    candidates = list(dict.fromkeys([*([tagged] if tagged else []), *_newest_first(folder)]))
+    candidates = chain([tagged] if tagged else [], (path for path in _newest_first(folder) if path != tagged))
+    failed = False
     for path in candidates:
         try:
             content = _read_whole(path)
         except CheckpointError as error:
             warnings.append(str(error))
+            failed = True
             continue
         if path != tagged:
             warnings.append(f"continuing from {path}, the newest complete checkpoint")
         return Found(path, content, tuple(warnings))
-    if not candidates:
+    if not failed:
         return None
     raise CheckpointError(
         f"no checkpoint in {folder} can be read ({'; '.join(warnings)}): start again with --overwrite "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fvcore.common.file_io import get_cache_dir
 
+from ..atomic import replacing
 from ..errors import UserError, describe_os_error
 
 
@@ -35,25 +36,17 @@ def find_cache() -> Path:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file atomically, so that other processes never read an incomplete one.
+    """Write a JSON file to the cache, atomically, so that other processes never read an incomplete one.
 
     Raises:
         UserError: the file cannot be written.
     """
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            try:
-                json.dump(content, file)
-                file.close()
-                os.chmod(file.name, 0o644)  # other users may share the folder
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({describe_os_error(error)}): make room, or set FVCORE_CACHE to another folder"
-        ) from error
+        with replacing(path) as file:
+            os.fchmod(file.fileno(), 0o644)  # other users may share the folder
+            file.write(json.dumps(content).encode())
+    except UserError as error:
+        raise UserError(f"{error}: make room, or set FVCORE_CACHE to another folder") from error
 
 
 def read_json(path: Path) -> dict | None:

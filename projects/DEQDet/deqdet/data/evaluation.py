@@ -12,9 +12,9 @@ import numpy as np
 
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 
+from ..atomic import write_text
 from ..errors import UserError
 from ..extras import how_to_install
-from .cache import write_json
 
 RESULTS_NAME = "coco_instances_results.json"
 EVALUATORS = ("pycocotools", "faster-coco-eval")  # TEST.EVALUATOR
@@ -89,7 +89,7 @@ class OriginalIdsEvaluator(COCOEvaluator):
         for result in results:
             result["image_id"] = images.get(result["image_id"], result["image_id"])
             result["category_id"] = categories.get(result["category_id"], result["category_id"])
-        write_json(path, results)
+        write_text(json.dumps(results), path)
 
 
 def _mean_precision(precision: np.ndarray, thresholds: np.ndarray, iou: float | None, area: int) -> float:

@@ -8,7 +8,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError, describe_os_error, one_line
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+# The usual suffixes of formats that Pillow reads.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jfif", ".jpe",
+)  # fmt: skip
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file name has the suffix of an image format, in any case, and the file is not hidden."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:

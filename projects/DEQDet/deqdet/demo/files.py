@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.images import IMAGE_SUFFIXES
+from ..data.images import IMAGE_SUFFIXES, is_image
 from ..errors import UserError, describe_os_error
 
 KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")  # pictures of images in other formats are written as .png
@@ -37,7 +37,7 @@ def _expand(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
         names = sorted(path.iterdir())
-        files = [x for x in names if x.suffix.lower() in IMAGE_SUFFIXES and x.is_file() and x.name[0] != "."]
+        files = [x for x in names if is_image(x.name) and x.is_file()]
         reason = f"no image directly in this folder ({', '.join(IMAGE_SUFFIXES)})"
     elif path.exists() or not glob.has_magic(pattern):
         files, reason = [path] if path.exists() else [], "does not exist"

@@ -16,8 +16,8 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from ..atomic import write_text
 from ..checkpoints import check_pickle, check_query, is_model_file, load_model_config, read_model_file, resolve_file
-from ..checkpoints.files import write_text
 from ..checkpoints.latest import has_checkpoint
 from ..data import check_datasets, prepare_datasets
 from ..errors import UserError, describe_os_error, one_line

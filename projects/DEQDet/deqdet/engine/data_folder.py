@@ -15,7 +15,7 @@ from pathlib import Path
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..checkpoints.files import replacing, write_text
+from ..atomic import replacing, write_text
 from ..errors import UserError, describe_os_error
 
 FOLDER, CONFIG, FLAGS = "data", "config.yaml", "flags.json"  # the folder within OUTPUT_DIR, and its files

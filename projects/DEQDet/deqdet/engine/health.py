@@ -14,7 +14,7 @@ from detectron2.engine import HookBase
 from detectron2.modeling import Backbone
 from detectron2.utils import comm
 
-from ..checkpoints.files import CheckpointError, write_torch
+from ..checkpoints.files import write_torch
 from ..checkpoints.latest import TAG
 from ..contract import describe, describe_source
 from ..data import mix_seed, seed_all
@@ -142,7 +142,7 @@ class FiniteGuard(HookBase):
         try:
             write_torch(content, path)
             dump = f"see {path}"
-        except CheckpointError as error:
+        except UserError as error:
             dump = str(error)
         tag = self._folder / TAG
         last = f"the last good checkpoint is {self._folder / tag.read_text().strip()}" if tag.is_file() else ""

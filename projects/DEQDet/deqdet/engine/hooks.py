@@ -19,8 +19,9 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
+from ..atomic import write_text
 from ..checkpoints import Checkpointer, write_model_file
-from ..checkpoints.files import read_file, write_text
+from ..checkpoints.files import read_file
 from ..checkpoints.latest import delete_older
 from ..checkpoints.publish import AVERAGE
 from ..data import find_class_names

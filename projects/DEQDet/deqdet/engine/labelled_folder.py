@@ -19,7 +19,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..data import CheckedSet, find_entries, prepare_datasets
 from ..data.folders import FolderData, complete_splits, read_folder
 from ..errors import UserError

@@ -22,7 +22,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
 
-from ..checkpoints.files import CheckpointError, read_file, replacing
+from ..atomic import replacing
+from ..checkpoints.files import CheckpointError, read_file
 from ..data import mix_seed, seed_all
 from ..errors import UserError, one_line
 from ..model_zoo import flatten

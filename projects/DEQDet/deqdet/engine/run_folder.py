@@ -12,7 +12,7 @@ import yaml
 
 from detectron2.config import CfgNode
 
-from ..checkpoints.files import UNFINISHED, write_text
+from ..atomic import UNFINISHED, write_text
 from ..checkpoints.publish import AVERAGE
 from ..errors import UserError, describe_os_error
 

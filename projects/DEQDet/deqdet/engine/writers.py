@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter, get_event_storage
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..errors import UserError, one_line
 from ..extras import how_to_install
 from ..model_zoo import flatten

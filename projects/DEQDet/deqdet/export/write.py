@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from detectron2.modeling.backbone.swin import SwinTransformerBlock
 
-from ..checkpoints.files import replacing
+from ..atomic import replacing
 from ..contract import describe
 from ..decoders import StackedDecoder
 from ..equilibrium import Anderson, FixedPointIteration, Solver

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..engine import build_model, check_processes, check_run, load_config
 from ..errors import UserError
 from ..model_zoo import find_config

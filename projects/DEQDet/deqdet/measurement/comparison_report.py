@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from .comparison import Result, name_seeds
 from .duplicates import DUPLICATE_COLUMNS, DUPLICATES_NOTE
 from .plots import save_figure

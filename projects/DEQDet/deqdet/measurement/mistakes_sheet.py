@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..checkpoints.files import replacing
+from ..atomic import replacing
 from ..data import read_image
 from ..drawing import BoxVisualizer, separate_labels, text_font
 from ..errors import UserError

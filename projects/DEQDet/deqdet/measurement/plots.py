@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detectron2.structures import Instances
 
-from ..checkpoints.files import replacing
+from ..atomic import replacing
 from ..data import read_image
 from ..engine.pictures import draw_beside_truth
 from .metrics_file import read_lines

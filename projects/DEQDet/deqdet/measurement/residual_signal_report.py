@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..errors import plural
 from .corruptions import CLEAN, CONDITIONS, CORRUPTIONS
 from .duplicates import CONFIDENT, SAME_OBJECT

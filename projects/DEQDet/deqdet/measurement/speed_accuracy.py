@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from detectron2.structures import Instances
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..data import read_image
 from .accuracy import Accuracy, Evaluation
 from .benchmark import Timing

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..errors import plural
 from .accuracy import Accuracy
 from .cost import Cost

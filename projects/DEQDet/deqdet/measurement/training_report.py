@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..checkpoints.publish import AVERAGE
 from ..data import find_results, read_results, read_truth
 from ..engine.run_folder import has_other_test_sets

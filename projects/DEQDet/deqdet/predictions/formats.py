@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..demo.files import plan_texts
 from .journal import Done
 from .leftovers import delete_images_file, delete_labels

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..data import build_train_loader
 from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
 from ..errors import UserError

@@ -19,7 +19,7 @@ import torch
 
 from detectron2.config import CfgNode
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
 from ..engine.configuration import adapt_device
 from ..errors import UserError

@@ -28,7 +28,7 @@ import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..checkpoints.files import write_text
+from ..atomic import write_text
 from ..data import build_test_loader, prepare_datasets
 from ..detector import DEQDet
 from ..engine import add_config_arguments, exit_on_user_error, load_config, parse_arguments

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError, describe_os_error
+from ..images import is_image
 
 TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 SPLIT_FOLDERS = {TRAIN: ("train", "training"), VAL: ("valid", "val", "validation"), TEST: ("test", "testing")}
 IMAGE_FOLDERS = ("images", "JPEGImages", "Images", "imgs", "img")
-# Common image formats that Pillow reads; other files in a folder of images are ignored.
-_SUFFIXES = frozenset((".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,6 @@ def list_images(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(place, name) for name in names if is_image(name)]
     return sorted(found)
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file name has an image suffix and is not hidden."""
-    return os.path.splitext(name)[1].lower() in _SUFFIXES and not name.startswith(".")
 
 
 def read_text(path: Path) -> str:

@@ -15,11 +15,11 @@ from xml.etree import ElementTree
 
 from ...errors import UserError, describe_os_error, one_line
 from ..coco_file import SOURCE
+from ..images import is_image
 from .found import (
     IMAGE_FOLDERS,
     FolderData,
     FoundSet,
-    is_image,
     list_folder,
     make_content,
     read_text,

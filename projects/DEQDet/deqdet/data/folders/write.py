@@ -1,7 +1,6 @@
 """Writes folders in COCO and YOLO format, from the result of `read_folder`."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,10 +106,8 @@ def _copy_images(found: FoundSet, folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".unfinished.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({describe_os_error(error)})") from error

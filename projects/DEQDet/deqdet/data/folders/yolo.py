@@ -14,6 +14,7 @@ import yaml
 from ...errors import UserError, one_line
 from ..coco_file import SOURCE
 from ..image_headers import read_headers, read_stamps
+from ..images import is_image
 from .found import (
     SPLIT_FOLDERS,
     SPLITS,
@@ -21,7 +22,6 @@ from .found import (
     VAL,
     FolderData,
     FoundSet,
-    is_image,
     list_folder,
     list_images,
     make_content,
@@ -237,15 +237,16 @@ def _read_set(file: Path, split: str, images: Sequence[Path], classes: list[str]
 
 def _find_lost_images(labels: Sequence[Path]) -> list[Path]:
     """Return an image path for each label file without an image, so that the check reports the missing image."""
-    known = set(labels)
+    folders = {path.parent for path in labels}
+    known = {*labels, *(folder / name for folder in folders for name in _LISTS_OF_CLASSES)}
     lost = []
-    for place in sorted({path.parent for path in labels}):
+    for place in sorted(folders):
         image_folder = _images_of(place)
         if image_folder == place:  # any text file may lie there
             continue
         stems = {path.stem for path in list_folder(image_folder) if is_image(path.name)}
         for path in list_folder(place):
-            if path.suffix == ".txt" and path not in known | {place / name for name in _LISTS_OF_CLASSES}:
+            if path.suffix == ".txt" and path not in known:
                 lost += [image_folder / f"{path.stem}.jpg"] * (path.stem not in stems)
     return lost
 

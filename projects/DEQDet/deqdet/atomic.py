@@ -1,0 +1,52 @@
+"""Writes files atomically: after an error or a kill at any moment, a file is either complete or as it was before."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import UserError, describe_os_error, one_line
+
+UNFINISHED = ".unfinished."  # prefix of the names of incomplete files
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file in the folder of `path`, and rename it to `path` once it is complete and on the disk.
+
+    Several processes, even on several machines, can write the same path at the same time; the last one wins.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}.{secrets.token_hex(8)}")
+    try:
+        with unfinished.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+        reason = describe_os_error(error) if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"{path} cannot be written ({reason})") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+    with suppress(OSError):  # some file systems cannot sync a folder; the file itself is complete anyway
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # puts the new name on the disk
+        finally:
+            os.close(folder)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file atomically, in UTF-8; file names in the text that are not UTF-8 get escapes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
