@@ -92,6 +92,19 @@ def test_anderson_takes_a_plain_step_where_nothing_changes(runner):
     np.testing.assert_array_equal(iterate, same)
 
 
+def test_a_row_without_a_solution_does_not_change_the_others(runner):
+    generator = np.random.default_rng(0)
+    iterates, outputs = generator.normal(size=(2, 3, 2, 5)).astype(np.float32)
+    iterates[:, 0] = outputs[:, 0] = 1.0  # converged exactly, so that its Gram matrix is singular without regularization
+    history, alone = [], []
+    for iterate, output in zip(iterates, outputs, strict=True):
+        both, history = runner.anderson(iterate, output, history, 4, 1.0, 0.0)
+        one, alone = runner.anderson(iterate[1:], output[1:], alone, 4, 1.0, 0.0)
+    np.testing.assert_array_equal(both[0], outputs[-1][0])
+    np.testing.assert_array_equal(both[1:], one)
+    assert not np.allclose(one, outputs[-1][1:])
+
+
 NOTES = {
     "deqdet": "0.1.0", "form": "one", "class_names": ["ox", "hen"], "pixel_format": "RGB", "min_size": 64,
     "max_size": 160, "size_divisibility": 32, "steps": 4, "rtol": 0.0, "solver": "plain",

@@ -42,6 +42,14 @@ def test_the_floor_has_the_matrix_products_alone():
     seen.products()
 
 
+def test_the_bytes_moved_include_tensors_in_lists():
+    with _Operations() as seen:
+        torch.cat([torch.ones(3), torch.ones(5)])
+        torch.ones(4).view(2, 2)  # a view moves nothing
+    made, joined = 4 * (3 + 5) + 4 * 4, 4 * (3 + 5) * 2
+    assert seen.moved == made + joined
+
+
 @pytest.mark.parametrize("layer", ["AdaMixerLayer", "SparseRCNNLayer"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step(small_model, layer, precision):

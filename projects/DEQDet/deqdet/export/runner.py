@@ -10,6 +10,7 @@ loop around f whose number of steps is an input; it is faster.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -241,10 +242,10 @@ def anderson(iterate, output, history, size, damping, regularization):
     norm = np.linalg.norm(dg, axis=2).clip(min=np.finfo(np.float32).tiny)
     unit = dg / norm[:, :, None]
     gram = unit @ unit.transpose(0, 2, 1) + np.float32(regularization) * np.eye(unit.shape[1], dtype=np.float32)
-    try:
-        weights = np.linalg.solve(gram, unit @ change[:, :, None])[:, :, 0] / norm
-    except np.linalg.LinAlgError:  # no unique solution: a plain step
-        return plain, history
+    weights = np.full_like(norm, np.nan)  # stays NaN in rows without a unique solution, which take a plain step
+    for i, row in enumerate(gram):
+        with suppress(np.linalg.LinAlgError):
+            weights[i] = np.linalg.solve(row, unit[i] @ change[i]) / norm[i]
     proposal = plain - (weights[:, :, None] * (dy + np.float32(damping) * dg)).sum(axis=1)
     return np.where(np.isfinite(proposal).all(axis=1, keepdims=True), proposal, plain), history
 

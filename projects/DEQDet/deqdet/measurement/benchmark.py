@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from detectron2.structures import Boxes, Instances
 
@@ -314,8 +315,7 @@ class _Operations(TorchDispatchMode):
             self.products_seen += [(torch.bmm, (query, key.transpose(1, 2)), {}), (torch.bmm, (weights, value), {})]
         returns = func._schema.returns
         if returns and not all(x.alias_info is not None and not x.alias_info.is_write for x in returns):
-            parts = [x for x in (*args, *(result if isinstance(result, (tuple, list)) else [result]))]
-            self.moved += sum(x.nbytes for x in parts if isinstance(x, Tensor))
+            self.moved += sum(x.nbytes for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
         return result
 
     def products(self) -> None:
