@@ -20,7 +20,6 @@ from deqdet.data import (
     build_mapper,
     check_datasets,
     prepare_datasets,
-    register_datasets,
     register_shapes,
 )
 from deqdet.errors import UserError
@@ -48,6 +47,8 @@ def tiny(tmp_path) -> tuple[dict, Path, Path]:
 
 
 def make_cfg(*entries, **datasets):
+    """A config that registers the entries; by default, it trains on all of them."""
+    datasets = datasets or {"train": tuple(name for name, *_ in entries)}
     cfg = get_cfg()
     add_deqdet_config(cfg)
     cfg.DATASETS.REGISTER = [list(entry) for entry in entries]
@@ -59,7 +60,7 @@ def register(tiny, name="tiny", **datasets):
     whole, json_file, image_root = tiny
     json_file.write_text(json.dumps(whole))
     cfg = make_cfg((name, str(json_file), str(image_root)), **datasets)
-    register_datasets(cfg)
+    prepare_datasets(cfg)
     return cfg
 
 
@@ -81,7 +82,8 @@ def test_yaml_and_command_line_give_the_same(tiny, tmp_path):
     from_yaml.merge_from_file(str(tmp_path / "a.yaml"))
     from_command_line.merge_from_list(["DATASETS.REGISTER", f"[['tiny','{tiny[1]}','{tiny[2]}']]"])
     assert from_yaml.DATASETS.REGISTER == from_command_line.DATASETS.REGISTER
-    register_datasets(from_yaml)
+    from_yaml.DATASETS.TRAIN = ("tiny",)
+    prepare_datasets(from_yaml)
     assert "tiny" in DatasetCatalog
 
 
@@ -104,14 +106,14 @@ def test_entry_must_be_three_strings(entries):
     cfg = make_cfg()
     cfg.DATASETS.REGISTER = entries
     with pytest.raises(UserError, match=r"DATASETS.REGISTER\[0\] is .*: it must be three strings, as in \[\["):
-        register_datasets(cfg)
+        prepare_datasets(cfg)
 
 
 def test_missing_file_and_directories(tiny, tmp_path):
     whole, json_file, image_root = tiny
     where = rf"DATASETS.REGISTER\[0\] \('tiny'\): {json_file}"
     with pytest.raises(UserError, match=where + r" cannot be read .* relative to " + os.getcwd()):
-        register_datasets(make_cfg(("tiny", str(json_file), str(image_root))))
+        prepare_datasets(make_cfg(("tiny", str(json_file), str(image_root))))
     with pytest.raises(UserError, match=where + rf": its image root {tmp_path}/nowhere is not a directory"):
         register((whole, json_file, tmp_path / "nowhere"))
     with pytest.raises(UserError, match=where + rf": none of its 1 images exists, .* {tmp_path}/a.png"):
@@ -134,7 +136,7 @@ def test_file_of_a_set_that_is_not_used_must_be_there(tiny):
 def test_file_must_be_a_json_object(tiny, text, words):
     tiny[1].write_text(text)
     with pytest.raises(UserError, match=rf"REGISTER\[0\] \('tiny'\): {tiny[1]} {words}"):
-        register_datasets(make_cfg(("tiny", str(tiny[1]), str(tiny[2]))))
+        prepare_datasets(make_cfg(("tiny", str(tiny[1]), str(tiny[2]))))
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])

@@ -53,6 +53,19 @@ def read_metrics(directory):
     return {(line["iteration"], key): value for line in lines for key, value in line.items()}
 
 
+def test_the_order_of_the_hooks(toy_config):
+    """What each needs to come before or after is beside its place in Trainer.build_hooks."""
+    flags = "SOLVER.EMA.ENABLED", True, "TEST.VALIDATION_LOSS", True, "TEST.PRECISE_BN.ENABLED", True
+    words = *flags, "TEST.EVAL_PERIOD", 4, "SOLVER.EARLY_STOP.PATIENCE", 3
+    trainer = Trainer(setup(parse(toy_config, *words)))
+    assert [type(hook).__name__ for hook in trainer._hooks] == [
+        "MarkProgress", "SeedIteration", "IterationTimer", "LRScheduler", "PreciseBN", "AverageBatchNorm",
+        "AverageWeights", "PeakMemory", "FiniteGuard", "PeriodicCheckpointer", "KeepNewest",
+        "EvalHook", "EvalHook", "EvalHook",  # the weights, their losses, the averaged weights
+        "BestCheckpointer", "EvaluationsWriter", "ModelFileWriter", "EarlyStop", "StopOnSignal",
+    ]  # fmt: skip
+
+
 def test_training_writes_losses_norms_and_the_last_evaluation(toy_config, tmp_path, capsys):
     trainer = train(parse(toy_config))
     metrics = read_metrics(tmp_path / "out")

@@ -420,13 +420,13 @@ def test_defaults_come_from_the_config(make_predictor, tmp_path):
     predictor = make_predictor("MODEL.DEQDET.SOLVER.NAME", "Anderson", "MODEL.DEQDET.SOLVER.MEMORY", 3,
                                "MODEL.DEQDET.SOLVER.RTOL", 0.25)  # fmt: skip
     assert isinstance(predictor.model.decoder.solver, Anderson)
-    notes = build_notes(predictor.cfg, predictor, form="two", steps=6)
+    notes = build_notes(predictor, form="two", steps=6)
     assert (notes["solver"], notes["history_size"], notes["rtol"], notes["steps"]) == ("anderson", 3, 0.25, 6)
     with pytest.raises(UserError, match="cannot be exported with --form one.*FixedPointIteration"):
         export_detector(predictor, tmp_path / "small.onnx", form="one")
-    notes = build_notes(predictor.cfg, predictor, form="one", solver=FixedPointIteration(damping=0.5), rtol=0.5)
+    notes = build_notes(predictor, form="one", solver=FixedPointIteration(damping=0.5), rtol=0.5)
     assert (notes["solver"], notes["damping"], notes["rtol"], notes["steps"]) == ("plain", 0.5, 0.0, 4)
-    notes = build_notes(predictor.cfg, predictor, form="two", solver=Anderson(history_size=5), rtol=0.0)
+    notes = build_notes(predictor, form="two", solver=Anderson(history_size=5), rtol=0.0)
     assert (notes["solver"], notes["history_size"], notes["rtol"]) == ("anderson", 5, 0.0)
 
 

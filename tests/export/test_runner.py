@@ -95,7 +95,7 @@ def test_anderson_takes_a_plain_step_where_nothing_changes(runner):
 def test_a_row_without_a_solution_does_not_change_the_others(runner):
     generator = np.random.default_rng(0)
     iterates, outputs = generator.normal(size=(2, 3, 2, 5)).astype(np.float32)
-    iterates[:, 0] = outputs[:, 0] = 1.0  # converged exactly, so that its Gram matrix is singular without regularization
+    iterates[:, 0] = outputs[:, 0] = 1.0  # converged exactly: without regularization, its Gram matrix is singular
     history, alone = [], []
     for iterate, output in zip(iterates, outputs, strict=True):
         both, history = runner.anderson(iterate, output, history, 4, 1.0, 0.0)

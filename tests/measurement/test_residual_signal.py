@@ -25,7 +25,7 @@ from deqdet.measurement.residual_signal import (
     tabulate_images,
 )
 from deqdet.measurement.residual_signal_report import deciles
-from deqdet.measurement.verdicts import judge
+from deqdet.measurement.verdicts import name_mistakes
 from deqdet.tools import residual_signal
 
 from helpers.engine_toy import IN_PROCESS
@@ -120,7 +120,7 @@ class TestJudge:
         return Instances((100, 100), pred_boxes=Boxes(torch.tensor(boxes)), **fields)
 
     def test_by_hand(self):
-        verdicts = judge(self.found(
+        verdicts = name_mistakes(self.found(
             ((0.0, 0, 40, 40), CUP, 0.9),  # takes the first cup
             ((0.0, 0, 40, 40), CUP, 0.8),  # IoU 0.6 with the second cup, which is left: right
             ((10.0, 0, 50, 40), CUP, 0.7),  # both cups are taken
@@ -134,16 +134,16 @@ class TestJudge:
     def test_a_bad_box(self):
         """IoU 0.25 with the first cup is near it; IoU 0.0625 is not."""
         boxes = ((0.0, 0, 20, 20), CUP, 0.9), ((0.0, 0, 10, 10), CUP, 0.8)
-        assert judge(self.found(*boxes), self.OBJECTS) == ["box", "nothing"]
+        assert name_mistakes(self.found(*boxes), self.OBJECTS) == ["box", "nothing"]
 
     def test_the_surest_takes_the_object(self):
         one = self.OBJECTS[:1]
         loose, exact = ((0.0, 0, 40, 25), CUP, 0.9), ((0.0, 0, 40, 40), CUP, 0.8)
-        assert judge(self.found(loose, exact), one) == ["right", "double"]
+        assert name_mistakes(self.found(loose, exact), one) == ["right", "double"]
 
     def test_without_objects_all_are_wrong(self):
         nothing = make_truth([], [], [])
-        assert judge(self.found(((0.0, 0, 40, 40), CUP, 0.9)), nothing) == ["nothing"]
+        assert name_mistakes(self.found(((0.0, 0, 40, 40), CUP, 0.9)), nothing) == ["nothing"]
 
 
 class TestRows:

@@ -256,10 +256,10 @@ class TestDrawResults:
 
     @pytest.mark.parametrize("words, message", [
         (["--draw-results", "nowhere.json", "x.png"], "nowhere.json cannot be read"),
-        (["--draw-results", "found.json", "x.bmp"], "x.bmp: the name of the image must end in .jpg or .png"),
+        (["--draw-results", "found.json", "x.bad"], "x.bad is no name for an image: let it end in .jpg or .png"),
         (["--draw-results", "found.json", "x.png", "--threshold", "2"], "--threshold must lie between 0 and 1, got 2"),
         (["--images", "0"], "--images must be at least 1, got 0"),
-        (["--draw-augmented", "x.bad"], "cannot write x.bad"),
+        (["--draw-augmented", "x.bad"], "x.bad is no name for an image: let it end in .jpg or .png"),
     ])  # fmt: skip
     def test_errors_are_one_line(self, tmp_path, small_set, monkeypatch, words, message):
         monkeypatch.chdir(tmp_path)

@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import cv2
 import matplotlib
 import numpy as np
 from matplotlib.patheffects import withStroke
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
+
+from .atomic import replacing
+from .errors import UserError
 
 ENLARGED_SIDE = 640  # pixels: smaller images are enlarged to about this size
 MOST_ENLARGED = 16  # maximum factor
@@ -30,6 +34,19 @@ def coloured_metadata(metadata: Metadata) -> Metadata:
     classes = metadata.thing_classes
     colours = (255 * np.array(class_colours(len(classes)))).astype(int).tolist()
     return Metadata(name=f"{metadata.name}, coloured", thing_classes=classes, thing_colors=colours)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Save a picture atomically, in the format of the file name.
+
+    Raises:
+        UserError: the name has no suffix of an image format, or the file cannot be written.
+    """
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form not in Image.SAVE:
+        raise UserError(f"{path} is no name for an image: let it end in .jpg or .png")
+    with replacing(path) as file:
+        image.save(file, form, quality=90)
 
 
 class BoxVisualizer(Visualizer):

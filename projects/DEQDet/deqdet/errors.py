@@ -1,5 +1,7 @@
 """The exception for mistakes that the user can correct, and helpers for its messages."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A mistake in a command, a config, a file or a data set that the user can correct.
@@ -17,6 +19,12 @@ def one_line(message: object) -> str:
 def plural(count: int, noun: str) -> str:
     """Return a number with its noun: "1 image", "2 images"."""
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def list_first(texts: Sequence[str], most: int = 3, separator: str = ", ") -> str:
+    """Join the first `most` texts, and say how many there are beyond them: "a, b, c and 2 more"."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def describe_os_error(error: OSError) -> str:

@@ -15,6 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from ..atomic import write_text
+from ..errors import list_first
 from .array_pickle import read_array_pickle
 from .files import (
     COUNTER,
@@ -164,10 +165,9 @@ class Checkpointer(DetectionCheckpointer):
         shapes = {name: f"{name} is {found}, not {wanted}" for name, found, wanted in incompatible.incorrect_shapes}
         missing = [name for name in incompatible.missing_keys if name not in shapes]
         if wrong := [*shapes.values(), *(f"{name} is missing" for name in missing)]:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CheckpointError(
-                f"the checkpoint does not fit the model: {'; '.join(wrong[:3])}{more}. "
-                "Give the config that it was trained with"
+                f"the checkpoint does not fit the model: {list_first(wrong, separator='; ')}. Give the config that it "
+                "was trained with"
             )
 
     def _log_part(self, incompatible: Any) -> None:

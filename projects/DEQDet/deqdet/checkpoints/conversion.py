@@ -18,7 +18,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 
 from .. import detector  # noqa: F401  registers the detector by its name
 from ..config import add_deqdet_config
-from ..errors import one_line
+from ..errors import list_first, one_line, plural
 from .files import COUNTER, CheckpointError, check_target, read_checkpoint, write_checkpoint
 from .implied import BODY, Config, Given
 from .kinds import KINDS, Kind, Rule
@@ -279,9 +279,7 @@ def describe(fault: str, names: list[str]) -> str:
     """State the number of keys with a fault and the first of them; return "" if there are none."""
     if not names:
         return ""
-    shown, more = names[:LISTED], len(names) - LISTED
-    keys = f"{len(names)} {fault} key{'s' if len(names) > 1 else ''}: {', '.join(shown)}"
-    return f"{keys} and {more} more" if more > 0 else keys
+    return f"{plural(len(names), f'{fault} key')}: {list_first(names, LISTED)}"
 
 
 def _refusal(kind: Kind, problems: list[str]) -> CheckpointError:

@@ -25,7 +25,7 @@ class Found:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints that a training can resume from: model_final.pth, then the numbered ones, newest first."""
-    names = [(match[1], path) for path in _files(folder) if (match := _NAME.fullmatch(path.name))]
+    names = [(match[1], path) for path in list_files(folder) if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(names, key=lambda x: (x[0] == "final", x[0].zfill(20)), reverse=True)]
 
 
@@ -132,5 +132,6 @@ def _read_whole(path: Path) -> dict:
     return content
 
 
-def _files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
+    """List the files directly in a folder; none if it does not exist."""
     return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []

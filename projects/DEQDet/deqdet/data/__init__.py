@@ -14,7 +14,6 @@ from .registration import (
     find_class_names,
     find_entries,
     prepare_datasets,
-    register_datasets,
     register_shapes,
 )
 from .report import Report, format_report
@@ -57,7 +56,6 @@ __all__ = [
     "read_results",
     "read_truth",
     "read_truths",
-    "register_datasets",
     "register_shapes",
     "seed_all",
     "seeded",

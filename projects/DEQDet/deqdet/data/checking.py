@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 from iopath.common.file_io import file_lock
 
-from ..errors import UserError
+from ..errors import UserError, list_first
 from .annotations import Boxes, read_boxes
 from .cache import find_cache, read_json, write_json
 from .coco_file import LARGEST_ID, Category, ImageRecord, parse, read_bytes, read_categories, read_images
@@ -260,7 +260,8 @@ def compare_classes(where: str, names: Sequence[str], class_names: Sequence[str]
         return list(range(len(names)))
     lacks, foreign = [n for n in class_names if n not in names], [n for n in names if n not in class_names]
     if lacks or foreign:
-        parts = [f"it lacks {_shorten(lacks)}"] * bool(lacks) + [f"it alone has {_shorten(foreign)}"] * bool(foreign)
+        parts = [f"it lacks {list_first(lacks, 8)}"] if lacks else []
+        parts += [f"it alone has {list_first(foreign, 8)}"] if foreign else []
         alike = {n.strip().casefold() for n in lacks} == {n.strip().casefold() for n in foreign}
         hint = " (they differ only in spaces or capital letters)" if alike else ""
         raise UserError(
@@ -268,10 +269,6 @@ def compare_classes(where: str, names: Sequence[str], class_names: Sequence[str]
             'rename or add "categories" in one of the files'
         )
     return [names.index(name) for name in class_names]
-
-
-def _shorten(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _normalized(

@@ -80,27 +80,6 @@ def prepare_datasets(
     return register_sets(cfg, used, classes, eval_only=eval_only)
 
 
-def register_datasets(cfg: CfgNode) -> dict[str, CheckedSet]:
-    """Check and register every [name, json file, image root] in DATASETS.REGISTER, used or not.
-
-    Relative paths start at the working directory. Registering the same set again does nothing.
-
-    Returns:
-        The sets that were checked by this call, by name.
-
-    Raises:
-        UserError: an entry, its file or an image cannot be used, or another data set has the name.
-    """
-    names = list(find_entries(cfg))
-    first = [name for name in cfg.DATASETS.TRAIN if name in names]  # they determine the order of the classes
-    used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
-    checked = register_sets(cfg, [*first, *(name for name in names if name in used)], ModelClasses())
-    for name in names:
-        if name not in used:
-            checked |= register_sets(cfg, [name], ModelClasses())
-    return checked
-
-
 def register_sets(
     cfg: CfgNode, names: Sequence[str], classes: ModelClasses, *, eval_only: bool = False
 ) -> dict[str, CheckedSet]:

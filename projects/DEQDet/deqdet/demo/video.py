@@ -47,6 +47,17 @@ class Video:
         while (frame := self.capture.read()[1]) is not None:
             yield np.ascontiguousarray(frame[:, :, ::-1])
 
+    def check_complete(self, count: int) -> None:
+        """Check that about as many frames were read as the file announces.
+
+        Raises:
+            UserError: no frame was read, or the video breaks off early.
+        """
+        if not count:
+            raise UserError(f"{self.name}: no frame can be read")
+        if self.length is not None and count < COMPLETE * self.length:
+            raise UserError(f"{self.name} breaks off: {count} of its {self.length} frames can be read")
+
 
 def open_video(path: Path) -> Video:
     """Open a video file. UserError if it is missing or not a video."""
@@ -151,8 +162,8 @@ def run_video(predictor: Predictor, video: Video, output: Path | None, options: 
     detections, steps, seconds = np.mean(figures, axis=0)
     averages = f"on average {detections:.1f} detections, {steps:.1f} steps, {seconds:.2f} s"
     print(f"{video.name}: {len(figures)} frames; {averages}{target}")
-    if going and video.length is not None and len(figures) < COMPLETE * video.length:
-        raise UserError(f"{video.name} breaks off: {len(figures)} of its {video.length} frames can be read")
+    if going:
+        video.check_complete(len(figures))
 
 
 def _open(kind: Callable, *args, problem: str) -> Any:

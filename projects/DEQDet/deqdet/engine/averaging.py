@@ -6,7 +6,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detectron2.engine import HookBase
 
-from .hooks import average_batch_norm
+from .hooks import average_batch_norm, is_due
 from .models import unwrap
 
 
@@ -36,7 +36,7 @@ class AverageWeights(HookBase):
                 BatchNorm statistics are averaged over the ranks, as AverageBatchNorm does for the model itself.
         """
         self._model = unwrap(model)
-        self._periods = [period for period in periods if period > 0]
+        self._periods = periods
 
         def update(averages: list[Tensor], values: list[Tensor], updates: Tensor) -> None:
             if averages[0].is_floating_point():
@@ -57,8 +57,7 @@ class AverageWeights(HookBase):
 
     def after_step(self) -> None:
         self._average.update_parameters(self._model)
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+        if is_due(self.trainer, self._periods):
             average_batch_norm(self.model)
 
     def state_dict(self) -> dict[str, int]:

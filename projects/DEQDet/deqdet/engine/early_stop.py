@@ -122,16 +122,26 @@ class EarlyStop(HookBase):
         return f"{self._metric} {best}, {self._waited} evaluations ago (SOLVER.EARLY_STOP.PATIENCE {self._patience})"
 
 
+def metric_name(cfg: CfgNode, name: str) -> str:
+    """Return the full name under which a metric of the published weights is logged, such as "ema/bbox/AP".
+
+    The best checkpoint and early stopping go by this metric: that of the first test set, and of the averaged weights if
+    there are any.
+
+    Args:
+        name: the metric, such as "bbox/AP" or "validation/total_loss".
+    """
+    if len(cfg.DATASETS.TEST) > 1:  # detectron2 puts a set's name before its metrics
+        name = f"{cfg.DATASETS.TEST[0]}/{name}"
+    return f"{AVERAGE}/{name}" if cfg.SOLVER.EMA.ENABLED else name
+
+
 def build_early_stop(cfg: CfgNode) -> list[EarlyStop]:
     """Build the hook that SOLVER.EARLY_STOP asks for, or return an empty list."""
     options = cfg.SOLVER.EARLY_STOP
     if options.PATIENCE == 0:
         return []
     is_loss = options.METRIC == "validation_loss"
-    metric = "validation/total_loss" if is_loss else f"bbox/{options.METRIC}"
-    if len(cfg.DATASETS.TEST) > 1:  # detectron2 puts a set's name before its metrics
-        metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
-    if cfg.SOLVER.EMA.ENABLED:  # The best checkpoint is chosen by the averaged weights too.
-        metric = f"{AVERAGE}/{metric}"
+    metric = metric_name(cfg, "validation/total_loss" if is_loss else f"bbox/{options.METRIC}")
     numbers = {"patience": options.PATIENCE, "min_delta": options.MIN_DELTA, "eval_period": cfg.TEST.EVAL_PERIOD}
     return [EarlyStop(metric=metric, must_fall=is_loss, **numbers)]

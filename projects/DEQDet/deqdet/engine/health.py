@@ -22,6 +22,7 @@ from ..decoders import Decoder
 from ..detector import DEQDet
 from ..errors import UserError, one_line
 from ..layers import RefinementLayer
+from .hooks import is_due
 from .models import unwrap
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class FiniteGuard(HookBase):
         self._autocast = autocast
         self._folder = Path(folder)
         self.seed = seed
-        self._periods = [x for x in (checkpoint_period, period) if x > 0]
+        self._periods = checkpoint_period, period
         self._batch: list[dict] = []
         self._handle: RemovableHandle | None = None
 
@@ -74,8 +75,7 @@ class FiniteGuard(HookBase):
         Raises:
             NonFiniteError: a weight or a statistic is not finite. The existing checkpoints are not affected.
         """
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+        if is_due(self.trainer, self._periods):
             model = unwrap(self.trainer.model)
             if bad := [*nonfinite_names(model.named_parameters()), *nonfinite_names(model.named_buffers())]:
                 what = "a weight" if bad[0] in dict(model.named_parameters()) else "a statistic"

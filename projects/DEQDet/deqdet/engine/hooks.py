@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, hooks
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
@@ -30,6 +31,12 @@ from .models import unwrap
 from .ranks import AFTER_FORWARD, BEFORE_DATA, IN_FORWARD, OUTSIDE, mark
 
 logger = logging.getLogger(__name__)
+
+
+def is_due(trainer: TrainerBase, periods: Iterable[int]) -> bool:
+    """Return whether the current iteration is the last one, or completes one of the periods (0: never)."""
+    done = trainer.iter + 1
+    return done == trainer.max_iter or any(period > 0 and done % period == 0 for period in periods)
 
 
 class AverageBatchNorm(HookBase):
@@ -49,11 +56,10 @@ class AverageBatchNorm(HookBase):
         Args:
             checkpoint_period, eval_period: in iterations; with eval_period 0, there is only the last evaluation.
         """
-        self._periods = [period for period in (checkpoint_period, eval_period) if period > 0]
+        self._periods = checkpoint_period, eval_period
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+        if is_due(self.trainer, self._periods):
             average_batch_norm(self.trainer.model)
 
 
@@ -96,8 +102,7 @@ class PeakMemory(HookBase):
         self._period = period
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self._period == 0 or done == self.trainer.max_iter:
+        if is_due(self.trainer, [self._period]):
             self.trainer.storage.put_scalar("peak_memory_mb", peak_memory_mb(), smoothing_hint=False)
 
 

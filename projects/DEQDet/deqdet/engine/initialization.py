@@ -21,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoints import Checkpointer, CheckpointError, check_pickle, is_model_file, read_model_file, resolve_file
 from ..checkpoints.checkpointer import MODEL_ZOO
 from ..checkpoints.files import COUNTER, read_checkpoint
-from ..errors import UserError, one_line
+from ..errors import UserError, list_first, one_line
 from ..quiet_imports import quiet_imports
 from .health import check_finite_model
 from .models import unwrap
@@ -133,7 +133,7 @@ def adapt(
     for count, there, here in sorted(queries):
         lines.append(f"the first {count} of its {there} initial queries are taken; the model has {here}")
     if misfits:
-        lines.append(f"these do not fit and keep their initial values: {_shorten(misfits, '; ')}")
+        lines.append(f"these do not fit and keep their initial values: {list_first(misfits, separator='; ')}")
     missing = [x for x in state if x not in weights and not x.endswith(COUNTER)]
     if missing:
         lines.append(f"it lacks {len(missing)} tensors, which keep their initial values: {_by_part(missing)}")
@@ -189,19 +189,14 @@ def _describe_classes(
     )
     if not kept or len(others) != count:
         return f"{begins}: all start from initial weights"
-    names = _shorten([own[i] for i, _ in kept], ", ")
+    names = list_first([own[i] for i, _ in kept])
     return f"{begins}: {names} keep their weights, {len(own) - len(kept)} start from initial weights"
 
 
 def _by_part(names: Sequence[str]) -> str:
     """Name the parts of the model that the tensors belong to, each with its number of tensors."""
     parts = Counter(".".join(name.split(".")[:2]) for name in names)
-    return _shorten([f"{part} ({count})" for part, count in parts.items()], ", ", most=6)
-
-
-def _shorten(texts: Sequence[str], between: str, most: int = 3) -> str:
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return between.join(texts[:most]) + more
+    return list_first([f"{part} ({count})" for part, count in parts.items()], most=6)
 
 
 def _locate_name(source: str) -> str:

@@ -20,6 +20,7 @@ from ..decoders import EquilibriumDecoder
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, first_below, spectral_radius
 from ..errors import UserError
+from .hooks import is_due
 from .models import unwrap
 
 RTOL = 0.05  # relative residual up to which steps are counted
@@ -75,8 +76,7 @@ class EquilibriumInsight(HookBase):
         self._probe: list[dict] | None = None
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self._period != 0 and done != self.trainer.max_iter:
+        if not is_due(self.trainer, [self._period]):
             return
         model = unwrap(self.trainer.model)
         # detectron2's test-time resize draws a number from NumPy.

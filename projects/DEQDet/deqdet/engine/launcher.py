@@ -24,6 +24,7 @@ from .determinism import explained_determinism
 from .joined import run_joined
 from .options import check_processes
 from .ranks import Group, run_ranks
+from .signals import handled_by
 
 logger = logging.getLogger(__name__)
 
@@ -201,14 +202,8 @@ def _sigterm_exits() -> Iterator[None]:
         print("stopped by SIGTERM", file=sys.stderr)
         sys.exit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled_by(stop, [signal.SIGTERM]):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _seconds(text: str) -> float:

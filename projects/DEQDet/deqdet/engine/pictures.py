@@ -17,6 +17,7 @@ from detectron2.utils import comm
 
 from ..data import build_mapper, random_state_kept, read_image, read_truth
 from ..drawing import draw_detections, enlarge
+from .hooks import is_due
 from .models import unwrap
 
 COUNT = 4  # images
@@ -65,8 +66,7 @@ class DetectionPictures(HookBase):
         self._inputs: list[dict] | None = None
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self._period != 0 and done != self.trainer.max_iter:
+        if not is_due(self.trainer, [self._period]):
             return
         # detectron2's test-time resize draws a number from NumPy.
         with random_state_kept(next(self._model.parameters()).device):

@@ -8,9 +8,9 @@ from ..decoders import build_solver
 from ..errors import one_line
 
 LEVELS = {"stem": "p2", "res2": "p2", "res3": "p3", "res4": "p4", "res5": "p5"}  # ResNet stages and their neck outputs
+RESNET_MAPPER_BACKBONES = ("build_basic_resnet_channel_mapper_backbone", "build_resnet_channel_mapper_backbone")
 MAPPER_BACKBONES = (
-    "build_basic_resnet_channel_mapper_backbone",
-    "build_resnet_channel_mapper_backbone",
+    *RESNET_MAPPER_BACKBONES,
     "build_swin_channel_mapper_backbone",
     "build_timm_channel_mapper_backbone",
 )
@@ -107,12 +107,12 @@ def _levels(cfg: CfgNode) -> list[str]:
     resnets, backbone = cfg.MODEL.RESNETS, cfg.MODEL.BACKBONE.NAME
     if resnets.RES5_DILATION != 1:
         return []
-    if backbone in MAPPER_BACKBONES[:2]:
+    if backbone in RESNET_MAPPER_BACKBONES:
         return sorted({LEVELS[name] for name in resnets.OUT_FEATURES})
     if backbone in RESNET_FPN_BACKBONES:
         last = ["p6"] if backbone == "build_resnet_fpn_backbone" else []
         return sorted({LEVELS[name] for name in cfg.MODEL.FPN.IN_FEATURES}) + last
-    if backbone in (MAPPER_BACKBONES[2], FPN_BACKBONES[2]):
+    if backbone.startswith("build_swin_"):
         return [f"p{2 + i}" for i in range(len(cfg.MODEL.SWIN.DEPTHS))]
     return []
 

@@ -13,8 +13,9 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..atomic import UNFINISHED, write_text
+from ..checkpoints.latest import list_files
 from ..checkpoints.publish import AVERAGE
-from ..errors import UserError, describe_os_error
+from ..errors import UserError, describe_os_error, list_first
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,8 @@ def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
     names = dict.fromkeys(path.name for path in (*results, *_find_foreign(folder)) if path.stat().st_size > 0)
     found = [name for name in names if not name.startswith("events.")]  # a failed start may have created one
     if found:
-        names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise UserError(
-            f"OUTPUT_DIR {folder} already contains a training ({names}): --resume continues it, "
+            f"OUTPUT_DIR {folder} already contains a training ({list_first(found)}): --resume continues it, "
             "--overwrite deletes it, or choose another folder"
         )
 
@@ -148,7 +148,7 @@ def _delete_training(folder: Path) -> None:
 
 def find_results(folder: Path) -> list[Path]:
     """Return the files of a training in a folder, sorted by name: checkpoints, models, metrics."""
-    return sorted(path for path in _files(folder) if _RESULTS.fullmatch(path.name))
+    return sorted(path for path in list_files(folder) if _RESULTS.fullmatch(path.name))
 
 
 def has_other_test_sets(folder: Path, names: Sequence[str]) -> bool:
@@ -165,7 +165,7 @@ def has_other_test_sets(folder: Path, names: Sequence[str]) -> bool:
 
 def _find_foreign(folder: Path) -> list[Path]:
     return [
-        path for path in _files(folder) if _FOREIGN.fullmatch(path.name) and not path.name.startswith(UNFINISHED)
+        path for path in list_files(folder) if _FOREIGN.fullmatch(path.name) and not path.name.startswith(UNFINISHED)
     ]
 
 
@@ -177,10 +177,6 @@ def _find_detections(folder: Path) -> list[Path]:
 
 def _cannot_delete(error: OSError) -> UserError:
     return UserError(f"{error.filename} cannot be deleted ({describe_os_error(error)})")
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
 
 
 def _lock(folder: Path) -> int:

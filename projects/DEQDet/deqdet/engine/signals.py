@@ -58,7 +58,9 @@ class FirstAndSecond:
 
 
 @contextmanager
-def handled_by(handler: FirstAndSecond, numbers: Sequence[int] = INTERRUPTIONS) -> Iterator[None]:
+def handled_by(
+    handler: Callable[[int, FrameType | None], None], numbers: Sequence[int] = INTERRUPTIONS
+) -> Iterator[None]:
     """Install a handler for these signals in the block, if in the main thread; a SIGHUP ignored by nohup stays so."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers

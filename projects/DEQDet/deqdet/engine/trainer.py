@@ -36,7 +36,7 @@ from ..errors import UserError, describe_os_error
 from .averaging import AverageWeights
 from .configuration import explained_datasets
 from .determinism import is_indeterminate
-from .early_stop import EarlyStop, EndableTrainer, build_early_stop
+from .early_stop import EarlyStop, EndableTrainer, build_early_stop, metric_name
 from .evaluation import StepsEvaluator
 from .health import FiniteGuard, check_finite_model
 from .hooks import (
@@ -270,44 +270,47 @@ class Trainer(DefaultTrainer, EndableTrainer):
         self._resumed = state_dict.get("progress")
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Insert our hooks among detectron2's.
-
-        The order matters. Seeds are set first. BatchNorm's statistics are averaged, and all weights checked, before a
-        checkpoint or an evaluation uses them. Older checkpoints are deleted after a new one is saved. The best
-        checkpoint is chosen after an evaluation. Metrics are written after all hooks that record any. The model file is
-        written at the very end. Early stopping and signals are handled when all other hooks have run.
-        """
-        cfg = self.cfg
+        """Insert our hooks among detectron2's. They run in the order of the list."""
+        cfg, is_main = self.cfg, comm.is_main_process()
         if cfg.TEST.EVALUATOR == "faster-coco-eval":
             import_faster_coco_eval()  # so that an error is raised now and not at the first evaluation
+        periods = [cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD]
         insight = build_insight(cfg, self.model)
-        ret = super().build_hooks()
-        readers = (hooks.PeriodicCheckpointer, hooks.EvalHook)  # ranks other than 0 have no checkpointer
-        first = next(i for i, hook in enumerate(ret) if isinstance(hook, readers))
-        average = AverageBatchNorm(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
-        guard = FiniteGuard(cfg.OUTPUT_DIR, cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD, autocast=self._trainer.autocast)
-        ret[first:first] = [average, *self._build_averaging(), PeakMemory(), *insight, guard]
-        after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
-        # With several sets, detectron2 puts a set's name before its metrics.
-        metric = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{(*cfg.DATASETS.TEST, '')[0]}/bbox/AP"
-        best = self.model
-        if self.averaging:  # the published weights are also those by which the best checkpoint is chosen
-            ret.insert(after, hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_average))
-            after, metric, best = after + 1, f"ema/{metric}", self.averaging.model
-        if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST and comm.is_main_process():
-            checkpointer = WeightsCheckpointer(best, cfg.OUTPUT_DIR, metric)
-            ret.insert(after, BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, metric))
-        evaluated = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
-        average_model = self.averaging.model if self.averaging else None
-        ret[evaluated:evaluated] = build_validation_loss(cfg, self.model, average_model)
-        if comm.is_main_process():
-            writer = ModelFileWriter(cfg, average_model)
-            saved = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicCheckpointer)) + 1
-            ret[saved:saved] = [KeepNewest(cfg.SOLVER.KEEP_CHECKPOINTS, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.OUTPUT_DIR)]
-            at = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicWriter))
-            self._events = EvaluationsWriter(ret[at]._writers, cfg.TEST.EVAL_PERIOD)
-            ret[at:] = [*build_pictures(cfg, self.model), self._events, *ret[at + 1 :], writer]
-        return [MarkProgress(), SeedIteration(cfg.SEED), *ret, *build_early_stop(cfg), StopOnSignal()]
+        known = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
+        theirs = super().build_hooks()
+        placed = {kind: hook for hook in theirs for kind in known if isinstance(hook, kind)}
+        averaging = self._build_averaging()
+        average = self.averaging.model if self.averaging else None
+        saving, writing, publishing = [], [], []
+        evaluating = [placed[hooks.EvalHook], *build_validation_loss(cfg, self.model, average)]
+        if self.averaging:
+            evaluating.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_average))
+        if is_main:  # the other ranks neither save nor write
+            keep = KeepNewest(cfg.SOLVER.KEEP_CHECKPOINTS, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.OUTPUT_DIR)
+            saving = [placed[hooks.PeriodicCheckpointer], keep]
+            if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST:
+                metric = metric_name(cfg, "bbox/AP")
+                best = WeightsCheckpointer(self.model if average is None else average, cfg.OUTPUT_DIR, metric)
+                evaluating.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, best, metric))
+            self._events = EvaluationsWriter(placed[hooks.PeriodicWriter]._writers, cfg.TEST.EVAL_PERIOD)
+            writing = [*build_pictures(cfg, self.model), self._events]
+            publishing = [ModelFileWriter(cfg, average)]
+        return [
+            MarkProgress(),
+            SeedIteration(cfg.SEED),
+            *(hook for hook in theirs if hook not in placed.values()),  # timer, schedule, PreciseBN
+            AverageBatchNorm(*periods),  # before a checkpoint or an evaluation uses the statistics
+            *averaging,
+            PeakMemory(),
+            *insight,
+            FiniteGuard(cfg.OUTPUT_DIR, cfg.SEED, periods[0], autocast=self._trainer.autocast),  # before a checkpoint
+            *saving,
+            *evaluating,
+            *writing,  # after all hooks that record metrics
+            *publishing,
+            *build_early_stop(cfg),
+            StopOnSignal(),
+        ]
 
     def _build_averaging(self) -> list[HookBase]:
         """Build the hook of SOLVER.EMA, and make its weights the entry "ema" of the checkpoints."""

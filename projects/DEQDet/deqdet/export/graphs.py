@@ -19,13 +19,12 @@ from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration, relative_residual
 from ..errors import UserError
 from ..layers import SparseRCNNLayer
+from ..layers.sparse_rcnn import FARTHEST
 from ..structures import QueryState
 from .swin import ExportedSwinBlock, ExportedSwinStage
 
 # A coordinate in pixels so far outside the image that all of RoIAlign's samples in a box there are 0.
 OUTSIDE = -1e6
-# Box coordinates are clamped to this distance from the origin, in pixels, as in SparseRCNNLayer.
-FARTHEST = 1e6
 
 
 class ExportedSparseRCNNLayer(SparseRCNNLayer):

@@ -90,7 +90,7 @@ def export_detector(
         raise UserError(f"{path}: the output of --to {target} must end in {TARGETS[target]}")
     if target == "torch-export" and any(isinstance(x, SwinTransformerBlock) for x in predictor.model.modules()):
         raise UserError("Swin can be exported as ONNX only: torch.export's programs would accept only few image sizes")
-    notes = build_notes(predictor.cfg, predictor, form, steps, rtol, solver)
+    notes = build_notes(predictor, form, steps, rtol, solver)
     unit = notes["size_divisibility"]
     model = predictor.model
     check_walk(model, unit)
@@ -139,7 +139,6 @@ def _write_loop(predictor: Predictor, path: Path, notes: dict, say: Callable[[st
 
 
 def build_notes(
-    cfg,
     predictor: Predictor,
     form: str,
     steps: int | None = None,
@@ -181,9 +180,9 @@ def build_notes(
         "deqdet": __version__,
         "form": form,
         "class_names": list(predictor.class_names),
-        "pixel_format": cfg.INPUT.FORMAT,  # the order of the channels of "images", which are 0 to 255
-        "min_size": cfg.INPUT.MIN_SIZE_TEST,  # of the short side, pixels; 0: images keep their size
-        "max_size": cfg.INPUT.MAX_SIZE_TEST,  # maximum of the long side, pixels
+        "pixel_format": predictor.cfg.INPUT.FORMAT,  # the order of the channels of "images", which are 0 to 255
+        "min_size": predictor.cfg.INPUT.MIN_SIZE_TEST,  # of the short side, pixels; 0: images keep their size
+        "max_size": predictor.cfg.INPUT.MAX_SIZE_TEST,  # maximum of the long side, pixels
         "size_divisibility": max(1, predictor.model.backbone.size_divisibility),
         "strides": [shapes[level].stride for level in predictor.model.in_features],
         "max_detections": predictor.model.max_detections,

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
@@ -15,6 +14,7 @@ from detectron2.structures import Instances
 
 from ..data import EVALUATORS, OriginalIdsEvaluator
 from ..errors import UserError
+from .json_numbers import finite_or_none
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Evaluation:
         if "bbox" not in results:
             raise UserError(f"{self._dataset} of DATASETS.TEST has no annotations: choose a set that has some")
         metrics = {field.name: results["bbox"][field.name] for field in fields(Accuracy)}
-        return Accuracy(**{name: value if math.isfinite(value) else None for name, value in metrics.items()})
+        return Accuracy(**{name: finite_or_none(value) for name, value in metrics.items()})
 
 
 @contextmanager

@@ -6,7 +6,6 @@ interrupted comparison resumes from these files.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from .comparison_settings import (
     prepare_defaults,
     prepare_settings,
 )
+from .json_numbers import finite_or_none
 from .metrics_file import read_lines
 from .timing import Measurement, describe_machine
 from .training_process import run_training
@@ -297,15 +297,11 @@ def read_metrics(path: Path, max_iter: int) -> Metrics | None:
     last = evaluations[max_iter]
     times = [line["time"] for line in lines if "time" in line]
     return Metrics(
-        **{name: _number(last[f"bbox/{name}"]) for name in ("AP", "AP50", "APs")},
-        curve=[[iteration, _number(evaluations[iteration]["bbox/AP"])] for iteration in sorted(evaluations)],
+        **{name: finite_or_none(last[f"bbox/{name}"]) for name in ("AP", "AP50", "APs")},
+        curve=[[iteration, finite_or_none(evaluations[iteration]["bbox/AP"])] for iteration in sorted(evaluations)],
         seconds_per_iteration=median(times) if times else None,
         training_memory_mb=max((line["peak_memory_mb"] for line in lines if "peak_memory_mb" in line), default=None),
     )
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _write(path: Path, content: dict | list) -> None:

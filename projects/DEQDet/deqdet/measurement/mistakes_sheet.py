@@ -8,10 +8,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..atomic import replacing
 from ..data import read_image
-from ..drawing import BoxVisualizer, separate_labels, text_font
-from ..errors import UserError
+from ..drawing import BoxVisualizer, save_picture, separate_labels, text_font
 from .mistakes import Judgement, Outcome
 
 TILE = 480  # pixels: the longer side of each half of a pair
@@ -61,11 +59,7 @@ def write_mistakes(
     for i, row in enumerate(rows):
         for j, pair in enumerate(row):
             sheet.paste(pair, (j * step, HEAD + sum(heights[:i])))
-    form = Image.registered_extensions().get(path.suffix.lower())
-    if form not in ("JPEG", "PNG"):
-        raise UserError(f"{path}: the name of the image must end in .jpg or .png")
-    with replacing(path) as file:
-        sheet.save(file, form, quality=90)
+    save_picture(sheet, path)
 
 
 def describe(judgement: Judgement) -> str:

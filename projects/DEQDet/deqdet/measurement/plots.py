@@ -15,6 +15,7 @@ from detectron2.structures import Instances
 
 from ..atomic import replacing
 from ..data import read_image
+from ..drawing import save_picture
 from ..engine.pictures import draw_beside_truth
 from .metrics_file import read_lines
 
@@ -52,7 +53,7 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
 
     Args:
         pairs: as draw_pair returns them.
-        path: the PNG file to write.
+        path: the image file to write.
 
     Raises:
         UserError: the file cannot be written.
@@ -70,8 +71,7 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
         for half, heading in enumerate(("ground truth", "detections")):
             x = column * (width + gap) + half * (width + MARGIN) // 2 + 4
             cv2.putText(sheet, heading, (x, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
-    with replacing(Path(path)) as file:
-        Image.fromarray(sheet).save(file, "PNG")
+    save_picture(Image.fromarray(sheet), Path(path))
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 120) -> None:

@@ -9,6 +9,8 @@ from functools import partial
 import numpy as np
 from scipy import stats
 
+from .json_numbers import finite_or_none
+
 RESAMPLES = 500  # of the bootstrap
 LEVEL = 0.95  # of its intervals
 
@@ -88,8 +90,3 @@ def _resampled(
 ) -> float:
     taken = np.concatenate([rows[index] for index in drawn])
     return statistic(*(column[taken] for column in columns))
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return the number, or None if it is NaN or infinite, which JSON cannot represent."""
-    return value if math.isfinite(value) else None

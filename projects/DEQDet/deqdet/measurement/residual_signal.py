@@ -20,8 +20,9 @@ from ..detector import DEQDet
 from .accuracy import Accuracy, Evaluation
 from .corruptions import BATCHES, CLEAN, CONDITIONS, CORRUPTIONS, Condition, corrupt
 from .duplicates import count_confident
-from .rank_statistics import Estimate, correlate, correlate_given, estimate, finite_or_none, separate
-from .verdicts import RIGHT, VERDICTS, judge
+from .json_numbers import finite_or_none
+from .rank_statistics import Estimate, correlate, correlate_given, estimate, separate
+from .verdicts import RIGHT, VERDICTS, name_mistakes
 
 # The signals, with their signs chosen so that a higher value should mean a better result.
 SIGNALS = ("residual", "residual of detections", "confidence")
@@ -162,7 +163,7 @@ def tabulate_detections(
         for residual, score, verdict in zip(
             x.query_residuals.tolist(),
             x.detections[steps].scores.tolist(),  # the confident ones come first
-            judge(x.detections[steps], truths[x.image_id]),
+            name_mistakes(x.detections[steps], truths[x.image_id]),
             strict=False,
         )
         if verdict is not None

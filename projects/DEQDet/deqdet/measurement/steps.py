@@ -22,6 +22,7 @@ from ..errors import UserError
 from .accuracy import Accuracy
 from .cost import Cost
 from .duplicates import Duplicates, content_distances
+from .json_numbers import finite_or_none
 from .timing import Latency
 
 
@@ -178,7 +179,7 @@ def summarize(
     residuals = torch.stack([path.residuals for path in paths], dim=1)  # (T, images)
     # NaN counts as infinite, that is, as not converged.
     medians = np.median(residuals.nan_to_num(nan=math.inf, posinf=math.inf).numpy(), axis=1).tolist()
-    medians = [value if math.isfinite(value) else None for value in medians]
+    medians = [finite_or_none(value) for value in medians]
     rtols = (0.0, *plan.rtols)
     stops = [first_below(residuals[: plan.limit], rtol) for rtol in rtols]
     same = [(step,) * len(paths) for step in plan.steps]

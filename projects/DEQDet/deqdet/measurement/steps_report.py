@@ -19,6 +19,7 @@ from ..errors import plural
 from .accuracy import Accuracy
 from .cost import Cost
 from .duplicates import DUPLICATE_COLUMNS, DUPLICATES_NOTE
+from .json_numbers import number_or_nan
 from .plots import save_figure
 from .steps import Results
 from .tables import format_table, format_value
@@ -133,9 +134,9 @@ def plot_results(several: Sequence[Results], path: Path) -> None:
     residual.set_yscale("log")  # before plotting: a logarithmic axis fails on data that are all NaN
     colours = matplotlib.colormaps["tab10"].colors
     for results, colour in zip(several, cycle(colours), strict=False):
-        steps, found = [row.steps for row in results.steps], [_number(row.accuracy.AP) for row in results.steps]
+        steps, found = [row.steps for row in results.steps], [number_or_nan(row.accuracy.AP) for row in results.steps]
         accuracy.plot(steps, found, color=colour, marker="o", markersize=4, label=results.name)
-        residuals = [_number(value) for value in results.median_residuals]
+        residuals = [number_or_nan(value) for value in results.median_residuals]
         residual.plot(range(1, len(residuals) + 1), residuals, color=colour)
         _plot_tolerances(tolerance, results, colour)
     steps = sorted({row.steps for results in several for row in results.steps})
@@ -166,7 +167,7 @@ def plot_results(several: Sequence[Results], path: Path) -> None:
 
 def _plot_tolerances(axes: Axes, results: Results, colour: tuple[float, ...]) -> None:
     """Draw a marker for each rtol, connected in the order of the mean steps."""
-    points = [(row.mean_steps, _number(row.accuracy.AP)) for row in results.tolerances]
+    points = [(row.mean_steps, number_or_nan(row.accuracy.AP)) for row in results.tolerances]
     axes.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=0.8, alpha=0.6)
     for point, marker in zip(points, cycle(MARKERS), strict=False):
         axes.plot(*point, color=colour, marker=marker, markersize=6, linestyle="")
@@ -187,7 +188,3 @@ def _spread(ticks: Sequence[int]) -> list[int]:
     if kept[-1] != ticks[-1]:
         kept[-1] = ticks[-1]
     return kept
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -101,7 +101,7 @@ def measure_latencies(
     images = cycle(list(islice(batches, RUNS)))
     for batch in tqdm(islice(images, WARM_UP + RUNS), desc="latency", total=WARM_UP + RUNS, disable=None):
         start, before = timed(partial(model.walk, batch, steps=0, rtol=0.0), model.device)
-        fixed.append(before + timed(torch.no_grad()(start.detections), model.device)[1])
+        fixed.append(before + timed(start.detections, model.device)[1])
         for name, solver in solvers.items():
             walk = partial(model.walk, batch, steps=STEPS, rtol=0.0, solver=solver)
             per_step[name].append((timed(walk, model.device)[1] - before) / STEPS)

@@ -9,7 +9,7 @@
 
 from .formats import FORMATS, MAIN, OutputFiles
 from .journal import Done, Journal, digest
-from .run import BATCHES, check_video, predict_images, predict_video
+from .run import BATCHES, predict_images, predict_video
 from .sources import Source, list_sources, read_image_info, read_list
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "MAIN",
     "OutputFiles",
     "Source",
-    "check_video",
     "digest",
     "list_sources",
     "predict_images",

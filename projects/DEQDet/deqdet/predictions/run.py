@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..demo.video import COMPLETE, Video
+from ..demo.video import Video
 from ..detections import Detections
 from ..errors import UserError, one_line
 from ..predictor import Predictor
@@ -71,18 +71,6 @@ def predict_video(
                 raise UserError(f"{video.name}: {error}") from error
             journal.add([_to_done(one, [number]) for one, (number, _) in zip(found, chunk, strict=True)])
             bar.update(len(chunk))
-
-
-def check_video(video: Video, count: int) -> None:
-    """Check that about as many frames were read as the file announces.
-
-    Raises:
-        UserError: no frame was read, or the video breaks off early.
-    """
-    if not count:
-        raise UserError(f"{video.name}: no frame can be read")
-    if video.length is not None and count < COMPLETE * video.length:
-        raise UserError(f"{video.name} breaks off: {count} of its {video.length} frames can be read")
 
 
 def _prepare(

@@ -26,8 +26,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
-
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -39,6 +37,7 @@ from ..data import (
     format_report,
     prepare_datasets,
 )
+from ..drawing import save_picture
 from ..engine import UserError, add_config_arguments, exit_on_user_error, load_config, parse_arguments
 from ..engine.arguments import add_folder_arguments
 from ..engine.configuration import explained_datasets
@@ -134,7 +133,7 @@ def write_contact_sheets(names: Sequence[str], file: Path, count: int) -> None:
     for name in names:
         path = file if len(names) == 1 else file.with_name(f"{file.stem}-{name.replace('/', '_')}{file.suffix}")
         sheet = draw_contact_sheet(DatasetCatalog.get(name), MetadataCatalog.get(name).thing_classes, count)
-        _save(sheet, path)
+        save_picture(sheet, path)
         print(f"{path}: images of {name} with their boxes")
 
 
@@ -148,7 +147,8 @@ def write_augmented(cfg: CfgNode, file: Path, count: int) -> None:
         raise UserError("--draw-augmented: DATASETS.TRAIN is empty, so there is nothing to train on")
     with explained_datasets():
         inputs = find_first_inputs(cfg, count)
-    _save(draw_inputs(inputs, MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes, order=cfg.INPUT.FORMAT), file)
+    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes
+    save_picture(draw_inputs(inputs, names, order=cfg.INPUT.FORMAT), file)
     print(f"{file}: the first {len(inputs)} images of a training, as INPUT.AUGMENTATION {cfg.INPUT.AUGMENTATION} and "
           f"INPUT.RANDOM_FLIP {cfg.INPUT.RANDOM_FLIP} change them")  # fmt: skip
 
@@ -175,13 +175,6 @@ def write_results(cfg: CfgNode, results: Path, file: Path, count: int, threshold
         print(f"  {path}: {mistakes}")
     if wrong:
         print(f"{file}: ground truth beside detections, the worst image first")
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    try:
-        sheet.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def make_parser() -> argparse.ArgumentParser:

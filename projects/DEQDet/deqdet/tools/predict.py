@@ -33,7 +33,6 @@ from ..predictions import (
     Journal,
     OutputFiles,
     Source,
-    check_video,
     digest,
     list_sources,
     predict_images,
@@ -139,12 +138,12 @@ def _predict_video(args: argparse.Namespace) -> None:
                 _write(args, journal, _describe_frames(args, journal, predictor))
         finally:
             journal.close()
-        check_video(video, len(journal.done))
+        video.check_complete(len(journal.done))
     finally:
         video.capture.release()
 
 
-def _open_journal(args: argparse.Namespace, predictor: Predictor, **more: object) -> Journal:
+def _open_journal(args: argparse.Namespace, predictor: Predictor, video: list | None = None) -> Journal:
     """Open the journal of the output folder; its settings have the names by which users know them."""
     cfg = predictor.cfg.clone()
     cfg.defrost()
@@ -158,7 +157,7 @@ def _open_journal(args: argparse.Namespace, predictor: Predictor, **more: object
         "--rtol": args.rtol,
         "--solver": args.solver,
         "--batch-size": args.batch_size,
-        "--video-input": more.get("video"),
+        "--video-input": video,
         "--images-from": bool(args.images_from),
     }
     return Journal(args.output, settings, group=BATCHES * args.batch_size, overwrite=args.overwrite)

@@ -28,6 +28,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
 from ..checkpoints.files import AUTHOR, COUNTER, write_safetensors, write_torch
+from ..checkpoints.implied import BODY
 from ..data import ShapesConfig, random_state_kept, seed_all
 from ..data.shapes import CLASSES, draw_scene
 from ..engine import UserError, adapt_device, add_config_arguments, exit_on_user_error, load_config, parse_arguments
@@ -35,7 +36,6 @@ from ..engine.models import buildable
 from ..errors import describe_os_error
 
 DEFAULT_CONFIG = "quick/deqdet_shapes"
-PREFIX = "backbone.bottom_up."  # of a detector's parameters, whether a channel mapper or an FPN is on top
 IMAGE_SIZE, MIN_SIZE, MAX_SIZE = 64, 10.0, 60.0  # pixels: of an image's sides; of the longer side of a shape
 SHRINKING = 0.6  # of the iterations, in which the smallest shape goes from MAX_SIZE to MIN_SIZE
 # Seeds for draw_scene, to which --seed is added. The data sets of this project have seeds of one or two digits.
@@ -95,7 +95,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"accuracy {done.accuracy:.3f} on {HELD_OUT} held-out images, {len(CLASSES)} classes")
         numbers = {"iterations": args.iterations, "batch": args.batch, "seed": args.seed}
         write(done, args.output, made_by(cfg, numbers))
-        print(f"wrote {len(done.weights)} tensors {PREFIX}* to {args.output}: load the file with MODEL.WEIGHTS")
+        print(f"wrote {len(done.weights)} tensors {BODY}* to {args.output}: load the file with MODEL.WEIGHTS")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -164,7 +164,7 @@ def pretrain(cfg: CfgNode, *, iterations: int, batch: int, seed: int) -> Pretrai
         accuracy = measure_accuracy(model, HELD_OUT_SEED + seed)
     # The counters of BatchNorm are left out: nothing reads them, and frozen layers do not have them.
     states = {name: x for name, x in model.bottom_up.state_dict().items() if not name.endswith(COUNTER)}
-    return Pretrained({PREFIX + name: x.detach().cpu().clone() for name, x in states.items()}, accuracy)
+    return Pretrained({BODY + name: x.detach().cpu().clone() for name, x in states.items()}, accuracy)
 
 
 def build_bottom_up(cfg: CfgNode) -> nn.Module:
