@@ -3,7 +3,7 @@
 import pytest
 
 from deqdet import UserError
-from deqdet.atomic import replacing, write_text
+from deqdet.atomic import prepare_output, replacing, write_text
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
@@ -25,6 +25,16 @@ def test_two_writers_do_not_mix(tmp_path):
         assert path.read_bytes() == b"tttt"
         one.write(b"oo")
     assert path.read_bytes() == b"ooo" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_folder_of_an_output_is_made(tmp_path):
+    prepare_output(tmp_path / "new" / "folder" / "a.txt")
+    assert (tmp_path / "new" / "folder").is_dir()
+    write_text("x", tmp_path / "file")
+    with pytest.raises(UserError, match=r"file/a.txt cannot be written: its folder cannot be created \(File exists\)"):
+        prepare_output(tmp_path / "file" / "a.txt")
+    with pytest.raises(UserError, match="new cannot be written: it is a folder"):
+        prepare_output(tmp_path / "new")
 
 
 def test_a_disk_error_names_the_file_and_the_reason(tmp_path):

@@ -329,9 +329,8 @@ def test_a_wrong_kind_is_refused_by_names(tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("missing/model.pth", "is not a folder, create it first"),
-    ("file/model.pth", "is not a folder"),
-    ("folder", "it is not a regular file"),
+    ("file/model.pth", "cannot be written: its folder cannot be created (File exists)"),
+    ("folder", "it is a folder"),
     ("model.pkl", "detectron2 reads .pkl files as pickles: give"),
     ("link.pth", "is the checkpoint to be converted"),
     ("source.pth", "is the checkpoint to be converted"),

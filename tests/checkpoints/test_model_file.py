@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from detectron2.config import get_cfg
 
-from deqdet import add_deqdet_config
+from deqdet import UserError, add_deqdet_config
 from deqdet.checkpoints import (
     Checkpointer,
     CheckpointError,
@@ -160,7 +160,7 @@ def test_class_names_and_formats_must_fit(written, small_cfg, tmp_path):
         write(cfg=small_cfg("INPUT.FORMAT", "L"))
     with pytest.raises(CheckpointError, match=r"name must end in .safetensors"):
         write(target=tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match=r"missing/model.safetensors cannot be written \(No such file"):
+    with pytest.raises(UserError, match=r"missing/model.safetensors cannot be written \(No such file"):
         write(target=tmp_path / "missing" / "model.safetensors")
     with pytest.raises(ValueError, match="notes must not begin with 'deqdet.': deqdet.format"):
         write(notes={"deqdet.format": "2"})

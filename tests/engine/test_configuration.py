@@ -20,7 +20,8 @@ pytestmark = IN_PROCESS
         (["MODEL.NUM_QUERIES", 3], r"unknown config key MODEL.NUM_QUERIES; .*MODEL.DEQDET.NUM_QUERIES"),
         (["XYZ.QWERTY", 3], r"unknown config key XYZ.QWERTY; the known ones are in "),
         (["SOLVER.MAX_ITER", "many"], r"the command line: SOLVER.MAX_ITER cannot be many \(type str\): it must be a"),
-        (["SOLVER.MAX_ITER=3"], r"must be KEY VALUE pairs separated by spaces, but got SOLVER.MAX_ITER=3"),
+        (["SOLVER.MAX_ITER=3"], r"must be KEY VALUE pairs .*, but SOLVER.MAX_ITER=3 stands in the place of a key"),
+        (["SEED", 1, "SOLVER.MAX_ITER"], r"must be KEY VALUE pairs .*, but SOLVER.MAX_ITER has no value"),
         (["SOLVER.MAX_ITER", 3, "--eval-only"], r"--eval-only must come before the KEY VALUE pairs"),
     ],
 )

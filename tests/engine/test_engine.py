@@ -12,7 +12,7 @@ from torch import nn
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
-from deqdet.engine import Trainer, UserError, run, setup
+from deqdet.engine import Trainer, UserError, load_config, run, setup
 from deqdet.engine.evaluation import StepsEvaluator
 from deqdet.engine.hooks import average_batch_norm, peak_memory_mb
 from deqdet.engine.launcher import _hidden_gpus, count_cores
@@ -64,6 +64,25 @@ def test_the_order_of_the_hooks(toy_config):
         "EvalHook", "EvalHook", "EvalHook",  # the weights, their losses, the averaged weights
         "BestCheckpointer", "EvaluationsWriter", "ModelFileWriter", "EarlyStop", "StopOnSignal",
     ]  # fmt: skip
+
+
+def test_a_script_does_not_overwrite_a_training(toy_config, tmp_path):
+    """A script that calls Trainer itself, whose OUTPUT_DIR no command has claimed."""
+    cfg = load_config(parse(toy_config, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", tmp_path / "mine"))
+
+    def run_script(resume: bool) -> None:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+
+    run_script(resume=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").glob("model_*")}
+    message = r"mine already contains a training \(.*\): resume_or_load\(resume=True\) continues it"
+    with pytest.raises(UserError, match=message):
+        run_script(resume=False)
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").glob("model_*")} == before
+    cfg.SOLVER.MAX_ITER = 3
+    run_script(resume=True)
 
 
 def test_training_writes_losses_norms_and_the_last_evaluation(toy_config, tmp_path, capsys):

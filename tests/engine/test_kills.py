@@ -1,5 +1,6 @@
 """Trainings in processes of their own that are killed, stopped and frozen. tests/soak/kill_resume.py has many more."""
 
+import argparse
 import fcntl
 import os
 import signal
@@ -12,12 +13,14 @@ import pytest
 from soak.kill_resume import same
 
 from deqdet.checkpoints.files import read_torch
+from deqdet.engine import run
 from deqdet.engine.resume import CLOCK_FIGURES
 from deqdet.engine.signals import CONFIRMATION
 from deqdet.tools.train_net import work
 
 from helpers.engine_toy import IN_PROCESS, loggers_as_before, parse, write_dataset
 from helpers.toy_runs import command, environment, read_lines, run_toy, said
+from helpers.two_ranks import forked_ranks
 
 pytestmark = IN_PROCESS
 LONG = (
@@ -35,19 +38,24 @@ def end_of(out: Path) -> dict:
 
 
 def train(processes: int, config: str, *words) -> None:
-    """Train without an interruption. A single process is this one, which saves the time for imports.
+    """Train without an interruption, with as few imports as possible: they take most of the time."""
+    args = parse(config, "--num-gpus", processes, *words)
+    with loggers_as_before(), forked_ranks():
+        work(args) if processes == 1 else run(train_in_rank, args)
 
-    Two processes are told to meet at a port that is taken, and must find another one.
-    """
-    if processes == 1:
-        with loggers_as_before():
-            work(parse(config, *words))
-        return
+
+def train_in_rank(args: argparse.Namespace) -> None:
+    """Train in a new process, which imports this module, and so the toy detector."""
+    work(args)
+
+
+def train_despite_taken_port(config: str, *words) -> None:
+    """Train in two processes that are told to meet at a port that is taken, and must find another one."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        done = run_toy(config, "--num-gpus", processes, "--dist-url", url, *words)
+        done = run_toy(config, "--num-gpus", 2, "--dist-url", url, *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "another port is used instead" in done.stderr
 
@@ -57,12 +65,9 @@ def whole(tmp_path_factory):
     """The config, and for each number of processes the end of an uninterrupted training."""
     root = tmp_path_factory.mktemp("whole")
     config = write_dataset(root, "whole")
-    ends = {}
-    for processes in (1, 2):
-        out = root / f"out{processes}"
-        train(processes, config, *LONG, "OUTPUT_DIR", out)
-        ends[processes] = end_of(out)
-    return config, ends
+    train(1, config, *LONG, "OUTPUT_DIR", root / "out1")
+    train_despite_taken_port(config, *LONG, "OUTPUT_DIR", root / "out2")
+    return config, {processes: end_of(root / f"out{processes}") for processes in (1, 2)}
 
 
 @pytest.mark.parametrize("processes, kill, code", [

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from deqdet import Predictor
-from deqdet.engine import labelled_folder
+from deqdet.engine import labelled_folder, load_config
 from deqdet.engine.data_folder import DataInPlace, put_in_place
 from deqdet.engine.own_data import use_own_data
 from deqdet.errors import UserError
@@ -20,7 +20,7 @@ from deqdet.measurement.training_report import write_training_report
 from deqdet.model_zoo import get_config
 from deqdet.tools import report, train_net
 
-from helpers.engine_toy import IN_PROCESS
+from helpers.engine_toy import IN_PROCESS, parse
 from helpers.folders import PICTURES, draw, voc_xml, write, write_coco, write_voc
 
 pytestmark = IN_PROCESS
@@ -110,6 +110,27 @@ def test_resume_finds_the_same_split_and_settings(animals, capsys):
     assert Path("output/animals/data/config.yaml").read_text() == before
     expected, found = weights("whole"), weights()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_moved_run_uses_its_own_sets(animals):
+    """Not those of the run that has taken its old name."""
+    words = ["--data", "animals", "--num-gpus", "1", *TINY, "SOLVER.MAX_ITER", "1"]
+    train_net.main([*words, "OUTPUT_DIR", "one"])
+    own = {path.name: path.read_bytes() for path in Path("one/data").glob("*.json")}
+    forget_sets()
+    Path("one").rename("moved")
+    train_net.main([*words[:4], "--val-fraction", "0.5", *words[4:], "OUTPUT_DIR", "one"])
+    assert Path("one/data/val.json").read_bytes() != own["val.json"]
+    for config in ("moved/data/config.yaml", "moved/config.yaml"):
+        cfg = load_config(parse(config))
+        files = {Path(file).name: Path(file) for _, file, _ in cfg.DATASETS.REGISTER}
+        assert {name: path.read_bytes() for name, path in files.items()} == {
+            name: own[name] for name in ("train.json", "val.json")
+        }
+        assert {path.parent for path in files.values()} == {Path("moved/data").absolute()}
+    register = str([["x", str(Path("one/data/val.json").absolute()), "animals/images"]])
+    cfg = load_config(parse("moved/data/config.yaml", "DATASETS.REGISTER", register))  # what is given counts
+    assert cfg.DATASETS.REGISTER[0][1] == str(Path("one/data/val.json").absolute())
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

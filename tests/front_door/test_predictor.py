@@ -240,6 +240,14 @@ class TestLists:
             torch.testing.assert_close(result.instances.scores, predictor(image).instances.scores, rtol=0, atol=1e-5)
         assert predictor([]) == []
 
+    def test_a_stream_checks_its_options_at_once(self, predictor):
+        with pytest.raises(UserError, match="threshold must lie between 0 and 1, got '0.5'"):
+            predictor.stream([noise()], threshold="0.5")
+        with pytest.raises(UserError, match=r"got the single path a.png: give \['a.png'\]"):
+            predictor.stream("a.png")
+        with pytest.raises(UserError, match=r"got a generator; stream\(\) takes iterators of images"):
+            predictor(noise() for _ in range(2))
+
     def test_a_stream_reads_as_it_goes(self, predictor):
         asked = []
 
@@ -549,6 +557,8 @@ class TestDrawing:
         assert np.array_equal(picture, found.draw(save(tmp_path / "x.png", image)))
         assert np.array_equal(picture, found.draw(image[:, :, ::-1], channels="BGR"))
         assert found.draw(image, enlarge=False).shape == image.shape
+        with pytest.raises(UserError, match=r"these detections are of an image of \d+ x \d+ pixels, not of 70 x 5"):
+            found.draw(image[:5, :70])
 
     def test_detections_of_any_step_carry_no_gradient(self, make_predictor):
         path = make_predictor().walk(noise(), steps=3, record=range(4))
@@ -562,7 +572,7 @@ class TestDrawing:
     ({"steps": 2.5}, "steps must be at least 1 and a whole number, got 2.5"),
     ({"steps": "5"}, "steps must be at least 1 and a whole number, got '5'"),
     ({"rtol": "0.1"}, "rtol must be 0 or a positive number, got '0.1'"),
-    ({"threshold": "0.5"}, "the threshold must lie between 0 and 1, got 0.5"),
+    ({"threshold": "0.5"}, "the threshold must lie between 0 and 1, got '0.5'"),
     ({"solver": 5}, "solver must be a name or an object"),
     ({"solver": Broyden}, "solver must be a name or an object"),
     ({"solver": "anderson(history_size=2.5)"}, "history_size must be a whole number, got 2.5"),

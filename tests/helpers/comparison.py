@@ -1,8 +1,8 @@
 """Results of a comparison, as no training made them."""
 
+from deqdet.measurement.checkpoint_cost import Measurement
 from deqdet.measurement.comparison import Metrics, Result
 from deqdet.measurement.duplicates import Duplicates
-from deqdet.measurement.timing import Measurement
 
 MEASURED = Measurement(parameters=2_000_000, multiply_adds=3_000_000_000, image_size=[160, 192],
                        ms_per_image=40.0, inference_memory_mb=50.0,

@@ -629,6 +629,13 @@ def _(s):
     s.drop()
 
 
+@damage("an image so long that it would have no height once it is resized", LEFT_OUT, "its shorter side would vanish")
+def _(s):
+    Image.new("RGB", (20_000, 1)).save(s.picture())
+    s.images[1] |= {"width": 20_000, "height": 1}
+    s.drop()
+
+
 @damage("a TIFF of floats", LEFT_OUT, "its pixels have more than 16 bits")
 def _(s):
     Image.new("F", (WIDTH, HEIGHT)).save(s.image_root / "2.tif")

@@ -17,7 +17,7 @@ import time
 
 from detectron2.utils import comm
 
-from deqdet.checkpoints import files
+from deqdet import atomic
 from deqdet.engine import Trainer
 from deqdet.engine.resume import MetricsWriter
 
@@ -44,7 +44,7 @@ def at_iteration(action: str, iteration: int, rank: int) -> None:
 
 
 class KillingOs:
-    """The module os for `deqdet.checkpoints.files`, whose writing of one file does not end."""
+    """The module os for `deqdet.atomic`, whose writing of one file does not end."""
 
     def __init__(self, moment: str, name: str):
         self._moment = moment
@@ -86,7 +86,7 @@ def in_metrics(iteration: int) -> None:
 def prepare(kill: str) -> None:
     what, *rest = kill.split(":")
     if what in ("HALF", "BEFORE", "AFTER"):
-        files.os = KillingOs(what, rest[0])
+        atomic.os = KillingOs(what, rest[0])
     elif what == "EVALUATION":
         Trainer.test = classmethod(lambda cls, cfg, model: die())
     elif what.startswith("LINE@"):

@@ -13,6 +13,7 @@ import pytest
 
 from deqdet.errors import UserError
 from deqdet.measurement import comparison
+from deqdet.measurement.checkpoint_cost import Measurement
 from deqdet.measurement.comparison import (
     Run,
     check_record,
@@ -23,7 +24,6 @@ from deqdet.measurement.comparison import (
     read_metrics,
 )
 from deqdet.measurement.comparison_settings import check_budgets
-from deqdet.measurement.timing import Measurement
 
 from helpers.comparison import MEASURED
 from helpers.paths import ROOT

@@ -15,8 +15,8 @@ from deqdet.checkpoints.files import read_checkpoint, read_torch
 from deqdet.data.shapes import CLASSES
 from deqdet.tools import pretrain_backbone
 from deqdet.tools.pretrain_backbone import (
+    BODY,
     HELD_OUT_SEED,
-    PREFIX,
     TRAINING_SEED,
     draw_images,
     main,
@@ -53,8 +53,8 @@ def test_it_learns(capsys, monkeypatch):
 
 def test_the_statistics_of_batch_norm_are_in_the_file(make):
     weights = read_checkpoint(make("backbone.pth")).weights
-    assert all(name.startswith(PREFIX) and x.isfinite().all() for name, x in weights.items())
-    assert (weights[f"{PREFIX}stem.conv1.norm.running_mean"] != 0).all()
+    assert all(name.startswith(BODY) and x.isfinite().all() for name, x in weights.items())
+    assert (weights[f"{BODY}stem.conv1.norm.running_mean"] != 0).all()
     assert not [name for name in weights if name.endswith("num_batches_tracked")]
 
 
@@ -90,7 +90,7 @@ def test_every_detector_starts_from_it(make, name, suffix, caplog, monkeypatch):
         Checkpointer(model).load(str(path))
     weights = read_checkpoint(path).weights
     changed = {key for key, x in model.state_dict().items() if not torch.equal(x, before[key])}
-    mine = {key for key in before if key.startswith(PREFIX) and not key.endswith("num_batches_tracked")}
+    mine = {key for key in before if key.startswith(BODY) and not key.endswith("num_batches_tracked")}
     assert weights.keys() == mine
     assert all(torch.equal(model.state_dict()[key], x) for key, x in weights.items())
     assert changed <= mine and {key for key in mine if key.endswith(("conv1.weight", "running_var"))} <= changed
@@ -125,7 +125,7 @@ def test_shapes_become_smaller():
     (["--output", "a.pth", "--batch", "1"], "--batch is 1: it must be from 2 to"),
     (["--output", "a.pth", "--seed", "-1"], "--seed is -1: it must be from 0 to"),
     (["--output", "a.pkl"], "--output a.pkl must be a file whose name ends in .pth or .safetensors"),
-    (["--output", "file/a.pth"], "the folder of --output file/a.pth cannot be created"),
+    (["--output", "file/a.pth"], "file/a.pth cannot be written: its folder cannot be created"),
     (["--output", "a.pth", "MODEL.BACKBONE.NAME", "build_resnet_backbone"], "MODEL.BACKBONE.NAME .* choose one with"),
 ])  # fmt: skip
 def test_what_is_refused(tmp_path, monkeypatch, words, message):

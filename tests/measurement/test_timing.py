@@ -12,17 +12,9 @@ import torch
 
 from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
 from deqdet.errors import UserError
+from deqdet.measurement.checkpoint_cost import IMAGES, measure, measure_apart
 from deqdet.measurement.cost import count_multiply_adds
-from deqdet.measurement.timing import (
-    IMAGES,
-    WARM_UP,
-    Latency,
-    describe_machine,
-    measure,
-    measure_apart,
-    measure_latencies,
-    peak_memory,
-)
+from deqdet.measurement.timing import WARM_UP, Latency, describe_machine, measure_latencies, peak_memory
 
 SOLVERS = {"plain": FixedPointIteration(), "anderson": Anderson(history_size=3), "broyden": Broyden(history_size=2)}
 

@@ -343,6 +343,24 @@ class TestInterruptions:
         assert run("--input", images / "0.png", "--output", "out")[0] is None
         code, _, _ = run("--input", images / "0.png", "--output", "out")
         assert str(code) == "error: out/predictions.json already exists: choose another --output, or give --overwrite"
+
+    @pytest.mark.parametrize("form, name", [("yolo", "classes.txt"), ("coco", "images.json")])
+    def test_a_file_of_the_users_is_not_replaced(self, run, images, tmp_path, form, name):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / name).write_text("mine")
+        code, _, _ = run("--input", images, "--output", "out", "--format", form)
+        assert str(code) == f"error: out/{name} already exists: choose another --output, or give --overwrite"
+        assert contents(tmp_path / "out") == {name: b"mine"}
+
+    def test_training_labels_are_not_replaced(self, run, images, tmp_path):
+        (tmp_path / "out" / "labels").mkdir(parents=True)
+        (tmp_path / "out" / "labels" / "3.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+        words = "--input", images, "--output", "out", "--format", "yolo", "--overwrite"
+        code, _, _ = run(*words)
+        assert str(code).startswith("error: out/labels/3.txt was not written by this command, and may be a training")
+        assert (tmp_path / "out" / "labels" / "3.txt").read_text() == "0 0.5 0.5 0.1 0.1\n"
+        (tmp_path / "out" / "labels").rename(tmp_path / "mine")
+        assert run(*words)[0] is None and len(list((tmp_path / "out" / "labels").iterdir())) == 10
         assert run("--input", images / "0.png", "--output", "out", "--overwrite")[0] is None
 
     def test_two_runs_at_once_are_refused(self, run, images, tmp_path, model_file, monkeypatch):

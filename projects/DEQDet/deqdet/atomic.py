@@ -12,6 +12,21 @@ from .errors import UserError, describe_os_error, one_line
 UNFINISHED = ".unfinished."  # prefix of the names of incomplete files
 
 
+def prepare_output(path: Path) -> None:
+    """Create the folder of an output file. Commands call this first, so that no work is lost if it is not possible.
+
+    Raises:
+        UserError: the folder cannot be created, or `path` is a folder.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = describe_os_error(error)
+        raise UserError(f"{path} cannot be written: its folder cannot be created ({reason})") from error
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder, give the name of a file")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the folder of `path`, and rename it to `path` once it is complete and on the disk.

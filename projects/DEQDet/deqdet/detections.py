@@ -36,14 +36,20 @@ class Detections:
         """Draw the detections on their image, with names and scores, in one colour per class.
 
         Args:
-            image: the image that was given to the Predictor.
+            image: the image that was given to the Predictor, or the same in another size.
             channels: the order of an array or tensor, "RGB" or "BGR".
             enlarge: draw small images enlarged, so that the labels can be read.
 
         Returns:
             (H, W, 3) uint8 RGB.
+
+        Raises:
+            UserError: the image cannot be read, or has other proportions than the one in which the objects were found.
         """
         picture = to_array(image, channels)
+        (height, width), (h, w) = self.instances.image_size, picture.shape[:2]
+        if abs(h - height * w / width) > 1 and abs(w - width * h / height) > 1:
+            raise UserError(f"these detections are of an image of {width} x {height} pixels, not of {w} x {h}")
         picture = drawing.enlarge(picture) if enlarge else picture
         return drawing.draw_detections(picture, self.instances, self.class_names)
 

@@ -36,17 +36,26 @@ def coloured_metadata(metadata: Metadata) -> Metadata:
     return Metadata(name=f"{metadata.name}, coloured", thing_classes=classes, thing_colors=colours)
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Save a picture atomically, in the format of the file name.
+def find_format(path: Path) -> str:
+    """Return Pillow's name of the image format that a file name stands for.
 
     Raises:
-        UserError: the name has no suffix of an image format, or the file cannot be written.
+        UserError: the name has no suffix of a format that Pillow can write.
     """
     form = Image.registered_extensions().get(path.suffix.lower())
     if form not in Image.SAVE:
         raise UserError(f"{path} is no name for an image: let it end in .jpg or .png")
+    return form
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Save a picture atomically, in the format of the file name.
+
+    Raises:
+        UserError: see `find_format`; or the file cannot be written.
+    """
     with replacing(path) as file:
-        image.save(file, form, quality=90)
+        image.save(file, find_format(path), quality=90)
 
 
 class BoxVisualizer(Visualizer):

@@ -77,9 +77,12 @@ def put_overrides(cfg: CfgNode, pairs: Sequence[str]) -> None:
         if option.startswith("--"):
             raise UserError(f"{option} must come before the KEY VALUE pairs")
     if len(pairs) % 2:
-        raise UserError(f"overrides must be KEY VALUE pairs separated by spaces, but got {' '.join(pairs)}")
+        alone = next((key for key in pairs[::2] if not re.fullmatch(r"[A-Z][A-Z0-9_.]*", key)), None)
+        fault = f"{pairs[-1]} has no value" if alone is None else f"{alone} stands in the place of a key"
+        raise UserError(f"overrides must be KEY VALUE pairs separated by spaces, but {fault}")
     with explained(cfg, "the command line"):
         merge_overrides(cfg, pairs)
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)  # the shell leaves ~ in quotes, and there is none for a file
 
 
 def find_config(name: str | os.PathLike) -> str:

@@ -199,13 +199,19 @@ class Predictor:
         The arguments are those of a call.
 
         Raises:
-            UserError: as a call; an image without a path is named by its index.
+            UserError: at once if an option is wrong, and as a call; an image without a path is named by its index.
         """
         _check_batch_size(batch_size)
         lowest, options = self._lowest(threshold), self.options(steps, rtol, solver)
-        numbered = enumerate(images)
-        while chunk := [self._prepare_numbered(*pair, channels) for pair in islice(numbered, batch_size)]:
-            yield from self._detect(chunk, options, lowest)
+        if is_path(images):
+            raise UserError(f"stream takes an iterable of images, got the single path {images}: give [{str(images)!r}]")
+
+        def detect_all() -> Iterator[Detections]:
+            numbered = enumerate(images)
+            while chunk := [self._prepare_numbered(*pair, channels) for pair in islice(numbered, batch_size)]:
+                yield from self._detect(chunk, options, lowest)
+
+        return detect_all()
 
     def detect(
         self,
@@ -408,7 +414,7 @@ def _is_number(value: object) -> bool:
 
 def _check_threshold(threshold: float) -> float:
     if not _is_number(threshold) or not 0 <= threshold <= 1:
-        raise UserError(f"the threshold must lie between 0 and 1, got {threshold}")
+        raise UserError(f"the threshold must lie between 0 and 1, got {threshold!r}")
     return threshold
 
 

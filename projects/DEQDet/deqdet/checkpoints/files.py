@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..atomic import replacing
+from ..atomic import prepare_output, replacing
 from ..errors import UserError, describe_os_error
 
 # Where trainers put the weights in a checkpoint. A file without such an entry holds nothing but weights.
@@ -205,12 +205,13 @@ def _update(digest: "hashlib._Hash", value: object) -> None:
 def check_target(path: Path, source: Path) -> None:
     """Check, before any work is done, whether a checkpoint made from `source` can be written to `path`.
 
+    A missing folder is created.
+
     Raises:
-        CheckpointError: the folder is missing, or `path` is the source, not a regular file, or has the suffix of a
+        UserError: the folder cannot be created, or `path` is the source, not a regular file, or has the suffix of a
             format that detectron2 reads differently.
     """
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path} cannot be written: {path.parent} is not a folder, create it first")
+    prepare_output(path)
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} cannot be written: it is not a regular file")
     if path.exists() and source.exists() and path.samefile(source):

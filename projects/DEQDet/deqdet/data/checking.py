@@ -37,6 +37,7 @@ class CheckOptions:
     skip_broken: bool = False  # leave out unusable images and annotations instead of refusing the set
     allow_outside_root: bool = False
     max_image_pixels: int = 100_000_000
+    max_side: int = 0  # pixels: the longest side that the loaders leave an image when they resize it; 0: no limit
     box_format: str = "check"  # one of annotations.BOX_FORMATS
     num_queries: int = 0  # remark on images with more boxes than this; 0: no limit
     check_images: bool = True  # False: check only the annotation file, since this package has drawn the images
@@ -194,6 +195,10 @@ class _Check:
         if header.width * header.height > limit:
             words = f"has {shown} pixels, more than INPUT.MAX_IMAGE_PIXELS {limit}"
             return "too large", name, words
+        shorter, longer = sorted((header.width, header.height))
+        if 2 * shorter * self.options.max_side < longer and self.options.max_side:
+            words = f"has {shown} pixels; resized to {self.options.max_side} pixels, its shorter side would vanish"
+            return "too elongated", name, words
         given = image.width or header.width, image.height or header.height
         if given == (header.width, header.height):
             return None

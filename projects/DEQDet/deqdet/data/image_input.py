@@ -1,6 +1,7 @@
 """The kinds of images that the Predictor accepts: a path, a PIL image, an array or a tensor."""
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def to_array(image: ImageLike, channels: str) -> np.ndarray:
     if channels not in ("RGB", "BGR"):
         raise UserError(f"channels must be RGB or BGR, got {channels!r}")
     if is_path(image):
-        return read_image(image)
+        return read_image(os.path.expanduser(image))
     if isinstance(image, Image.Image):
         try:
             return np.array(to_rgb(turn_upright(image)))
@@ -40,7 +41,8 @@ def to_array(image: ImageLike, channels: str) -> np.ndarray:
         return _order(_tensor_to_array(image), channels)
     if isinstance(image, np.ndarray):
         return _order(_check_array(image), channels)
-    raise UserError(f"an image must be a path, a PIL image, an array or a tensor, got a {type(image).__name__}")
+    hint = "; stream() takes iterators of images" if isinstance(image, Iterator) else ""
+    raise UserError(f"an image must be a path, a PIL image, an array or a tensor, got a {type(image).__name__}{hint}")
 
 
 def _tensor_to_array(image: Tensor) -> np.ndarray:

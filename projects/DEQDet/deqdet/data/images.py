@@ -10,7 +10,7 @@ from ..errors import UserError, describe_os_error, one_line
 
 # The usual suffixes of formats that Pillow reads.
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jfif", ".jpe",
+    ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jfif", ".jpe", ".avif", ".jp2",
 )  # fmt: skip
 
 

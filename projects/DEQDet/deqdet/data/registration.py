@@ -268,6 +268,7 @@ def build_check_options(
         skip_broken=cfg.DATASETS.SKIP_BROKEN,
         allow_outside_root=cfg.DATASETS.ALLOW_OUTSIDE_ROOT,
         max_image_pixels=limit,
+        max_side=min(cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST),
         box_format=box_format if registered else "xywh" if ours else "check",
         num_queries=cfg.MODEL.DEQDET.NUM_QUERIES,
         check_images=not ours,

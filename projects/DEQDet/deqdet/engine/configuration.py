@@ -23,6 +23,7 @@ from ..data import check_datasets, prepare_datasets
 from ..errors import UserError, describe_os_error, one_line
 from ..model_zoo import find_config, get_config, put_overrides
 from ..plugins import import_plugins
+from .data_folder import follow_moved_sets
 from .determinism import set_determinism
 from .options import check_options
 from .pretrained import check_backbone_weights
@@ -138,7 +139,10 @@ def _read_config(args: argparse.Namespace) -> CfgNode:
     if not file:
         if not args.config_file:
             raise UserError("--config-file is missing: give a file, or a name such as quick/deqdet_shapes")
-        return get_config(args.config_file, args.opts, allow_remote=args.allow_remote_config)
+        cfg = get_config(args.config_file, args.opts, allow_remote=args.allow_remote_config)
+        if "DATASETS.REGISTER" not in args.opts[::2]:
+            follow_moved_sets(cfg, Path(args.config_file))
+        return cfg
     path = resolve_file(file)
     cfg = load_model_config(read_model_file(path))
     put_overrides(cfg, args.opts)

@@ -7,16 +7,20 @@ under new names, so that their paths do not change later. All processes of a run
 
 import filecmp
 import hashlib
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..atomic import replacing, write_text
 from ..errors import UserError, describe_os_error
+
+logger = logging.getLogger(__name__)
 
 FOLDER, CONFIG, FLAGS = "data", "config.yaml", "flags.json"  # the folder within OUTPUT_DIR, and its files
 _NEW = f"{FOLDER}.new."  # prefix of the folders of trainings that have not begun
@@ -101,6 +105,27 @@ def put_in_place(config_file: Path, sets: Iterable[str]) -> None:
         raise UserError(f"{error.filename or folder} cannot be replaced ({describe_os_error(error)})") from error
     for path in folder.parent.glob(f"{_NEW}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def follow_moved_sets(cfg: CfgNode, config_file: Path) -> None:
+    """Let the config of a `--data` run name the COCO files of its own folder, in place, wherever that now lies.
+
+    The config has absolute paths. If OUTPUT_DIR has been moved or renamed, they lead nowhere, or even to the files of
+    another run that has the old name now.
+
+    Args:
+        config_file: config.yaml in OUTPUT_DIR or in OUTPUT_DIR/data, or any other config file, which changes nothing.
+    """
+    parent = config_file.absolute().parent
+    folder = parent if parent.name == FOLDER else parent / FOLDER
+    if not (folder / FLAGS).is_file():
+        return
+    for entry in cfg.DATASETS.REGISTER:
+        known = Path(entry[1])
+        own = folder / known.name
+        if known.parent.name == FOLDER and _SET.fullmatch(known.name) and known != own and own.is_file():
+            logger.info("%s: %s is used in place of %s, since the folder has been moved", config_file, own, known)
+            entry[1] = str(own)
 
 
 class DataInPlace(HookBase):

@@ -57,9 +57,7 @@ def check_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
         return
     if args.resume:
         return
-    names = dict.fromkeys(path.name for path in (*results, *_find_foreign(folder)) if path.stat().st_size > 0)
-    found = [name for name in names if not name.startswith("events.")]  # a failed start may have created one
-    if found:
+    if found := _name_files([*results, *_find_foreign(folder)]):
         raise UserError(
             f"OUTPUT_DIR {folder} already contains a training ({list_first(found)}): --resume continues it, "
             "--overwrite deletes it, or choose another folder"
@@ -116,17 +114,27 @@ def hold_config(folder: Path, text: str) -> None:
     _configs[str(folder.resolve())] = text
 
 
-def begin_training(folder: Path) -> None:
+def begin_training(folder: Path, *, resumed: bool) -> None:
     """Carry out the changes to OUTPUT_DIR that were deferred while the new training could still be refused.
 
     If the folder was claimed with `overwrite`, the old training and its detections are deleted; then the config.yaml of
     `hold_config` is written. If a config, a data set or weights turn out to be wrong before that, the folder is
     unchanged.
 
+    A folder that was not claimed, as in a script that calls Trainer itself, may hold a training only if it is resumed.
+
     Raises:
-        UserError: a file cannot be deleted or written.
+        UserError: a file cannot be deleted or written; or the folder was not claimed, and it is in use by another
+            process or holds a training that is not resumed.
     """
     key = str(folder.resolve())
+    if key not in _locks:
+        refuse_folder_in_use(folder)
+        if not resumed and (found := _name_files(find_results(folder))):
+            raise UserError(
+                f"OUTPUT_DIR {folder} already contains a training ({list_first(found)}): resume_or_load(resume=True) "
+                "continues it; else delete these files, or choose another folder"
+            )
     if key in _overwritten:
         _delete_training(folder)
         _overwritten.remove(key)
@@ -149,6 +157,12 @@ def _delete_training(folder: Path) -> None:
 def find_results(folder: Path) -> list[Path]:
     """Return the files of a training in a folder, sorted by name: checkpoints, models, metrics."""
     return sorted(path for path in list_files(folder) if _RESULTS.fullmatch(path.name))
+
+
+def _name_files(paths: Sequence[Path]) -> list[str]:
+    """Return the names of files, each once, without those that a failed start leaves: empty ones, and events."""
+    names = dict.fromkeys(path.name for path in paths if path.stat().st_size > 0)
+    return [name for name in names if not name.startswith("events.")]
 
 
 def has_other_test_sets(folder: Path, names: Sequence[str]) -> bool:

@@ -195,7 +195,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
                 self.cfg.MODEL.WEIGHTS,
             )
         if comm.is_main_process():
-            begin_training(Path(self.cfg.OUTPUT_DIR))
+            begin_training(Path(self.cfg.OUTPUT_DIR), resumed=self._resuming)
         super().before_train()
         if self._resuming:
             self._go_back_to_checkpoint()

@@ -17,6 +17,7 @@ from ..atomic import write_text
 from ..engine import build_model, check_processes, check_run, load_config
 from ..errors import UserError
 from ..model_zoo import find_config
+from .checkpoint_cost import Measurement
 from .comparison_settings import (
     OWN_KEYS,
     carry_over,
@@ -27,7 +28,7 @@ from .comparison_settings import (
 )
 from .json_numbers import finite_or_none
 from .metrics_file import read_lines
-from .timing import Measurement, describe_machine
+from .timing import describe_machine
 from .training_process import run_training
 
 EVALUATIONS = 6  # per training run, if no period is given

@@ -7,7 +7,7 @@
 - `leftovers`: the deletion of output files of an earlier run.
 """
 
-from .formats import FORMATS, MAIN, OutputFiles
+from .formats import FORMATS, WRITTEN, OutputFiles
 from .journal import Done, Journal, digest
 from .run import BATCHES, predict_images, predict_video
 from .sources import Source, list_sources, read_image_info, read_list
@@ -17,7 +17,7 @@ __all__ = [
     "Done",
     "FORMATS",
     "Journal",
-    "MAIN",
+    "WRITTEN",
     "OutputFiles",
     "Source",
     "digest",

@@ -10,11 +10,12 @@ from pathlib import Path
 from ..atomic import write_text
 from ..demo.files import plan_texts
 from .journal import Done
-from .leftovers import delete_images_file, delete_labels
+from .leftovers import delete_images_file, delete_labels, refuse_foreign_labels
 
 COCO_NAME, IMAGES_NAME, CSV_NAME = "predictions.json", "images.json", "predictions.csv"
 LABELS_NAME, CLASSES_NAME = "labels", "classes.txt"
-MAIN = {"coco": COCO_NAME, "yolo": LABELS_NAME, "csv": CSV_NAME}  # their existence shows that a run has finished
+# What each format writes. The existence of the first shows that a run has finished.
+WRITTEN = {"coco": (COCO_NAME, IMAGES_NAME), "yolo": (LABELS_NAME, CLASSES_NAME), "csv": (CSV_NAME,)}
 _COLUMNS = ("image", "frame", "class_id", "class", "score", "x0", "y0", "x1", "y1")
 
 
@@ -65,8 +66,12 @@ def write_yolo(output: OutputFiles) -> list[Path]:
 
     classes.txt beside that folder lists the class names in the order of the indices. If several images have the same
     name, later ones get _2, _3, ... Skipped images get no file.
+
+    Raises:
+        UserError: a file cannot be written or deleted, or one of the label files that exist is not of an earlier run.
     """
     texts = plan_texts(output.paths, output.folder / LABELS_NAME)
+    refuse_foreign_labels(texts)
     if output.overwrite:
         written = [path for done, path in zip(output.done, texts, strict=True) if done.size is not None]
         delete_labels(output.folder / LABELS_NAME, written)

@@ -1,7 +1,7 @@
 """Delete the output files of an earlier run, but no file that may have another origin."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..errors import UserError, describe_os_error
@@ -31,6 +31,24 @@ def delete_labels(folder: Path, kept: Collection[Path]) -> None:
                 path.unlink()
     except OSError as error:
         raise _undeletable(folder, error) from error
+
+
+def refuse_foreign_labels(paths: Iterable[Path]) -> None:
+    """Check that no label file that would be overwritten is of another origin, such as training labels (no scores).
+
+    Raises:
+        UserError: one of them is, or cannot be read.
+    """
+    for path in paths:
+        try:
+            foreign = path.is_file() and not _LABELS.fullmatch(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({describe_os_error(error)})") from error
+        if foreign:
+            raise UserError(
+                f"{path} was not written by this command, and may be a training label: move the folder {path.parent} "
+                "and run the same command again, or choose another --output"
+            )
 
 
 def delete_images_file(path: Path, images_from: Path) -> None:

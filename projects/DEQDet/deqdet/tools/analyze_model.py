@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..atomic import write_text
+from ..atomic import prepare_output, write_text
 from ..data import build_train_loader
 from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
 from ..errors import UserError
@@ -80,6 +80,8 @@ def analyze(args: argparse.Namespace) -> None:
         raise UserError(f"--size must be two positive numbers of pixels, height and width, got {height} {width}")
     if args.batches < 1:
         raise UserError(f"--batches must be at least 1, got {args.batches}")
+    if args.output:
+        prepare_output(args.output)
     cfg, found, tables = load_config(args), {}, []
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg) if {"parameter", "flop"} & set(args.tasks) else None

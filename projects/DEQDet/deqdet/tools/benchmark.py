@@ -19,7 +19,7 @@ import torch
 
 from detectron2.config import CfgNode
 
-from ..atomic import write_text
+from ..atomic import prepare_output, write_text
 from ..engine import add_config_arguments, build_model, exit_on_user_error, load_config, parse_arguments
 from ..engine.configuration import adapt_device
 from ..errors import UserError
@@ -72,6 +72,8 @@ def measure(args: argparse.Namespace) -> None:
     for name in ("batch", "height", "width", "threads", *(["steps"] if args.task == "step" else [])):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.output:
+        prepare_output(args.output)
     if args.repeats < 2:
         raise UserError(f"--repeats must be at least 2, got {args.repeats}: quartiles need several times")
     if args.count_only and args.task != "memory":

@@ -29,6 +29,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..atomic import prepare_output
 from ..data import (
     CheckedSet,
     draw_contact_sheet,
@@ -37,7 +38,7 @@ from ..data import (
     format_report,
     prepare_datasets,
 )
-from ..drawing import save_picture
+from ..drawing import find_format, save_picture
 from ..engine import UserError, add_config_arguments, exit_on_user_error, load_config, parse_arguments
 from ..engine.arguments import add_folder_arguments
 from ..engine.configuration import explained_datasets
@@ -58,6 +59,10 @@ def main(words: Sequence[str] | None = None) -> None:
             raise UserError(f"--images must be at least 1, got {args.images}")
         if args.threshold is not None and not 0 <= args.threshold <= 1:
             raise UserError(f"--threshold must lie between 0 and 1, got {args.threshold}")
+        for file in (args.contact_sheet, args.draw_augmented, *(args.draw_results or ())[1:]):
+            if file:
+                find_format(Path(file))
+                prepare_output(Path(file))
         with checked_sets(args) as (cfg, checked):
             names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
             for name in names:

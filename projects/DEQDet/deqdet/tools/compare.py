@@ -28,9 +28,9 @@ from pathlib import Path
 
 from ..engine import add_plugin_argument, exit_on_user_error, parse_arguments
 from ..engine.signals import interruptible
+from ..measurement.checkpoint_cost import Measurement, measure_apart
 from ..measurement.comparison import Run, complete, find_unlisted, name_seeds, prepare_runs
 from ..measurement.comparison_report import write_report
-from ..measurement.timing import Measurement, measure_apart
 
 TRAIN = (sys.executable, "-m", "deqdet.tools.train_net")
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from ..atomic import prepare_output
 from ..engine import add_config_arguments, exit_on_user_error, load_config, parse_arguments
 from ..errors import UserError
 from ..extras import how_to_install
@@ -34,6 +35,7 @@ def main(words: Sequence[str] | None = None) -> None:
             from ..export import check_export, export_detector
         except ImportError as error:
             raise UserError(f"{error}, which the export needs: {how_to_install('export')}") from error
+        prepare_output(args.output)
         cfg = load_config(args)
         predictor = Predictor.from_config(cfg, device="cpu")
         options = predictor.options(args.steps, args.rtol, args.solver)

@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..atomic import prepare_output
 from ..checkpoints.known_weights import KNOWN_WEIGHTS, KnownWeights, write_known_weights
 from ..engine import exit_on_user_error
-from ..errors import UserError, describe_os_error, one_line
+from ..errors import UserError, one_line
 
 TIMEOUT = 600  # seconds that a download may take
 
@@ -50,10 +51,7 @@ def check_output(path: Path) -> None:
     """
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path} must end in .safetensors")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {path}: its folder cannot be created ({describe_os_error(error)})") from error
+    prepare_output(path)
 
 
 def download(known: KnownWeights, folder: Path) -> Path:

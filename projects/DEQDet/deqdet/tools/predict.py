@@ -29,7 +29,7 @@ from ..errors import UserError, plural
 from ..predictions import (
     BATCHES,
     FORMATS,
-    MAIN,
+    WRITTEN,
     Journal,
     OutputFiles,
     Source,
@@ -40,6 +40,7 @@ from ..predictions import (
     read_image_info,
     read_list,
 )
+from ..predictions.formats import IMAGES_NAME
 from ..predictions.journal import NAME
 from ..predictor import Predictor
 from .trained import add_solver_arguments, load_predictor
@@ -92,9 +93,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--images-from: --input must be the one folder that contains its images")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output} is a file: give a folder")
-    target = args.output / MAIN[args.format]
-    if target.exists() and not args.overwrite and not (args.output / NAME).exists():
-        raise UserError(f"{target} already exists: choose another --output, or give --overwrite")
+    names = [name for name in WRITTEN[args.format] if not (args.images_from and name == IMAGES_NAME)]
+    present = [path for name in names if (path := args.output / name).exists()]
+    if present and not args.overwrite and not (args.output / NAME).exists():
+        raise UserError(f"{present[0]} already exists: choose another --output, or give --overwrite")
 
 
 def _predict_images(args: argparse.Namespace) -> None:

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
+from ..atomic import prepare_output
 from ..checkpoints.files import AUTHOR, COUNTER, write_safetensors, write_torch
 from ..checkpoints.implied import BODY
 from ..data import ShapesConfig, random_state_kept, seed_all
 from ..data.shapes import CLASSES, draw_scene
 from ..engine import UserError, adapt_device, add_config_arguments, exit_on_user_error, load_config, parse_arguments
 from ..engine.models import buildable
-from ..errors import describe_os_error
 
 DEFAULT_CONFIG = "quick/deqdet_shapes"
 IMAGE_SIZE, MIN_SIZE, MAX_SIZE = 64, 10.0, 60.0  # pixels: of an image's sides; of the longer side of a shape
@@ -122,13 +122,9 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag, low, high in (("iterations", 1, 10**7), ("batch", 2, 10**5), ("seed", 0, 10**9 - 1)):
         if not low <= getattr(args, flag) <= high:
             raise UserError(f"--{flag} is {getattr(args, flag)}: it must be from {low} to {high:,}")
-    if args.output.suffix not in (".pth", ".safetensors") or args.output.is_dir():
+    if args.output.suffix not in (".pth", ".safetensors"):
         raise UserError(f"--output {args.output} must be a file whose name ends in .pth or .safetensors")
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = describe_os_error(error)
-        raise UserError(f"the folder of --output {args.output} cannot be created ({reason}): choose another") from error
+    prepare_output(args.output)
 
 
 def pretrain(cfg: CfgNode, *, iterations: int, batch: int, seed: int) -> Pretrained:
