@@ -213,6 +213,11 @@ def find_class_names(cfg: CfgNode) -> list[str]:
             reasons.append(f"No class names from {name} of DATASETS.{key}: {reason}")
     if reasons:
         logger.warning("%s. The classes are numbered.", reasons[-1])
+    return number_classes(count)
+
+
+def number_classes(count: int) -> list[str]:
+    """Return the names of classes that have none: "class 0", "class 1", ..."""
     return [f"class {i}" for i in range(count)]
 
 
