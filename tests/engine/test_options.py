@@ -8,6 +8,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from deqdet import Predictor, add_deqdet_config, model_zoo
+from deqdet.config_keys import flatten
 from deqdet.decoders import build_solver
 from deqdet.engine import UserError, argument_parser, check_options, configuration, parse_arguments, run, setup
 from deqdet.engine.options import RANGES
@@ -28,7 +29,7 @@ def leaves(cfg):
     """Keys with their values, without sections; an open section counts as a key."""
     return {
         key: value
-        for key, value in model_zoo.flatten(cfg)
+        for key, value in flatten(cfg)
         if not isinstance(value, CfgNode) or key == "MODEL.DEQDET.SOLVER.OPTIONS"
     }
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_deqdet_config
+from ..config_keys import find_section, read_key
 from ..data import number_classes
 from ..errors import one_line
 from ..extras import how_to_install
@@ -194,8 +195,8 @@ def load_model_config(header: ModelHeader) -> CfgNode:
     except (AssertionError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the config in {source} has a value that does not fit: {one_line(error)}") from error
     for key in LOCAL_KEYS:  # which a file by another program may contain
-        section, name = _locate(cfg, key)
-        section[name] = _locate(defaults, key)[0][name]
+        section, name = find_section(cfg, key)
+        section[name] = read_key(defaults, key)
     return cfg
 
 
@@ -304,17 +305,9 @@ def _portable_config(cfg: CfgNode) -> str:
     """Return the config as YAML, without LOCAL_KEYS."""
     plain = yaml.safe_load(cfg.dump())
     for key in LOCAL_KEYS:
-        section, name = _locate(plain, key)
+        section, name = find_section(plain, key)
         section.pop(name, None)
     return yaml.safe_dump(plain)
-
-
-def _locate(config: dict, key: str) -> tuple[dict, str]:
-    """Return the section that contains a dotted key, and the key's last part."""
-    *sections, name = key.split(".")
-    for section in sections:
-        config = config[section]
-    return config, name
 
 
 def _to_half(name: str, value: Tensor) -> Tensor:
