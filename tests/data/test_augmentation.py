@@ -133,18 +133,3 @@ def test_default_sizes_are_detrs():
     assert (first.short_edge_length, first.is_range) == ([400, 500, 600], False)
     assert (second.crop_type, second.crop_size) == ("absolute_range", [384, 600])
     assert (resize.short_edge_length, resize.max_size) == ((800,), 1333)
-
-
-@pytest.mark.parametrize(
-    "key, value, words",
-    [
-        ("INPUT.AUGMENTATION", "4x", "INPUT.AUGMENTATION is '4x': it must be one of 1x, 2x"),
-        ("INPUT.RANDOM_FLIP", "up", "INPUT.RANDOM_FLIP is 'up': it must be one of none, horizontal, vertical, both"),
-        ("INPUT.CROP.ENABLED", True, "INPUT.CROP.ENABLED must be False"),
-    ],
-)
-def test_unknown_options(key, value, words):
-    cfg = make_cfg("1x")
-    cfg.merge_from_list([key, value])
-    with pytest.raises(ValueError, match=words):
-        build_mapper(cfg, is_train=True)

@@ -7,13 +7,8 @@ from detectron2.data import transforms as T
 def build_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
     """List the training augmentations: the flips of INPUT.RANDOM_FLIP, then the policy that INPUT.AUGMENTATION names.
 
-    A crop may leave an image without boxes, which training allows.
-
-    Raises:
-        ValueError: the policy or the flip is unknown, or INPUT.CROP is enabled, which the policies replace.
+    A crop may leave an image without boxes, which training allows. The policies replace INPUT.CROP, which is not read.
     """
-    if cfg.INPUT.CROP.ENABLED:
-        raise ValueError("INPUT.CROP.ENABLED must be False: use INPUT.AUGMENTATION and INPUT.DETR_CROP")
     left_right, up_down = T.RandomFlip(), T.RandomFlip(horizontal=False, vertical=True)
     flips = {"none": [], "horizontal": [left_right], "vertical": [up_down], "both": [left_right, up_down]}
     # As in DETR, half of the images are resized and cropped before the final resize.
@@ -24,13 +19,7 @@ def build_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
     policies = {"1x": [], "2x": [T.RandomApply(T.AugmentationList(crop), prob=0.5)]}
     size = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
     return [
-        *_choose("INPUT.RANDOM_FLIP", flips, cfg.INPUT.RANDOM_FLIP),
-        *_choose("INPUT.AUGMENTATION", policies, cfg.INPUT.AUGMENTATION),
+        *flips[cfg.INPUT.RANDOM_FLIP],
+        *policies[cfg.INPUT.AUGMENTATION],
         T.ResizeShortestEdge(*size),
     ]
-
-
-def _choose(key: str, options: dict[str, list[T.Augmentation]], name: str) -> list[T.Augmentation]:
-    if name not in options:
-        raise ValueError(f"{key} is {name!r}: it must be one of {', '.join(options)}")
-    return options[name]

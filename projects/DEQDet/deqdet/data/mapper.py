@@ -57,11 +57,7 @@ class ImageMapper(DatasetMapper):
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> ImageMapper:
-    """Build the mapper of a config, in training with the augmentations that INPUT.AUGMENTATION names.
-
-    Raises:
-        ValueError: as `build_augmentation`.
-    """
+    """Build the mapper of a config, in training with the augmentations that INPUT.AUGMENTATION names."""
     if not is_train:
         return ImageMapper(cfg, is_train=False)
     return build_box_mapper(cfg, build_augmentation(cfg))

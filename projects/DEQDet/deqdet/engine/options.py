@@ -18,7 +18,7 @@ from ..layers import REFINEMENT_LAYER_REGISTRY
 from ..layers.sparse_rcnn import ATTENTIONS
 from ..perturbation import KINDS
 from .early_stop import METRICS
-from .optimizer import LR_RULES
+from .optimizer import CLIP_TYPES, LR_RULES
 from .ranges import Range, either, integer, is_device, is_finite, named, number, one_of, refused, several
 from .relations import LEVELS, RELATIONS
 from .step import PRECISIONS as AMP_PRECISIONS
@@ -195,7 +195,7 @@ RANGES: dict[str, Range] = {
     "SOLVER.IMS_PER_BATCH": integer(1, 1_000_000),
     "SOLVER.REFERENCE_WORLD_SIZE": integer(0),
     "SOLVER.CLIP_GRADIENTS.ENABLED": SWITCH,
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("full_model", "value", "norm"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of(*CLIP_TYPES),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": either(POSITIVE, Range("inf", lambda value: value == math.inf)),
     "SOLVER.AMP.ENABLED": SWITCH,
