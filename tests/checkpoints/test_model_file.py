@@ -22,7 +22,9 @@ from deqdet.checkpoints import (
     CompleteCheckpointer,
     is_model_file,
     load_model_config,
+    read_entries,
     read_model_file,
+    read_model_header,
     resolve_file,
     write_model_file,
 )
@@ -39,6 +41,9 @@ def written(small_cfg, small_model, tmp_path):
     path, weights = tmp_path / "model.safetensors", small_model().state_dict()
     write_model_file(path, weights=weights, cfg=small_cfg(), class_names=NAMES, notes={"trained on": "noise"})
     return path, weights
+
+
+READERS = [read_model_file, read_model_header]
 
 
 def edit(path, **changes: str | None) -> None:
@@ -177,6 +182,26 @@ def test_every_flipped_byte_of_the_data_is_found(written):
             read_model_file(path)
 
 
+def test_the_header_is_read_without_the_tensors(written, small_model):
+    """A changed tensor is found when the weights are loaded, and only then."""
+    path, _ = written
+    whole, content = read_model_file(path), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    header = read_model_header(path)
+    assert {**vars(header), "weights": whole.weights} == vars(whole)
+    assert load_model_config(header) == load_model_config(whole)
+    for load in (read_model_file, read_entries, lambda file: Checkpointer(small_model()).load(str(file))):
+        with pytest.raises(CheckpointError, match=r"model.safetensors is damaged \(its checksum does not match\)"):
+            load(path)
+
+
+@pytest.mark.parametrize("names, known", [(NAMES, tuple(NAMES)), (["class 0", "class 1", "class 2"], ())])
+def test_numbers_are_no_known_names(small_cfg, tmp_path, names, known):
+    path = tmp_path / "model.safetensors"
+    write_model_file(path, weights={"a": torch.zeros(2)}, cfg=small_cfg(), class_names=names)
+    assert read_model_header(path).class_names == tuple(names) and read_model_header(path).known_names == known
+
+
 def test_a_changed_config_is_found(written):
     path, _ = written
     content = path.read_bytes()
@@ -186,8 +211,9 @@ def test_a_changed_config_is_found(written):
         read_model_file(path)
 
 
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("content", [b"", b"hello world, this is text", b"\x08\0\0\0\0\0\0\0{}      ", None])
-def test_other_files(tmp_path, content):
+def test_other_files(tmp_path, content, read):
     path = tmp_path / "x.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -195,34 +221,38 @@ def test_other_files(tmp_path, content):
     message = "without a config" if content and b"{}" in content else "is damaged or not a safetensors file"
     message = "x.safetensors does not exist: correct its path" if content is None else message
     with pytest.raises(CheckpointError, match=message):
-        read_model_file(path)
+        read(path)
 
 
-def test_a_checkpoint_is_no_model_file(tmp_path):
+@pytest.mark.parametrize("read", READERS)
+def test_a_checkpoint_is_no_model_file(tmp_path, read):
     path = tmp_path / "model_final.pth"
     torch.save({"model": {}}, path)
     with pytest.raises(CheckpointError, match="model_final.pth is not a model file .*--config-file.*deqdet-publish"):
-        read_model_file(path)
+        read(path)
 
 
-def test_a_truncated_file(written):
+@pytest.mark.parametrize("read", READERS)
+def test_a_truncated_file(written, read):
     path, _ = written
     assert is_model_file(path)
     path.write_bytes(path.read_bytes()[:-100])
     assert not is_model_file(path)
     with pytest.raises(CheckpointError, match="model.safetensors is damaged or not a safetensors file"):
-        read_model_file(path)
+        read(path)
     with pytest.raises(CheckpointError, match="model.safetensors is damaged or not a safetensors file"):
         Checkpointer(torch.nn.Linear(2, 2)).load(str(path))
 
 
-def test_weights_without_a_config(tmp_path):
+@pytest.mark.parametrize("read", READERS)
+def test_weights_without_a_config(tmp_path, read):
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     assert not is_model_file(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="a.safetensors holds weights without a config: give --config-file with"):
-        read_model_file(tmp_path / "a.safetensors")
+        read(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("changes, message", [
     ({"format": "2"}, "has format 2, but this version of deqdet reads formats up to 1: update deqdet"),
     ({"format": "two"}, "is not a model file that deqdet wrote .its format is 'two'"),
@@ -231,13 +261,14 @@ def test_weights_without_a_config(tmp_path):
     ({"config": None}, "is not a model file that deqdet wrote"),
     ({"pixel_format": "YUV"}, "its pixel format is 'YUV'"),
 ])  # fmt: skip
-def test_other_metadata(written, changes, message):
+def test_other_metadata(written, changes, message, read):
     path, _ = written
     edit(path, **changes)
     with pytest.raises(CheckpointError, match=message):
-        read_model_file(path)
+        read(path)
 
 
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("text, message", [
     ("A: !!python/object/apply:os.mkdir [{trap}]", "is not YAML with plain values: .*python/object/apply:os.mkdir"),
     ("MODEL: !!python/name:os.mkdir", "is not YAML with plain values"),
@@ -250,21 +281,22 @@ def test_other_metadata(written, changes, message):
     ("A: &a {B: *a}", "has the unknown key A"),
     ("MODEL: &a {DEQDET: *a}", "model.safetensors has"),
 ])  # fmt: skip
-def test_other_configs(written, tmp_path, text, message):
+def test_other_configs(written, tmp_path, text, message, read):
     """No code in them is run."""
     path, _ = written
     edit_config(path, text.replace("{trap}", str(tmp_path / "trap")))
     with pytest.raises(CheckpointError, match=f"^the config in {re.escape(str(path))} ") as refused:
-        load_model_config(read_model_file(path))
+        load_model_config(read(path))
     assert re.search(message, str(refused.value)) and "\n" not in str(refused.value)
     assert not (tmp_path / "trap").exists()
 
 
 def test_local_keys_in_a_file_count_for_nothing(written):
     path, _ = written
-    edit_config(path, "MODEL: {WEIGHTS: http://x/y.pkl}\nOUTPUT_DIR: /")
-    cfg = load_model_config(read_model_file(path))
-    assert cfg.MODEL.WEIGHTS == "" and cfg.OUTPUT_DIR == "./output"
+    edit_config(path, "MODEL: {WEIGHTS: http://x/y.pkl, TRUST_PICKLE: true}\nOUTPUT_DIR: /")
+    for read in READERS:
+        cfg = load_model_config(read(path))
+        assert cfg.MODEL.WEIGHTS == "" and cfg.OUTPUT_DIR == "./output" and not cfg.MODEL.TRUST_PICKLE
 
 
 # Names on the hub

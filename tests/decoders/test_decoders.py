@@ -195,17 +195,17 @@ def test_solvers_by_their_keys(small_decoder):
     assert small_decoder().solver == FixedPointIteration()
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("NAME", "Newton", "SOLVER.NAME is 'Newton': it must be one of FixedPointIteration, Anderson, Broyden"),
-    ("RTOL", -1.0, "MODEL.DEQDET.SOLVER.RTOL must not be negative"),
-    ("DAMPING", 1.5, r"MODEL.DEQDET.SOLVER.DAMPING must lie in \(0, 1\], got 1.5"),
-    ("DAMPING", float("nan"), r"MODEL.DEQDET.SOLVER.DAMPING must lie in \(0, 1\], got nan"),
-    ("MEMORY", -5, "MODEL.DEQDET.SOLVER.MEMORY must be at least 1, got -5"),  # which the chosen solver does not read
-    ("REGULARIZATION", -1.0, "MODEL.DEQDET.SOLVER.REGULARIZATION must be finite and not negative, got -1.0"),
+@pytest.mark.parametrize("name, key, value, message", [
+    ("Newton", "RTOL", 0.0, "SOLVER.NAME is 'Newton': it must be one of FixedPointIteration, Anderson, Broyden"),
+    ("Anderson", "RTOL", -1.0, "MODEL.DEQDET.SOLVER.RTOL must not be negative"),
+    ("FixedPointIteration", "DAMPING", 1.5, r"\(NAME FixedPointIteration\): damping must lie in \(0, 1\], got 1.5"),
+    ("Anderson", "DAMPING", float("nan"), r"SOLVER \(NAME Anderson\): damping must lie in \(0, 1\], got nan"),
+    ("Broyden", "MEMORY", -5, r"SOLVER \(NAME Broyden\): history_size of Broyden must be at least 1, got -5"),
+    ("Anderson", "REGULARIZATION", -1.0, r"SOLVER \(NAME Anderson\): regularization must be finite and not negative, "),
 ])  # fmt: skip
-def test_bad_solver_keys_are_errors(small_decoder, key, value, message):
+def test_bad_solver_keys_are_errors(small_decoder, name, key, value, message):
     with pytest.raises(ValueError, match=message):
-        small_decoder(f"MODEL.DEQDET.SOLVER.{key}", value)
+        small_decoder("MODEL.DEQDET.SOLVER.NAME", name, f"MODEL.DEQDET.SOLVER.{key}", value)
 
 
 def pick(state: QueryState, image: int) -> QueryState:

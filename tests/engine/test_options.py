@@ -8,8 +8,19 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from deqdet import Predictor, add_deqdet_config, model_zoo
+from deqdet.config_keys import find_section, flatten
 from deqdet.decoders import build_solver
-from deqdet.engine import UserError, argument_parser, check_options, configuration, parse_arguments, run, setup
+from deqdet.engine import (
+    Trainer,
+    UserError,
+    argument_parser,
+    check_options,
+    configuration,
+    parse_arguments,
+    run,
+    setup,
+    trainer,
+)
 from deqdet.engine.options import RANGES
 from deqdet.tools import compare
 
@@ -28,7 +39,7 @@ def leaves(cfg):
     """Keys with their values, without sections; an open section counts as a key."""
     return {
         key: value
-        for key, value in model_zoo.flatten(cfg)
+        for key, value in flatten(cfg)
         if not isinstance(value, CfgNode) or key == "MODEL.DEQDET.SOLVER.OPTIONS"
     }
 
@@ -186,6 +197,7 @@ def no_data(monkeypatch):
 
     monkeypatch.setattr(configuration, "prepare_datasets", touch)
     monkeypatch.setattr(configuration, "check_datasets", touch)
+    monkeypatch.setattr(trainer, "prepare_datasets", touch)
 
 
 def nested(key, value):
@@ -294,6 +306,32 @@ def test_the_predictor_checks_too():
     overrides = ["MODEL.WEIGHTS", "gone.pth", "MODEL.DEQDET.SOLVER.RTOL", "-1.0"]
     with pytest.raises(UserError, match="MODEL.DEQDET.SOLVER.RTOL is -1.0: it must be a finite number of at least 0"):
         Predictor.from_config("quick/deqdet_shapes", overrides=overrides)
+
+
+@pytest.mark.parametrize("key, value, allowed", [
+    ("MODEL.DEQDET.INSIGHT.PERIOD", -1, "an integer of at least 0"),
+    ("MODEL.DEQDET.INSIGHT.NUM_IMAGES", 0, "an integer of at least 1"),
+    ("MODEL.DEQDET.INSIGHT.POWER_ITERATIONS", 1, "an integer from 2 to 10,000"),
+    ("MODEL.DEQDET.SOLVER.NAME", "Newton", "one of Anderson, Broyden, FixedPointIteration .*"),
+    ("MODEL.DEQDET.SOLVER.DAMPING", 1.5, "a finite number above 0 and at most 1"),
+    ("MODEL.DEQDET.SOLVER.DAMPING", math.nan, "a finite number above 0 and at most 1"),
+    ("MODEL.DEQDET.SOLVER.MEMORY", -5, "an integer from 1 to 10,000"),  # which the chosen solver does not read
+    ("MODEL.DEQDET.SOLVER.REGULARIZATION", -1.0, "a finite number of at least 0"),
+    ("INPUT.MAX_IMAGE_PIXELS", 0, "an integer from 1 to 178,956,970"),
+    ("INPUT.MAX_IMAGE_PIXELS", 200_000_000, "an integer from 1 to 178,956,970"),
+    ("INPUT.AUGMENTATION", "4x", "1x or 2x"),
+    ("INPUT.RANDOM_FLIP", "up", "one of none, horizontal, vertical, both"),
+    ("INPUT.CROP.ENABLED", True, "False: use INPUT.AUGMENTATION and INPUT.DETR_CROP"),
+    ("DATASETS.BOX_FORMAT", "cxcywh", "one of check, xywh, xyxy, xywh_relative, xyxy_relative"),
+    ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full", "one of full_model, value, norm"),
+])  # fmt: skip
+def test_the_trainer_checks_too(key, value, allowed):
+    """In a script, no command line has checked the config."""
+    cfg = model_zoo.get_config("quick/deqdet_shapes")
+    section, name = find_section(cfg, key)
+    section[name] = value
+    with pytest.raises(UserError, match=f"^{key} is {value!r}: it must be {allowed}$"):
+        Trainer(cfg)
 
 
 @pytest.mark.parametrize("words, message", [

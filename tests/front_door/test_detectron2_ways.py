@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import ConstantLR
 
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
@@ -64,6 +65,30 @@ def test_a_training_without_its_weights_is_warned_of(cfg, caplog, tmp_path, weig
     logging.getLogger("deqdet").propagate = True  # to caplog
     trainer.before_train()
     assert ("w.pth is not loaded, since resume_or_load() was not called" in caplog.text) == warned
+
+
+class ConstantTrainer(Trainer):
+    """A trainer whose learning-rate schedule has a name of its own."""
+
+    @classmethod
+    def check_config(cls, cfg):
+        known = cfg.clone()
+        known.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
+        super().check_config(known)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return ConstantLR(optimizer, factor=0.5, total_iters=1)
+
+
+def test_a_trainer_of_ones_own_may_take_other_values(cfg):
+    cfg.SOLVER.LR_SCHEDULER_NAME = "Constant"
+    with pytest.raises(UserError, match="^SOLVER.LR_SCHEDULER_NAME is 'Constant': it must be WarmupMulti"):
+        Trainer(cfg)
+    assert isinstance(ConstantTrainer(cfg).scheduler, ConstantLR)
+    cfg.SOLVER.BASE_LR = -1.0
+    with pytest.raises(UserError, match="^SOLVER.BASE_LR is -1.0: it must be a finite number above 0"):
+        ConstantTrainer(cfg)
 
 
 def test_a_wrong_data_set_is_one_line(cfg):

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "projects" / "DEQDet" / "deqdet"
 # that of the design's data flow; a new module needs a place here.
 LEVELS = (
     {"errors"},
-    {"atomic", "extras", "version", "config", "equilibrium", "structures", "boxes", "quiet_imports"},
+    {"atomic", "extras", "version", "config", "config_keys", "equilibrium", "structures", "boxes", "quiet_imports"},
     {"config_file", "config_types", "contract", "drawing"},
     {"model_zoo", "plugins", "backbones", "queries", "layers", "perturbation"},
     {"decoders", "matcher"},
@@ -37,7 +37,7 @@ CFG_READERS = re.compile(
     # A process of its own, which starts at a command line.
     r"|_measure_checkpoint"
 )
-CFG_ROOMS = {"engine", "model_zoo", "predictor", "tools"}  # whose work starts at a config
+CFG_ROOMS = {"engine", "config_keys", "model_zoo", "predictor", "tools"}  # whose work starts at a config
 
 
 def python_files(root):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deqdet.model_zoo import flatten
+from deqdet.config_keys import flatten
 
 from helpers.config_files import COMPLETE, EPOCH, load, value_of
 

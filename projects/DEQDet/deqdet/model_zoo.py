@@ -20,6 +20,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from .config import OPEN_SECTIONS, add_deqdet_config, merge_file, merge_overrides
 from .config_file import is_remote, read_config_file
+from .config_keys import flatten
 from .config_types import describe_mismatch
 from .errors import UserError, one_line
 
@@ -144,14 +145,6 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
         if unknown is None:
             raise UserError(f"{where}: {describe_mismatch(message, known) or message}") from error
         raise UserError(f"{where}: unknown config key {unknown[1]}; {_suggest(unknown[1], list(known))}") from error
-
-
-def flatten(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the dotted keys of a config with their values, sections included."""
-    for key, value in node.items():
-        yield prefix + key, value
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
 
 
 def is_key(word: str) -> bool:

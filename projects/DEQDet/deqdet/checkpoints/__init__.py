@@ -7,9 +7,12 @@ from .implied import Config, Shapes
 from .kinds import KINDS, Kind, register_kind, under
 from .model_file import (
     ModelFile,
+    ModelHeader,
     is_model_file,
     load_model_config,
+    read_entries,
     read_model_file,
+    read_model_header,
     resolve_file,
     write_model_file,
 )
@@ -24,6 +27,7 @@ __all__ = [
     "Conversion",
     "Kind",
     "ModelFile",
+    "ModelHeader",
     "Shapes",
     "check_pickle",
     "check_query",
@@ -33,7 +37,9 @@ __all__ = [
     "is_model_file",
     "load_model_config",
     "publish_checkpoint",
+    "read_entries",
     "read_model_file",
+    "read_model_header",
     "register_kind",
     "resolve_file",
     "under",

@@ -3,7 +3,6 @@
 import logging
 import os
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,13 +20,12 @@ from .files import (
     COUNTER,
     CheckpointError,
     check_weights,
-    read_safetensors,
     read_torch,
     refuse_pickle,
     write_torch,
 )
 from .latest import TAG, Found, find_checkpoint
-from .model_file import is_model_file, read_model_file, resolve_file
+from .model_file import read_entries, resolve_file
 
 logger = logging.getLogger(__name__)
 
@@ -140,15 +138,12 @@ class Checkpointer(DetectionCheckpointer):
 
     def _torch_load(self, f: str) -> dict:
         path = Path(f)
-        if path.suffix == ".safetensors":
-            return {"model": read_model_file(path).weights if is_model_file(path) else read_safetensors(path)}
         if path == self._resumed and self._content is not None:
             # It was read when it was chosen. No reference is kept, so that its tensors are freed once they are loaded.
             loaded, self._content = self._content, None
         else:
-            loaded = read_torch(path)
-        is_checkpoint = isinstance(loaded, Mapping) and "model" in loaded
-        check_weights(path, loaded["model"] if is_checkpoint else loaded, ["model"])
+            loaded = read_entries(path)
+        check_weights(path, loaded.get("model", loaded), ["model"])
         return loaded
 
     def _load_model(self, checkpoint: dict) -> Any:

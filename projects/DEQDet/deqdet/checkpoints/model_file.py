@@ -14,7 +14,8 @@ and any notes of the writer, under other keys.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from torch import Tensor
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_deqdet_config
+from ..config_keys import find_section, read_key
+from ..data import number_classes
 from ..errors import one_line
 from ..extras import how_to_install
 from ..version import __version__
-from .files import CheckpointError, not_safetensors, write_safetensors
+from .files import CheckpointError, not_safetensors, read_file, write_safetensors
 
 FORMAT = 1
 OURS = "deqdet."  # prefix of the metadata keys that are not notes
@@ -49,16 +52,27 @@ LOCAL_KEYS = (
 STATISTICS = (".running_mean", ".running_var")  # of BatchNorm; a variance may be far outside float16's range
 
 
-@dataclass(frozen=True)
-class ModelFile:
-    """The contents of a model file."""
+@dataclass(frozen=True, kw_only=True)
+class ModelHeader:
+    """What the header of a model file says about the model."""
 
-    weights: dict[str, Tensor]  # on the CPU; weights stored as float16 are converted to float32
     config: str  # YAML
     class_names: tuple[str, ...]
     pixel_format: str  # "RGB" or "BGR"
     metadata: dict[str, str]  # the rest: deqdet.version, deqdet.format and notes
-    source: str = "the model file"  # its path, for messages
+    source: str  # the file's path, for messages
+
+    @property
+    def known_names(self) -> tuple[str, ...]:
+        """The class names; none if they are mere numbers, because nobody knew the names when the file was written."""
+        return () if self.class_names == tuple(number_classes(len(self.class_names))) else self.class_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFile(ModelHeader):
+    """The contents of a model file."""
+
+    weights: dict[str, Tensor]  # on the CPU; weights stored as float16 are converted to float32
 
 
 def write_model_file(
@@ -115,26 +129,35 @@ def read_model_file(path: str | Path) -> ModelFile:
         CheckpointError: the file is missing, damaged or not a safetensors file, it has no config, or a newer
             version of deqdet wrote it.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            _check_format(path, metadata)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, OSError) as error:
-        raise not_safetensors(Path(path), error) from error
-    metadata.pop("format", None)  # safetensors' own
-    if metadata.pop(f"{OURS}sha256", None) != _checksum(weights, metadata):
+    with _opened(path) as (file, metadata):
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    written = metadata.pop(f"{OURS}sha256", None)
+    if written != _checksum(weights, metadata):
         raise CheckpointError(f"{path} is damaged (its checksum does not match): download or publish it again")
-    try:
-        config = metadata.pop(f"{OURS}config")
-        class_names = tuple(map(str, json.loads(metadata.pop(f"{OURS}classes"))))
-        pixel_format = metadata.pop(f"{OURS}pixel_format")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a model file that deqdet wrote ({one_line(error)})") from error
-    if pixel_format not in PIXEL_FORMATS:
-        raise CheckpointError(f"{path} is not a model file that deqdet wrote (its pixel format is {pixel_format!r})")
     weights = {name: x.float() if x.dtype == torch.float16 else x for name, x in weights.items()}
-    return ModelFile(weights, config, class_names, pixel_format, metadata, str(path))
+    return ModelFile(weights=weights, **vars(_parse_header(path, metadata)))
+
+
+def read_model_header(path: str | Path) -> ModelHeader:
+    """Read what a model file says about its model, without reading the tensors.
+
+    The checksum is not verified, since it covers the tensors. `read_model_file` does it when they are loaded.
+
+    Raises:
+        CheckpointError: as `read_model_file`, except that damaged tensors go unnoticed.
+    """
+    with _opened(path) as (_, metadata):
+        metadata.pop(f"{OURS}sha256", None)
+        return _parse_header(path, metadata)
+
+
+def read_entries(path: Path) -> Mapping:
+    """Read all entries of a model file or of any other checkpoint; those of a model file are its weights, as "model".
+
+    Raises:
+        CheckpointError: as `read_model_file` or `read_file`.
+    """
+    return {"model": read_model_file(path).weights} if is_model_file(path) else read_file(path)
 
 
 def is_model_file(path: str | Path) -> bool:
@@ -146,7 +169,7 @@ def is_model_file(path: str | Path) -> bool:
         return False
 
 
-def load_model_config(model_file: ModelFile) -> CfgNode:
+def load_model_config(header: ModelHeader) -> CfgNode:
     """Return the model's config; keys that belong to one machine or run (LOCAL_KEYS) have their defaults.
 
     The config is parsed by YAML's safe loader, which builds plain values only; detectron2's own loader would run code
@@ -156,9 +179,9 @@ def load_model_config(model_file: ModelFile) -> CfgNode:
         CheckpointError: the config is not YAML with plain values, or has a key or value that this version does not
             know.
     """
-    source = model_file.source
+    source = header.source
     try:
-        loaded = yaml.safe_load(model_file.config)
+        loaded = yaml.safe_load(header.config)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the config in {source} is not YAML with plain values: {one_line(error)}") from error
     if not isinstance(loaded, dict):
@@ -172,8 +195,8 @@ def load_model_config(model_file: ModelFile) -> CfgNode:
     except (AssertionError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the config in {source} has a value that does not fit: {one_line(error)}") from error
     for key in LOCAL_KEYS:  # which a file by another program may contain
-        section, name = _locate(cfg, key)
-        section[name] = _locate(defaults, key)[0][name]
+        section, name = find_section(cfg, key)
+        section[name] = read_key(defaults, key)
     return cfg
 
 
@@ -226,6 +249,46 @@ def resolve_file(path_or_url: str) -> Path:
     return Path(found)
 
 
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[safe_open, dict[str, str]]]:
+    """Open a model file, and give the file and its metadata, without safetensors' own entry "format".
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not a model file that this version knows.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            _check_format(path, metadata)
+            metadata.pop("format", None)
+            yield file, metadata
+    except (SafetensorError, OSError) as error:
+        raise not_safetensors(Path(path), error) from error
+
+
+def _parse_header(path: str | Path, metadata: Mapping[str, str]) -> ModelHeader:
+    """Return the header, given all metadata but the checksum.
+
+    Raises:
+        CheckpointError: an entry is missing or wrong.
+    """
+    notes = dict(metadata)
+    try:
+        header = ModelHeader(
+            config=notes.pop(f"{OURS}config"),
+            class_names=tuple(map(str, json.loads(notes.pop(f"{OURS}classes")))),
+            pixel_format=notes.pop(f"{OURS}pixel_format"),
+            metadata=notes,
+            source=str(path),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a model file that deqdet wrote ({one_line(error)})") from error
+    if header.pixel_format not in PIXEL_FORMATS:
+        found = header.pixel_format
+        raise CheckpointError(f"{path} is not a model file that deqdet wrote (its pixel format is {found!r})")
+    return header
+
+
 def _check_format(path: str | Path, metadata: Mapping[str, str]) -> None:
     found = metadata.get(f"{OURS}format")
     if found is None:
@@ -242,17 +305,9 @@ def _portable_config(cfg: CfgNode) -> str:
     """Return the config as YAML, without LOCAL_KEYS."""
     plain = yaml.safe_load(cfg.dump())
     for key in LOCAL_KEYS:
-        section, name = _locate(plain, key)
+        section, name = find_section(plain, key)
         section.pop(name, None)
     return yaml.safe_dump(plain)
-
-
-def _locate(config: dict, key: str) -> tuple[dict, str]:
-    """Return the section that contains a dotted key, and the key's last part."""
-    *sections, name = key.split(".")
-    for section in sections:
-        config = config[section]
-    return config, name
 
 
 def _to_half(name: str, value: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from detectron2.config import CfgNode
 
 from .conversion import build_empty, describe, describe_shapes
-from .files import COUNTER, CheckpointError, check_target, check_weights, find_weights, read_file
-from .model_file import is_model_file, read_model_file, resolve_file, write_model_file
+from .files import COUNTER, CheckpointError, check_target, check_weights, find_weights
+from .model_file import read_entries, resolve_file, write_model_file
 
 AVERAGE = "ema"  # the entry of a checkpoint with the exponential moving average of the weights
 CHOICES = ("auto", "raw", AVERAGE)
@@ -56,7 +56,7 @@ def publish_checkpoint(
 
 def _read_weights(path: Path, choice: str, model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """Return the chosen weights, and "raw" or "ema"."""
-    loaded = {"model": read_model_file(path).weights} if is_model_file(path) else read_file(path)
+    loaded = read_entries(path)
     average = loaded.get(AVERAGE)
     if choice == AVERAGE and average is None:
         raise CheckpointError(f"{path} has no averaged weights (no entry {AVERAGE!r}): take the raw ones")

@@ -13,6 +13,7 @@ from .registration import (
     check_datasets,
     find_class_names,
     find_entries,
+    number_classes,
     prepare_datasets,
     register_shapes,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "generate_shapes",
     "import_faster_coco_eval",
     "mix_seed",
+    "number_classes",
     "prepare_datasets",
     "random_state_kept",
     "read_image",

@@ -19,11 +19,9 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
-from .annotations import BOX_FORMATS
 from .checking import CheckedSet, CheckOptions, check_coco_file, compare_classes
 from .coco_file import locate, parse, read_bytes, read_categories
 from .findings import BROKEN, Findings
-from .image_headers import PILLOW_LIMIT
 from .shapes import CLASSES, IMAGES_NAME, JSON_NAME, ShapesConfig, generate_shapes
 from .shared_images import find_shared_images
 
@@ -192,6 +190,11 @@ def find_class_names(cfg: CfgNode) -> list[str]:
             reasons.append(f"No class names from {name} of DATASETS.{key}: {reason}")
     if reasons:
         logger.warning("%s. The classes are numbered.", reasons[-1])
+    return number_classes(count)
+
+
+def number_classes(count: int) -> list[str]:
+    """Return the names of classes that have none: "class 0", "class 1", ..."""
     return [f"class {i}" for i in range(count)]
 
 
@@ -254,22 +257,14 @@ def build_check_options(
         eval_only: the run is an evaluation.
         ours: this package has drawn the images, so they are not checked.
         registered: the set is in DATASETS.REGISTER, so DATASETS.BOX_FORMAT applies.
-
-    Raises:
-        UserError: a key has a value that is not allowed.
     """
-    limit, box_format = cfg.INPUT.MAX_IMAGE_PIXELS, cfg.DATASETS.BOX_FORMAT
-    if not 0 < limit <= PILLOW_LIMIT:
-        raise UserError(f"INPUT.MAX_IMAGE_PIXELS is {limit}: it must lie in 1..{PILLOW_LIMIT}, Pillow's own limit")
-    if box_format not in BOX_FORMATS:
-        raise UserError(f"DATASETS.BOX_FORMAT is {box_format!r}: it must be one of {', '.join(BOX_FORMATS)}")
     in_training = name in cfg.DATASETS.TRAIN and not eval_only
     return CheckOptions(
         skip_broken=cfg.DATASETS.SKIP_BROKEN,
         allow_outside_root=cfg.DATASETS.ALLOW_OUTSIDE_ROOT,
-        max_image_pixels=limit,
+        max_image_pixels=cfg.INPUT.MAX_IMAGE_PIXELS,
         max_side=min(cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST),
-        box_format=box_format if registered else "xywh" if ours else "check",
+        box_format=cfg.DATASETS.BOX_FORMAT if registered else "xywh" if ours else "check",
         num_queries=cfg.MODEL.DEQDET.NUM_QUERIES,
         check_images=not ours,
         trained=in_training,

@@ -1,7 +1,6 @@
 """Solvers by name, with their options from a config."""
 
 import ast
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -43,13 +42,11 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
 
     Raises:
         ValueError: the name is unknown, the solver has no such option, an option is out of range, or a user's solver
-            does not fit the interface. DAMPING, MEMORY and REGULARIZATION are checked even if this solver does not use
-            them.
+            does not fit the interface.
     """
     options = cfg.MODEL.DEQDET.SOLVER
     name, own = (_find(options.NAME) or options.NAME, {}) if spec is None else parse_spec(spec)
     solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME" if spec is None else "the solver", name)
-    check_keys(options)
     try:
         if not is_dataclass(solver):
             raise ValueError(f"{name} must be a dataclass: put @dataclass(frozen=True) above it")
@@ -94,23 +91,6 @@ def _try_step(solver: Solver) -> None:
 
 def _is_state(state: object, *, rows: int) -> bool:
     return isinstance(state, tuple) and all(isinstance(part, Tensor) and len(part) == rows for part in state)
-
-
-def check_keys(options: CfgNode) -> None:
-    """Check that the keys beside NAME are in range, whichever solver is chosen.
-
-    A config may be written for one solver and run with another; a wrong value should not go unnoticed until then.
-
-    Raises:
-        ValueError: DAMPING, MEMORY or REGULARIZATION is out of range.
-    """
-    for key, valid, allowed in (
-        ("DAMPING", 0 < options.DAMPING <= 1, "lie in (0, 1]"),
-        ("MEMORY", options.MEMORY >= 1, "be at least 1"),
-        ("REGULARIZATION", 0 <= options.REGULARIZATION < math.inf, "be finite and not negative"),
-    ):
-        if not valid:
-            raise ValueError(f"MODEL.DEQDET.SOLVER.{key} must {allowed}, got {options[key]}")
 
 
 def _check_numbers(solver: type, values: Mapping[str, object]) -> None:

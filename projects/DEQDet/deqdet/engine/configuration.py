@@ -3,7 +3,6 @@
 import argparse
 import io
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,14 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..atomic import write_text
-from ..checkpoints import check_pickle, check_query, is_model_file, load_model_config, read_model_file, resolve_file
+from ..checkpoints import (
+    check_pickle,
+    check_query,
+    is_model_file,
+    load_model_config,
+    read_model_header,
+    resolve_file,
+)
 from ..checkpoints.latest import has_checkpoint
 from ..data import check_datasets, prepare_datasets
 from ..errors import UserError, describe_os_error, one_line
@@ -144,7 +150,7 @@ def _read_config(args: argparse.Namespace) -> CfgNode:
             follow_moved_sets(cfg, Path(args.config_file))
         return cfg
     path = resolve_file(file)
-    cfg = load_model_config(read_model_file(path))
+    cfg = load_model_config(read_model_header(path))
     put_overrides(cfg, args.opts)
     if not cfg.MODEL.WEIGHTS:
         cfg.MODEL.WEIGHTS = str(path)
@@ -201,10 +207,9 @@ def check_training_sets(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _known_classes(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
     """Return the class names of the model file that is evaluated; none if they are mere numbers."""
     weights = cfg.MODEL.WEIGHTS
-    if not args.eval_only or args.resume or not os.path.isfile(weights) or not is_model_file(weights):
+    if not args.eval_only or args.resume or not is_model_file(weights):
         return ()
-    names = read_model_file(weights).class_names
-    return () if names == tuple(f"class {i}" for i in range(len(names))) else names
+    return read_model_header(weights).known_names
 
 
 @contextmanager

@@ -18,9 +18,17 @@ from torch import Tensor, nn
 
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoints import Checkpointer, CheckpointError, check_pickle, is_model_file, read_model_file, resolve_file
+from ..checkpoints import (
+    Checkpointer,
+    CheckpointError,
+    check_pickle,
+    is_model_file,
+    read_entries,
+    read_model_header,
+    resolve_file,
+)
 from ..checkpoints.checkpointer import MODEL_ZOO
-from ..checkpoints.files import COUNTER, read_checkpoint
+from ..checkpoints.files import COUNTER, find_weights
 from ..errors import UserError, list_first, one_line
 from ..quiet_imports import quiet_imports
 from .health import check_finite_model
@@ -223,12 +231,9 @@ def _read(name: str) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
     """Read the weights of a file, and its class names if it has any."""
     check_pickle(name, trusted=False)
     path = resolve_file(name) if name.startswith("hf://") else Path(PathManager.get_local_path(name))
-    if is_model_file(path):
-        file = read_model_file(path)
-        numbered = file.class_names == tuple(f"class {i}" for i in range(len(file.class_names)))
-        return file.weights, () if numbered else file.class_names
-    weights = read_checkpoint(path).weights
-    return {key: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for key, x in weights.items()}, ()
+    names = read_model_header(path).known_names if is_model_file(path) else ()
+    weights = find_weights(path, read_entries(path)).weights
+    return {key: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for key, x in weights.items()}, names
 
 
 @contextmanager

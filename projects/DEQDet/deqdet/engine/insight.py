@@ -30,12 +30,9 @@ def build_insight(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
     """Build the hook that MODEL.DEQDET.INSIGHT asks for, on the main process; else return an empty list.
 
     Raises:
-        UserError: the model has no equilibrium, or a number of MODEL.DEQDET.INSIGHT is out of range.
+        UserError: the model has no equilibrium.
     """
     options = cfg.MODEL.DEQDET.INSIGHT
-    for key, least in (("PERIOD", 0), ("NUM_IMAGES", 1), ("POWER_ITERATIONS", 2)):
-        if options[key] < least:
-            raise UserError(f"MODEL.DEQDET.INSIGHT.{key} is {options[key]}: it must be at least {least}")
     if options.PERIOD == 0:
         return []
     model = unwrap(model)

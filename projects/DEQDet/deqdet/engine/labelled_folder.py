@@ -20,6 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..atomic import write_text
+from ..config_keys import find_section, read_key
 from ..data import CheckedSet, find_entries, prepare_datasets
 from ..data.folders import FolderData, complete_splits, read_folder
 from ..errors import UserError
@@ -29,7 +30,7 @@ from .configuration import explained_datasets
 from .data_folder import FOLDER
 from .derivation import SIZES, Setting, choose_processes, derive_settings, measure_facts
 from .launcher import count_cores
-from .options import check_options, read
+from .options import check_options
 
 VAL_FRACTION = 0.2  # the default of --val-fraction
 _OURS = ("DATASETS.REGISTER", "DATASETS.TRAIN")  # keys that --data sets
@@ -120,7 +121,7 @@ def derive_config(args: argparse.Namespace, cfg: CfgNode, folder: LabelledFolder
     Raises:
         UserError: a given value is incompatible with the derived ones.
     """
-    given = {key: read(cfg, key) for key in args.opts[::2]}
+    given = {key: read_key(cfg, key) for key in args.opts[::2]}
     train, checked = folder.names["train"], folder.checked
     facts = measure_facts(
         DatasetCatalog.get(train),
@@ -142,11 +143,8 @@ def derive_config(args: argparse.Namespace, cfg: CfgNode, folder: LabelledFolder
     known = {setting.key for setting in settings}
     settings += [Setting(key, value, "") for key, value in given.items() if key not in known]
     for setting in settings:
-        *sections, last = setting.key.split(".")
-        node = cfg
-        for section in sections:
-            node = node[section]
-        node[last] = setting.value
+        section, name = find_section(cfg, setting.key)
+        section[name] = setting.value
     check_options(cfg)
     flags = [
         Setting("--size", args.size or "quick", "" if args.size else f"the default, based on {rules.config}"),

@@ -10,6 +10,7 @@ import math
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from ..config_keys import read_key
 from ..data import BOX_FORMATS, EVALUATORS, PILLOW_LIMIT
 from ..decoders import DECODER_REGISTRY, SOLVER_REGISTRY, suggest_keys
 from ..errors import UserError, one_line
@@ -17,7 +18,7 @@ from ..layers import REFINEMENT_LAYER_REGISTRY
 from ..layers.sparse_rcnn import ATTENTIONS
 from ..perturbation import KINDS
 from .early_stop import METRICS
-from .optimizer import LR_RULES
+from .optimizer import CLIP_TYPES, LR_RULES
 from .ranges import Range, either, integer, is_device, is_finite, named, number, one_of, refused, several
 from .relations import LEVELS, RELATIONS
 from .step import PRECISIONS as AMP_PRECISIONS
@@ -194,7 +195,7 @@ RANGES: dict[str, Range] = {
     "SOLVER.IMS_PER_BATCH": integer(1, 1_000_000),
     "SOLVER.REFERENCE_WORLD_SIZE": integer(0),
     "SOLVER.CLIP_GRADIENTS.ENABLED": SWITCH,
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("full_model", "value", "norm"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of(*CLIP_TYPES),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": either(POSITIVE, Range("inf", lambda value: value == math.inf)),
     "SOLVER.AMP.ENABLED": SWITCH,
@@ -245,7 +246,7 @@ def check_ranges(cfg: CfgNode) -> None:
         UserError: a value is out of range; names its key, its value and the range.
     """
     for key, allowed in RANGES.items():
-        value = read(cfg, key)
+        value = read_key(cfg, key)
         if not allowed.holds(value):
             raise UserError(f"{key} is {one_line(repr(value))}: it must be {allowed}{allowed.suggest(value)}")
 
@@ -263,10 +264,3 @@ def check_processes(args: argparse.Namespace) -> None:
         raise UserError(
             f"--machine-rank is {args.machine_rank}: it must be from 0 to {args.num_machines - 1}, below --num-machines"
         )
-
-
-def read(cfg: CfgNode, key: str) -> object:
-    """Return the value of a dotted key."""
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg

@@ -24,9 +24,9 @@ from detectron2.utils.events import EventStorage, JSONWriter
 
 from ..atomic import replacing
 from ..checkpoints.files import CheckpointError, read_file
+from ..config_keys import plain_values
 from ..data import mix_seed, seed_all
 from ..errors import UserError, one_line
-from ..model_zoo import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +152,7 @@ def dump_config(cfg: CfgNode, saved: str | None = None) -> str:
         cfg: the config of this run.
         saved: the result of this function in the checkpoint that was resumed, whose values of KEPT_KEYS stay in force.
     """
-    pairs = flatten(yaml.safe_load(cfg.dump()))
-    plain = {key: value for key, value in pairs if not isinstance(value, dict)}
+    plain = plain_values(cfg)
     before = yaml.safe_load(saved) if saved else {}
     plain |= {key: before[key] for key in KEPT_KEYS if key in before}
     return yaml.safe_dump({key: value for key, value in plain.items() if key not in LOCAL_KEYS})

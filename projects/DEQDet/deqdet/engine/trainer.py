@@ -51,6 +51,7 @@ from .hooks import (
 from .insight import build_insight
 from .models import buildable
 from .optimizer import build_optimizer
+from .options import check_options
 from .pictures import build_pictures
 from .pretrained import load_backbone_weights
 from .ranks import is_lost_peer
@@ -96,13 +97,14 @@ class Trainer(DefaultTrainer, EndableTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        """Register the data sets of DATASETS.REGISTER, and build model, optimizer, loader and hooks.
+        """Check the config, register the data sets of DATASETS.REGISTER, and build model, optimizer, loader and hooks.
 
         A negative SEED is replaced by a random one, which is the same on all ranks and is stored in checkpoints.
 
         Raises:
             UserError: a data set or a value in the config is wrong.
         """
+        self.check_config(cfg)
         with explained_datasets():
             prepare_datasets(cfg)
         self._seed_is_given = cfg.SEED >= 0
@@ -342,6 +344,18 @@ class Trainer(DefaultTrainer, EndableTrainer):
             elif isinstance(writer, TensorboardXWriter):
                 writers[i] = ResumableTensorboardWriter(self.cfg.OUTPUT_DIR)
         return [*writers, *build_run_writers(self.cfg)]
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        """Check that every value in a config is in its range (see `check_options`), before anything is built.
+
+        A subclass whose own build methods accept other values, such as a learning-rate schedule with a name of its own,
+        overrides this.
+
+        Raises:
+            UserError: a value is out of range or incompatible; names its key, its value and the range.
+        """
+        check_options(cfg)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

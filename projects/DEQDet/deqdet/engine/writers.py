@@ -12,16 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter, get_event_storage
 
 from ..atomic import write_text
+from ..config_keys import plain_values
 from ..errors import UserError, one_line
 from ..extras import how_to_install
-from ..model_zoo import flatten
 from .resume import WINDOW
 
 logger = logging.getLogger(__name__)
@@ -98,9 +96,7 @@ class RunWriter(EventWriter):
         """
         self._package = _import(self.name)
         self._folder = Path(cfg.OUTPUT_DIR)
-        self._config = {
-            key: value for key, value in flatten(yaml.safe_load(cfg.dump())) if not isinstance(value, dict)
-        }
+        self._config = plain_values(cfg)
         self._last_write = -1
         self._started = False
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from detectron2.config import get_cfg
 
 from ..config import add_deqdet_config
+from ..config_keys import plain_values
 from ..engine import argument_parser, load_config, parse_arguments
 from ..errors import UserError
-from ..model_zoo import flatten
 
 BUDGET = ("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
 OWN_KEYS = {"OUTPUT_DIR": "--output", "SEED": "--seeds", "TEST.EVAL_PERIOD": "--eval-period"}
@@ -38,14 +38,14 @@ def prepare_settings(arguments: Sequence[str]) -> dict[str, object]:
     Raises:
         UserError: see `load_config`.
     """
-    return _settings(load_config(parse_training(arguments)))
+    return _without_folder(plain_values(load_config(parse_training(arguments))))
 
 
 def prepare_defaults() -> dict[str, object]:
     """Return the default settings."""
     cfg = get_cfg()
     add_deqdet_config(cfg)
-    return _settings(cfg)
+    return _without_folder(plain_values(cfg))
 
 
 def check_budgets(configs: dict[str, dict[str, object]]) -> None:
@@ -107,11 +107,5 @@ def carry_over(config_file: str, scale_file: str, settings: dict[str, object]) -
     return pairs
 
 
-def _settings(node: dict) -> dict[str, object]:
-    keys = flatten(node)
-    return {key: _as_json(value) for key, value in keys if key != "OUTPUT_DIR" and not isinstance(value, dict)}
-
-
-def _as_json(value: object) -> object:
-    """Convert a value as a round trip through JSON would: tuples become lists."""
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
+def _without_folder(settings: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in settings.items() if key != "OUTPUT_DIR"}
