@@ -253,6 +253,12 @@ def test_a_resumed_training_goes_on_with_the_kernel_of_its_checkpoint(monkeypatc
         assert [bool(group["fused"]) for group in resumed.param_groups] == [fused]
 
 
+def test_an_unknown_clip_type_names_the_known_ones():
+    cfg = make_cfg(CLIP_GRADIENTS__CLIP_TYPE="full")
+    with pytest.raises(ValueError, match="CLIP_TYPE is 'full': it must be one of full_model, value, norm"):
+        build_optimizer(cfg, make_model())
+
+
 @pytest.mark.parametrize("rule, images, expected", [("linear", 8, 0.05), ("sqrt", 4, 0.05), ("linear", 32, 0.2)])
 def test_the_learning_rate_follows_the_batch(rule, images, expected, caplog):
     """BASE_LR 0.1 is for 16 images: half of them give half the rate, or a quarter of them by the square root."""

@@ -29,8 +29,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 
     With any type of clipping, or none, the norm of the whole gradient before clipping is recorded in the event storage
     (see `GradientClipper`).
+
+    Raises:
+        ValueError: SOLVER.CLIP_GRADIENTS.CLIP_TYPE is unknown.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.CLIP_TYPE not in CLIP_TYPES:
+        known = ", ".join(CLIP_TYPES)
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}: it must be one of {known}")
     if cfg.SOLVER.LR_RULE != "none":
         logger.info(
             "learning rate %g: SOLVER.BASE_LR %g is for %d images, and the rule %s scales it to %d",
