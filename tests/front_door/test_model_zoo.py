@@ -97,3 +97,10 @@ def test_a_config_runs_no_code(tmp_path):
 ])  # fmt: skip
 def test_what_counts_as_a_key(word, key):
     assert model_zoo.is_key(word) is key
+
+
+def test_the_output_folder_may_be_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "a.yaml").write_text("OUTPUT_DIR: ~/runs/a\nVERSION: 2\n")
+    assert model_zoo.get_config(tmp_path / "a.yaml").OUTPUT_DIR == "/home/me/runs/a"
+    assert model_zoo.get_config("quick/deqdet_shapes", ["OUTPUT_DIR", "~/b"]).OUTPUT_DIR == "/home/me/b"

@@ -83,7 +83,8 @@ def put_overrides(cfg: CfgNode, pairs: Sequence[str]) -> None:
         raise UserError(f"overrides must be KEY VALUE pairs separated by spaces, but {fault}")
     with explained(cfg, "the command line"):
         merge_overrides(cfg, pairs)
-    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)  # the shell leaves ~ in quotes, and there is none for a file
+    if isinstance(cfg.OUTPUT_DIR, str):  # otherwise the check of all values names it
+        cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)  # a shell does not expand ~ in quotes or in a config file
 
 
 def find_config(name: str | os.PathLike) -> str:
