@@ -54,8 +54,9 @@ def save_picture(image: Image.Image, path: Path) -> None:
     Raises:
         UserError: see `find_format`; or the file cannot be written.
     """
+    form = find_format(path)
     with replacing(path) as file:
-        image.save(file, find_format(path), quality=90)
+        image.save(file, form, quality=90)
 
 
 class BoxVisualizer(Visualizer):

@@ -45,20 +45,17 @@ def find_checkpoint(folder: Path) -> Found | None:
     """
     warnings = []
     tagged = _read_tag(folder, warnings)
-    candidates = chain([tagged] if tagged else [], (path for path in _newest_first(folder) if path != tagged))
-    failed = False
-    for path in candidates:
+    if tagged is None and not list_checkpoints(folder):
+        return None
+    for path in chain([tagged] if tagged else [], (path for path in _newest_first(folder) if path != tagged)):
         try:
             content = _read_whole(path)
         except CheckpointError as error:
             warnings.append(str(error))
-            failed = True
             continue
         if path != tagged:
             warnings.append(f"continuing from {path}, the newest complete checkpoint")
         return Found(path, content, tuple(warnings))
-    if not failed:
-        return None
     raise CheckpointError(
         f"no checkpoint in {folder} can be read ({'; '.join(warnings)}): start again with --overwrite "
         "or in another folder"
