@@ -13,7 +13,9 @@ UNFINISHED = ".unfinished."  # prefix of the names of incomplete files
 
 
 def prepare_output(path: Path) -> None:
-    """Create the folder of an output file. Commands call this first, so that no work is lost if it is not possible.
+    """Create the folder of an output file.
+
+    A command calls this before its work, so that the work is not lost because the file cannot be written.
 
     Raises:
         UserError: the folder cannot be created, or `path` is a folder.

@@ -1,4 +1,4 @@
-"""Reads checkpoint files without running code that they may hold, and writes them, atomically (see atomic.py)."""
+"""Reads checkpoint files without running any code that they contain, and writes them atomically (see atomic.py)."""
 
 import hashlib
 import re

@@ -64,7 +64,7 @@ class ModelHeader:
 
     @property
     def known_names(self) -> tuple[str, ...]:
-        """The class names; none if they are mere numbers, because nobody knew the names when the file was written."""
+        """The class names, or an empty tuple if they are only the placeholders "class 0", "class 1", ... ."""
         return () if self.class_names == tuple(number_classes(len(self.class_names))) else self.class_names
 
 

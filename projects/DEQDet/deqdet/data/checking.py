@@ -37,7 +37,7 @@ class CheckOptions:
     skip_broken: bool = False  # leave out unusable images and annotations instead of refusing the set
     allow_outside_root: bool = False
     max_image_pixels: int = 100_000_000
-    max_side: int = 0  # pixels: the longest side that the loaders leave an image when they resize it; 0: no limit
+    max_side: int = 0  # pixels: the loaders shrink an image until its longer side fits this; 0: they do not resize
     box_format: str = "check"  # one of annotations.BOX_FORMATS
     num_queries: int = 0  # remark on images with more boxes than this; 0: no limit
     check_images: bool = True  # False: check only the annotation file, since this package has drawn the images

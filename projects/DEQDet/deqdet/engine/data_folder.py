@@ -108,13 +108,14 @@ def put_in_place(config_file: Path, sets: Iterable[str]) -> None:
 
 
 def follow_moved_sets(cfg: CfgNode, config_file: Path) -> None:
-    """Let the config of a `--data` run name the COCO files of its own folder, in place, wherever that now lies.
+    """Point the config of a `--data` run to the COCO files of this run, even if its OUTPUT_DIR has been moved.
 
-    The config has absolute paths. If OUTPUT_DIR has been moved or renamed, they lead nowhere, or even to the files of
-    another run that has the old name now.
+    The config contains absolute paths. After OUTPUT_DIR has been moved or renamed, nothing lies there any more, or the
+    files of another run that has taken the old name.
 
     Args:
-        config_file: config.yaml in OUTPUT_DIR or in OUTPUT_DIR/data, or any other config file, which changes nothing.
+        cfg: changed in place.
+        config_file: the file that `cfg` was read from. Only config.yaml in OUTPUT_DIR or OUTPUT_DIR/data has an effect.
     """
     parent = config_file.absolute().parent
     folder = parent if parent.name == FOLDER else parent / FOLDER

@@ -7,9 +7,10 @@ At test time all solvers look for the same fixed point, and any of them may be u
 
 Every scalar product is an element-wise product, summed along its own batch row. A batched matrix product would be
 shorter, but its kernel, and so its rounding, depends on the batch size, and the boxes of an image would change slightly
-with the other images of its batch. (On a CPU with several threads, one case remains: torch splits a sum of more than
-32,768 numbers among the threads if it is the only one, so a single image with so large a D is rounded differently than
-in a batch.) Since the history size m is small, these sums cost O(m D), little compared with f.
+with the other images of its batch. There is one exception, on a CPU with several threads: torch distributes a sum over
+the threads if it is the only one and has more than 32,768 terms. A single image whose D is larger is then rounded
+differently than the same image in a batch. Since the history size m is small, these sums cost O(m D), little compared
+with f.
 The arithmetic is in float32 or better, whatever the dtype of the iterates, and never waits for the device.
 """
 

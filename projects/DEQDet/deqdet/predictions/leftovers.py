@@ -34,10 +34,12 @@ def delete_labels(folder: Path, kept: Collection[Path]) -> None:
 
 
 def refuse_foreign_labels(paths: Iterable[Path]) -> None:
-    """Check that no label file that would be overwritten is of another origin, such as training labels (no scores).
+    """Check that every label file which is about to be overwritten was written by write_yolo.
+
+    Training labels are recognised because they have no scores.
 
     Raises:
-        UserError: one of them is, or cannot be read.
+        UserError: a file has another format, or cannot be read.
     """
     for path in paths:
         try:
