@@ -1,8 +1,10 @@
-"""Suppresses the warnings that Detectron2 and fvcore cause when they are imported.
+"""Imports Detectron2 without its warnings, and without the garbage collections that would slow the import down.
 
-The warnings concern the code of these libraries. A user can do nothing about them, and every command would print them.
+The warnings concern the code of Detectron2 and fvcore. A user can do nothing about them, and every command would print
+them.
 """
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,5 +28,25 @@ def quiet_imports() -> Iterator[None]:
             warnings.filters.remove(entry)
 
 
-with quiet_imports():
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause Python's cyclic garbage collector in the block, and count what was created there as old objects.
+
+    Importing torch and Detectron2 creates about a million objects that live until the process ends. The collector would
+    visit all of them several times during the imports, which takes a quarter of their time.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        if gc.get_freeze_count() == 0:  # otherwise unfreeze() would also undo the caller's freeze()
+            gc.freeze()
+            gc.unfreeze()  # moves all objects to the oldest generation, without visiting them
+
+
+with quiet_imports(), collector_paused():
     import detectron2.modeling  # noqa: F401

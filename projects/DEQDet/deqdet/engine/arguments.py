@@ -1,6 +1,7 @@
 """What all command-line tools share: flags, KEY VALUE pairs at the end, and one-line messages for user errors."""
 
 import argparse
+import gc
 import io
 import os
 import signal
@@ -30,6 +31,8 @@ def parse_arguments(
     Raises:
         UserError: torchrun or srun has started several processes of a command that runs in a single one.
     """
+    if words is None:
+        gc.freeze()  # the libraries' objects live as long as the process: the collector need not visit them
     words = list(sys.argv[1:] if words is None else words)
     first = next((i for i, word in enumerate(words) if word == "--opts" or is_key(word)), len(words))
     args = parser.parse_args(words[:first])

@@ -1,5 +1,6 @@
 """Starts the ranks of one machine, and ends all of them when one fails, dies or hangs."""
 
+import gc
 import logging
 import os
 import shutil
@@ -120,6 +121,7 @@ def _rank(
     local_rank: int, main: Callable[..., object], args: tuple, group: Group, address: str, board: object, messages: str
 ) -> None:
     """Run one rank, and exit; the message of an error goes to the launcher as a file in the folder `messages`."""
+    gc.freeze()  # as in parse_arguments
     take_board(board, local_rank * _FIELDS)
     threading.Thread(target=_show_life, args=(board, local_rank * _FIELDS, group.rank_timeout), daemon=True).start()
     try:

@@ -1,0 +1,61 @@
+"""What the import of the package does to the interpreter of the caller."""
+
+import gc
+import subprocess
+import sys
+
+import pytest
+
+from deqdet.quiet_imports import collector_paused
+
+IMPORT = """
+import gc
+full = []
+gc.callbacks.append(lambda phase, info: full.append(info) if (phase, info["generation"]) == ("start", 2) else None)
+import deqdet
+print(len(full), gc.isenabled(), gc.get_freeze_count())
+"""
+
+
+def run(code: str, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+
+
+@pytest.fixture
+def collector():
+    yield gc
+    gc.unfreeze()
+    gc.enable()
+
+
+def test_the_import_prints_nothing_and_rarely_collects_garbage():
+    done = run(IMPORT)
+    full, enabled, frozen = done.stdout.split()
+    assert done.stderr == "" and (enabled, frozen) == ("True", "0")
+    assert int(full) <= 3  # 7 without the pause
+
+
+def test_a_command_visits_the_libraries_objects_no_more():
+    code = "import gc; from deqdet.tools.publish import main\ntry: main()\nfinally: print(gc.get_freeze_count())"
+    assert int(run(code, "--help").stdout.split()[-1]) > 100_000
+
+
+def test_the_collector_is_paused_and_runs_again(collector):
+    with collector_paused():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    with pytest.raises(ImportError), collector_paused():
+        raise ImportError
+    assert gc.isenabled()
+
+
+def test_a_callers_settings_of_the_collector_are_kept(collector):
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with collector_paused():
+        pass
+    assert gc.get_freeze_count() == frozen > 0
+    gc.disable()
+    with collector_paused():
+        pass
+    assert not gc.isenabled()
