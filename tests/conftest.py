@@ -1,5 +1,6 @@
 """Small detectors and inputs that several test files share."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,6 +71,10 @@ def pytest_configure(config: pytest.Config) -> None:
     paths = [Path(str(argument).split("::")[0]).resolve() for argument in config.args]
     if not all(path.is_relative_to(GPU_TESTS) for path in paths):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the tests find the same on a machine with a GPU
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # otherwise each full collection visits the libraries' objects, which takes a twentieth of the run
 
 
 @pytest.fixture(scope="session", autouse=True)

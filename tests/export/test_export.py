@@ -1,10 +1,11 @@
 """Exported detectors beside PyTorch: both forms, all six detectors, other sizes and batches than were traced."""
 
+import copy
 import functools
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from torch.export import ExportedProgram
 from deqdet import Predictor, UserError
 from deqdet.checkpoints import write_model_file
 from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
-from deqdet.export import Difference, Encoder, OneGraph, OnnxDetector, check_export, export_detector
+from deqdet.export import Difference, Encoder, OneGraph, OnnxDetector, check_export, export_detector, write
 from deqdet.export.check import BATCHES, SIZES
 from deqdet.export.graphs import EXPORTED, ExportedSparseRCNNLayer
 from deqdet.export.swin import ExportedSwinBlock, ExportedSwinStage
@@ -44,7 +45,7 @@ SWIN = (
 )  # fmt: skip
 TWO_STEPS = ("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 2)
 DETECTORS = {
-    "DEQDet": TWO_STEPS,
+    "DEQDet": (*TWO_STEPS, "MODEL.DEQDET.SOLVER.DAMPING", 0.5),
     "RNNDet": RECURRENT,
     "AdaMixer": STACKED,
     "DEQ Sparse R-CNN": (*SPARSE, *TWO_STEPS),
@@ -65,6 +66,38 @@ def spread(model: nn.Module) -> nn.Module:
             if "box_branch" in name and name.endswith("weight") and parameter.shape[0] == 4:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equal_encoders_once() -> Iterator[None]:
+    """Trace and convert an encoder once (30 s): the two forms of a detector's export contain the same one, to the bit.
+
+    What is remembered belongs to the bytes of the module, and each caller gets a copy of the graph.
+    """
+    traces, graphs = {}, {}
+    trace, convert = write._trace_images, write._to_onnx
+
+    def trace_once(module: nn.Module, unit: int) -> tuple[ExportedProgram, list[torch.Tensor]]:
+        if not isinstance(module, Encoder):
+            return trace(module, unit)
+        torch.save(module, stored := io.BytesIO())
+        key = stored.getvalue(), unit
+        if key not in traces:
+            traces[key] = trace(module, unit)
+        return traces[key]
+
+    def convert_once(program: ExportedProgram, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
+        if all(program is not known for known, _ in traces.values()):
+            return convert(program, inputs, outputs)
+        key = id(program), *inputs, *outputs
+        if key not in graphs:
+            graphs[key] = convert(program, inputs, outputs)
+        return copy.deepcopy(graphs[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "_trace_images", trace_once)
+        patch.setattr(write, "_to_onnx", convert_once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +161,9 @@ def test_one_graph_agrees_with_pytorch(name, one_graph):
     assert onnx.load(exported.files[0]).opset_import[0].version == 18
 
 
-def test_the_steps_of_one_graph_are_an_input(make_predictor, tmp_path):
+def test_the_steps_of_one_graph_are_an_input(one_graph):
     """With a default, and each weight once, whatever the steps; damping applies between the steps alone."""
-    predictor = make_predictor("MODEL.DEQDET.SOLVER.DAMPING", 0.5)
-    path = export_detector(predictor, tmp_path / "small.onnx", form="one", steps=25).files[0]
+    predictor, path = one_graph("DEQDet").predictor, one_graph("DEQDet").exported.files[0]
     model = onnx.load(path)
     assert [node.op_type for node in model.graph.node].count("Loop") == 1
     loop = next(node for node in model.graph.node if node.op_type == "Loop").attribute[0].g
@@ -142,7 +174,7 @@ def test_the_steps_of_one_graph_are_an_input(make_predictor, tmp_path):
     assert [x.name for x in session.get_overridable_initializers()] == ["steps"]
     images = torch.from_numpy(picture(64, 96)).permute(2, 0, 1)[None]
     inputs = {"images": images.numpy(), "sizes": np.array([[64, 96]])}
-    for steps in (1, 3):
+    for steps in (1, 3, 25):
         found = session.run(None, inputs | {"steps": np.array(steps)})
         with torch.no_grad():
             want = OneGraph(predictor.model, steps, damping=0.5)(images, torch.tensor([[64, 96]]))
@@ -156,7 +188,7 @@ def test_the_steps_of_one_graph_are_an_input(make_predictor, tmp_path):
     np.testing.assert_allclose(found[1][0], best, atol=1e-4)
     assert found[3].tolist() == [float("inf")]
     default = session.run(None, inputs)
-    np.testing.assert_array_equal(default[1], session.run(None, inputs | {"steps": np.array(25)})[1])
+    np.testing.assert_array_equal(default[1], session.run(None, inputs | {"steps": np.array(2)})[1])
 
 
 @pytest.mark.parametrize("name", ["DEQ Sparse R-CNN", "RNN Sparse R-CNN"])
@@ -191,7 +223,8 @@ def test_the_graphs_are_the_detector(name, make_predictor):
     padded = torch.full((2, 3, 64, 96), 255, dtype=torch.uint8)  # the padding has no effect, whatever it holds
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
-    boxes, scores, classes, residual = OneGraph(model)(padded, torch.tensor([[60, 90], [64, 80]]))
+    graph = OneGraph(model, damping=0.5 if name == "DEQDet" else 1.0)
+    boxes, scores, classes, residual = graph(padded, torch.tensor([[60, 90], [64, 80]]))
     for i, output in enumerate(want):
         found = output["instances"]
         clipped = boxes[i].clamp(min=0).minimum(torch.tensor(found.image_size).flip(0).repeat(2))
