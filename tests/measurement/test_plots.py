@@ -4,9 +4,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from deqdet.drawing import arrange
 from deqdet.errors import UserError
 from deqdet.measurement.plots import MARGIN, contact_sheet, draw_pair, plot_curves, plot_losses, plot_residuals
 
@@ -106,3 +108,14 @@ def test_curves_show_losses_and_every_ap(tmp_path, monkeypatch):
     assert pictures[0].shape == (480, 1320, 3) and (pictures[0] != pictures[1]).any()
     plot_curves([], tmp_path / "none.png")
     assert cv2.imread(str(tmp_path / "none.png")).std() > 5
+
+
+def test_pictures_are_arranged_in_rows():
+    """A row is as high as its highest picture; narrower ones stand at the left of their column."""
+    red, green, blue = (Image.new("RGB", size, colour) for size, colour in (
+        ((4, 2), "red"), ((3, 5), "green"), ((4, 1), "blue")))  # fmt: skip
+    sheet = np.asarray(arrange([red, green, blue], columns=2, width=4, gap=3))
+    want = np.full((5 + 3 + 1, 4 + 3 + 4, 3), 255)
+    want[:2, :4], want[:5, 7:10], want[8:, :4] = (255, 0, 0), (0, 128, 0), (0, 0, 255)
+    assert (sheet == want).all()
+    assert arrange([red], columns=4, width=4, gap=3).size == (4, 2)

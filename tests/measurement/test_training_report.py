@@ -105,7 +105,7 @@ def test_the_sheet_shows_the_worst_images_in_the_colours_of_the_mistakes(tmp_pat
     folder = make_run(tmp_path, small_set, flawed(small_set))
     write_training_report(folder, ["mine"])
     sheet = np.asarray(Image.open(folder / "worst.jpg")).astype(int)
-    assert sheet.shape == (60 + 24 + 320 + 8, 2 * (2 * 480 + 3 * 8) - 8, 3)
+    assert sheet.shape == (60 + 24 + 320, 2 * (2 * 480 + 8) + 16, 3)
 
     def drawn(x, colour):
         """Whether more than a few pixels of the half that begins at x, in rows below the caption, are of a colour."""
@@ -247,7 +247,7 @@ class TestDrawResults:
         printed = capsys.readouterr().out
         assert "2 of 4 images have mistakes at a score of 0.80, that of the best F1" in printed
         assert "3.png: 1 missed, 1 false, 1 of another class" in printed and "1.png: 1 missed" not in printed
-        assert cv2.imread(str(picture)).shape == (412, 976, 3)
+        assert cv2.imread(str(picture)).shape == (404, 968, 3)
         check_data.main([*words, "--draw-results", str(tmp_path / "found.json"), str(picture), "--threshold", "0.05"])
         assert "3 of 4 images have mistakes at a score of 0.05\n" in capsys.readouterr().out
         (tmp_path / "found.json").write_text("[]")

@@ -59,6 +59,30 @@ def save_picture(image: Image.Image, path: Path) -> None:
         image.save(file, form, quality=90)
 
 
+def arrange(tiles: Sequence[Image.Image], *, columns: int, width: int, gap: int) -> Image.Image:
+    """Arrange pictures in rows on a white ground, each row as high as its highest picture.
+
+    Args:
+        tiles: at least one.
+        columns: maximum number of pictures in a row.
+        width: of a column, pixels.
+        gap: between columns and between rows, pixels.
+    """
+    columns = min(columns, len(tiles))
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    tops = np.cumsum([0, *(gap + max(tile.height for tile in row) for row in rows)]).tolist()
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, tops[-1] - gap), "white")
+    for top, row in zip(tops[:-1], rows, strict=True):
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (column * (width + gap), top))
+    return sheet
+
+
+def plain_text(text: str) -> str:
+    """Escape a text for matplotlib, which would parse what is between two $ as a formula."""
+    return text.replace("$", r"\$")
+
+
 class BoxVisualizer(Visualizer):
     """detectron2's Visualizer with opaque lines, whose light edges make them visible on any background."""
 
@@ -96,8 +120,7 @@ def draw_detections(image: np.ndarray, instances: Instances, class_names: Sequen
     scale = image.shape[1] / instances.image_size[1]
     scaled = Instances(image.shape[:2], **instances.get_fields())
     scaled.pred_boxes = Boxes(scale * instances.pred_boxes.tensor)
-    names = [name.replace("$", r"\$") for name in class_names]  # matplotlib reads text between two $ as a formula
-    metadata = coloured_metadata(Metadata(name="detections", thing_classes=names))
+    metadata = coloured_metadata(Metadata(name="detections", thing_classes=[plain_text(x) for x in class_names]))
     visualizer = BoxVisualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION, font_size_scale=0.8)
     visualizer.draw_instance_predictions(scaled, jittering=False)
     separate_labels(visualizer.output)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from detectron2.config import CfgNode
 
-from ..drawing import BoxVisualizer, class_colours, separate_labels, text_font
+from ..drawing import BoxVisualizer, arrange, class_colours, plain_text, separate_labels, text_font
 from .images import read_image
 from .results import read_truth
 from .train_loader import build_train_loader
@@ -93,7 +93,7 @@ def _draw_tile(image: np.ndarray, boxes: np.ndarray, labels: Sequence[int], clas
     for box, label in zip(factor * boxes, labels, strict=True):
         visualizer.draw_box(box, edge_color=colours[label])
         if labelled:
-            name = class_names[label].replace("$", r"\$")  # matplotlib parses text between two $ as a formula
+            name = plain_text(class_names[label])
             visualizer.draw_text(name, box[:2], font_size=9, color=colours[label], horizontal_alignment="left")
     separate_labels(visualizer.output)
     return Image.fromarray(visualizer.get_output().get_image())
@@ -101,16 +101,12 @@ def _draw_tile(image: np.ndarray, boxes: np.ndarray, labels: Sequence[int], clas
 
 def _lay_out(tiles: Sequence[Image.Image], class_names: Sequence[str]) -> Image.Image:
     """Arrange the tiles in rows, above a legend of the classes unless these are too many to tell apart."""
-    columns = min(_COLUMNS, len(tiles))
-    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    tops = np.cumsum([0, *(_GAP + max(tile.height for tile in row) for row in rows)]).tolist()
-    width, height = columns * (_TILE + _GAP) - _GAP, tops[-1]
-    legend = _place_legend(class_names, width) if len(class_names) <= _FEW_CLASSES else []
+    images = arrange(tiles, columns=_COLUMNS, width=_TILE, gap=_GAP)
+    legend = _place_legend(class_names, images.width) if len(class_names) <= _FEW_CLASSES else []
+    height = images.height + _GAP
     lines = 1 + max((line for _, line in legend), default=-1)
-    sheet = Image.new("RGB", (width, height + _LINE * lines), "white")
-    for top, row in zip(tops, rows, strict=False):
-        for column, tile in enumerate(row):
-            sheet.paste(tile, (column * (_TILE + _GAP), top))
+    sheet = Image.new("RGB", (images.width, height + _LINE * lines), "white")
+    sheet.paste(images)
     draw = ImageDraw.Draw(sheet)
     for name, colour, (x, line) in zip(class_names, class_colours(len(class_names)), legend, strict=False):
         y = height + _LINE * line + _LINE // 2

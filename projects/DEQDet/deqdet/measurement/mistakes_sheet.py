@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data import read_image
-from ..drawing import BoxVisualizer, save_picture, separate_labels, text_font
+from ..drawing import BoxVisualizer, arrange, plain_text, save_picture, separate_labels, text_font
 from .mistakes import Judgement, Outcome
 
 TILE = 480  # pixels: the longer side of each half of a pair
@@ -50,15 +50,10 @@ def write_mistakes(
         UserError: an image cannot be read, or the file cannot be written.
     """
     pairs = [_draw_pair(*pair, class_names) for pair in zip(records, judgements, strict=True)]
-    columns = min(columns, len(pairs))
-    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-    step = 2 * TILE + 3 * GAP
-    heights = [max(pair.height for pair in row) + GAP for row in rows]
-    sheet = Image.new("RGB", (columns * step - GAP, HEAD + sum(heights)), PAPER)
+    images = arrange(pairs, columns=columns, width=2 * TILE + GAP, gap=2 * GAP)
+    sheet = Image.new("RGB", (images.width, HEAD + images.height), PAPER)
+    sheet.paste(images, (0, HEAD))
     _draw_legend(sheet, threshold)
-    for i, row in enumerate(rows):
-        for j, pair in enumerate(row):
-            sheet.paste(pair, (j * step, HEAD + sum(heights[:i])))
     save_picture(sheet, path)
 
 
@@ -104,7 +99,7 @@ def _draw_boxes(
         colour = tuple(part / 255 for part in COLOURS[outcomes[index]])
         visualizer.draw_box(boxes[index], edge_color=colour, line_style="-" if outcomes[index] < 2 else "--")
         if label_all or outcomes[index] in (Outcome.CONFUSED, Outcome.ALONE):
-            text = labels[index].replace("$", r"\$")  # matplotlib reads text between two $ as a formula
+            text = plain_text(labels[index])
             visualizer.draw_text(text, boxes[index, :2], font_size=10, color=colour, horizontal_alignment="left")
     separate_labels(visualizer.output)
     return visualizer.get_output().get_image()

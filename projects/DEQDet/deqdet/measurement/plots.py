@@ -8,18 +8,18 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from detectron2.structures import Instances
 
 from ..atomic import replacing
 from ..data import read_image
-from ..drawing import save_picture
+from ..drawing import arrange, save_picture, text_font
 from ..engine.pictures import draw_beside_truth
 from .metrics_file import read_lines
 
-MARGIN = 6  # pixels between the pictures of a sheet
+MARGIN, HEAD = 6, 26  # pixels: between the pictures of a sheet, and the line of headings
 LOSS_KEYS = re.compile(r"(.*/)?total_loss")  # in metrics.json, where the name of the data set may come first
 AP_KEYS = re.compile(r"(.*/)?bbox/AP(50)?")
 
@@ -58,20 +58,16 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
     Raises:
         UserError: the file cannot be written.
     """
-    height = max(pair.shape[0] for pair in pairs)
-    width = pairs[0].shape[1]
-    rows = -(-len(pairs) // columns)
-    top, gap = 26, 3 * MARGIN
-    sheet = np.full((top + rows * (height + gap), columns * (width + gap), 3), 255, np.uint8)
-    for index, pair in enumerate(pairs):
-        row, column = divmod(index, columns)
-        y, x = top + row * (height + gap), column * (width + gap)
-        sheet[y : y + pair.shape[0], x : x + width] = pair
-    for column in range(columns):
+    width, gap = pairs[0].shape[1], 3 * MARGIN
+    images = arrange([Image.fromarray(pair) for pair in pairs], columns=columns, width=width, gap=gap)
+    sheet = Image.new("RGB", (images.width, HEAD + images.height), "white")
+    sheet.paste(images, (0, HEAD))
+    draw = ImageDraw.Draw(sheet)
+    for left in range(0, images.width, width + gap):
         for half, heading in enumerate(("ground truth", "detections")):
-            x = column * (width + gap) + half * (width + MARGIN) // 2 + 4
-            cv2.putText(sheet, heading, (x, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
-    save_picture(Image.fromarray(sheet), Path(path))
+            x = left + half * (width + MARGIN) // 2 + 4
+            draw.text((x, HEAD // 2), heading, (40, 40, 40), text_font(15), anchor="lm")
+    save_picture(sheet, Path(path))
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 120) -> None:
