@@ -65,7 +65,7 @@ class EquilibriumInsight(HookBase):
         Args:
             period: iterations between measurements; the last iteration is always measured.
             load_probe: returns the images to measure on, as a test loader gives them; called once, when first needed.
-            power_iterations: number of power iterations for the spectral radius.
+            power_iterations: number of products with the Jacobian for the spectral radius.
         """
         self._period = period
         self._load_probe = load_probe
@@ -92,7 +92,7 @@ def measure_equilibrium(model: DEQDet, batch: list[dict], power_iterations: int)
     Args:
         model: a detector with an equilibrium; its training mode is restored afterwards.
         batch: detectron2's inputs, as a test loader gives them.
-        power_iterations: number of power iterations for the spectral radius.
+        power_iterations: number of products with the Jacobian for the spectral radius.
 
     Returns:
         "residual_step1" and "residual": the relative residuals at the first step and at step T_train.
