@@ -55,7 +55,7 @@ def test_a_complex_pair():
 
 
 def test_as_many_products_as_dimensions_are_exact():
-    """Also for a complex pair whose steps along an ellipse grow by 0.8 / 3 to 0.8 * 3; and more products change nothing."""
+    """Also for a complex pair whose steps along an ellipse grow by 0.8 / 3 to 0.8 * 3. More products change nothing."""
     for matrix, size in ((pair(0.8, 0.7, stretch=3.0), 2), (with_eigenvalues(0.9, -0.8, 0.7, 0.6, -0.5), 5)):
         exact = torch.linalg.eigvals(matrix).abs().max().item()
         for iterations in (size, size + 1, 40):
@@ -63,7 +63,7 @@ def test_as_many_products_as_dimensions_are_exact():
 
 
 def test_few_products_are_close():
-    """A random matrix of 200 x 200 with a leading pair, of which a power iteration of 20 products gives 0.89 to 1.02."""
+    """A random matrix of 200 x 200 with a leading pair, for which 20 steps of a power iteration give 0.89 to 1.02."""
     generator = torch.Generator().manual_seed(0)
     matrix = 0.5 / math.sqrt(200) * torch.randn(200, 200, dtype=torch.float64, generator=generator)
     matrix[:2] = 0
