@@ -199,6 +199,19 @@ def look_up(value: object, table: Mapping[int | str, int]) -> int | None:
     return table.get(int(key)) if isinstance(key, str) and key.isascii() and key.isdigit() else None
 
 
+def find_original_ids(whole: Mapping) -> tuple[dict[int, int | str], dict[int, int | str]]:
+    """Return the image ids and the category ids in the user's file, by the ids that replaced them in the check.
+
+    Args:
+        whole: the content of a checked file.
+    """
+    images, categories = (
+        {entry["id"]: entry["original_id"] for entry in whole[kind] if "original_id" in entry}
+        for kind in ("images", "categories")
+    )
+    return images, categories
+
+
 def _unreadable(where: str, error: OSError) -> UserError:
     return UserError(
         f"{where} cannot be read ({describe_os_error(error)}): give the path of a COCO-format file, absolute or "

@@ -15,6 +15,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from ..atomic import write_text
 from ..errors import UserError
 from ..extras import how_to_install
+from .coco_file import find_original_ids
 
 RESULTS_NAME = "coco_instances_results.json"
 EVALUATORS = ("pycocotools", "faster-coco-eval")  # TEST.EVALUATOR
@@ -78,11 +79,7 @@ class OriginalIdsEvaluator(COCOEvaluator):
         return {**results, f"AP@{COCO_LIMIT}": at_100}
 
     def _restore_ids(self, path: Path) -> None:
-        dataset = self._coco_api.dataset
-        images, categories = (
-            {record["id"]: record["original_id"] for record in dataset[key] if "original_id" in record}
-            for key in ("images", "categories")
-        )
+        images, categories = find_original_ids(self._coco_api.dataset)
         if not images and not categories:
             return
         results = json.loads(path.read_text())

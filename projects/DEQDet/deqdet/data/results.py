@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..errors import UserError, describe_os_error, one_line
+from .coco_file import find_original_ids
 from .evaluation import RESULTS_NAME
 
 
@@ -33,7 +34,7 @@ def read_results(path: str | Path, dataset: str) -> list[Instances]:
     metadata = MetadataCatalog.get(dataset)
     if not metadata.get("json_file"):
         raise UserError(f"{dataset} is not in COCO format, so no file of detections can be compared with it")
-    images, categories = _given_ids(metadata.json_file)
+    images, categories = find_original_ids(json.loads(Path(metadata.json_file).read_bytes()))
     places = {images.get(record["image_id"], record["image_id"]): place for place, record in enumerate(records)}
     contiguous = metadata.thing_dataset_id_to_contiguous_id
     labels = {categories.get(number, number): label for number, label in contiguous.items()}
@@ -65,15 +66,6 @@ def read_truth(record: dict) -> Instances:
 def read_truths(dataset: str) -> dict[int, Instances]:
     """Return the true boxes of each image of a registered data set (see `read_truth`), by the image's id."""
     return {record["image_id"]: read_truth(record) for record in DatasetCatalog.get(dataset)}
-
-
-def _given_ids(json_file: str) -> list[dict[int, int | str]]:
-    """Return the image ids and the category ids in the user's file, by the ids that replaced them in the check."""
-    whole = json.loads(Path(json_file).read_bytes())
-    return [
-        {entry["id"]: entry["original_id"] for entry in whole[kind] if "original_id" in entry}
-        for kind in ("images", "categories")
-    ]
 
 
 def _read_list(path: str | Path) -> list:
