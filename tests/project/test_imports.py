@@ -21,11 +21,12 @@ def run(code: str, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def collector():
-    yield gc
-    gc.unfreeze()
+    gc.unfreeze()  # what conftest.py has frozen
+    yield
     gc.enable()
+    gc.freeze()
 
 
 def test_the_import_prints_nothing_and_rarely_collects_garbage():
@@ -40,7 +41,7 @@ def test_a_command_visits_the_libraries_objects_no_more():
     assert int(run(code, "--help").stdout.split()[-1]) > 100_000
 
 
-def test_the_collector_is_paused_and_runs_again(collector):
+def test_the_collector_is_paused_and_runs_again():
     with collector_paused():
         assert not gc.isenabled()
     assert gc.isenabled() and gc.get_freeze_count() == 0
@@ -49,7 +50,7 @@ def test_the_collector_is_paused_and_runs_again(collector):
     assert gc.isenabled()
 
 
-def test_a_callers_settings_of_the_collector_are_kept(collector):
+def test_a_callers_settings_of_the_collector_are_kept():
     gc.freeze()
     frozen = gc.get_freeze_count()
     with collector_paused():
