@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from deqdet import Predictor
-from deqdet.engine import labelled_folder, load_config
+from deqdet.engine import configuration, labelled_folder, load_config
 from deqdet.engine.data_folder import DataInPlace, put_in_place
 from deqdet.engine.own_data import use_own_data
 from deqdet.errors import UserError
@@ -73,9 +73,12 @@ def weights(folder: str = "output/animals") -> dict:
     return torch.load(f"{folder}/model_final.pth", weights_only=True)["model"]
 
 
-def test_a_folder_becomes_a_model_file(animals, capsys):
+def test_a_folder_becomes_a_model_file(animals, capsys, monkeypatch):
+    shortened = []
+    monkeypatch.setattr(configuration, "shorten_listings", shortened.append)
     train_net.main(["--data", "animals", "--num-gpus", "1", *TINY, "SOLVER.MAX_ITER", "2"])
     printed = capsys.readouterr().out
+    assert shortened == ["output/animals"]  # the settings stay in sight
     assert "animals: VOC format" in printed
     assert "4 to train on and 1 to evaluate on" in printed
     assert "== animals-train\nimages: 4, 1 of them without boxes" in printed

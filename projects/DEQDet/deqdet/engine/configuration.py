@@ -34,6 +34,7 @@ from .determinism import set_determinism
 from .options import check_options
 from .pretrained import check_backbone_weights
 from .run_folder import CONFIG, check_folder, claim_folder, find_results, hold_config
+from .terminal import shorten_listings
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     with _writable(cfg.OUTPUT_DIR):
         # default_setup does the same for detectron2's and fvcore's loggers.
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="deqdet")
+        if args.data:  # above the listings stand the settings that were derived from the data, and their reasons
+            shorten_listings(cfg.OUTPUT_DIR)
         adapt_device(cfg)
         check_run(cfg, args)
         cfg.freeze()
