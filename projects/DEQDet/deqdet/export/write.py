@@ -96,7 +96,7 @@ def export_detector(
     check_walk(model, unit)
     if form == "one":
         stacked = isinstance(model.decoder, StackedDecoder)
-        module = OneGraph(model, None if stacked else notes["steps"], notes["damping"])
+        module = OneGraph(model, steps if stacked else notes["steps"], notes["damping"])
         if target == "onnx" and not stacked:
             _write_loop(predictor, path, notes, say)
         else:
@@ -172,8 +172,6 @@ def build_notes(
         raise UserError("MODEL.DEQDET.SOLVER.RETURN_BEST cannot be exported: set it to False")
     if steps is not None and steps < 1:
         raise UserError(f"--steps must be at least 1, got {steps}")
-    if steps is not None and isinstance(decoder, StackedDecoder):
-        raise UserError("MODEL.DEQDET.DECODER is StackedDecoder, whose number of steps is fixed: give no --steps")
     shapes = predictor.model.backbone.output_shape()
     anderson = solver if isinstance(solver, Anderson) else Anderson()
     return {
