@@ -176,17 +176,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     with explained_datasets():
         prepare_datasets(cfg, eval_only=args.eval_only, class_names=_known_classes(cfg, args))
         check_datasets(cfg, eval_only=args.eval_only)
-    world_size = args.num_gpus * args.num_machines
-    rescaled = cfg.SOLVER.REFERENCE_WORLD_SIZE > 0  # detectron2 then scales the batch with the number of processes
-    if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % max(world_size, 1):
-        batch = f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}"
-        raise UserError(f"{batch}: it must be a multiple of {world_size}, the number of processes")
-    parts = cfg.SOLVER.ACCUMULATION_STEPS
-    if not args.eval_only and not rescaled and cfg.SOLVER.IMS_PER_BATCH % (max(world_size, 1) * parts):
-        raise UserError(
-            f"SOLVER.ACCUMULATION_STEPS is {parts}: times {world_size}, the number of processes, it must divide "
-            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH})"
-        )
+    if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE:  # by which detectron2 adapts the batch
+        _check_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS, args.num_gpus * args.num_machines)
     if not (args.resume and has_checkpoint(Path(cfg.OUTPUT_DIR))):
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only, trust_pickle=cfg.MODEL.TRUST_PICKLE)
         if not args.eval_only:
@@ -232,6 +223,19 @@ def _make_folder(path: str) -> None:
         raise UserError(f"OUTPUT_DIR {path} cannot be created ({error.strerror}): choose another folder") from error
     if not PathManager.isdir(path):
         raise UserError(f"OUTPUT_DIR {path} is a file: choose a folder")
+
+
+def _check_batch(images: int, parts: int, processes: int) -> None:
+    """Check that a batch can be divided among the processes, and in each into `parts` equal parts."""
+    if images % processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {images}: it must be a multiple of {processes}, the number of processes"
+        )
+    if images % (processes * parts):
+        raise UserError(
+            f"SOLVER.ACCUMULATION_STEPS is {parts}: times {processes}, the number of processes, it must divide "
+            f"SOLVER.IMS_PER_BATCH ({images})"
+        )
 
 
 def _check_weights(path: str, *, eval_only: bool, trust_pickle: bool) -> None:
