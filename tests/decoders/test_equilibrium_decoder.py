@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from deqdet.decoders import EquilibriumDecoder, Supervision
-from deqdet.equilibrium import FixedPointIteration, Phantom
+from deqdet.decoders import EquilibriumDecoder, Supervision, equilibrium
+from deqdet.equilibrium import FixedPointIteration, Phantom, solve
 from deqdet.structures import QueryState
 
 from helpers.toy_layer import FEATURES, INITIAL, ToyLayer, gradients, read
@@ -167,6 +167,20 @@ def test_noise_by_hand(kind, points, checkpointed):
         assert read(predictions[f"step{t}"]) == ((q / 2 + 1) / 2 + 1, cx + 2)  # k = 2 clean applications
     early = [read(predictions[name]) for name in ("init", "init+1", "init+2")]
     assert early == [(4.0, 110.0), (3.0, 111.0), (2.5, 112.0)]  # noise is on the solving path only
+
+
+def test_the_path_ends_where_it_is_read(monkeypatch):
+    """With one-step noise, the clean path is needed up to step T - 1 alone."""
+    lengths = []
+
+    def count(*args, max_steps: int, **options):
+        lengths.append(max_steps)
+        return solve(*args, max_steps=max_steps, **options)
+
+    monkeypatch.setattr(equilibrium, "solve", count)
+    for kind in ("none", "zero-step", "one-step", "multi-step"):
+        toy_decoder(kind=kind).supervise(INITIAL, FEATURES)
+    assert lengths == [4, 4, 3, 4]
 
 
 def test_an_image_that_overflows_leaves_the_others_alone():

@@ -18,9 +18,14 @@ LEVELS = {"r50": (256, 512, 1024, 2048), "r101": (256, 512, 1024, 2048), "swin_s
 MODELS = {
     "adamixer_r50_100q_1x": ([32] * 6, 134, 134.8),
     "adamixer_r50_100q_1x_p64": ([64] * 6, 160, 160.6),
+    "adamixer_r50_300q_1x": ([64] + [32] * 5, 139, 139.2),
+    "adamixer_r50_300q_2x": ([64] + [32] * 5, 139, 139.2),
     "adamixer_r50_300q_3x": ([64] + [32] * 5, 139, 139.2),
+    "adamixer_r101_300q_3x": ([64] + [32] * 5, 158, 158.1),
+    "adamixer_swin_s_300q_3x": ([64] + [32] * 5, None, 163.9),  # the paper has 164, which is rounded
     "rnndet_r50_100q_1x": ([32, 32], 61, 61.3),
     "rnndet_r50_300q_3x": ([64, 32], 65, 65.6),
+    "rnndet_r50_300q_3x_p64": ([64, 64], 69, 69.9),
     "deqdet_r50_100q_1x": ([32, 32], 61, 61.3),
     "deqdet_r50_100q_1x_p64": ([64, 64], 69, 69.9),
     "deqdet_r50_300q_1x": ([64, 32], 65, 65.6),
@@ -29,8 +34,10 @@ MODELS = {
     "deqdet_r101_300q_2x": ([64, 32], 84, 84.6),
     "deqdet_r101_300q_2x_p64": ([64, 64], 88, 88.9),
     "deqdet_swin_s_300q_2x": ([64, 32], 90, 90.3),
+    "sparse_rcnn_r50_100q_1x": ([None] * 6, None, 106.3),
     "sparse_rcnn_r50_100q_3x": ([None] * 6, None, 106.3),
     "sparse_rcnn_r50_300q_3x": ([None] * 6, None, 106.3),
+    "sparse_rcnn_r101_300q_3x": ([None] * 6, 125, 125.2),
     "rnn_sparse_rcnn_r50_300q_3x": ([None] * 2, None, 53.3),
     "sparse_rcnn_positional_r50_300q_3x": ([None] * 6, None, 106.3),
     "rnn_sparse_rcnn_positional_r50_300q_3x": ([None] * 2, None, 53.3),
@@ -108,11 +115,11 @@ def sparse_rcnn_layer(dynamic: int = 64, cells: int = 49) -> int:
 def count_by_hand(name: str, points: list[int | None]) -> int:
     backbone = next(backbone for backbone in LEVELS if f"_{backbone}_" in name)
     queries = 300 if "_300q_" in name else 100
+    blocks = {"r50": R50, "r101": R101}.get(backbone)
     if "sparse_rcnn" in name:  # every BatchNorm frozen; boxes learned
-        body, neck = resnet_convolutions(R50), fpn(LEVELS[backbone])
+        body, neck = resnet_convolutions(blocks), fpn(LEVELS[backbone])
         layer = sparse_rcnn_layer() + (8 if "_positional_" in name else 0)  # a strength of the overlaps for each head
         return body + neck + queries * (DIM + 4) + len(points) * layer
-    blocks = {"r50": R50, "r101": R101}.get(backbone)
     # BatchNorm of the stem and res2 is frozen: its numbers are buffers.
     body = resnet_convolutions(blocks) + sum(resnet_norms(blocks)[2:]) if blocks else swin(SWIN_S)
     return body + channel_mapper(LEVELS[backbone]) + queries * DIM + sum(map(adamixer_layer, points))

@@ -61,6 +61,7 @@ COMMON = {
     "MODEL.DEQDET.LOSS.FOCAL_GAMMA": 2.0,
 }
 ADAMIXER = {
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": True,
     "SOLVER.WEIGHT_DECAY": 0.01,
     "SOLVER.DECODER_LR_MULTIPLIER": 4.0,
     "SOLVER.DECODER_DECAY_MULTIPLIER": 10.0,
@@ -72,6 +73,7 @@ ADAMIXER = {
     "MODEL.DEQDET.QUERIES.LEARN_BOXES": False,
 }
 SPARSE_RCNN = {
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False,
     "SOLVER.WEIGHT_DECAY": 1e-4,
     "SOLVER.DECODER_LR_MULTIPLIER": 1.0,
     "SOLVER.DECODER_DECAY_MULTIPLIER": 1.0,
@@ -133,7 +135,10 @@ SCHEDULES = {
     "1x": epochs(12, 8, 11) | PLAIN,
     "2x": epochs(24, 16, 22) | CROPPED,
     "3x": epochs(36, 24, 33) | CROPPED,
-    "sparse_rcnn 3x": {"SOLVER.MAX_ITER": 270_000, "SOLVER.STEPS": (210_000, 250_000)} | CROPPED,
+    "sparse_rcnn 300q 3x": {"SOLVER.MAX_ITER": 270_000, "SOLVER.STEPS": (210_000, 250_000)} | CROPPED,
+    "sparse_rcnn 100q 3x": {"SOLVER.MAX_ITER": 270_000, "SOLVER.STEPS": (210_000, 250_000)} | CROPPED | {
+        "INPUT.AUGMENTATION": "1x"
+    },
 }
 DECODERS = {
     r"adamixer|sparse_rcnn": "StackedDecoder",
@@ -188,9 +193,9 @@ def expected(name: str) -> dict[str, object]:
         **({"MODEL.DEQDET.SPARSE_RCNN.ATTENTION": "positional"} if positional else {}),
         **bodies[backbone],
         **norms,
-        **SCHEDULES.get(f"sparse_rcnn {schedule}" if sparse_rcnn else schedule, SCHEDULES[schedule]),
+        **SCHEDULES.get(f"sparse_rcnn {queries}q {schedule}" if sparse_rcnn else schedule, SCHEDULES[schedule]),
         "MODEL.DEQDET.DECODER": next(d for pattern, d in DECODERS.items() if re.fullmatch(pattern, detector)),
-        "MODEL.DEQDET.NUM_LAYERS": 8 if name == "rnndet_r50_300q_3x" else 6,
+        "MODEL.DEQDET.NUM_LAYERS": 8 if name.startswith("rnndet_r50_300q_3x") else 6,
         "MODEL.DEQDET.NUM_QUERIES": int(queries),
         "TEST.DETECTIONS_PER_IMAGE": int(queries),
     }

@@ -1,8 +1,8 @@
 """Boxes as positions (cx, cy, z, r) (Eq. 3) and as corners xyxy: pure functions, with all lengths in pixels.
 
 A position has the centre (cx, cy), the scale z = log2 sqrt(w h) and the aspect ratio r = log2(h / w). Any four real
-numbers make a valid box, so a solver may add and extrapolate positions. Corners treated in this way could come out
-inverted, with x2 < x1.
+numbers make a valid box, as long as its area is finite in the floating-point type (in float32, |z| < 64). A solver may
+therefore add and extrapolate positions. Corners treated in this way could come out inverted, with x2 < x1.
 """
 
 import math

@@ -69,6 +69,8 @@ def perturb_position(position: Tensor, size: float, generator: Generator | None 
     Returns:
         (B, N, 4) cx, cy, z, r.
     """
+    if size == 0:
+        return position  # not its corners, which limit the sides
     boxes = decode_boxes(position)
     boxes = torch.add(boxes, torch.empty_like(boxes).normal_(generator=generator), alpha=size)
     return encode_boxes(boxes, flipped=True)

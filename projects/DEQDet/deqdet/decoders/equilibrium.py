@@ -242,8 +242,8 @@ class EquilibriumDecoder(Decoder):
         function = perturb_and_refine if kind == "multi-step" else refine
         record = [t - 1 for t in steps] if kind == "one-step" else steps
         plain = FixedPointIteration()
-        first, last = start.pack(self.units), steps[-1]
-        path = solve(function, first, solver=plain, max_steps=last, record=record, residuals=False)
+        first = start.pack(self.units)
+        path = solve(function, first, solver=plain, max_steps=record[-1], record=record, residuals=False)
         points = [path.recorded[t] for t in record]
         if kind == "one-step":  # Eq. 14: the path stays clean; noise passes f once, right before the supervised state
             points = [perturb_and_refine(x) for x in points]

@@ -55,7 +55,10 @@ class Trajectory:
         return QueryState.unpack(flat, self.start.content.shape[1], self.units)
 
     def predict(self, step: int | None = None) -> Prediction:
-        """Read out the state of a step, by default the last one, with f; y_0 is read out with g if there is a g."""
+        """Read out the state of a step, by default the last one, with f; y_0 is read out with g if there is a g.
+
+        An image of which f was never finite is still at y_0 at the end, but is read out with f like the others.
+        """
         at_start = step == 0 or (step is None and len(self.solution.residuals) == 0)
         layer = self.initialization if at_start and self.initialization is not None else self.refinement
         return layer.predict(self.state(step))

@@ -22,6 +22,7 @@ LR_RULES: dict[str, Callable[[float], float]] = {
 }
 CLIP_TYPES = ("full_model", "value", "norm")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_POSITIONS = ("relative_position_bias_table", "absolute_pos_embed")  # Swin's, which its recipes treat like norms
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -112,7 +113,8 @@ def _multipliers(cfg: CfgNode, model: nn.Module) -> Iterator[tuple[nn.Parameter,
             if name.startswith("decoder."):
                 yield parameter, decoder
             elif name.startswith("backbone.bottom_up."):
-                yield parameter, norm if isinstance(module, _NORMS) else (backbone, 1.0)
+                like_norm = isinstance(module, _NORMS) or name.endswith(_POSITIONS)
+                yield parameter, norm if like_norm else (backbone, 1.0)
 
 
 class GradientClipper:
