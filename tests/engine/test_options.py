@@ -311,7 +311,7 @@ def test_the_predictor_checks_too():
 @pytest.mark.parametrize("key, value, allowed", [
     ("MODEL.DEQDET.INSIGHT.PERIOD", -1, "an integer of at least 0"),
     ("MODEL.DEQDET.INSIGHT.NUM_IMAGES", 0, "an integer of at least 1"),
-    ("MODEL.DEQDET.INSIGHT.POWER_ITERATIONS", 1, "an integer from 2 to 10,000"),
+    ("MODEL.DEQDET.INSIGHT.POWER_ITERATIONS", 1, "an integer from 2 to 1,000"),
     ("MODEL.DEQDET.SOLVER.NAME", "Newton", "one of Anderson, Broyden, FixedPointIteration .*"),
     ("MODEL.DEQDET.SOLVER.DAMPING", 1.5, "a finite number above 0 and at most 1"),
     ("MODEL.DEQDET.SOLVER.DAMPING", math.nan, "a finite number above 0 and at most 1"),
