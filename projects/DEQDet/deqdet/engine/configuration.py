@@ -39,7 +39,7 @@ from .terminal import shorten_listings
 logger = logging.getLogger(__name__)
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
+def setup(args: argparse.Namespace, *, brief: bool = False) -> CfgNode:
     """Do everything that precedes building the model: config, data sets, log files, seed.
 
     If CUDA is not available, a MODEL.DEVICE of "cuda" becomes "cpu". A training locks OUTPUT_DIR until its process
@@ -48,6 +48,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
     Args:
         args: the flags of `argument_parser`.
+        brief: whether to print only the first line of long listings, such as the full config (see `shorten_listings`).
 
     Raises:
         UserError: as `load_config` and `check_run`; or OUTPUT_DIR cannot be created or written, is in use by another
@@ -62,7 +63,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     with _writable(cfg.OUTPUT_DIR):
         # default_setup does the same for detectron2's and fvcore's loggers.
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="deqdet")
-        if args.data:  # above the listings stand the settings that were derived from the data, and their reasons
+        if brief:
             shorten_listings(cfg.OUTPUT_DIR)
         adapt_device(cfg)
         check_run(cfg, args)

@@ -64,7 +64,7 @@ def work(args: argparse.Namespace) -> dict | None:
     Returns:
         The results, such as {"bbox": {"AP": ...}}.
     """
-    cfg = setup(args)
+    cfg = setup(args, brief=bool(args.data))  # the settings that --data derives, above the listings, stay in sight
     if not args.eval_only:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
