@@ -498,6 +498,18 @@ class TestLoading:
         with pytest.raises(UserError, match="threshold must lie between 0 and 1, got -1"):
             Predictor.from_config(make_cfg(), weights, threshold=-1)
 
+    def test_a_model_in_training_mode(self, make_predictor):
+        """It detects as in evaluation mode, and is left as it was: mode, and statistics of BatchNorm."""
+        predictor, image = make_predictor(), noise()
+        expected, walked = predictor(image), predictor.walk(image, steps=2).trajectory.solution.value
+        before = {name: buffer.clone() for name, buffer in predictor.model.named_buffers()}
+        predictor.model.train()
+        for found in (predictor(image), *predictor.stream([image])):
+            assert torch.equal(found.instances.scores, expected.instances.scores)
+        assert torch.equal(predictor.walk(image, steps=2).trajectory.solution.value, walked)
+        assert predictor.model.training
+        assert all(torch.equal(buffer, before[name]) for name, buffer in predictor.model.named_buffers())
+
     def test_training_is_left(self, make_cfg, small_model):
         """A model that was in training mode is put in evaluation mode, and no gradient is recorded."""
         model = small_model(*SIZES).train()

@@ -43,6 +43,15 @@ def test_table_and_json(tmp_path):
     assert whole["command"] == "the command" and whole["configs"] == summarize(results)
 
 
+def test_a_report_of_some_trainings_says_so(tmp_path):
+    results = [make_result("A", 1, 20.0), make_result("A", 2, 31.0), make_result("B", 1, 33.0)]
+    for planned, beginning in ((4, "**Incomplete: 3 of 4 trainings are done.**\n\n| "), (3, "| ")):
+        write_report(results, tmp_path, "", planned=planned)
+        assert (tmp_path / "comparison.md").read_text().startswith(beginning)
+        whole = json.loads((tmp_path / "comparison.json").read_text())
+        assert (whole["trainings"], whole["done"]) == (planned, 3)
+
+
 def test_a_run_whose_duplicates_were_not_counted(tmp_path):
     """Its mean is not known, and a run with no pair has no distance."""
     results = [make_result("A", 1, 20.0), make_result("A", 2, 20.0), make_result("B", 1, 30.0)]

@@ -9,7 +9,7 @@ print(found.labels, found.instances.pred_boxes, found.steps, found.residual)
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
+from detectron2.evaluation import inference_context
 from detectron2.utils.file_io import PathManager
 
 from .checkpoints import ModelFile, check_complete, is_model_file, load_model_config, read_model_file, resolve_file
@@ -256,7 +257,7 @@ class Predictor:
         """
         options = self.options(steps, rtol, solver)
         inputs = self.prepare(image, channels=channels)
-        with _explained(inputs):
+        with _explained(inputs), self._evaluating():
             return self.model.walk([inputs], **options, record=record, record_iterates=record_iterates)
 
     def prepare(self, image: ImageLike, *, channels: str = "RGB") -> dict:
@@ -342,7 +343,7 @@ class Predictor:
         )
         for indices in parts:
             batch = [chunk[index] for index in indices]
-            with _explained(batch[0]):
+            with _explained(batch[0]), self._evaluating():
                 outputs = self.model.infer(batch, **options)
             for index, output in zip(indices, outputs, strict=True):
                 instances = output["instances"].to("cpu")
@@ -354,6 +355,10 @@ class Predictor:
                     residual=None if residual is None else float(residual),
                 )
         return (found[index] for index in range(len(chunk)))
+
+    def _evaluating(self) -> AbstractContextManager:
+        """Put the model into evaluation mode for the block, in case a training that shares it has changed that."""
+        return inference_context(self.model) if self.model.training else nullcontext()
 
     def _padded_size(self, image: Tensor) -> tuple[int, ...]:
         """Return the height and width to which the model would pad this image alone."""

@@ -30,19 +30,21 @@ COLUMNS = (
 )
 
 
-def write_report(results: Sequence[Result], folder: Path, command: str) -> None:
+def write_report(results: Sequence[Result], folder: Path, command: str, *, planned: int | None = None) -> None:
     """Write comparison.md, comparison.json and comparison.png into `folder`, each atomically.
 
     Args:
         results: at least one. The results of one config form one row; rows are in the order of their first results.
         command: the command that produced the results, so that readers can repeat it.
+        planned: number of trainings of the whole comparison; until all are done, the report says that it is incomplete.
 
     Raises:
         UserError: a file cannot be written.
     """
     configs = summarize(results)
-    write_text(format_report(configs, results, command), folder / "comparison.md")
-    summary = {"command": command, "machines": _machines(results), "configs": configs}
+    write_text(format_report(configs, results, command, planned=planned), folder / "comparison.md")
+    counts = {"trainings": planned or len(results), "done": len(results)}
+    summary = {"command": command, **counts, "machines": _machines(results), "configs": configs}
     write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", folder / "comparison.json")
     plot_curves(configs, folder / "comparison.png")
 
@@ -78,8 +80,12 @@ def summarize(results: Sequence[Result]) -> list[dict]:
     return configs
 
 
-def format_report(configs: Sequence[dict], results: Sequence[Result], command: str) -> str:
+def format_report(
+    configs: Sequence[dict], results: Sequence[Result], command: str, *, planned: int | None = None
+) -> str:
     """Format the Markdown report: a table with one row per config, the meaning of its columns, and the command."""
+    left = (planned or 0) - len(results)
+    missing = f"**Incomplete: {len(results)} of {planned} trainings are done.**\n\n" if left > 0 else ""
     budget, seeds = results[0].settings, list(dict.fromkeys(result.seed for result in results))
     sizes = dict.fromkeys("{} x {}".format(*config["image_size"]) for config in configs)
     doubles = [heading for heading, *_ in DUPLICATE_COLUMNS]
@@ -95,7 +101,7 @@ def format_report(configs: Sequence[dict], results: Sequence[Result], command: s
     changes = "".join(f"  - {config['name']}: {_format_changes(config['changes'])}\n" for config in configs[1:])
     if changes:
         changes = f"- What differs from {configs[0]['name']}:\n{changes}"
-    return f"""{text}
+    return f"""{missing}{text}
 
 {changes}- {budget["SOLVER.MAX_ITER"]} iterations of {budget["SOLVER.IMS_PER_BATCH"]} images of \
 {", ".join(budget["DATASETS.TRAIN"])}; {name_seeds(seeds)}; every figure is the mean of the seeds.

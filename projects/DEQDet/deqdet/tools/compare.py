@@ -90,7 +90,7 @@ def compare(args: argparse.Namespace, command: str) -> None:
         score = "no AP" if result.metrics.AP is None else f"AP {result.metrics.AP:.1f}"
         minutes = "trained earlier" if result.minutes is None else f"{result.minutes:.1f} min of training"
         print(f"{where}: {score}, {minutes}", flush=True)
-        write_report(results, args.output, command)
+        write_report(results, args.output, command, planned=len(runs))
     print(f"Table: {args.output}/comparison.md, comparison.json; curve: {args.output}/comparison.png")
     if unlisted := find_unlisted(runs, args.output):
         names = ", ".join(f"{name} ({name_seeds(seeds)})" for name, seeds in unlisted.items())
