@@ -4,7 +4,7 @@ import importlib
 import re
 import sys
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,6 +220,14 @@ class TestLayers:
             with refused(f"{BOTH}: {where} returned {wrong}: it must be {want}"):
                 model.train(mode)(inputs)
 
+    def test_a_read_out_of_another_type(self, spoiled, make_inputs):
+        model, inputs = spoiled(predict=lambda x: (x.logits, x.boxes)), make_inputs(2, 0)
+        want = "a Prediction of logits (B, N, K) and boxes (B, N, 4)"
+        with refused(f"{WHERE}Spoiled.predict returned a tuple: it must return {want}"):
+            model.train()(inputs)
+        with refused(f"{BOTH}: decode returned a tuple: it must be a Prediction of logits (2, N, 3)"):
+            model.eval()(inputs)
+
     @pytest.mark.parametrize("changes", [
         {"forward": lambda x: QueryState(x.position + 300, x.content)},
         {"forward": lambda x: QueryState(x.position * float("nan"), x.content)},
@@ -267,6 +275,19 @@ class TestDecoders:
         decoded = Decoded((1, 2), torch.ones(2), torch.ones(2, dtype=torch.bool))
         monkeypatch.setattr(model.decoder, "decode", lambda initial, features: decoded)
         with pytest.raises(UserError, match="decode returned a tuple: it must be a Prediction of logits"):
+            model(make_inputs(2, 0))
+
+
+    @pytest.mark.parametrize("field, value, shown", [
+        ("steps", 3, "3"), ("finite", True, "True"), ("residual", 0.1, "0.1"),
+        ("steps", torch.ones(3), r"of shape \(3,\)"), ("finite", torch.tensor(True), r"of shape \(\)"),
+    ])  # fmt: skip
+    def test_a_field_of_decoded_that_does_not_fit(self, small_model, make_inputs, monkeypatch, field, value, shown):
+        model = small_model().eval()
+        decode = model.decoder.decode
+        monkeypatch.setattr(model.decoder, "decode", lambda *args: replace(decode(*args), **{field: value}))
+        message = rf"whose {field} is {shown}: it must be a tensor \(2,\), with a number for each image"
+        with pytest.raises(UserError, match=message):
             model(make_inputs(2, 0))
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from detectron2.config import configurable
 from detectron2.structures import Boxes
 
@@ -136,7 +138,7 @@ def check_supervised(decoder: object, predictions: object, num_images: int, num_
 
 
 def check_decoded(decoder: object, decoded: object, num_images: int, num_classes: int) -> None:
-    """Check that a decoder's `decode` returned a Decoded with a prediction for B images and K classes.
+    """Check that a decoder's `decode` returned a Decoded for B images and K classes.
 
     Raises:
         UserError: it did not; the message says what it returned.
@@ -144,6 +146,28 @@ def check_decoded(decoder: object, decoded: object, num_images: int, num_classes
     if not isinstance(decoded, Decoded):
         raise UserError(f"{describe(decoder)}.decode returned a {type(decoded).__name__}: it must return a Decoded")
     _check_prediction(decoder, "decode", decoded.prediction, num_images, num_classes)
+    for name in ("steps", "finite", *(["residual"] if decoded.residual is not None else [])):
+        value = getattr(decoded, name)
+        if not isinstance(value, Tensor) or value.shape != (num_images,):
+            shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise UserError(
+                f"{describe(decoder)}.decode returned a Decoded whose {name} is {shown}: it must be a tensor "
+                f"({num_images},), with a number for each image"
+            )
+
+
+def check_read_out(layer: object, prediction: object) -> Prediction:
+    """Check that a layer's `predict` returned a Prediction, and return it.
+
+    Raises:
+        UserError: it returned an object of another type.
+    """
+    if not isinstance(prediction, Prediction):
+        raise UserError(
+            f"{describe(layer)}.predict returned a {type(prediction).__name__}: it must return a Prediction of logits "
+            "(B, N, K) and boxes (B, N, 4)"
+        )
+    return prediction
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 
+from ..contract import check_read_out
 from ..equilibrium import FixedPointIteration, Phantom, Solver, solve
 from ..layers import RefinementLayer, build_refinement_layer
 from ..perturbation import Perturbation
@@ -217,7 +218,8 @@ class EquilibriumDecoder(Decoder):
         refine = packed_map(self.refinement, features, num_queries, units=self.units)
 
         def segment(flat: Tensor) -> Prediction:
-            return self.refinement.predict(QueryState.unpack(self.estimator(refine, flat), num_queries, self.units))
+            state = QueryState.unpack(self.estimator(refine, flat), num_queries, self.units)
+            return check_read_out(self.refinement, self.refinement.predict(state))
 
         names = [f"step{t}" for t in self.supervision.steps]
         if self.checkpoint_segments:
