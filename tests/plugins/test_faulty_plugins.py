@@ -277,7 +277,6 @@ class TestDecoders:
         with pytest.raises(UserError, match="decode returned a tuple: it must be a Prediction of logits"):
             model(make_inputs(2, 0))
 
-
     @pytest.mark.parametrize("field, value, shown", [
         ("steps", 3, "3"), ("finite", True, "True"), ("residual", 0.1, "0.1"),
         ("steps", torch.ones(3), r"of shape \(3,\)"), ("finite", torch.tensor(True), r"of shape \(\)"),

@@ -70,7 +70,7 @@ def perturb_position(position: Tensor, size: float, generator: Generator | None 
         (B, N, 4) cx, cy, z, r.
     """
     if size == 0:
-        return position  # not its corners, which limit the sides
+        return position  # encode_boxes would enlarge sides below 0.001 pixels
     boxes = decode_boxes(position)
     boxes = torch.add(boxes, torch.empty_like(boxes).normal_(generator=generator), alpha=size)
     return encode_boxes(boxes, flipped=True)

@@ -30,7 +30,7 @@ def quiet_imports() -> Iterator[None]:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause Python's cyclic garbage collector in the block, and count what was created there as old objects.
+    """Pause Python's cyclic garbage collector in the block, and then move all objects to its oldest generation.
 
     Importing torch and Detectron2 creates about a million objects that live until the process ends. The collector would
     visit all of them several times during the imports, which takes a quarter of their time.
@@ -45,7 +45,7 @@ def collector_paused() -> Iterator[None]:
         gc.enable()
         if gc.get_freeze_count() == 0:  # otherwise unfreeze() would also undo the caller's freeze()
             gc.freeze()
-            gc.unfreeze()  # moves all objects to the oldest generation, without visiting them
+            gc.unfreeze()  # to the oldest generation; gc.collect() would do the same, but visit every object
 
 
 with quiet_imports(), collector_paused():

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from detectron2.config import CfgNode
 
@@ -103,13 +103,11 @@ def _lay_out(tiles: Sequence[Image.Image], class_names: Sequence[str]) -> Image.
     """Arrange the tiles in rows, above a legend of the classes unless these are too many to tell apart."""
     images = arrange(tiles, columns=_COLUMNS, width=_TILE, gap=_GAP)
     legend = _place_legend(class_names, images.width) if len(class_names) <= _FEW_CLASSES else []
-    height = images.height + _GAP
     lines = 1 + max((line for _, line in legend), default=-1)
-    sheet = Image.new("RGB", (images.width, height + _LINE * lines), "white")
-    sheet.paste(images)
+    sheet = ImageOps.expand(images, border=(0, 0, 0, _GAP + _LINE * lines), fill="white")
     draw = ImageDraw.Draw(sheet)
     for name, colour, (x, line) in zip(class_names, class_colours(len(class_names)), legend, strict=False):
-        y = height + _LINE * line + _LINE // 2
+        y = images.height + _GAP + _LINE * line + _LINE // 2
         draw.rectangle((x, y - 6, x + 12, y + 6), tuple(round(255 * part) for part in colour))
         draw.text((x + 18, y), name, "black", text_font(_FONT_SIZE), anchor="lm")
     return sheet

@@ -57,7 +57,8 @@ class Trajectory:
     def predict(self, step: int | None = None) -> Prediction:
         """Read out the state of a step, by default the last one, with f; y_0 is read out with g if there is a g.
 
-        An image of which f was never finite is still at y_0 at the end, but is read out with f like the others.
+        If already the first output of f is infinite or NaN, the image stays at y_0; its last state is then still read
+        out with f, because all images of a batch are read out together.
         """
         at_start = step == 0 or (step is None and len(self.solution.residuals) == 0)
         layer = self.initialization if at_start and self.initialization is not None else self.refinement

@@ -177,7 +177,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     with explained_datasets():
         prepare_datasets(cfg, eval_only=args.eval_only, class_names=_known_classes(cfg, args))
         check_datasets(cfg, eval_only=args.eval_only)
-    if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE:  # by which detectron2 adapts the batch
+    # With SOLVER.REFERENCE_WORLD_SIZE, detectron2 scales the batch with the number of processes.
+    if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE:
         _check_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS, args.num_gpus * args.num_machines)
     if not (args.resume and has_checkpoint(Path(cfg.OUTPUT_DIR))):
         _check_weights(cfg.MODEL.WEIGHTS, eval_only=args.eval_only, trust_pickle=cfg.MODEL.TRUST_PICKLE)

@@ -54,7 +54,7 @@ def spectral_radius(
             projection[:, : k + 1, k] += part
             vector = vector - torch.einsum("bkd,bk->bd", known, part)
         rest = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-        # If the known vectors span J^T's image of them, what is left is rounding error, without a direction.
+        # If the new vector lies in the span of the known ones, only a rounding error is left: the space is complete.
         vector = torch.where(rest <= 100 * precision * length, 0.0, vector)
         projection[:, k + 1, k] = torch.linalg.vector_norm(vector, dim=1)
     square = projection[:, :-1]

@@ -41,9 +41,9 @@ def write_report(results: Sequence[Result], folder: Path, command: str, *, plann
     Raises:
         UserError: a file cannot be written.
     """
-    configs = summarize(results)
+    configs, planned = summarize(results), planned or len(results)
     write_text(format_report(configs, results, command, planned=planned), folder / "comparison.md")
-    counts = {"trainings": planned or len(results), "done": len(results)}
+    counts = {"trainings": planned, "done": len(results)}
     summary = {"command": command, **counts, "machines": _machines(results), "configs": configs}
     write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", folder / "comparison.json")
     plot_curves(configs, folder / "comparison.png")
@@ -80,12 +80,10 @@ def summarize(results: Sequence[Result]) -> list[dict]:
     return configs
 
 
-def format_report(
-    configs: Sequence[dict], results: Sequence[Result], command: str, *, planned: int | None = None
-) -> str:
+def format_report(configs: Sequence[dict], results: Sequence[Result], command: str, *, planned: int) -> str:
     """Format the Markdown report: a table with one row per config, the meaning of its columns, and the command."""
-    left = (planned or 0) - len(results)
-    missing = f"**Incomplete: {len(results)} of {planned} trainings are done.**\n\n" if left > 0 else ""
+    done = len(results)
+    missing = f"**Incomplete: {done} of {planned} trainings are done.**\n\n" if done < planned else ""
     budget, seeds = results[0].settings, list(dict.fromkeys(result.seed for result in results))
     sizes = dict.fromkeys("{} x {}".format(*config["image_size"]) for config in configs)
     doubles = [heading for heading, *_ in DUPLICATE_COLUMNS]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ..data import read_image
 from ..drawing import BoxVisualizer, arrange, plain_text, save_picture, separate_labels, text_font
@@ -51,8 +51,7 @@ def write_mistakes(
     """
     pairs = [_draw_pair(*pair, class_names) for pair in zip(records, judgements, strict=True)]
     images = arrange(pairs, columns=columns, width=2 * TILE + GAP, gap=2 * GAP)
-    sheet = Image.new("RGB", (images.width, HEAD + images.height), PAPER)
-    sheet.paste(images, (0, HEAD))
+    sheet = ImageOps.expand(images, border=(0, HEAD, 0, 0), fill=PAPER)
     _draw_legend(sheet, threshold)
     save_picture(sheet, path)
 

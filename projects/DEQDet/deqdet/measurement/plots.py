@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from detectron2.structures import Instances
@@ -60,8 +60,7 @@ def contact_sheet(pairs: list[np.ndarray], *, columns: int, path: str | Path) ->
     """
     width, gap = pairs[0].shape[1], 3 * MARGIN
     images = arrange([Image.fromarray(pair) for pair in pairs], columns=columns, width=width, gap=gap)
-    sheet = Image.new("RGB", (images.width, HEAD + images.height), "white")
-    sheet.paste(images, (0, HEAD))
+    sheet = ImageOps.expand(images, border=(0, HEAD, 0, 0), fill="white")
     draw = ImageDraw.Draw(sheet)
     for left in range(0, images.width, width + gap):
         for half, heading in enumerate(("ground truth", "detections")):
