@@ -20,6 +20,7 @@ from deqdet.decoders import DecodingGraphs, compile_refinement
 from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
 from deqdet.layers import kernels
 from deqdet.layers import table as tables
+from deqdet.layers.mixing import AdaptiveMixing
 from deqdet.layers.sampling import sample_pyramid, sample_table
 from deqdet.layers.table import build_table
 
@@ -180,6 +181,13 @@ def test_the_kernels_compute_what_the_operations_do(dtype):
         (table.gather(index, weight), F.embedding_bag(index, rows.float(), mode="sum", per_sample_weights=weight)),
         (kernels.norm_relu(x), F.layer_norm(x.float(), x.shape[-2:]).relu()),
     ]
+    if dtype != torch.float32:
+        mixing = AdaptiveMixing(dim=256, num_groups=4, num_points=32, num_out_points=128).cuda()
+        mixing.out = mixing.generator = nn.Identity()
+        samples, matrices = torch.randn(2, 50, 4, 32, 64, device="cuda"), torch.randn(2, 50, 4 * 8192, device="cuda")
+        samples, matrices = samples.to(dtype), matrices.to(dtype)
+        found = kernels.mix(samples, matrices, 128).flatten(2)
+        pairs.append((found, mixing(matrices.float(), samples.float())))
     for found, expected in pairs:
         assert found.dtype == dtype and found.shape == expected.shape
         assert (found.float() - expected).norm() <= within * expected.norm()
@@ -189,17 +197,21 @@ def test_the_kernels_compute_what_the_operations_do(dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(
-    "layer, names", [("AdaMixerLayer", {"_sample", "_norm_relu"}), ("SparseRCNNLayer", {"_sum_rows"})]
-)
-def test_a_decode_runs_the_kernels(build, make_inputs, layer, names, compiled):
+@pytest.mark.parametrize("layer, dtype, names", [
+    ("AdaMixerLayer", torch.float32, {"_sample", "_norm_relu"}),
+    ("AdaMixerLayer", torch.bfloat16, {"_sample", "_mix"}),
+    ("SparseRCNNLayer", torch.float32, {"_sum_rows"}),
+    ("SparseRCNNLayer", torch.bfloat16, {"_sum_rows"}),
+])  # fmt: skip
+def test_a_decode_runs_the_kernels(build, make_inputs, layer, dtype, names, compiled):
     model, inputs = build("EquilibriumDecoder", layer).eval(), strip(make_inputs(0, 0))
     if compiled:
         compile_refinement(model.decoder)
-    model.decode(inputs)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with autocast(dtype):
         model.decode(inputs)
-        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            model.decode(inputs)
+            torch.cuda.synchronize()
     assert names <= {x.name for x in profiled.events()}
 
 

@@ -9,11 +9,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deqdet.layers import kernels
+from deqdet.layers.mixing import AdaptiveMixing
 from deqdet.layers.sampling import sample_pyramid, sample_table
 from deqdet.layers.table import PyramidTable, build_table
+from deqdet.measurement.benchmark import _Operations
 
 from helpers.small_layers import CASES
 
@@ -86,6 +88,50 @@ def norms_of_nonfinite_rows() -> float:
     return float((~torch.isclose(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)).sum())
 
 
+def mixing_of(points: int, out_points: int, dim: int) -> tuple[AdaptiveMixing, Tensor, Tensor]:
+    """A module of 3 groups, with the content of 2 x 5 queries and their samples, in float16.
+
+    The interpreter multiplies matrices in bfloat16 wrongly.
+    """
+    mixing = AdaptiveMixing(dim=3 * dim, num_groups=3, num_points=points, num_out_points=out_points).half()
+    mixing.generator.weight.normal_(std=0.3)
+    return mixing, torch.randn(2, 5, 3 * dim).half(), torch.randn(2, 5, 3, points, dim).half()
+
+
+def mixed(points: int, out_points: int, dim: int) -> float:
+    """Against the operations in float32, with the same rounded weights."""
+    mixing, content, samples = mixing_of(points, out_points, dim)
+    matrices = mixing.generator(content)
+    mixing.generator = nn.Identity()
+    mixing.out = nn.Identity()
+    expected = mixing(matrices.float(), samples.float())
+    return relative(kernels.mix(samples, matrices, out_points).flatten(2), expected)
+
+
+def mixed_nonfinite() -> float:
+    """How many queries are NaN that should not be, or the other way round."""
+    mixing, content, samples = mixing_of(5, 6, 4)
+    samples[0, 0, 0, 0, 0], samples[0, 1, 1, 4, 3], content[1, 2] = math.nan, math.inf, math.nan
+    matrices = mixing.generator(content)
+    found = kernels.mix(samples, matrices, 6).isnan()
+    expected = torch.zeros(2, 5, 3, 1, 1, dtype=torch.bool)
+    expected[0, 0, 0] = expected[0, 1, 1] = expected[1, 2] = True
+    return float((found != expected).sum())
+
+
+def products_of_mixing() -> float:
+    """How many matrix products of the benchmark's floor have other operands than without the kernel."""
+    mixing, content, samples = mixing_of(33, 20, 24)
+    table = dataclasses.replace(draw_table([8], 24, 3, torch.float16), has_kernels=True, has_mixing=True)
+    found = []
+    for given in (None, table):
+        with _Operations() as seen:
+            mixing(content, samples, given)
+        found.append([[(x.shape, x.stride(), x.dtype) for x in args] for _, args, _ in seen.products_seen])
+    assert len(found[0]) == 4
+    return float(sum(x != y for x, y in zip(*found, strict=True)))
+
+
 def samples_at_extreme_depths() -> float:
     table, points = draw_table([8, 16], 16, 2), draw_points(2, 2, 9.0)
     points[..., 2] *= 1e4
@@ -95,17 +141,19 @@ def samples_at_extreme_depths() -> float:
     return relative(found.nan_to_num(), expected.nan_to_num())
 
 
-def layers(name: str, broken: bool = False) -> float:
-    """A whole layer with the kernels, and without them."""
+def layers(name: str, broken: bool = False, dtype: torch.dtype | None = None) -> float:
+    """A whole layer with the kernels, and without them; with a dtype under autocast."""
     case = CASES[name]
     layer, state, features = case.make(), case.state(), case.features()
     for parameter in layer.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     if broken:
         features[0][0] = math.nan
-    table = layer.prepare(features)
-    expected = layer(state, table).content
-    found = layer(state, dataclasses.replace(table, has_kernels=True)).content
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        table = layer.prepare(features)
+        expected = layer(state, table).content
+        kernels_used = dataclasses.replace(table, has_kernels=True, has_mixing=dtype is not None)
+        found = layer(state, kernels_used).content
     assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any() == broken
     return relative(found.nan_to_num(), expected.nan_to_num())
 
@@ -132,10 +180,17 @@ def main() -> None:
         "norms of large numbers": norms(2, 32, 64, scale=1e4),
         "norms in bfloat16": norms(3, 128, 64, dtype=torch.bfloat16),
         "norms of nonfinite rows": norms_of_nonfinite_rows(),
+        "mixing": mixed(64, 128, 64),
+        "mixing of sizes that are no powers of two": mixed(33, 20, 24),
+        "mixing of sizes below 16": mixed(3, 5, 4),
+        "mixing of nonfinite numbers": mixed_nonfinite(),
+        "the floor of mixing": products_of_mixing(),
         "extreme depths": samples_at_extreme_depths(),
         "AdaMixer's layer": layers("AdaMixerLayer"),
         "AdaMixer's layer, NaN in an image": layers("AdaMixerLayer", broken=True),
+        "AdaMixer's layer in float16": layers("AdaMixerLayer", dtype=torch.float16),
         "Sparse R-CNN's layer": layers("SparseRCNNLayer"),
+        "Sparse R-CNN's layer in float16": layers("SparseRCNNLayer", dtype=torch.float16),
     }
     print(json.dumps(found))
 

@@ -53,31 +53,57 @@ def differences() -> dict[str, float]:
         ("norms of large numbers", 1e-6),
         ("norms in bfloat16", 4e-3),
         ("norms of nonfinite rows", 0.0),
+        ("mixing", 1e-3),
+        ("mixing of sizes that are no powers of two", 1e-3),
+        ("mixing of sizes below 16", 1e-3),
+        ("mixing of nonfinite numbers", 0.0),
+        ("the floor of mixing", 0.0),
         ("extreme depths", 1e-5),
         ("AdaMixer's layer", 1e-5),
         ("AdaMixer's layer, NaN in an image", 1e-5),
+        ("AdaMixer's layer in float16", 1e-3),
         ("Sparse R-CNN's layer", 1e-5),
+        ("Sparse R-CNN's layer in float16", 1e-3),
     ],
 )
 def test_a_kernel_computes_what_the_operations_do(differences, name, within):
     assert differences[name] <= within
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", ["_sum_rows", "_sample", "_norm_relu"])
-def test_a_kernel_can_be_compiled_for_a_gpu(name, dtype, capability):
-    """To PTX, the assembly of NVIDIA's GPUs, which needs no GPU."""
+def compiled_for_a_gpu(name: str, dtype: str, capability: int, warps: int = 4, **constants: int):
+    """A kernel in PTX, the assembly of NVIDIA's GPUs, which needs no GPU."""
     kernel = getattr(kernels, name)
-    constants = {"LENGTH": 16, "BAGS": 4, "LEVELS": 4, "POINTS": 4, "C": 64, "SIZE": 4096}
-    pointers = {"table": dtype, "out": dtype, "x": dtype, "points": "fp32", "scale": "fp32", "shift": "fp32",
-                "weight": "fp32", "index": "i32", "last": "i32", "line": "i32", "start": "i32"}  # fmt: skip
+    pointers = {"points": "fp32", "scale": "fp32", "shift": "fp32", "weight": "fp32",
+                "index": "i32", "last": "i32", "line": "i32", "start": "i32"}  # fmt: skip
+    pointers |= dict.fromkeys(("table", "out", "x", "samples", "matrices"), dtype)
     signature = {
         x: "constexpr" if x in constants else f"*{pointers[x]}" if x in pointers else "i32" for x in kernel.arg_names
     }
-    values = {(kernel.arg_names.index(x),): value for x, value in constants.items() if x in kernel.arg_names}
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs=values), target=GPUTarget("cuda", capability, 32))
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(x),): value for x, value in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name, constants", [
+    ("_sum_rows", {"LENGTH": 16, "BAGS": 4, "C": 64}),
+    ("_sample", {"LEVELS": 4, "POINTS": 4, "C": 64}),
+    ("_norm_relu", {"SIZE": 4096}),
+])  # fmt: skip
+def test_a_kernel_can_be_compiled_for_a_gpu(name, constants, dtype, capability):
+    compiled = compiled_for_a_gpu(name, dtype, capability, **constants)
     assert f".target sm_{capability}" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability, instruction", [(80, "mma.sync"), (90, "wgmma.mma_async")])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("points, out_points, channels, warps", [(64, 128, 64, 4), (64, 128, 128, 8)])
+def test_mixing_uses_tensor_cores(dtype, capability, instruction, points, out_points, channels, warps):
+    """With the sizes of the full models, and with the largest that fit."""
+    assert kernels.fits_mix(points, out_points, channels) and not kernels.fits_mix(points + 1, 128, 128)
+    sizes = {"POINTS": points, "OUT_POINTS": out_points, "CHANNELS": channels, "P": points, "Q": out_points}
+    compiled = compiled_for_a_gpu("_mix", dtype, capability, warps, C=channels, **sizes)
+    assert instruction in compiled.asm["ptx"] and compiled.metadata.shared <= 2**16
 
 
 @pytest.fixture

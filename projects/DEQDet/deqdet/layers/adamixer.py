@@ -110,8 +110,8 @@ class AdaMixerLayer(RefinementLayer):
         content = self.attention(state.content, position, geometry.corners, geometry.area)
         content = self.attention_norm(content)
         samples = self._sample(features, self.points(content, position, geometry.point_scale))
-        use_kernels = isinstance(features, PyramidTable) and features.uses_kernels
-        content = self.mixing_norm(content + self.mixing(content, samples, use_kernels))
+        table = features if isinstance(features, PyramidTable) else None
+        content = self.mixing_norm(content + self.mixing(content, samples, table))
         content = self.feedforward_norm(content + self.feedforward(content))
         # Learned initial boxes also get a gradient through the size of their shift; the detached geometry has none.
         scale = None if state.position.requires_grad else geometry.delta_scale

@@ -1,11 +1,13 @@
-"""GPU kernels in Triton, which ships with torch for Linux: sampling from a pyramid's table, and a norm for mixing.
+"""GPU kernels in Triton, which ships with torch for Linux: sampling from a pyramid's table, and adaptive mixing.
 
 Each kernel gives the same result as the PyTorch operations in sampling.py, table.py or mixing.py, accumulates in
 float32, and supports no gradient. A sample reads 16 short rows from scattered addresses, for which torch's
 embedding_bag and the gather that torch.compile generates take four to ten times as long (docs/benchmarks.md). The norm
-reads its input once, where PyTorch's operations write intermediate results to memory and read them back.
+and the mixing read their inputs once, where PyTorch's operations write intermediate results to memory and read them
+back.
 
-S: states of each image, B: images, L: levels, N: queries, G: groups of channels, P: points, C: channels.
+S: states of each image, B: images, L: levels, N: queries, G: groups of channels, P: points, P_out: points after mixing,
+C: channels.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +23,11 @@ LONGEST_ROW = 2**15
 # Numbers that one warp of a gathering kernel computes: 8 adjacent ones for each of its 32 threads, which loads them
 # together.
 TILE = 256
+# The most numbers in the three matrices that a program of mix multiplies, each side rounded up to a power of two. At
+# two bytes a number they fill 64 KiB of shared memory, which every GPU with the tensor cores of CAPABILITY has.
+LARGEST_MATRICES = 2**15
+# The least compute capability for mix. On older GPUs, Triton multiplies without tensor cores, which would be slow.
+CAPABILITY = (8, 0)
 
 
 @triton.jit
@@ -93,16 +100,70 @@ def _norm_relu(x, out, numbers, SIZE: tl.constexpr):
     exists = place < numbers
     begin = tl.program_id(0).to(tl.int64) * numbers
     values = tl.load(x + begin + place, mask=exists, other=0).to(tl.float32)
-    centered = tl.where(exists, values - tl.sum(values, 0) / numbers, 0.0)
-    normed = centered / tl.sqrt(tl.sum(centered * centered, 0) / numbers + 1e-5)
+    tl.store(out + begin + place, _normed(values, exists, numbers).to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _normed(values, exists, numbers):
+    """Normalise a tile of float32 values, which are 0 outside of `exists`, then apply ReLU; it stays 0 there."""
+    centered = tl.where(exists, values - tl.sum(values) / numbers, 0.0)
+    normed = centered / tl.sqrt(tl.sum(centered * centered) / numbers + 1e-5)
     # tl.maximum would turn NaN into 0, and so hide a broken image.
-    tl.store(out + begin + place, tl.where(normed < 0.0, 0.0, normed).to(out.dtype.element_ty), mask=exists)
+    return tl.where(normed < 0.0, 0.0, normed)
+
+
+@triton.jit
+def _mix(
+    samples, matrices, out,
+    POINTS: tl.constexpr, OUT_POINTS: tl.constexpr, CHANNELS: tl.constexpr,
+    P: tl.constexpr, Q: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Mix the samples X of one group of one query: S ReLU(LN(X M)), then LN and ReLU again.
+
+    P, Q and C are POINTS, OUT_POINTS and CHANNELS, rounded up to powers of two. The rows and columns beyond are 0, and
+    so change neither the products nor the norms.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    point, out_point, channel = tl.arange(0, P), tl.arange(0, Q), tl.arange(0, C)
+    is_channel = (channel < CHANNELS)[None]
+    x_exists, m_exists = (point < POINTS)[:, None] & is_channel, (channel < CHANNELS)[:, None] & is_channel
+    s_exists = (out_point < OUT_POINTS)[:, None] & (point < POINTS)[None]
+    exists = (out_point < OUT_POINTS)[:, None] & is_channel
+    # Load everything before the first product, so that the loads wait for memory together.
+    x = samples + row * (POINTS * CHANNELS) + point[:, None] * CHANNELS + channel[None]
+    x = tl.load(x, mask=x_exists, other=0)
+    begin = matrices + row * (CHANNELS * CHANNELS + OUT_POINTS * POINTS)
+    m = tl.load(begin + channel[:, None] * CHANNELS + channel[None], mask=m_exists, other=0)
+    s = begin + CHANNELS * CHANNELS + out_point[:, None] * POINTS + point[None]
+    s = tl.load(s, mask=s_exists, other=0)
+    mixed = _normed(tl.dot(x, m), x_exists, POINTS * CHANNELS).to(s.dtype)
+    mixed = _normed(tl.dot(s, mixed), exists, OUT_POINTS * CHANNELS)
+    place = out + row * (OUT_POINTS * CHANNELS) + out_point[:, None] * CHANNELS + channel[None]
+    tl.store(place, mixed.to(out.dtype.element_ty), mask=exists)
 
 
 def _tile(channels: int) -> tuple[int, int]:
     """Return how many sums a program computes at once, and the channels of each, rounded up to a power of two."""
     power = triton.next_power_of_2(channels)
     return max(1, TILE // power), power
+
+
+def _side(number: int) -> int:
+    """Round the side of a matrix up to a power of two of at least 16, as a product on tensor cores needs it."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+def can_mix(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return True if a device has the tensor cores that `mix` needs, and they multiply numbers of this dtype."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+def fits_mix(points: int, out_points: int, channels: int) -> bool:
+    """Return True if the matrices of `mix` are small enough; `channels` are those of a group."""
+    p, q, c = _side(points), _side(out_points), _side(channels)
+    return p * c + c * c + q * p <= LARGEST_MATRICES
 
 
 def _on_device(x: Tensor) -> AbstractContextManager:
@@ -124,6 +185,8 @@ def try_all(device: torch.device) -> None:
         numbers = x[0, 0, 0, 0, :3, None], x[0, 0, 0, 0, :3, None], integers.view(1, 1).repeat(2, 1), integers.view(1)
         sample(torch.zeros(4, 16, device=device), x[..., :3].contiguous(), *numbers, integers.view(1, 1, 1))
         norm_relu(x)
+        if can_mix(device, torch.bfloat16):
+            mix(x.bfloat16(), torch.zeros(1, 1, 16 * 16 + 1, dtype=torch.bfloat16, device=device), 1)
 
 
 @triton_op("deqdet::sum_rows", mutates_args=())
@@ -194,4 +257,31 @@ def norm_relu(x: Tensor) -> Tensor:
     warps = min(max(size // 1024, 1), 16)
     with _on_device(x):
         wrap_triton(_norm_relu)[(x.numel() // numbers,)](x, out, numbers, SIZE=size, num_warps=warps)
+    return out
+
+
+@triton_op("deqdet::mix", mutates_args=())
+def mix(samples: Tensor, matrices: Tensor, out_points: int) -> Tensor:
+    """Mix the samples of each query, as AdaptiveMixing does between its two linear layers.
+
+    The first product is rounded to the dtype of the samples after its norm, and not before. This needs a GPU with the
+    tensor cores of CAPABILITY.
+
+    Args:
+        samples: (B, N, G, P, C / G), contiguous; bfloat16 or float16.
+        matrices: (B, N, G (C / G * C / G + P_out P)), contiguous, in the same dtype: for each group M, then S.
+        out_points: P_out. `fits_mix` says which sizes are supported.
+
+    Returns:
+        (B, N, G, P_out, C / G), in the same dtype.
+    """
+    points, channels = int(samples.shape[3]), int(samples.shape[4])
+    p, q, c = _side(points), _side(out_points), _side(channels)
+    out = samples.new_empty(*samples.shape[:3], out_points, channels)
+    warps = 4 if max(p, q) * c <= 2**13 else 8  # so that a thread's share of a product fits its registers
+    with _on_device(samples):
+        wrap_triton(_mix)[(samples.numel() // (points * channels),)](
+            samples, matrices, out, POINTS=points, OUT_POINTS=out_points, CHANNELS=channels, P=p, Q=q, C=c,
+            num_warps=warps,
+        )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ B: rows of the state, N: queries, G: groups of channels, P: sampled points, P_ou
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .table import kernels
+from .table import PyramidTable, kernels
 
 
 class AdaptiveMixing(nn.Module):
@@ -19,11 +19,10 @@ class AdaptiveMixing(nn.Module):
 
     def __init__(self, *, dim: int, num_groups: int, num_points: int, num_out_points: int):
         super().__init__()
-        self.num_groups = num_groups
         self.group_dim = dim // num_groups
-        self.channel_shape = (self.group_dim, self.group_dim)  # M
-        self.point_shape = (num_out_points, num_points)  # S
-        per_group = self.group_dim**2 + num_out_points * num_points
+        self.num_points = num_points
+        self.num_out_points = num_out_points
+        per_group = self.group_dim**2 + num_out_points * num_points  # the numbers in M and in S
         self.generator = nn.Linear(dim, num_groups * per_group)
         self.out = nn.Linear(dim * num_out_points, dim)
         # With weight 0, all queries start with the same matrices, given by the bias. The bias keeps its random values
@@ -31,28 +30,53 @@ class AdaptiveMixing(nn.Module):
         nn.init.zeros_(self.generator.weight)
         nn.init.xavier_uniform_(self.out.weight)
 
-    def forward(self, content: Tensor, samples: Tensor, use_kernels: bool = False) -> Tensor:
+    def forward(self, content: Tensor, samples: Tensor, table: PyramidTable | None = None) -> Tensor:
         """Mix the samples of each query.
 
         Args:
             content: (B, N, C).
             samples: (B, N, G, P, C / G).
-            use_kernels: compute the norms with kernels.py where it supports the shapes. This needs a GPU, and no
-                gradient may be recorded.
+            table: the table from which they were read. With it, the kernels of kernels.py compute what they can, if it
+                is on a GPU and no gradient is recorded.
 
         Returns:
             (B, N, C), to be added to the content.
         """
-        generated = self.generator(content).unflatten(2, (self.num_groups, -1))
-        channel, point = generated.split([self.group_dim**2, generated.shape[3] - self.group_dim**2], dim=3)
-        norm_relu = kernels.norm_relu if use_kernels and self._fits_kernel else _norm_relu
-        mixed = norm_relu(samples @ channel.unflatten(3, self.channel_shape))  # (B, N, G, P, C / G)
-        mixed = norm_relu(point.unflatten(3, self.point_shape) @ mixed)  # (B, N, G, P_out, C / G)
+        matrices = self.generator(content)  # (B, N, G (C / G * C / G + P_out P))
+        has_kernels = table is not None and table.uses_kernels
+        if has_kernels and table.has_mixing and self._fits_mix and matrices.dtype == samples.dtype:
+            mixed = kernels.mix(samples.contiguous(), matrices.contiguous(), self.num_out_points)
+        else:
+            norm_relu = kernels.norm_relu if has_kernels and self._fits_norm else _norm_relu
+            channel, point = split_matrices(
+                matrices, points=self.num_points, out_points=self.num_out_points, channels=self.group_dim
+            )
+            mixed = norm_relu(samples @ channel)  # (B, N, G, P, C / G)
+            mixed = norm_relu(point @ mixed)  # (B, N, G, P_out, C / G)
         return self.out(mixed.flatten(2))
 
     @property
-    def _fits_kernel(self) -> bool:
-        return max(self.point_shape) * self.group_dim <= kernels.LONGEST_ROW
+    def _fits_norm(self) -> bool:
+        return max(self.num_points, self.num_out_points) * self.group_dim <= kernels.LONGEST_ROW
+
+    @property
+    def _fits_mix(self) -> bool:
+        return kernels.fits_mix(self.num_points, self.num_out_points, self.group_dim)
+
+
+def split_matrices(matrices: Tensor, *, points: int, out_points: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Split what AdaptiveMixing's generator returns into the two matrices of each query and group.
+
+    Args:
+        matrices: (B, N, G (C / G * C / G + P_out P)).
+        points, out_points, channels: P, P_out, and C / G.
+
+    Returns:
+        M (B, N, G, C / G, C / G) and S (B, N, G, P_out, P), both views.
+    """
+    sizes = [channels**2, out_points * points]
+    channel, point = matrices.unflatten(2, (-1, sum(sizes))).split(sizes, dim=3)
+    return channel.unflatten(3, (channels, channels)), point.unflatten(3, (out_points, points))
 
 
 def _norm_relu(x: Tensor) -> Tensor:

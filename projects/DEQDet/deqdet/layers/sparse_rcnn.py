@@ -17,7 +17,7 @@ from .attention import PositionalAttention, SelfAttention
 from .base import REFINEMENT_LAYER_REGISTRY, RefinementLayer, set_class_prior
 from .dynamic_conv import DynamicConvolution
 from .regions import pool_regions
-from .table import PyramidTable, build_table
+from .table import PyramidTable, build_table, table_dtype
 
 # Boxes are clipped to this distance from the origin, in pixels, before pooling: RoIAlign of an infinite box would read
 # outside its input.
@@ -133,14 +133,15 @@ class SparseRCNNLayer(RefinementLayer):
         }
 
     def prepare(self, features: Features) -> Features:
-        """Build the table from which every step pools, in float32 or better, whatever the precision of the rest.
+        """Build the table from which every step pools.
 
         With a sampling ratio of 0 the number of samples depends on the box. ROIPooler does that, from the levels.
+        With a gradient the table is in float32 or better, because the gradient of a cell is a sum over all boxes.
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)
         if self.sampling_ratio < 1:
             return [level.to(dtype) for level in features]
-        return build_table(features, self.strides, dtype)
+        return build_table(features, self.strides, dtype if torch.is_grad_enabled() else table_dtype(features))
 
     def forward(self, state: QueryState, features: Features) -> QueryState:
         """See RefinementLayer.forward. Features that were not prepared are pooled by detectron2's ROIPooler."""

@@ -57,6 +57,7 @@ class PyramidTable(PreparedFeatures):
     corners: Tensor  # (2, 2, L, b, G)  the same for the first two cells of the border's first two lines
     near: Tensor  # (2, 2, 1, 1, 1)  [1, 0], [-1, 1]: the weights of two neighbouring cells, as a + b * fraction
     has_kernels: bool  # whether the kernels of kernels.py can read it
+    has_mixing: bool  # whether kernels.mix can take the samples read from it
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -159,6 +160,7 @@ def build_table(
     # (B, G): the first row of each image and group.
     begin = torch.arange(0, images * groups * cells, cells, dtype=torch.int32, device=device).view(images, groups)
     corners = corners.view(2, 2, -1, 1, 1) + begin
+    has_kernels = device.type == "cuda" and dtype != torch.float64 and _kernels_work()
     return PyramidTable(
         levels=levels,
         strides=strides,
@@ -173,7 +175,8 @@ def build_table(
         start=corners[0, 0] + (border * (line + 1))[:, None, None],
         corners=corners,
         near=near.view(2, 2, 1, 1, 1),
-        has_kernels=device.type == "cuda" and dtype != torch.float64 and _kernels_work(),
+        has_kernels=has_kernels,
+        has_mixing=has_kernels and kernels.can_mix(device, dtype),
     )
 
 

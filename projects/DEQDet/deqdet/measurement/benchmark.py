@@ -33,6 +33,7 @@ from ..decoders import (
 from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration
 from ..errors import UserError
+from ..layers.mixing import split_matrices
 from ..structures import Features, QueryState, packing_units
 from .memory import training_memory
 from .timing import peak_memory, timed
@@ -313,6 +314,12 @@ class _Operations(TorchDispatchMode):
             query, key, value = (x.flatten(0, 1) for x in args[:3])
             weights = query @ key.transpose(1, 2)
             self.products_seen += [(torch.bmm, (query, key.transpose(1, 2)), {}), (torch.bmm, (weights, value), {})]
+        elif name == "deqdet.mix":  # the two products of adaptive mixing, without the norms
+            samples, matrices, out_points = args
+            points, channels = samples.shape[3:]
+            split = split_matrices(matrices, points=points, out_points=out_points, channels=channels)
+            x, m, s = (x.flatten(0, 2) for x in (samples, *split))
+            self.products_seen += [(torch.bmm, (x, m), {}), (torch.bmm, (s, x @ m), {})]
         returns = func._schema.returns
         if returns and not all(x.alias_info is not None and not x.alias_info.is_write for x in returns):
             self.moved += sum(x.nbytes for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
