@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deqdet.layers import kernels
 from deqdet.layers.mixing import AdaptiveMixing
+from deqdet.layers.regions import _level, pool_regions
 from deqdet.layers.sampling import sample_pyramid, sample_table
 from deqdet.layers.table import PyramidTable, build_table
 from deqdet.measurement.benchmark import _Operations
@@ -68,11 +69,28 @@ def samples_beside_nonfinite_ones() -> float:
     return (sample(table, points)[others] - before[others]).abs().max().item()
 
 
-def sums(bags: int, length: int, channels: int, dtype: torch.dtype = torch.float32) -> float:
-    table, weight = torch.randn(200, channels).to(dtype), torch.randn(bags, length)
-    index = torch.randint(0, 200, (bags, length), dtype=torch.int32)
-    expected = F.embedding_bag(index, table.float(), mode="sum", per_sample_weights=weight)
-    return relative(kernels.sum_rows(table, index, weight), expected)
+def regions(side: int, ratio: int, channels: int = 16, rows: int = 2, dtype: torch.dtype = torch.float32) -> float:
+    """Of boxes of all levels, some of which reach beyond the image or are outside of it."""
+    table = draw_table([4, 8, 16], channels, 1, dtype)
+    center, half = torch.rand(rows, 9, 2) * torch.tensor([140.0, 110.0]) - 20, torch.exp(torch.rand(rows, 9, 2) * 6)
+    boxes = torch.cat([center - half, center + half], dim=2)
+    boxes[0, 0] = torch.tensor([-1e6, -1e6, 1e6, 1e6])
+    boxes[0, 1] = torch.tensor([30.0, 20.0, 30.0, 20.0])  # without area
+    exact = dataclasses.replace(table, rows=table.rows.float())
+    expected = pool_regions(exact, boxes, side, ratio)
+    assert len({int(x) for x in _level(table, boxes).flatten()}) == 3
+    found = pool_regions(dataclasses.replace(table, has_kernels=True), boxes, side, ratio)
+    assert found.dtype == dtype and found.shape == expected.shape
+    return relative(found, expected)
+
+
+def regions_of_one_image() -> float:
+    """As when the other image has converged and left the batch."""
+    table = draw_table([8, 16], 16, 1)
+    boxes = torch.tensor([[[3.0, 5.0, 40.0, 60.0], [20.0, 1.0, 220.0, 180.0]]])
+    one = table.select(torch.tensor([1]))
+    found = pool_regions(dataclasses.replace(one, has_kernels=True), boxes, 3, 2)
+    return relative(found, pool_regions(table, boxes.repeat(2, 1, 1), 3, 2)[1:])
 
 
 def norms(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> float:
@@ -171,10 +189,12 @@ def main() -> None:
         "one image of two": samples_of_one_image(),
         "bfloat16": samples_in_bfloat16(),
         "nonfinite": samples_beside_nonfinite_ones(),
-        "sums": sums(50, 16, 64),
-        "sums of wide rows": sums(3, 16, 300),
-        "sums of short bags": sums(33, 5, 3),
-        "sums in bfloat16": sums(50, 16, 32, torch.bfloat16),
+        "regions": regions(3, 2, rows=4),
+        "regions of one sample a cell": regions(4, 1),
+        "regions of many samples a cell": regions(2, 4),
+        "regions of wide rows": regions(2, 2, channels=300),
+        "regions of one image": regions_of_one_image(),
+        "regions in bfloat16": regions(3, 2, dtype=torch.bfloat16),
         "norms": norms(2, 3, 4, 64, 16),
         "norms of a size that is no power of two": norms(5, 7, 3),
         "norms of large numbers": norms(2, 32, 64, scale=1e4),

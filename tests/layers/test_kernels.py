@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from deqdet.layers import kernels
 from deqdet.layers import table as tables
+from deqdet.layers.regions import pool_regions
 from deqdet.layers.sampling import sample_table
 
 from helpers import interpreted_kernels
@@ -44,10 +45,12 @@ def differences() -> dict[str, float]:
         ("one image of two", 1e-5),
         ("bfloat16", 4e-3),
         ("nonfinite", 0.0),
-        ("sums", 1e-6),
-        ("sums of wide rows", 1e-6),
-        ("sums of short bags", 1e-6),
-        ("sums in bfloat16", 4e-3),
+        ("regions", 1e-5),
+        ("regions of one sample a cell", 1e-5),
+        ("regions of many samples a cell", 1e-5),
+        ("regions of wide rows", 1e-5),
+        ("regions of one image", 1e-5),
+        ("regions in bfloat16", 4e-3),
         ("norms", 1e-6),
         ("norms of a size that is no power of two", 1e-6),
         ("norms of large numbers", 1e-6),
@@ -73,8 +76,8 @@ def test_a_kernel_computes_what_the_operations_do(differences, name, within):
 def compiled_for_a_gpu(name: str, dtype: str, capability: int, warps: int = 4, **constants: int):
     """A kernel in PTX, the assembly of NVIDIA's GPUs, which needs no GPU."""
     kernel = getattr(kernels, name)
-    pointers = {"points": "fp32", "scale": "fp32", "shift": "fp32", "weight": "fp32",
-                "index": "i32", "last": "i32", "line": "i32", "start": "i32"}  # fmt: skip
+    pointers = {"points": "fp32", "boxes": "fp32", "scale": "fp32", "shift": "fp32",
+                "size": "i32", "last": "i32", "line": "i32", "start": "i32"}  # fmt: skip
     pointers |= dict.fromkeys(("table", "out", "x", "samples", "matrices"), dtype)
     signature = {
         x: "constexpr" if x in constants else f"*{pointers[x]}" if x in pointers else "i32" for x in kernel.arg_names
@@ -86,7 +89,8 @@ def compiled_for_a_gpu(name: str, dtype: str, capability: int, warps: int = 4, *
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name, constants", [
-    ("_sum_rows", {"LENGTH": 16, "BAGS": 4, "C": 64}),
+    ("_pool", {"SIDE": 7, "RATIO": 2, "CANONICAL_SIZE": 224, "CANONICAL_LEVEL": 4, "FINEST": 2, "COARSEST": 5,
+               "CELLS": 1, "C": 256}),
     ("_sample", {"LEVELS": 4, "POINTS": 4, "C": 64}),
     ("_norm_relu", {"SIZE": 4096}),
 ])  # fmt: skip
@@ -147,21 +151,24 @@ def test_the_kernels_are_used_without_a_gradient_alone(monkeypatch):
         called.append("sample")
         return table.new_zeros(*points.shape[:4], table.shape[1])
 
-    def sum_rows(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        called.append("sum_rows")
-        return table.new_zeros(len(index), table.shape[1])
+    def pool(table: torch.Tensor, boxes: torch.Tensor, *numbers: object) -> torch.Tensor:
+        called.append("pool")
+        return table.new_zeros(*boxes.shape[:2], 9, table.shape[1])
 
     monkeypatch.setattr(kernels, "sample", sample)
-    monkeypatch.setattr(kernels, "sum_rows", sum_rows)
+    monkeypatch.setattr(kernels, "pool", pool)
     table, points = draw_table([8, 16], 16, 2), draw_points(2, 2, 9.0)
-    index, weight = torch.zeros(3, 4, dtype=torch.int32), torch.ones(3, 4)
+    boxes = torch.tensor([8.0, 8.0, 40.0, 40.0]).repeat(2, 3, 1)
     for has_kernels in (False, True):
         table = dataclasses.replace(table, has_kernels=has_kernels)
         for gradient in (False, True):
             with torch.set_grad_enabled(gradient):
                 sample_table(table, points)
-                table.gather(index, weight)
-            assert called == (["sample", "sum_rows"] if has_kernels else [])
+                pool_regions(table, boxes, 3, 2)
+            assert called == (["sample", "pool"] if has_kernels and not gradient else [])
+            called.clear()
     with torch.no_grad():
-        sample_table(table, points.double())  # the kernel reads float32 points alone
-    assert called[2:] == ["sum_rows"]
+        sample_table(table, points.double())  # the kernels read float32 alone
+        pool_regions(table, boxes.double(), 3, 2)
+        pool_regions(table, boxes, 3, kernels.LARGEST_RATIO + 1)
+    assert called == []

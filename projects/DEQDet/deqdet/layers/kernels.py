@@ -1,10 +1,10 @@
-"""GPU kernels in Triton, which ships with torch for Linux: sampling from a pyramid's table, and adaptive mixing.
+"""GPU kernels in Triton, which ships with torch for Linux: reading a pyramid's table, and adaptive mixing.
 
-Each kernel gives the same result as the PyTorch operations in sampling.py, table.py or mixing.py, accumulates in
-float32, and supports no gradient. A sample reads 16 short rows from scattered addresses, for which torch's
-embedding_bag and the gather that torch.compile generates take four to ten times as long (docs/benchmarks.md). The norm
-and the mixing read their inputs once, where PyTorch's operations write intermediate results to memory and read them
-back.
+Each kernel gives the same result as the PyTorch operations in sampling.py, regions.py or mixing.py, accumulates in
+float32, and supports no gradient. A sample and a cell of a region read 16 short rows from scattered addresses, for
+which torch's embedding_bag and the gather that torch.compile generates take four to ten times as long
+(docs/benchmarks.md). All kernels read their inputs once, where PyTorch's operations write intermediate results to
+memory and read them back.
 
 S: states of each image, B: images, L: levels, N: queries, G: groups of channels, P: points, P_out: points after mixing,
 C: channels.
@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+# The most samples along a side of a cell in pool, whose code has four loads for each sample.
+LARGEST_RATIO = 4
 # The most numbers in a row of norm_relu, which keeps a whole row in registers.
 LONGEST_ROW = 2**15
 # Numbers that one warp of a gathering kernel computes: 8 adjacent ones for each of its 32 threads, which loads them
@@ -31,19 +33,51 @@ CAPABILITY = (8, 0)
 
 
 @triton.jit
-def _sum_rows(table, index, weight, out, num_bags, channels, LENGTH: tl.constexpr, BAGS: tl.constexpr, C: tl.constexpr):
-    """Compute BAGS weighted sums of LENGTH rows each; C is the number of channels, rounded up to a power of two."""
-    bag = tl.program_id(0) * BAGS + tl.arange(0, BAGS)
+def _pool(
+    table, boxes, scale, size, line, start, out,
+    num_cells, images, queries, channels,
+    SIDE: tl.constexpr, RATIO: tl.constexpr, CANONICAL_SIZE: tl.constexpr, CANONICAL_LEVEL: tl.constexpr,
+    FINEST: tl.constexpr, COARSEST: tl.constexpr, CELLS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Pool CELLS cells of regions. pool_regions has the formulas, PyramidTable explains the arguments."""
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     channel = tl.arange(0, C)
-    exists = bag < num_bags
+    exists = cell < num_cells
     mask = exists[:, None] & (channel < channels)[None]
-    total = tl.zeros((BAGS, C), dtype=tl.float32)
-    for i in tl.static_range(LENGTH):
-        row = tl.load(index + bag * LENGTH + i, mask=exists, other=0).to(tl.int64)
-        factor = tl.load(weight + bag * LENGTH + i, mask=exists, other=0).to(tl.float32)
-        values = tl.load(table + row[:, None] * channels + channel[None], mask=mask, other=0)
-        total += factor[:, None] * values.to(tl.float32)
-    tl.store(out + bag.to(tl.int64)[:, None] * channels + channel[None], total.to(out.dtype.element_ty), mask=mask)
+    # The cells are ordered state, image, query, line of the region, column.
+    box = cell // (SIDE * SIDE)
+    x0, y0 = tl.load(boxes + box * 4, mask=exists, other=0), tl.load(boxes + box * 4 + 1, mask=exists, other=0)
+    x1, y1 = tl.load(boxes + box * 4 + 2, mask=exists, other=0), tl.load(boxes + box * 4 + 3, mask=exists, other=0)
+    octave = tl.log2(tl.div_rn(tl.sqrt_rn((x1 - x0) * (y1 - y0)), CANONICAL_SIZE * 1.0) + 1e-8)
+    level = tl.minimum(tl.maximum(tl.floor(octave + CANONICAL_LEVEL), FINEST), COARSEST) - FINEST
+    level = level.to(tl.int32)
+    inverse, stride = tl.load(scale + level), tl.load(line + level)
+    width, height = tl.load(size + level * 2), tl.load(size + level * 2 + 1)
+    begin = tl.load(start + level * images + box // queries % images)
+    x0, y0 = x0 * inverse - 0.5, y0 * inverse - 0.5
+    across, down = (x1 * inverse - 0.5 - x0) / SIDE, (y1 * inverse - 0.5 - y0) / SIDE
+    x0, y0 = x0 + cell % SIDE * across, y0 + cell // SIDE % SIDE * down
+    total = tl.zeros((CELLS, C), dtype=tl.float32)
+    for i in tl.static_range(RATIO):
+        y = y0 + (i + 0.5) * down / RATIO
+        inside = (y >= -1) & (y <= height)
+        y = tl.minimum(tl.maximum(y, 0), height - 1)
+        top = y.to(tl.int32)
+        y = y - top
+        for j in tl.static_range(RATIO):
+            x = x0 + (j + 0.5) * across / RATIO
+            share = tl.where(inside & (x >= -1) & (x <= width), 1.0 / (RATIO * RATIO), 0.0)
+            x = tl.minimum(tl.maximum(x, 0), width - 1)
+            left = x.to(tl.int32)
+            x = x - left
+            for below in tl.static_range(2):
+                for right in tl.static_range(2):
+                    factor = share * (y if below else 1 - y) * (x if right else 1 - x)
+                    row = tl.minimum(top + below, height - 1) * stride + tl.minimum(left + right, width - 1)
+                    row = (begin + row).to(tl.int64)
+                    values = tl.load(table + row[:, None] * channels + channel[None], mask=mask, other=0)
+                    total += factor[:, None] * values.to(tl.float32)
+    tl.store(out + cell.to(tl.int64)[:, None] * channels + channel[None], total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -180,34 +214,49 @@ def try_all(device: torch.device) -> None:
     x = torch.zeros(1, 1, 1, 1, 16, device=device)
     integers = x[..., :1].int()
     with torch.no_grad():
-        sum_rows(x.flatten(0, 3), integers.flatten(1), x[..., :1].flatten(1))
-        # One point and one level; each cell that the point reads is the first row of the table.
+        # One point, one box and one level; each cell that they read is the first row of the table.
         numbers = x[0, 0, 0, 0, :3, None], x[0, 0, 0, 0, :3, None], integers.view(1, 1).repeat(2, 1), integers.view(1)
         sample(torch.zeros(4, 16, device=device), x[..., :3].contiguous(), *numbers, integers.view(1, 1, 1))
+        numbers = x[0, 0, 0, 0, :1], 1 + integers.view(1, 1).repeat(1, 2), integers.view(1), integers.view(1, 1)
+        pool(torch.zeros(4, 16, device=device), x[0, 0, 0, :, :4].contiguous(), *numbers, 1, 1, 224, 4, 4)
         norm_relu(x)
         if can_mix(device, torch.bfloat16):
             mix(x.bfloat16(), torch.zeros(1, 1, 16 * 16 + 1, dtype=torch.bfloat16, device=device), 1)
 
 
-@triton_op("deqdet::sum_rows", mutates_args=())
-def sum_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Compute weighted sums of a table's rows, as embedding_bag does.
+@triton_op("deqdet::pool", mutates_args=())
+def pool(
+    table: Tensor, boxes: Tensor, scale: Tensor, size: Tensor, line: Tensor, start: Tensor,
+    side: int, ratio: int, canonical_size: int, canonical_level: int, finest: int,
+) -> Tensor:  # fmt: skip
+    """Pool the features in each box, as `pool_regions` does.
 
     Args:
-        table: (rows, C), contiguous; float32, bfloat16 or float16.
-        index: (bags, rows of a bag) int32 or int64, contiguous.
-        weight: the same shape, contiguous.
+        table: (rows, C), the flattened table, float32, bfloat16 or float16.
+        boxes: (S * B, N, 4) xyxy, pixels, finite; float32.
+        scale: (L,), the inverse of each level's stride.
+        size, line: the fields of a PyramidTable of L levels.
+        start: (L, B) int32, the row of each level's cell (0, 0).
+        side, ratio: as for `pool_regions`.
+        canonical_size, canonical_level: a box of this size, in pixels, belongs to this level.
+        finest: the level that is the first in the table.
+
+    All tensors must be contiguous.
 
     Returns:
-        (bags, C), in the dtype of the table.
+        (S * B, N, side * side, C), in the dtype of the table.
     """
-    number, length, channels = index.shape[0], int(index.shape[1]), int(table.shape[1])
-    bags, power = _tile(channels)
-    out = table.new_empty(number, channels)
+    rows, queries, channels = *boxes.shape[:2], int(table.shape[1])
+    number = rows * queries * side**2
+    count, power = _tile(channels)
+    out = table.new_empty(rows, queries, side**2, channels)
     with _on_device(table):
-        wrap_triton(_sum_rows)[(triton.cdiv(number, bags),)](
-            table, index, weight, out, number, channels, LENGTH=length, BAGS=bags, C=power, num_warps=1
-        )
+        wrap_triton(_pool)[(triton.cdiv(number, count),)](
+            table, boxes, scale, size, line, start, out,
+            number, start.shape[1], queries, channels,
+            SIDE=side, RATIO=ratio, CANONICAL_SIZE=canonical_size, CANONICAL_LEVEL=canonical_level,
+            FINEST=finest, COARSEST=finest + int(start.shape[0]) - 1, CELLS=count, C=power, num_warps=1,
+        )  # fmt: skip
     return out
 
 

@@ -1,7 +1,8 @@
 """RoIAlign from a pyramid's table, without waiting for the device.
 
 detectron2's ROIPooler sorts the boxes by level, for which the host must know how many boxes each level has. Here the
-level of a box is a number in a tensor, and one gather reads the samples of all boxes.
+level of a box is a number in a tensor, and one gather reads the samples of all boxes; on a GPU, if possible, one kernel
+does all of it.
 
 R: rows of the state, N: queries, M: cells of a region, C: channels.
 """
@@ -11,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .table import PyramidTable
+from .table import PyramidTable, kernels
 
 # A box of 224 x 224 pixels belongs to level 4, of stride 16 (FPN, CVPR 2017, Eq. 1).
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
@@ -32,6 +33,10 @@ def pool_regions(table: PyramidTable, boxes: Tensor, side: int, ratio: int) -> T
     Returns:
         (R, N, M, C), the cells of a region line by line, in the dtype of the table.
     """
+    if table.uses_kernels and boxes.dtype == torch.float32 and ratio <= kernels.LARGEST_RATIO:
+        numbers = table.scale[0], table.size, table.line, table.start[..., 0].contiguous()
+        levels = CANONICAL_SIZE, CANONICAL_LEVEL, round(math.log2(table.strides[0]))
+        return kernels.pool(table.rows.flatten(0, 2), boxes.contiguous(), *numbers, side, ratio, *levels)
     level = _level(table, boxes)  # (R, N)
     size = table.size[level]  # (R, N, 2)
     # In units of cells, from the centre of the first one.

@@ -2,7 +2,7 @@
 
 The table is built once for a batch of images. Each step of the iteration only computes the indices and weights of the
 rows it reads. A sample is the weighted sum of one bag of rows. torch's embedding_bag computes it, with gradients for
-both the table and the weights; on a GPU, where no gradient is recorded, a kernel of kernels.py does. With the usual
+both the table and the weights; on a GPU, where no gradient is recorded, a kernel of kernels.py does all of it. With the usual
 settings a bag has 16 rows: in AdaMixer 4 cells in each of 4 levels, in Sparse R-CNN 4 cells around each of the 4
 sampling points of a RoIAlign cell.
 
@@ -92,8 +92,6 @@ class PyramidTable(PreparedFeatures):
             (bags, C / G), in the dtype of the table.
         """
         table = self.rows.flatten(0, 2)
-        if self.uses_kernels:
-            return kernels.sum_rows(table, index.contiguous(), weight.contiguous())
         return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight.to(table.dtype))
 
     @property
