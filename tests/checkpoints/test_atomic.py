@@ -1,9 +1,11 @@
 """Files that are complete or unchanged, whoever writes them at the same time."""
 
+from pathlib import Path
+
 import pytest
 
 from deqdet import UserError
-from deqdet.atomic import prepare_output, replacing, write_text
+from deqdet.atomic import prepare_output, replacing, replacing_once_checked, write_text
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
@@ -13,6 +15,35 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
         file.write(b"half")
         raise ZeroDivisionError
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def write_two(path, fail=None):
+    with replacing_once_checked(path) as (unfinished, describe):
+        for name in ("a.1.txt", "a.2.txt"):
+            write_text("after", unfinished.with_name(name))
+        assert describe(f"Writing {unfinished}") == f"Writing {path}"
+        if fail:
+            raise fail(f"{unfinished} is wrong")
+
+
+@pytest.mark.parametrize("folder", ["", "{}/"])
+def test_several_files_replace_older_ones_only_if_all_is_well(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    path, older = Path(f"{folder.format(tmp_path)}a.txt"), [tmp_path / "a.1.txt", tmp_path / "a.2.txt"]
+    for file in older:
+        write_text("before", file)
+    for fail, message in ((UserError, f"{path} is wrong"), (ZeroDivisionError, ".*"), (KeyboardInterrupt, ".*")):
+        with pytest.raises(fail, match=f"^{message}$"):
+            write_two(path, fail)
+        assert [file.read_text() for file in older] == ["before"] * 2 and sorted(tmp_path.iterdir()) == older
+    write_two(path)
+    assert [file.read_text() for file in older] == ["after"] * 2 and sorted(tmp_path.iterdir()) == older
+    older[1].unlink()
+    (older[1] / "in the way").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"^{path} cannot be written \(Is a directory\)$"):
+        write_two(path)
+    with pytest.raises(UserError, match=r"none/a.txt cannot be written \(No such file or directory\)$"):
+        write_two(tmp_path / "none" / "a.txt")
 
 
 def test_two_writers_do_not_mix(tmp_path):

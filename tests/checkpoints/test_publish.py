@@ -105,6 +105,17 @@ def test_weights_of_another_model(saved, small_cfg, change, message):
     assert not (folder / "published.safetensors").exists()
 
 
+def test_weights_with_nan_replace_no_older_file(saved, small_cfg):
+    folder, weights = saved
+    published = folder / "published.safetensors"
+    published.write_text("an older file")
+    weights["queries.boxes"][2, 1] = float("nan")
+    torch.save({"model": weights}, folder / "model.pth")
+    with pytest.raises(CheckpointError, match="model.pth has infinite values or NaN in queries.boxes: take another"):
+        publish(folder, small_cfg())
+    assert published.read_text() == "an older file"
+
+
 def test_a_config_of_no_model(saved, small_cfg):
     folder, _ = saved
     with pytest.raises(CheckpointError, match="the config describes a detector that cannot be built: .*wings"):

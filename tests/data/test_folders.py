@@ -280,7 +280,8 @@ def coco_class(folder: Path) -> None:
                   "pixels, which reaches far beyond its image of 100 x 40"),
     (yolo_short_line, "line 1 of {}/labels/b.txt (image b.png) has bbox [0.5, 0.5, 0.1], which must be four finite"),
     (yolo_words, "line 1 of {}/labels/b.txt (image b.png) has class 'emu', which the list of classes lacks"),
-    (yolo_without_image, "image b.jpg (labels in {}/labels/b.txt) is missing: {}/images/b.jpg does not exist"),
+    (yolo_without_image, "label file {}/labels/b.txt has no image: {}/images holds no b with one of the endings .jpg, "
+                         ".jpeg, .png, .bmp, "),
     (coco_class, 'annotation 1 of a.png has category_id 9, which "categories" lacks'),
 ])  # fmt: skip
 def test_faults_reach_the_check_with_the_place_that_the_user_can_open(make, words, tmp_path):

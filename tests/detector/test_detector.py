@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from detectron2.evaluation import inference_context
 from detectron2.modeling import build_model
 
 from deqdet.structures import Decoded, Prediction
@@ -140,6 +141,24 @@ def test_images_that_left_the_finite_numbers_are_counted(small_model, make_input
     caplog.clear()
     fixed_model(small_model, [[0.0, 0.0, 9.0, 9.0]], [[1.0, 2.0, 0.0]])(strip(make_inputs(0)))
     assert "NaN" not in caplog.text
+
+
+def test_one_warning_for_each_evaluation_and_for_each_call_of_infer(small_model, make_inputs, caplog):
+    model = fixed_model(small_model, [[0.0, 0.0, 9.0, 9.0]], [[1.0, math.nan, 0.0]])
+    batches = [strip(make_inputs(0))] * 3
+    for _ in range(2):
+        caplog.clear()
+        with inference_context(model):
+            found = [model(batch) for batch in batches]
+        assert [record.getMessage() for record in caplog.records] == [
+            "The states became infinite or NaN in 1 of 1 images of a batch (said once for each evaluation)."
+        ]
+    assert not any(output["finite"] for outputs in found for output in outputs)
+    caplog.clear()
+    with inference_context(model), torch.no_grad():
+        for batch in batches:
+            model.infer(batch)
+    assert len(caplog.records) == 3
 
 
 def test_detections_with_gradient(small_model, make_inputs):

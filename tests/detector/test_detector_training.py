@@ -85,7 +85,7 @@ def test_nan_weights_name_their_predictions(small_model, make_inputs, parameter,
     nn.init.constant_(model.decoder.get_parameter(parameter), math.nan)
     with pytest.raises(FloatingPointError, match="[Nn]on-finite") as error:
         model(make_inputs(*counts))
-    words = str(error.value).replace(";", " ").split()
+    words = str(error.value).replace(",", " ").split()
     assert all(name in words for name in named) and not any(name in words for name in unnamed)
 
 

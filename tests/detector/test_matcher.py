@@ -171,11 +171,11 @@ def test_non_finite_values_are_named_in_images_without_boxes_too(field, value):
             PAPER(prediction, random_targets(counts), ["init", "iter1", "iter3"])
 
 
-def test_the_error_names_each_prediction_and_file():
+def test_the_error_names_each_prediction_and_each_file_once():
     prediction = random_prediction(6)
     prediction.logits[0, 0, 0] = math.nan
     prediction.boxes[4:, 0, 0] = -math.inf
-    expected = r"in init \(image 0: a\.jpg\); iter3 \(image 0: a\.jpg, image 1: b\.jpg\)\.$"
+    expected = r"cost in init, iter3 \(image 0: a\.jpg, image 1: b\.jpg\)\.$"
     with pytest.raises(FloatingPointError, match=expected):
         PAPER(prediction, random_targets([1, 1]), ["init", "iter1", "iter3"], ["a.jpg", "b.jpg"])
 

@@ -13,7 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
 from deqdet.engine import Trainer, UserError, load_config, run, setup
-from deqdet.engine.evaluation import StepsEvaluator
+from deqdet.engine.evaluation import StatesEvaluator, StepsEvaluator
 from deqdet.engine.hooks import average_batch_norm, peak_memory_mb
 from deqdet.engine.launcher import _hidden_gpus, count_cores
 from deqdet.tools.train_net import work
@@ -160,8 +160,8 @@ def test_a_loss_that_is_not_finite_stops_with_detectron2s_error(toy_config):
 
 def test_the_evaluator_is_cocos(toy_config, tmp_path):
     cfg = setup(parse(toy_config))
-    evaluator = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
-    assert isinstance(evaluator, COCOEvaluator)
+    evaluator, *others = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])._evaluators
+    assert isinstance(evaluator, COCOEvaluator) and [type(other) for other in others] == [StatesEvaluator]
     assert evaluator._output_dir == str(tmp_path / "out" / "inference")
 
 
@@ -192,6 +192,27 @@ def test_the_steps_of_an_earlier_evaluation_do_not_count():
     evaluator.reset()
     evaluator.process([{}], [{"steps": torch.tensor(3)}])
     assert evaluator.evaluate() == {"steps": {"mean": 3.0, "p50": 3.0, "p95": 3.0}}
+
+
+@pytest.mark.parametrize("broken, total", [((), None), ((1, 2, 3, 4), 4), ((2,), 1)])
+def test_images_that_left_the_finite_numbers_are_in_the_summary(toy_config, capsys, broken, total):
+    """Once, below the AP, however many images."""
+
+    def spoil(module, inputs, outputs):
+        return outputs if module.training else [
+            x | {"finite": torch.tensor(int(x["steps"]) not in broken)} for x in outputs
+        ]  # fmt: skip
+
+    trainer = Trainer(setup(parse(toy_config)))
+    trainer.model.register_forward_hook(spoil)
+    results = Trainer.test(trainer.cfg, trainer.model)
+    out = capsys.readouterr().out
+    assert results.get("nonfinite") == (total and {"images": total, "of": 4})
+    lines = [line for line in out.splitlines() if "infinite or NaN" in line]
+    assert [f"infinite or NaN in {total} of 4 images: their" in line for line in lines] == [True] * bool(total)
+    if total:
+        places = [out.index(words) for words in ("results for bbox", "infinite or NaN", "copypaste: Task: nonfinite")]
+        assert places == sorted(places)
 
 
 # Two processes

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from deqdet import add_deqdet_config
-from deqdet.engine import Trainer, UserError, setup
+from deqdet.engine import Trainer, UserError, insight, setup
 from deqdet.engine.insight import EquilibriumInsight, build_insight, measure_equilibrium
 from deqdet.engine.optimizer import build_optimizer
 from deqdet.equilibrium import relative_residual
@@ -31,7 +31,7 @@ from helpers.paths import SHAPES_CONFIG
 from helpers.six_detectors import LAYERS, detector_keys
 from helpers.two_ranks import run_two_ranks
 
-NAMES = ("residual_step1", "residual", "steps_to_rtol0.05", "spectral_radius")
+NAMES = ("residual_step1", "residual", "steps_to_rtol0.05", "reached_rtol0.05", "spectral_radius")
 # A training whose every step draws random numbers: noise, and flips in the main process.
 TINY = """
 DATASETS.TRAIN ('shapes_seed3_8',) DATASETS.TEST () SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 3
@@ -103,6 +103,25 @@ def test_images_that_do_not_converge_count_with_all_steps(small_model, make_inpu
     residuals = measure_residuals(small_model(), [batch], steps=4)[1:, 0]
     assert residuals.min() > 0.05
     assert measure_equilibrium(small_model(), batch, power_iterations=2)["steps_to_rtol0.05"] == 4.0
+
+
+@pytest.mark.parametrize("reached, share", [(False, 0.0), (True, 1.0)])
+def test_the_last_step_differs_from_never(small_model, make_inputs, monkeypatch, reached, share):
+    """The limit lies just above or at the lowest residual, that of the last step."""
+    model, batch = small_model(), strip(make_inputs(1))
+    residuals = measure_residuals(model, [batch], steps=4)[1:, 0]
+    assert residuals.argmin() == 3
+    monkeypatch.setattr(insight, "RTOL", residuals[3].item() * (1.001 if reached else 0.999))
+    figures = list(measure_equilibrium(model, batch, power_iterations=2).values())
+    assert figures[2:4] == [4.0, share]
+
+
+def test_the_share_of_the_images_that_converge(small_model, make_inputs, monkeypatch):
+    model, batch = small_model(), strip(make_inputs(1, 1, 1))
+    lowest = measure_residuals(model, [batch], steps=4)[1:].min(dim=0).values
+    monkeypatch.setattr(insight, "RTOL", lowest.median().item() * 1.001)
+    figures = list(measure_equilibrium(model, batch, power_iterations=2).values())
+    assert figures[3] == pytest.approx((lowest < insight.RTOL).sum().item() / 3) and 0 < figures[3] < 1
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])

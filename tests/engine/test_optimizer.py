@@ -184,7 +184,7 @@ def test_the_norm_before_clipping_is_logged():
 def test_a_gradient_that_is_not_finite_stops_before_the_step():
     model = two_parameters(second=(float("nan"),))
     optimizer = build_optimizer(clipping(), model)
-    with EventStorage(7), pytest.raises(FloatingPointError, match="iteration=7, in 1 parameters: b$"):
+    with EventStorage(7), pytest.raises(FloatingPointError, match="iteration=7, in 1 parameter: b$"):
         optimizer.step()
     assert model["a"].tolist() == [0, 0] and model["b"].tolist() == [0]
 

@@ -487,7 +487,7 @@ def test_a_wrong_export_is_refused(two_graphs, make_predictor):
     exported = two_graphs.exported
     step = type(exported.graphs[1][1])(other.model)
     wrong = replace(exported, graphs=(exported.graphs[0], (exported.files[1], step)))
-    with pytest.raises(UserError, match="differs from PyTorch; do not use it"):
+    with pytest.raises(UserError, match=r"small\.encoder\.onnx differs from PyTorch: batch 1, "):
         check_export(wrong)
 
 
@@ -502,14 +502,35 @@ def test_the_command(make_predictor, tmp_path, capsys):
     stages = [line for line in printed.splitlines() if not line.startswith("  ")]
     assert stages == [
         "Tracing the encoder", f"Writing {encoder}", "Tracing the step", f"Writing {step}",
-        *(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in (encoder, step)),
         f"Comparing {encoder} and {step} with PyTorch after 3 steps:",
+        *(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in (encoder, step)),
     ]  # fmt: skip
     pixels = [float(line.split("up to ")[1].split(" px")[0]) for line in printed.splitlines() if "differ by" in line]
     assert len(pixels) == 6 and max(pixels) < 1e-2
     assert OnnxDetector(tmp_path / "out.encoder.onnx").notes["steps"] == 3
     with pytest.raises(SystemExit, match="error: .*out.pt: the output of --to onnx must end in .onnx"):
         main(["--model", str(file), "--output", str(Path(tmp_path, "out.pt"))])
+    assert {path.name for path in tmp_path.iterdir()} == {encoder.name, step.name, file.name}
+
+
+def test_a_wrong_export_replaces_no_older_file(make_predictor, tmp_path, monkeypatch, capsys):
+    file, predictor = tmp_path / "small.safetensors", make_predictor(*RECURRENT)
+    write_model_file(file, weights=predictor.model.state_dict(), cfg=predictor.cfg, class_names=NAMES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Difference, "is_equal", False)
+    older = [Path(f"out.{part}.onnx") for part in ("encoder", "step")]
+    for path in older:
+        path.write_text("an older export")
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", str(file), "--output", "out.onnx"])
+    message = str(ended.value)
+    assert message.startswith("error: out.encoder.onnx differs from PyTorch: batch 1, ")
+    assert message.endswith("; it was deleted, and an older file of this name is unchanged")
+    printed = capsys.readouterr().out
+    assert "\nWriting out.step.onnx\nComparing out.encoder.onnx and out.step.onnx with PyTorch" in printed
+    assert "MB" not in printed
+    assert [path.read_text() for path in older] == ["an older export"] * 2
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, *(path.name for path in older)}
 
 
 def test_each_line_comes_before_its_stage(one_graph, capfd):

@@ -146,6 +146,26 @@ def one_graph(tmp_path):
 IMAGE = np.zeros((40, 60, 3), np.uint8)
 
 
+@pytest.mark.parametrize("arguments, message", [
+    *(({"threads": x}, f"threads must be a whole number from 0 to 1024, got {x!r}")
+      for x in ("x", "2", -1, 1.0, True, None, 10**12)),
+    *(({"providers": x}, f", CPUExecutionProvider, got {x!r}")
+      for x in ("CPUExecutionProvider", ["GPU"], ["CPUExecutionProvider", 1], [["CPUExecutionProvider"]], [()], [],
+                None)),
+    ({"path": 3}, "path must be the name of a file, got 3"),
+    ({"path": None}, "path must be the name of a file, got None"),
+    ({"path": b"a.onnx"}, "path must be the name of a file, got b'a.onnx'"),
+])  # fmt: skip
+def test_arguments_that_onnxruntime_refuses_or_ignores(runner, one_graph, arguments, message):
+    with pytest.raises(ValueError, match=rf"^(providers must be a list of some of \w.*)?{re.escape(message)}$"):
+        runner.OnnxDetector(**{"path": one_graph, **arguments})
+
+
+def test_arguments_of_other_types_that_mean_the_same(runner, one_graph):
+    options = {"threads": np.int64(1), "providers": [("CPUExecutionProvider", {})]}
+    assert runner.OnnxDetector(str(one_graph), **options)(IMAGE).labels == ["hen"]
+
+
 @pytest.mark.parametrize("options, message", [
     ({"threshold": 1.01}, "threshold must be a number from 0 to 1, got 1.01"),
     ({"threshold": -0.1}, "threshold must be a number from 0 to 1, got -0.1"),

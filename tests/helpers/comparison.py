@@ -5,7 +5,7 @@ from deqdet.measurement.comparison import Metrics, Result
 from deqdet.measurement.duplicates import Duplicates
 
 MEASURED = Measurement(parameters=2_000_000, multiply_adds=3_000_000_000, image_size=[160, 192],
-                       ms_per_image=40.0, inference_memory_mb=50.0,
+                       ms_per_image=40.0, inference_memory_mb=50.0, steps=25,
                        duplicates=Duplicates(found=100, doubled=12.0, distance=0.25, AP_nms=61.0))  # fmt: skip
 
 

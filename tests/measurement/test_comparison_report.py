@@ -1,13 +1,14 @@
 """The table of a comparison as text, JSON and a picture, by hand."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import cv2
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from deqdet.measurement.checkpoint_cost import Measurement
 from deqdet.measurement.comparison_report import summarize, write_report
 
 from helpers.comparison import make_result
@@ -28,14 +29,44 @@ def test_means_over_the_seeds():
     assert b["AP"] == 33.0 and len(b["seeds"]) == 1
 
 
+@pytest.mark.parametrize("aps, mean, spread, shown", [
+    ([20.0], 20.0, None, "20.0"),
+    ([20.0, 30.0, 40.0], 30.0, 10.0, "30.0 ± 10.0"),  # sqrt((100 + 0 + 100) / 2)
+    ([20.0, 20.0], 20.0, 0.0, "20.0 ± 0.0"),
+    ([20.0, None], None, None, "-"),
+])  # fmt: skip
+def test_spread_over_the_seeds(tmp_path, aps, mean, spread, shown):
+    results = [make_result("A", seed, ap) for seed, ap in enumerate(aps, start=1)]
+    (row,) = summarize(results)
+    assert (row["AP"], row["AP_std"]) == (mean, spread)
+    write_report(results, tmp_path, "")
+    text = (tmp_path / "comparison.md").read_text()
+    assert f"| SomeLayer | {shown} | " in text
+    assert ("standard deviation over the seeds" in text) == (len(aps) > 1)
+
+
+def test_steps_at_test_time(tmp_path):
+    """Each row has its own; a run that an earlier version measured has none."""
+    results = [make_result("A", 1, 20.0), make_result("B", 1, 20.0), make_result("C", 1, 20.0)]
+    measured = asdict(results[1].measurement)
+    results[1] = replace(results[1], measurement=Measurement.from_dict({**measured, "steps": 5}))
+    del measured["steps"]
+    results[2] = replace(results[2], measurement=Measurement.from_dict(measured))
+    write_report(results, tmp_path, "")
+    lines = [line.split(" | ") for line in (tmp_path / "comparison.md").read_text().splitlines() if line[:1] == "|"]
+    column = lines[0].index("steps")
+    assert [line[column] for line in lines[2:]] == ["25", "5", "-"]
+    assert [config["steps"] for config in summarize(results)] == [25, 5, None]
+
+
 def test_table_and_json(tmp_path):
     results = [make_result("A", 1, 20.0), make_result("B", 1, 33.0, APs=None), make_result("A", 2, 31.0)]
     write_report(results, tmp_path, "the command")
     text = (tmp_path / "comparison.md").read_text()
-    doubles = "12.0 | 0.25 | 61.0"
+    cells = "12.0 | 0.25 | 61.0 | 25 | 60.0"
     assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
-        f"| A | ADecoder | SomeLayer | 25.5 | 20.0, 31.0 | {doubles} | 60.0 | 10.0 | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
-        f"| B | BDecoder | SomeLayer | 33.0 | 33.0 | {doubles} | 60.0 | - | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
+        f"| A | ADecoder | SomeLayer | 25.5 ± 7.8 | 20.0, 31.0 | {cells} | 10.0 | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
+        f"| B | BDecoder | SomeLayer | 33.0 | 33.0 | {cells} | - | 2.00 | 3 | 0.5 | 40 | 900 | 50 |",
     ]
     for part in ("30 iterations of 16 images of some_train", "160 x 192", "a machine", "`the command`", "some_val"):
         assert part in text
@@ -60,7 +91,7 @@ def test_a_run_whose_duplicates_were_not_counted(tmp_path):
     results[2] = replace(results[2], measurement=replace(results[2].measurement, duplicates=alone))
     write_report(results, tmp_path, "")
     a, b = [line for line in (tmp_path / "comparison.md").read_text().splitlines() if line.startswith("|")][2:]
-    assert "| 20.0, 20.0 | - | - | - | 60.0 |" in a and "| 30.0 | 12.0 | - | 61.0 | 60.0 |" in b
+    assert "| 20.0, 20.0 | - | - | - | 25 | 60.0 |" in a and "| 30.0 | 12.0 | - | 61.0 | 25 | 60.0 |" in b
 
 
 def test_what_differs_from_the_first_config(tmp_path):

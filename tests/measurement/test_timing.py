@@ -43,6 +43,7 @@ def test_figures_of_a_model(small_model, make_inputs):
     model.register_forward_hook(lambda *_: calls.append(1))
     found = measure(model, repeat(make_inputs(1)))
     assert len(calls) == WARM_UP + IMAGES
+    assert found.steps == model.decoder.test_steps == 4
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.image_size == [64, 96]
     assert found.multiply_adds == count_multiply_adds(model, height=64, width=96).total.linear

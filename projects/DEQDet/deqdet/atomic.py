@@ -2,7 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -57,6 +58,35 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)  # puts the new name on the disk
         finally:
             os.close(folder)
+
+
+@contextmanager
+def replacing_once_checked(path: Path) -> Iterator[tuple[Path, Callable[[object], str]]]:
+    """Write one or several files into a temporary folder, and move them beside `path` if the block raises no error.
+
+    After an error the new files are deleted, and older ones are unchanged.
+
+    Yields:
+        The path to write, of the same name in the temporary folder; and a function that replaces this folder in a
+        message by that of `path`, as is done for a UserError.
+
+    Raises:
+        UserError: a file cannot be written or moved.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
+
+            def describe(message: object) -> str:
+                return str(message).replace(f"{Path(folder)}{os.sep}", str(path).removesuffix(path.name))
+
+            try:
+                yield Path(folder, path.name), describe
+            except UserError as error:
+                raise UserError(describe(error)) from error
+            for file in sorted(Path(folder).iterdir()):
+                os.replace(file, path.with_name(file.name))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({describe_os_error(error)})") from error
 
 
 def write_text(text: str, path: Path) -> None:

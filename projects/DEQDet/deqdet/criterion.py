@@ -94,7 +94,7 @@ class Criterion(nn.Module):
             because DistributedDataParallel requires a gradient for every parameter.
 
         Raises:
-            FloatingPointError: logits or boxes are not finite. The message names the predictions and the images.
+            NonFinitePredictionError: logits or boxes are not finite. The message names the predictions and the images.
             ValueError: a label is not in [0, K), or the logits are not of K classes.
         """
         names = list(predictions)

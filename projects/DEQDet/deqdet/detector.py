@@ -141,6 +141,7 @@ class DEQDet(nn.Module):
     def train(self, mode: bool = True) -> "DEQDet":
         """Switch modes as nn.Module does, but leave BatchNorm layers whose statistics are fixed in evaluation mode."""
         super().train(mode)
+        self._has_warned = False  # each evaluation begins with a switch to evaluation mode
         if self.fix_bn_statistics:
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -165,7 +166,9 @@ class DEQDet(nn.Module):
             UserError: an image has no "instances" in training, or a user's layer or decoder returned a wrong result.
         """
         if not self.training:
-            return self.infer(batched_inputs)
+            outputs = self._detect(batched_inputs)
+            self._has_warned = self._has_warned or _warn_of_nonfinite(outputs, " (said once for each evaluation)")
+            return outputs
         if missing := [i for i, x in enumerate(batched_inputs) if "instances" not in x]:
             raise UserError(
                 f'the model is in training mode, but image {missing[0]} of the batch has no "instances" with its '
@@ -209,16 +212,21 @@ class DEQDet(nn.Module):
         Returns:
             For each image a dict with "instances": pred_boxes (xyxy, pixels of the original image), scores,
             pred_classes and queries (the query's index), sorted by falling score; "steps": () int64, the number of
-            applications of f; and, with an equilibrium, "residual": () the relative residual of the last iterate.
+            applications of f; "finite": () bool, False if a state became infinite or NaN; and, with an equilibrium,
+            "residual": () the relative residual of the last iterate.
 
         Raises:
             UserError: an option is given, but the decoder has no equilibrium; or a user's layer or decoder returned an
                 object of another type, other shapes, or a box that is infinite or NaN.
         """
-        decoded, found = self.decode(batched_inputs, steps=steps, rtol=rtol, solver=solver)
-        if failed := int((~decoded.finite).sum()):  # last, since it waits for the device
-            logger.warning("The states became infinite or NaN in %d of %d images.", failed, len(found))
-        outputs = [{"instances": x, "steps": taken} for x, taken in zip(found, decoded.steps, strict=True)]
+        outputs = self._detect(batched_inputs, steps=steps, rtol=rtol, solver=solver)
+        _warn_of_nonfinite(outputs)
+        return outputs
+
+    def _detect(self, batched_inputs: list[dict], **options: object) -> list[dict]:
+        decoded, found = self.decode(batched_inputs, **options)
+        rows = zip(found, decoded.steps, decoded.finite, strict=True)
+        outputs = [{"instances": x, "steps": steps, "finite": finite} for x, steps, finite in rows]
         if decoded.residual is not None:
             for output, residual in zip(outputs, decoded.residual, strict=True):
                 output["residual"] = residual
@@ -324,6 +332,17 @@ class DEQDet(nn.Module):
         sizes = to_device([(width, height) for height, width in images.image_sizes], torch.float32, self.device)
         levels = self.backbone(images.tensor)
         return [levels[name] for name in self.in_features], self.queries(sizes)
+
+
+def _warn_of_nonfinite(outputs: Sequence[dict], more: str = "") -> bool:
+    """Log how many images of a batch have states that became infinite or NaN; return whether there is one.
+
+    Call it last, since it waits for the device.
+    """
+    failed = int((~torch.stack([output["finite"] for output in outputs])).sum())
+    if failed:
+        logger.warning("The states became infinite or NaN in %d of %d images of a batch%s.", failed, len(outputs), more)
+    return failed > 0
 
 
 def _original_sizes(batched_inputs: list[dict], image_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

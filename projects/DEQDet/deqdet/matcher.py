@@ -17,6 +17,21 @@ from torch import Tensor
 from .structures import Prediction, Targets, move
 
 
+class NonFinitePredictionError(FloatingPointError):
+    """Predictions that are infinite or NaN, or so large that their matching cost overflows."""
+
+    def __init__(self, predictions: Sequence[str], images: Sequence[int], image_names: Sequence[str]):
+        """
+        Args:
+            predictions: the names of the predictions.
+            images: the indices in the batch of the images in which one of them is not finite.
+            image_names: the names of these images.
+        """
+        self.what = f"Non-finite logits, boxes or matching cost in {', '.join(predictions)}"
+        self.images = images
+        super().__init__(f"{self.what} ({', '.join(image_names)}).")
+
+
 @dataclass(frozen=True)
 class Matches:
     """P pairs of a query and a ground-truth box of its image, sorted by row and then by query."""
@@ -61,8 +76,8 @@ class HungarianMatcher:
             image_names: the file names of the B images, for error messages.
 
         Raises:
-            FloatingPointError: a logit or a box is not finite, even in an image without boxes, or a box is so large
-                that its cost overflows.
+            NonFinitePredictionError: a logit or a box is not finite, even in an image without boxes, or a box is so
+                large that its cost overflows.
             ValueError: a label is not in [0, K).
         """
         logits, boxes = prediction.logits.float(), prediction.boxes.float()
@@ -170,14 +185,11 @@ def _assign(cost: np.ndarray, valid: np.ndarray) -> Tensor:
 
 
 def _check_finite(finite: Tensor, names: Sequence[str], image_names: Sequence[str]) -> None:
-    """Raise FloatingPointError for the predictions and images that are not finite, given `finite` (S, B) bool."""
-    faults = []
-    for name, row in zip(names, finite, strict=True):
-        images = [_describe(image, image_names) for image in (~row).nonzero().flatten().tolist()]
-        if images:
-            faults.append(f"{name} ({', '.join(images)})")
-    if faults:
-        raise FloatingPointError(f"Non-finite logits, boxes or matching cost in {'; '.join(faults)}.")
+    """Raise NonFinitePredictionError for the predictions that are not finite, given `finite` (S, B) bool."""
+    if not finite.all():
+        predictions = [name for name, row in zip(names, finite, strict=True) if not row.all()]
+        images = (~finite.all(dim=0)).nonzero().flatten().tolist()
+        raise NonFinitePredictionError(predictions, images, [_describe(image, image_names) for image in images])
 
 
 def _check_labels(labels: Tensor, valid: Tensor, num_classes: int, image_names: Sequence[str]) -> None:

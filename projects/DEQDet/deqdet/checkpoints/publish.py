@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 
+from ..errors import list_first
 from .conversion import build_empty, describe, describe_shapes
 from .files import COUNTER, CheckpointError, check_target, check_weights, find_weights
 from .model_file import read_entries, resolve_file, write_model_file
@@ -35,7 +36,7 @@ def publish_checkpoint(
 
     Raises:
         CheckpointError: a file cannot be read or written, there is no such average, or the weights do not fit the
-            config's model; names the weights that are missing, unknown or of a wrong shape.
+            config's model or are infinite or NaN; names the weights that are missing, unknown or wrong.
     """
     if weights not in CHOICES:
         raise ValueError(f"weights is {weights!r}: it must be one of {', '.join(CHOICES)}")
@@ -47,6 +48,8 @@ def publish_checkpoint(
         raise CheckpointError(f"the config describes {error}") from error
     found, taken = _read_weights(source, weights, model)
     found = check_complete(source, found, model.state_dict())
+    if bad := [name for name, x in found.items() if x.is_floating_point() and not x.isfinite().all()]:
+        raise CheckpointError(f"{source} has infinite values or NaN in {list_first(bad, 1)}: take another checkpoint")
     write_model_file(output, weights=found, cfg=cfg, class_names=class_names, half=half, notes={"weights": taken})
     return (
         f"wrote the {'averaged' if taken == AVERAGE else 'raw'} weights of {source} ({len(found)} tensors, "

@@ -21,12 +21,13 @@ from iopath.common.file_io import file_lock
 from ..errors import UserError, list_first
 from .annotations import Boxes, read_boxes
 from .cache import find_cache, read_json, write_json
-from .coco_file import LARGEST_ID, Category, ImageRecord, parse, read_bytes, read_categories, read_images
+from .coco_file import ANY_SUFFIX, LARGEST_ID, Category, ImageRecord, parse, read_bytes, read_categories, read_images
 from .findings import BROKEN, REMARK, REPAIRED, Finding, Findings
 from .image_headers import MISSING, ImageHeader, Stamp, read_headers, read_stamps
+from .images import IMAGE_SUFFIXES
 from .report import Report, summarize
 
-_VERSION = f"4, Pillow {PIL.__version__}"  # raise the number when the checks or their messages change
+_VERSION = f"5, Pillow {PIL.__version__}"  # raise the number when the checks or their messages change
 _SKIP = "replace the image or correct the file, or set DATASETS.SKIP_BROKEN True to leave such images out"
 
 
@@ -188,6 +189,10 @@ class _Check:
     def _find_fault(self, image: ImageRecord, header: ImageHeader) -> tuple[str, str, str] | None:
         """Return the kind, name and words of a finding if an image cannot be used; None if it can."""
         name = image.title
+        if image.source and image.file_name.endswith(ANY_SUFFIX) and header.problem.startswith(MISSING):
+            folder, stem = os.path.split(image.path.removesuffix(ANY_SUFFIX))
+            words = f"has no image: {folder} holds no {stem} with one of the endings {', '.join(IMAGE_SUFFIXES)}"
+            return "label file without an image", f"label file {image.source}", words
         if header.problem:
             return header.problem.split(":")[0], name, header.problem
         limit = self.options.max_image_pixels

@@ -14,6 +14,7 @@ from .findings import REMARK, REPAIRED, Findings
 # The key under which a reader of another format stores where a record comes from: for an image the path of its label
 # file, for an annotation the place in that file, such as "line 3". Other programs ignore it.
 SOURCE = "deqdet_source"
+ANY_SUFFIX = ".*"  # ends the file name of an image that a label file without an image should have
 LARGEST_ID = 2**53  # beyond it, two ids may be equal in the float64 columns of pycocotools
 _RENUMBERED = "these ids are replaced by numbers within the run"
 

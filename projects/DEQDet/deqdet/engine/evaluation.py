@@ -45,3 +45,39 @@ class StepsEvaluator(DatasetEvaluator):
             len(steps), result["mean"], median, high, max(steps),
         )  # fmt: skip
         return {"steps": result}
+
+
+class StatesEvaluator(DatasetEvaluator):
+    """Counts the images whose states became infinite or NaN, which keep their last finite ones.
+
+    If there are any, `evaluate` logs a warning and returns {"nonfinite": {"images": n, "of": m}}: n of the m images of
+    all ranks.
+    """
+
+    def __init__(self) -> None:
+        self._finite: list[bool] = []
+
+    def reset(self) -> None:
+        self._finite = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Collect a batch.
+
+        Args:
+            outputs: DEQDet's outputs, each with "finite". Other models' outputs without it count as finite.
+        """
+        self._finite += [bool(output.get("finite", True)) for output in outputs]
+
+    def evaluate(self) -> dict[str, dict[str, int]] | None:
+        """Gather the counts on rank 0; None on all other ranks."""
+        finite = [value for part in comm.gather(self._finite) for value in part]
+        if not comm.is_main_process():
+            return None
+        failed = finite.count(False)
+        if not failed:
+            return {}
+        logger.warning(
+            "The states became infinite or NaN in %d of %d images: their detections count in the AP above, but may be "
+            "useless (docs/equilibrium.md, When it does not converge)", failed, len(finite),
+        )  # fmt: skip
+        return {"nonfinite": {"images": failed, "of": len(finite)}}

@@ -1,7 +1,6 @@
 """Stops a training when a number becomes infinite or NaN, and reports where that began."""
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ from ..contract import describe, describe_source
 from ..data import mix_seed, seed_all
 from ..decoders import Decoder
 from ..detector import DEQDet
-from ..errors import UserError, one_line
+from ..errors import UserError, list_first, one_line
 from ..layers import RefinementLayer
+from ..matcher import NonFinitePredictionError
 from .hooks import is_due
 from .models import unwrap
 
-logger = logging.getLogger(__name__)
+SHOWN = 8  # images in a message; the file that it names has the whole batch
 
 
 class NonFiniteError(UserError, FloatingPointError):
@@ -87,6 +87,8 @@ class FiniteGuard(HookBase):
 
     def explain(self, error: FloatingPointError) -> NonFiniteError:
         """Return an error to raise in place of the iteration's own; it names the first bad tensor."""
+        if isinstance(error, NonFinitePredictionError):
+            return self._error(error.what, self._find_bad(), [self._batch[image] for image in error.images])
         return self._error(one_line(error).split(" loss_dict")[0], self._find_bad())
 
     def _find_bad(self) -> list[str]:
@@ -129,7 +131,14 @@ class FiniteGuard(HookBase):
             model(self._batch)
         return found
 
-    def _error(self, what: str, bad: list[str]) -> NonFiniteError:
+    def _error(self, what: str, bad: list[str], failed: Sequence[dict] | None = None) -> NonFiniteError:
+        """Store the batch and return the error.
+
+        Args:
+            what: what became infinite or NaN, without the images.
+            bad: the names of the bad tensors, causes before effects.
+            failed: the images in which it did; None if that is unknown, then the message names the whole batch.
+        """
         iteration, rank = self.trainer.iter, comm.get_rank()
         images = [_name(x) for x in self._batch]
         path = self._folder / f"nonfinite_{iteration:07d}{f'_rank{rank}' if rank else ''}.pth"
@@ -144,12 +153,18 @@ class FiniteGuard(HookBase):
             dump = f"see {path}"
         except UserError as error:
             dump = str(error)
-        tag = self._folder / TAG
-        last = f"the last good checkpoint is {self._folder / tag.read_text().strip()}" if tag.is_file() else ""
         first = f"first bad tensor: {bad[0]}" if bad else "no stored tensor is infinite or NaN"
         at = "" if f"iteration={iteration}" in what else f" at iteration={iteration}"
-        last = last or "no checkpoint was saved"
-        return NonFiniteError("; ".join([f"{what.rstrip('.!')}{at}", first, f"images {', '.join(images)}", dump, last]))
+        shown = list_first(images if failed is None else [_name(x) for x in failed], SHOWN)
+        parts = f"{what.rstrip('.!')}{at}", first, f"images {shown}", dump, self._advice()
+        return NonFiniteError("; ".join(parts))
+
+    def _advice(self) -> str:
+        tag, last = self._folder / TAG, "no checkpoint was saved: train again"
+        if tag.is_file():
+            checkpoint = self._folder / tag.read_text().strip()
+            last = f"the last good checkpoint is {checkpoint}: train from it as MODEL.WEIGHTS in another OUTPUT_DIR,"
+        return f"{last} with a lower SOLVER.BASE_LR (docs/training.md, Troubleshooting)"
 
     def _keep_batch(self, module: nn.Module, inputs: tuple) -> None:
         if module.training:

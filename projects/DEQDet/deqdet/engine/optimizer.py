@@ -12,6 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, reduce_param_groups
 from detectron2.utils.events import get_event_storage, has_event_storage
 
+from ..errors import list_first, plural
+
 logger = logging.getLogger(__name__)
 
 # SOLVER.LR_RULE: the factor on the learning rate for a batch that is `ratio` times SOLVER.REFERENCE_BATCH.
@@ -152,7 +154,7 @@ class GradientClipper:
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         at = f" at iteration={get_event_storage().iter}" if has_event_storage() else ""
-        return f"the gradient became infinite or NaN{at}, in {len(bad)} parameters: {', '.join(bad[:5])}"
+        return f"the gradient became infinite or NaN{at}, in {plural(len(bad), 'parameter')}: {list_first(bad, 5)}"
 
 
 class ParameterClipper:

@@ -37,7 +37,7 @@ from .averaging import AverageWeights
 from .configuration import explained_datasets
 from .determinism import is_indeterminate
 from .early_stop import EarlyStop, EndableTrainer, build_early_stop, metric_name
-from .evaluation import StepsEvaluator
+from .evaluation import StatesEvaluator, StepsEvaluator
 from .health import FiniteGuard, check_finite_model
 from .hooks import (
     AverageBatchNorm,
@@ -389,13 +389,14 @@ class Trainer(DefaultTrainer, EndableTrainer):
         The AP counts up to TEST.DETECTIONS_PER_IMAGE detections per image. If that is more than 100, "AP@100" is the AP
         of the best 100, as COCO defines it. With several test sets, each has its own subfolder, and so has a set that
         the training in OUTPUT_DIR does not evaluate. With a tolerance (MODEL.DEQDET.SOLVER.RTOL), the number of solver
-        steps is reported too.
+        steps is reported too, and so is the number of images whose states became infinite or NaN, if there are any.
         """
         folder, names = os.path.join(cfg.OUTPUT_DIR, "inference"), cfg.DATASETS.TEST
         apart = len(names) > 1 or has_other_test_sets(Path(cfg.OUTPUT_DIR), names)
         limits = {"max_detections": cfg.TEST.DETECTIONS_PER_IMAGE, "library": cfg.TEST.EVALUATOR}
         coco = build_coco_evaluator(dataset_name, folder, apart=apart, **limits)
-        return DatasetEvaluators([coco, StepsEvaluator()]) if cfg.MODEL.DEQDET.SOLVER.RTOL > 0 else coco
+        steps = [StepsEvaluator()] if cfg.MODEL.DEQDET.SOLVER.RTOL > 0 else []
+        return DatasetEvaluators([coco, *steps, StatesEvaluator()])
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,15 @@ class OnnxDetector:
         """
         Args:
             path: NAME.onnx or NAME.encoder.onnx.
-            threads: number of threads of onnxruntime; 0: its own choice.
-            providers: onnxruntime's execution providers, for example "CUDAExecutionProvider".
+            threads: number of threads of onnxruntime, up to 1024; 0: its own choice.
+            providers: onnxruntime's execution providers, for example ["CUDAExecutionProvider"]; each a name, or a name
+                and a dict of options. onnxruntime runs on the CPU if a provider is not installed.
 
         Raises:
-            ValueError: a file is missing, is not an ONNX file, or was not written by deqdet-export-model.
+            ValueError: an argument is not as described here; or a file is missing, is not an ONNX file, or was not
+                written by deqdet-export-model.
         """
+        _check_arguments(path, threads, providers)
         path = Path(path)
         self.encoder, self.step = _load(path, threads, providers), None
         metadata = self.encoder.get_modelmeta().custom_metadata_map
@@ -192,9 +196,22 @@ def _load(file: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
         raise ValueError(f"{file} cannot be loaded as an ONNX file: {' '.join(str(error).split())}") from error
 
 
+def _check_arguments(path, threads, providers) -> None:
+    """Raise a ValueError for an argument of OnnxDetector that onnxruntime would refuse obscurely, or ignore."""
+    if not isinstance(path, str | PathLike):
+        raise ValueError(f"path must be the name of a file, got {path!r}")
+    if not (_is_whole(threads) and 0 <= threads <= 1024):
+        raise ValueError(f"threads must be a whole number from 0 to 1024, got {threads!r}")
+    known = onnxruntime.get_all_providers()
+    given = providers if isinstance(providers, list | tuple) else []
+    names = [x[0] if isinstance(x, tuple) and x else x for x in given]
+    if not names or not all(name in known for name in names):
+        raise ValueError(f"providers must be a list of some of {', '.join(known)}, got {providers!r}")
+
+
 def _check_options(steps, rtol, solver, threshold) -> None:
     """Raise a ValueError for an option that is out of range; None means the exported default."""
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0):
+    if steps is not None and not (_is_whole(steps) and steps >= 0):
         raise ValueError(f"steps must be a whole number of at least 0, got {steps!r}")
     if rtol is not None and not (_is_number(rtol) and 0 <= rtol < np.inf):
         raise ValueError(f"rtol must be a number of at least 0, got {rtol!r}")
@@ -202,6 +219,10 @@ def _check_options(steps, rtol, solver, threshold) -> None:
         raise ValueError(f"solver must be plain or anderson, got {solver!r}")
     if not (_is_number(threshold) and 0 <= threshold <= 1):
         raise ValueError(f"threshold must be a number from 0 to 1, got {threshold!r}")
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _is_number(value) -> bool:

@@ -40,6 +40,7 @@ class Measurement:
     ms_per_image: float  # median, one image at a time, without loading it
     inference_memory_mb: float  # peak memory of tensors for one image, including the weights; MiB
     duplicates: Duplicates | None = None  # on the whole test set; None if they were not counted
+    steps: int | None = None  # maximum applications of f to an image; None if an earlier version measured the model
 
     @classmethod
     def from_dict(cls, known: dict) -> "Measurement":
@@ -139,4 +140,5 @@ def measure(model: DEQDet, batches: Iterable[list[dict]]) -> Measurement:
         image_size=sizes[0],
         ms_per_image=1e3 * median(times),
         inference_memory_mb=(weights + max(peaks)) / 2**20,
+        steps=model.decoder.execution().steps,
     )

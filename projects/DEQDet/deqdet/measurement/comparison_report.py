@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from statistics import stdev
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ from .tables import format_table, format_value
 
 # Heading, key of `summarize`, unit, format.
 COLUMNS = (
+    ("steps", "steps", 1, ".0f"),
     ("AP50", "AP50", 1, ".1f"),
     ("APs", "APs", 1, ".1f"),
     ("parameters (M)", "parameters", 1e6, ".2f"),
@@ -53,7 +55,8 @@ def summarize(results: Sequence[Result]) -> list[dict]:
     """Make a dict for each config: the means of all figures over its seeds, and under "seeds" the figures of each seed.
 
     "changes" holds the settings that both this config and the first one have, but with different values. A mean is None
-    if one of its figures is. The mean curve has the points that all seeds have in common.
+    if one of its figures is. "AP_std" is the sample standard deviation of AP over the seeds; None if there is only one.
+    The mean curve has the points that all seeds have in common.
     """
     configs, first = [], results[0].settings
     for name in dict.fromkeys(result.name for result in results):
@@ -71,6 +74,7 @@ def summarize(results: Sequence[Result]) -> list[dict]:
             },
             "image_size": seeds[0]["image_size"],
             **{key: _mean([seed[key] for seed in seeds]) for key in seeds[0] if key not in same},
+            "AP_std": _spread([seed["AP"] for seed in seeds]),
             "duplicates": {
                 key: _mean([(seed["duplicates"] or {}).get(key) for seed in seeds]) for _, key, _ in DUPLICATE_COLUMNS
             },
@@ -93,8 +97,10 @@ def format_report(configs: Sequence[dict], results: Sequence[Result], command: s
         names = [config["name"], config["decoder"], config["layer"]]
         cells = [format_value(config["duplicates"][key], form) for _, key, form in DUPLICATE_COLUMNS]
         cells += [format_value(config[key], form, unit) for _, key, unit, form in COLUMNS]
-        rows.append([*names, format_value(config["AP"], ".1f"), each, *cells])
+        ap = format_value(config["AP"], ".1f") + ("" if config["AP_std"] is None else f" ± {config['AP_std']:.1f}")
+        rows.append([*names, ap, each, *cells])
     text = format_table(rows, names=3)
+    spread = "; after ±, its sample standard deviation over the seeds (with n - 1)" if len(seeds) > 1 else ""
     processes = f"{budget['num_gpus']} process{'es' * (budget['num_gpus'] != 1)}"
     changes = "".join(f"  - {config['name']}: {_format_changes(config['changes'])}\n" for config in configs[1:])
     if changes:
@@ -103,7 +109,9 @@ def format_report(configs: Sequence[dict], results: Sequence[Result], command: s
 
 {changes}- {budget["SOLVER.MAX_ITER"]} iterations of {budget["SOLVER.IMS_PER_BATCH"]} images of \
 {", ".join(budget["DATASETS.TRAIN"])}; {name_seeds(seeds)}; every figure is the mean of the seeds.
-- AP on {budget["DATASETS.TEST"][0]} after the last iteration.
+- AP on {budget["DATASETS.TEST"][0]} after the last iteration{spread}.
+- Steps: how often the refinement layer runs on an image at test time, after the initialization layer; 5 for six \
+stacked layers. With a tolerance (MODEL.DEQDET.SOLVER.RTOL), it is the largest number.
 - {DUPLICATES_NOTE}
 - Multiply-adds of convolutions and linear layers on an image of {", ".join(sizes)} pixels.
 - s / iteration: median, with {processes}. ms / image: median, one image at a time, \
@@ -151,6 +159,10 @@ def _format_changes(changes: dict[str, object]) -> str:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     return None if None in values else sum(values) / len(values)
+
+
+def _spread(values: Sequence[float | None]) -> float | None:
+    return None if None in values or len(values) < 2 else stdev(values)
 
 
 def _mean_curve(curves: Sequence[list[list]]) -> list[list]:

@@ -8,14 +8,15 @@
 deqdet.export.OnnxDetector runs with any number of steps, with a tolerance, and with plain iteration or Anderson
 acceleration. --form one writes the whole detector with plain iteration; in an .onnx file its number of steps is an
 input. See docs/deployment.md.
+
+The files get their names, and replace older ones, only after the check.
 """
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from ..atomic import prepare_output
+from ..atomic import prepare_output, replacing_once_checked
 from ..engine import add_config_arguments, exit_on_user_error, load_config, parse_arguments
 from ..errors import UserError
 from ..extras import how_to_install
@@ -43,11 +44,18 @@ def main(words: Sequence[str] | None = None) -> None:
             _, rtol, _ = predictor.model.decoder.options(**options)
             if rtol > 0:
                 print(f"One graph always takes all its steps: the tolerance {rtol} has no effect.")
-        say = partial(print, flush=True)  # flushed, so that each line comes before its stage, even in a pipe
-        exported = export_detector(predictor, args.output, target=args.to, form=args.form, **options, say=say)
-        for path in exported.files:
+        with replacing_once_checked(args.output) as (unfinished, describe):
+
+            def say(line: str) -> None:
+                print(describe(line), flush=True)  # flushed, so that it comes before its stage, even in a pipe
+
+            exported = export_detector(predictor, unfinished, target=args.to, form=args.form, **options, say=say)
+            try:
+                check_export(exported, say)
+            except UserError as error:
+                raise UserError(f"{error}; it was deleted, and an older file of this name is unchanged") from error
+        for path in (args.output.with_name(file.name) for file in exported.files):
             print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
-        check_export(exported, say)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from ...errors import UserError, one_line
-from ..coco_file import SOURCE
+from ..coco_file import ANY_SUFFIX, SOURCE
 from ..image_headers import read_headers, read_stamps
 from ..images import is_image
 from .found import (
@@ -236,7 +236,7 @@ def _read_set(file: Path, split: str, images: Sequence[Path], classes: list[str]
 
 
 def _find_lost_images(labels: Sequence[Path]) -> list[Path]:
-    """Return an image path for each label file without an image, so that the check reports the missing image."""
+    """Return a path that ends in ANY_SUFFIX for each label file without an image, so that the check reports it."""
     folders = {path.parent for path in labels}
     known = {*labels, *(folder / name for folder in folders for name in _LISTS_OF_CLASSES)}
     lost = []
@@ -247,7 +247,7 @@ def _find_lost_images(labels: Sequence[Path]) -> list[Path]:
         stems = {path.stem for path in list_folder(image_folder) if is_image(path.name)}
         for path in list_folder(place):
             if path.suffix == ".txt" and path not in known:
-                lost += [image_folder / f"{path.stem}.jpg"] * (path.stem not in stems)
+                lost += [image_folder / f"{path.stem}{ANY_SUFFIX}"] * (path.stem not in stems)
     return lost
 
 
