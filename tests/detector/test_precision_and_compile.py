@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deqdet.errors import UserError
 from deqdet.layers import AdaMixerLayer, RefinementLayer, attention, cast_once, compile_layer
+from deqdet.precision import _warn_if_slow
 from deqdet.structures import Prediction, QueryState
 
 from helpers.batches import strip
@@ -52,6 +53,22 @@ def test_training_does_not_read_the_precision_of_test_time(small_model, make_inp
     model.decoder.refinement.feedforward[0].register_forward_hook(lambda *x: seen.append(x[2].dtype))
     model(make_inputs(1))
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("instructions, is_slow", [("AVX2", True), ("DEFAULT", True), ("AVX512", False)])
+def test_a_processor_without_bfloat16_is_pointed_out_once(
+    small_model, make_inputs, monkeypatch, caplog, instructions, is_slow
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    for chosen in ("float32", "bfloat16"):
+        model = small_model("TEST.PRECISION", chosen).eval()
+        _warn_if_slow.cache_clear()
+        for _ in range(2):
+            model.infer(strip(make_inputs(0)))
+        seen = [x.getMessage() for x in caplog.records if x.levelno == logging.WARNING]
+        assert len(seen) == (is_slow and chosen == "bfloat16")
+    assert not seen or seen[0].startswith(f"bfloat16 and float16 are slower than float32 on this processor, whose "
+                                          f"vector instructions ({instructions}) do not")  # fmt: skip
 
 
 def test_an_unknown_precision_is_an_error(small_model):

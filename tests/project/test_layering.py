@@ -15,7 +15,8 @@ PACKAGE = ROOT / "projects" / "DEQDet" / "deqdet"
 # that of the design's data flow; a new module needs a place here.
 LEVELS = (
     {"errors"},
-    {"atomic", "extras", "version", "config", "config_keys", "equilibrium", "structures", "boxes", "quiet_imports"},
+    {"atomic", "extras", "version", "config", "config_keys", "equilibrium", "structures", "boxes", "quiet_imports",
+     "precision"},
     {"config_file", "config_types", "contract", "drawing"},
     {"model_zoo", "plugins", "backbones", "queries", "layers", "perturbation"},
     {"decoders", "matcher"},

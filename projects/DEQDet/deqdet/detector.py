@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from .decoders import Decoder, DecodingGraphs, Trajectory, build_decoder, compil
 from .equilibrium import Solver
 from .errors import UserError
 from .inference import make_detections
+from .precision import autocast
 from .queries import InitialQueries
 from .structures import Decoded, QueryState, Targets, move, to_device
 
@@ -318,9 +319,7 @@ class DEQDet(nn.Module):
 
     def autocast(self) -> AbstractContextManager:
         """Return an autocast context for TEST.PRECISION; with float32, the caller's autocast setting stays."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
+        return autocast(self.device.type, PRECISIONS[self.precision])
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images, and pad them at the right and bottom to a common size that the backbone accepts."""

@@ -14,6 +14,7 @@ from detectron2.utils.events import get_event_storage
 
 from ..detector import DEQDet
 from ..errors import UserError
+from ..precision import autocast
 from .models import unwrap
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # SOLVER.AMP.PRECISION
@@ -70,9 +71,7 @@ class StepTrainer(AMPTrainer):
 
     def autocast(self) -> AbstractContextManager:
         """Return the context for the forward pass."""
-        if self.precision is None:
-            return nullcontext()
-        return torch.autocast(self._device_type, dtype=self.precision)
+        return autocast(self._device_type, self.precision)
 
     def run_step(self) -> None:
         """Compute the gradient of the next batch, and take a step of the optimizer.

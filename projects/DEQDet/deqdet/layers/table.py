@@ -2,9 +2,9 @@
 
 The table is built once for a batch of images. Each step of the iteration only computes the indices and weights of the
 rows it reads. A sample is the weighted sum of one bag of rows. torch's embedding_bag computes it, with gradients for
-both the table and the weights; on a GPU, where no gradient is recorded, a kernel of kernels.py does all of it. With the usual
-settings a bag has 16 rows: in AdaMixer 4 cells in each of 4 levels, in Sparse R-CNN 4 cells around each of the 4
-sampling points of a RoIAlign cell.
+both the table and the weights. On a GPU, where no gradient is recorded, a kernel of kernels.py computes indices,
+weights and sums. With the usual settings a bag has 16 rows: in AdaMixer 4 cells in each of 4 levels, in Sparse R-CNN 4
+cells around each of the 4 sampling points of a RoIAlign cell.
 
 S: states of each image, B: images, L: levels, C: channels, G: groups of channels.
 """

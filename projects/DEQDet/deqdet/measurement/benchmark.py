@@ -6,7 +6,7 @@ products alone, on operands of the same shapes, strides and precision.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import median, quantiles
@@ -34,6 +34,7 @@ from ..detector import DEQDet
 from ..equilibrium import FixedPointIteration
 from ..errors import UserError
 from ..layers.mixing import split_matrices
+from ..precision import autocast
 from ..structures import Features, QueryState, packing_units
 from .memory import training_memory
 from .timing import peak_memory, timed
@@ -131,8 +132,7 @@ def _matrix_precision(setting: Setting) -> Iterator[None]:
 
 
 def _autocast(model: DEQDet, setting: Setting) -> AbstractContextManager:
-    dtype = PRECISIONS[setting.precision]
-    return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
+    return autocast(model.device.type, PRECISIONS[setting.precision])
 
 
 def _images(model: DEQDet, setting: Setting) -> list[dict]:
