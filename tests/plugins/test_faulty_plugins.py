@@ -31,15 +31,15 @@ from deqdet.decoders import (
     build_decoder,
     build_solver,
 )
-from deqdet.engine import build_model
+from deqdet.engine import Trainer, build_model
 from deqdet.engine.health import FiniteGuard
 from deqdet.equilibrium import FixedPointIteration
 from deqdet.export.graphs import Encoder, OneGraph, check_walk
-from deqdet.layers import REFINEMENT_LAYER_REGISTRY, AdaMixerLayer, build_refinement_layer
+from deqdet.layers import REFINEMENT_LAYER_REGISTRY, AdaMixerLayer, SparseRCNNLayer, build_refinement_layer
 from deqdet.measurement.benchmark import Setting, benchmark
 from deqdet.model_zoo import put_overrides
 from deqdet.plugins import import_plugins
-from deqdet.structures import Decoded, Prediction, QueryState
+from deqdet.structures import Decoded, Prediction, QueryState, count_images
 
 from helpers.small_decoders import SHAPES
 
@@ -316,6 +316,15 @@ class FirstState(AdaMixerLayer):
         return QueryState(refined.position[:images], refined.content[:images])
 
 
+class OtherOrder(AdaMixerLayer):
+    """Takes row b * S + s as state s of image b."""
+
+    def forward(self, state, features):
+        order = torch.arange(len(state.content)).view(count_images(features), -1).T.flatten()
+        refined = super().forward(QueryState(state.position[order], state.content[order]), features)
+        return QueryState(refined.position[order.argsort()], refined.content[order.argsort()])
+
+
 class TestSegments:
     @pytest.mark.parametrize("layer, cause", [
         (OneRowForEachImage, "The size of tensor a (6) must match the size of tensor b (2) at non-singleton dimension"),
@@ -343,6 +352,19 @@ class TestSegments:
         with pytest.raises(error, match="^too much$"):
             layer.refine_segments(QueryState(torch.zeros(4, 6, 4), torch.zeros(4, 6, 32)), [torch.zeros(2, 32, 8, 8)])
 
+    def test_a_forward_that_mixes_them_up(self, small_cfg, register, make_inputs):
+        """No training would notice it: a trial before the training does."""
+        register(REFINEMENT_LAYER_REGISTRY, OtherOrder)
+        cfg = small_cfg(*LAYER)
+        build_model(cfg)(make_inputs(2, 0))
+        with refused(f"{WHERE}OtherOrder sets accepts_segments = True, but its forward refines two states of each im"):
+            Trainer.build_model(cfg)
+
+    @pytest.mark.parametrize("layer", [AdaMixerLayer, SparseRCNNLayer])
+    def test_a_forward_that_keeps_them_apart(self, small_cfg, register, layer):
+        register(REFINEMENT_LAYER_REGISTRY, type("Mine", (layer,), {"__module__": __name__}))
+        assert Trainer.build_model(small_cfg(*LAYER)).training
+
 
 class TestDecoders:
     @pytest.mark.parametrize("method, value, message", [
@@ -366,6 +388,22 @@ class TestDecoders:
         for call in (model.walk, partial(model.infer, steps=2)):
             with refused(message):
                 call(inputs)
+
+    @pytest.mark.parametrize("method, kind", [("walk", "Trajectory"), ("decode", "Decoded")])
+    def test_what_training_does_not_call_is_tried_before_it(self, small_cfg, register, make_inputs, method, kind):
+        class Mine(EquilibriumDecoder):
+            def decode(self, initial, features):
+                return EquilibriumDecoder.walk(self, initial, features).decoded()
+
+        def nothing(self, initial, features, *, steps=0, rtol=0, solver=None, record=(), record_iterates=False):
+            return None
+
+        setattr(Mine, method, nothing)
+        register(DECODER_REGISTRY, Mine)
+        cfg = small_cfg(*DECODER)
+        build_model(cfg)(make_inputs(2, 0))
+        with refused(f"{describe(Mine)}.{method} returned a NoneType: it must return a {kind}"):
+            Trainer.build_model(cfg)
 
     def test_a_decoded_of_something_else(self, small_model, make_inputs, monkeypatch):
         model = small_model().eval()
