@@ -30,7 +30,7 @@ _DEFAULTS_OF_WALK: dict[str, tuple[Callable[[Any], bool], str]] = {
     "solver": (is_solver, "a solver such as deqdet.equilibrium.FixedPointIteration()"),
     "return_best": (lambda x: isinstance(x, bool), "True or False"),
 }
-_AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_EXCHANGEABLE = {torch.float32, torch.bfloat16, torch.float16}  # a layer may return one for the other
 
 
 def describe(part: object) -> str:
@@ -141,7 +141,7 @@ def check_trajectory(decoder: object, trajectory: object, kind: type) -> Any:
 def check_refined(layer: object, state: QueryState, refined: object) -> None:
     """Check that a layer returned a state with the shapes, dtypes and device of its input.
 
-    Under autocast, each dtype may be float32, bfloat16 or float16.
+    A dtype may also be bfloat16 or float16 in place of float32, as under autocast; solvers convert it back.
 
     Raises:
         UserError: it did not; the message says what it returned.
@@ -153,16 +153,14 @@ def check_refined(layer: object, state: QueryState, refined: object) -> None:
         if not _is_alike(returned, given):
             raise UserError(
                 f"{describe(layer)}.forward returned a QueryState whose {name} is {_describe_tensor(returned)}: it "
-                f"must be as in its input, {_describe_tensor(given)} (a lower precision is allowed under autocast)"
+                f"must be as in its input, {_describe_tensor(given)}"
             )
 
 
 def _is_alike(returned: object, given: Tensor) -> bool:
     if not isinstance(returned, Tensor) or returned.shape != given.shape or returned.device != given.device:
         return False
-    if returned.dtype == given.dtype:
-        return True
-    return torch.is_autocast_enabled(given.device.type) and {returned.dtype, given.dtype} <= _AUTOCAST_DTYPES
+    return returned.dtype == given.dtype or {returned.dtype, given.dtype} <= _EXCHANGEABLE
 
 
 @contextmanager

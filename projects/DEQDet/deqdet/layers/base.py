@@ -75,8 +75,8 @@ class RefinementLayer(nn.Module, ABC):
             features: the pyramid, for each level a tensor (B, C, H_l, W_l), finest first; or the result of `prepare`.
 
         Returns:
-            The refined queries, in the shapes and dtypes of `state`, and on its device. Under autocast, a dtype may
-            change to a lower precision.
+            The refined queries, in the shapes and dtypes of `state`, and on its device. They may be bfloat16 or float16
+            in place of float32, as under autocast; then `predict` must accept that too.
         """
 
     @abstractmethod
