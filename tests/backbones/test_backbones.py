@@ -35,14 +35,17 @@ def make_neck(*levels: Tensor, kernel_size: int = 1, out_channels: int = 32, nam
     )
 
 
-IMAGES = torch.zeros(1, 3, 8, 8)  # FixedLevels ignores them
+def images_of(neck: ChannelMapper) -> Tensor:
+    """Images of the size that the strides of FixedLevels tell."""
+    count, _, height, width = neck.bottom_up.levels["res2"].shape
+    return torch.zeros(count, 3, 4 * height, 4 * width)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_shapes_and_parameters(kernel_size):
     levels = [torch.randn(2, 5, 8, 12), torch.randn(2, 7, 4, 6), torch.randn(2, 9, 2, 3)]
     neck = make_neck(*levels, kernel_size=kernel_size, out_channels=64)
-    outputs = neck(IMAGES)
+    outputs = neck(images_of(neck))
     assert {name: tuple(level.shape) for name, level in outputs.items()} == {
         "p2": (2, 64, 8, 12),
         "p3": (2, 64, 4, 6),
@@ -66,7 +69,7 @@ def test_relu_comes_before_the_norm():
         neck.convs[0].weight.fill_(1.0)
         neck.convs[0].weight[1] = -2.0  # (6, 0, -6) -> (6, 0, 0)
         neck.convs[0].bias[2] = 1.0  # (-2, 1, 4) -> (0, 1, 4): mean 5 / 3, variance 26 / 9
-        level = neck(IMAGES)["p2"][0, :, 0]
+        level = neck(images_of(neck))["p2"][0, :, 0]
     unit = 1 / math.sqrt(2)
     assert level[0].tolist() == pytest.approx([-unit, -unit, 2 * unit], rel=1e-4)
     assert level[1].tolist() == pytest.approx([2 * unit, -unit, -unit], rel=1e-4)
@@ -79,7 +82,7 @@ def test_groups_of_neighbouring_channels_share_their_statistics():
     with torch.no_grad():
         neck.convs[0].weight.fill_(1.0)
         neck.convs[0].bias[1::2] = 4.0
-        level = neck(IMAGES)["p2"][0, :, 0]
+        level = neck(images_of(neck))["p2"][0, :, 0]
     expected = [[x / math.sqrt(5) for x in pair] for pair in ([-3, -1], [1, 3])]
     for channel in range(64):
         assert level[channel].tolist() == pytest.approx(expected[channel % 2], rel=1e-4)
@@ -90,7 +93,7 @@ def test_a_3x3_kernel_pads_with_zeros():
     neck = make_neck(torch.ones(1, 1, 3, 4), kernel_size=3)
     nn.init.ones_(neck.convs[0].weight)
     with torch.no_grad():
-        level = neck(IMAGES)["p2"]
+        level = neck(images_of(neck))["p2"]
     sums = torch.tensor([[4.0, 6, 6, 4], [6, 9, 9, 6], [4, 6, 6, 4]])
     expected = (sums - sums.mean()) / sums.std(correction=0)
     torch.testing.assert_close(level[0], expected.expand(32, 3, 4), rtol=0, atol=1e-4)
@@ -106,7 +109,7 @@ def test_one_norm_is_shared_by_all_levels():
         neck.norm.bias.copy_(torch.arange(32.0))
         for conv in neck.convs:
             conv.weight.fill_(1.0)
-        outputs = neck(IMAGES)
+        outputs = neck(images_of(neck))
     for level in outputs.values():
         torch.testing.assert_close(level.mean((0, 2, 3)), torch.arange(32.0), rtol=0, atol=1e-4)
         deviation = level.std((0, 2, 3), correction=0)
@@ -116,7 +119,7 @@ def test_one_norm_is_shared_by_all_levels():
 def test_it_takes_only_the_levels_it_is_given():
     levels = [torch.randn(1, 3, 2**i, 2**i) for i in (4, 3, 2, 1)]
     neck = make_neck(*levels, names=["res3", "res5"])
-    outputs = neck(IMAGES)
+    outputs = neck(images_of(neck))
     assert {name: tuple(level.shape) for name, level in outputs.items()} == {
         "p3": (1, 32, 8, 8),
         "p5": (1, 32, 2, 2),

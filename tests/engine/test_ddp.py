@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 
 from deqdet.engine.step import StepTrainer
 from deqdet.engine.trainer import _our_parts
+from deqdet.errors import UserError
 from deqdet.model_zoo import get_config
 
 from helpers.gradients import CASES, batch, build, gradients
@@ -48,10 +49,25 @@ def wrap_as_the_trainer(model: torch.nn.Module) -> torch.nn.Module:
         return defaults.create_ddp_model(model, broadcast_buffers=False)
 
 
+def refusal_of_unused(inputs: list[dict], parts: int) -> str:
+    """The error of the second step of a model with a weight and a bias that no loss depends on."""
+    model = build()
+    model.decoder.refinement.forgotten = torch.nn.Linear(2, 2)
+    model.decoder.refinement.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = StepTrainer(DistributedDataParallel(model), [inputs] * 2, optimizer, device_type="cpu", parts=parts)
+    step.iter = 0
+    with EventStorage(), pytest.raises(UserError) as raised:
+        step.run_step()
+        step.run_step()
+    return str(raised.value)
+
+
 def work(output: str) -> None:
     """One image for each rank; find_unused_parameters is off, as it is by default. Then two for each, in two parts."""
     rank = torch.distributed.get_rank()
     found = [gradients(DistributedDataParallel(build()), batch(case)[rank : rank + 1]) for case in CASES]
+    found.append([refusal_of_unused(batch(FOUR)[2 * rank :][:2], parts) for parts in (1, 2)])
     found.append([accumulate(batch(FOUR)[2 * rank :][:2], parts) for parts in (1, 2)])
     found.append(two_levels(batch(CASES[0])[rank : rank + 1], wrap_as_the_trainer))
     if rank == 0:
@@ -79,6 +95,12 @@ def test_two_processes_have_the_gradients_of_one(two_processes, index):
         gap = (found[name] - share * gradient).norm() / gradient.norm().clamp(min=1e-6)
         assert gap < 1e-5, f"{name}: relative gap {gap:.1e}"
     assert expected["decoder.refinement.class_branch.3.weight"].abs().max() > 1e-3
+
+
+def test_parameters_without_a_gradient_are_named(two_processes):
+    names = "decoder.refinement.forgotten.weight, decoder.refinement.forgotten.bias"
+    for message in two_processes[len(CASES)]:
+        assert message.startswith(f"no loss depends on {names}, and with several ranks each trained parameter needs a")
 
 
 def test_accumulated_gradients_of_two_processes_are_those_of_one(two_processes):

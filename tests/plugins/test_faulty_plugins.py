@@ -4,7 +4,9 @@ import importlib
 import re
 import sys
 from abc import abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +14,14 @@ import pytest
 import torch
 
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.utils.registry import Registry
 
 from deqdet import Predictor, UserError
+from deqdet.backbones import ChannelMapper
 from deqdet.checkpoints import write_model_file
-from deqdet.contract import raised_in
+from deqdet.contract import describe, raised_in
 from deqdet.decoders import (
     DECODER_REGISTRY,
     SOLVER_REGISTRY,
@@ -26,15 +31,15 @@ from deqdet.decoders import (
     build_decoder,
     build_solver,
 )
-from deqdet.engine import build_model
+from deqdet.engine import Trainer, build_model
 from deqdet.engine.health import FiniteGuard
 from deqdet.equilibrium import FixedPointIteration
 from deqdet.export.graphs import Encoder, OneGraph, check_walk
-from deqdet.layers import REFINEMENT_LAYER_REGISTRY, AdaMixerLayer, build_refinement_layer
+from deqdet.layers import REFINEMENT_LAYER_REGISTRY, AdaMixerLayer, SparseRCNNLayer, build_refinement_layer
 from deqdet.measurement.benchmark import Setting, benchmark
 from deqdet.model_zoo import put_overrides
 from deqdet.plugins import import_plugins
-from deqdet.structures import Decoded, Prediction, QueryState
+from deqdet.structures import Decoded, Prediction, QueryState, count_images
 
 from helpers.small_decoders import SHAPES
 
@@ -189,7 +194,7 @@ def spoiled(small_cfg, register, monkeypatch):
     return build
 
 
-SHAPE = "a QueryState of position (2, 6, 4) and content (2, 6, 32)"
+CONTENT, POSITION = "(2, 6, 32) float32 on cpu", "(2, 6, 4) float32 on cpu"
 BOTH = f"deqdet.decoders.equilibrium.EquilibriumDecoder with {WHERE}Spoiled"
 
 
@@ -197,15 +202,42 @@ class TestLayers:
     @pytest.mark.parametrize("change, returned", [
         (lambda x: (x.position, x.content), "a tuple"),
         (lambda x: None, "a NoneType"),
-        (lambda x: QueryState(x.position, x.content[..., 1:]), SHAPE.replace("32", "31")),
-        (lambda x: QueryState(x.position[:, 1:], x.content[:, 1:]), SHAPE.replace("6", "5")),
     ])  # fmt: skip
-    def test_a_state_that_does_not_fit(self, spoiled, make_inputs, change, returned):
+    def test_another_type_than_a_state(self, spoiled, make_inputs, change, returned):
         model, inputs = spoiled(forward=change), make_inputs(2, 0)
         for mode in (True, False):
-            expected = f"it must return the shapes of its input, {SHAPE}"
-            with refused(f"{WHERE}Spoiled.forward returned {returned}: {expected}"):
+            with refused(f"{WHERE}Spoiled.forward returned {returned}: it must return a QueryState"):
                 model.train(mode)(inputs)
+
+    @pytest.mark.parametrize("change, shown, given", [
+        (lambda x: QueryState(x.position, x.content[..., 1:]), f"content is {CONTENT.replace('32)', '31)')}", CONTENT),
+        (lambda x: QueryState(x.position[:, 1:], x.content), f"position is {POSITION.replace('6', '5')}", POSITION),
+        (lambda x: QueryState(x.position, None), "content is a NoneType", CONTENT),
+        (lambda x: QueryState(x.position, x.content.double()), "content is (2, 6, 32) float64 on cpu", CONTENT),
+        (lambda x: QueryState(x.position.long(), x.content), "position is (2, 6, 4) int64 on cpu", POSITION),
+        (lambda x: QueryState(x.position.to("meta"), x.content), "position is (2, 6, 4) float32 on meta", POSITION),
+    ])  # fmt: skip
+    def test_a_state_that_does_not_fit(self, spoiled, make_inputs, change, shown, given):
+        model, inputs = spoiled(forward=change), make_inputs(2, 0)
+        for mode in (True, False):
+            message = f"{WHERE}Spoiled.forward returned a QueryState whose {shown}: it must be as in its input, {given}"
+            with refused(message):
+                model.train(mode)(inputs)
+
+    @pytest.mark.parametrize("dtype, fits", [
+        (torch.float16, True), (torch.bfloat16, True), (torch.float32, True), (torch.float64, False),
+        (torch.int64, False),
+    ])  # fmt: skip
+    def test_dtypes_of_a_content(self, spoiled, make_inputs, dtype, fits):
+        """Without autocast, this layer's predict would not accept the lower precision of a state that g returned."""
+        model = spoiled(forward=lambda x: QueryState(x.position, x.content.to(dtype)))
+        for mode, precision in ((True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)):
+            expected = nullcontext() if fits else refused(f"{WHERE}Spoiled.forward returned a QueryState whose content")
+            with expected, torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                model.train(mode)(make_inputs(2, 0))
+
+    def test_float64_in_float64(self, spoiled, make_inputs):
+        spoiled().double().train()(make_inputs(2, 0))
 
     @pytest.mark.parametrize("change, logits, boxes", [
         (lambda x: Prediction(x.logits[..., 1:], x.boxes), (2, 6, 2), (2, 6, 4)),
@@ -214,19 +246,31 @@ class TestLayers:
     ])  # fmt: skip
     def test_a_prediction_that_does_not_fit(self, spoiled, make_inputs, change, logits, boxes):
         model, inputs = spoiled(predict=change), make_inputs(2, 0)
-        wrong = f"a Prediction of logits {logits} and boxes {boxes}"
+        wrong = f"a Prediction of logits {logits} float32 on cpu and boxes {boxes} float32 on cpu"
         want = "a Prediction of logits (2, N, 3) and boxes (2, N, 4)"
         for mode, where in ((True, "supervise, init"), (False, "decode")):
-            with refused(f"{BOTH}: {where} returned {wrong}: it must be {want}"):
+            with refused(f"{BOTH}: {where} returned {wrong}: it must be {want}, floating-point tensors on one device"):
                 model.train(mode)(inputs)
 
     def test_a_read_out_of_another_type(self, spoiled, make_inputs):
         model, inputs = spoiled(predict=lambda x: (x.logits, x.boxes)), make_inputs(2, 0)
-        want = "a Prediction of logits (B, N, K) and boxes (B, N, 4)"
+        want = "a Prediction of logits (6, N, K) and boxes (6, N, 4), floating-point tensors on one device"
         with refused(f"{WHERE}Spoiled.predict returned a tuple: it must return {want}"):
             model.train()(inputs)
         with refused(f"{BOTH}: decode returned a tuple: it must be a Prediction of logits (2, N, 3)"):
             model.eval()(inputs)
+
+    @pytest.mark.parametrize("change, logits", [
+        (lambda x: Prediction(None, x.boxes), "a NoneType"),
+        (lambda x: Prediction(x.logits.long(), x.boxes), "({}, 6, 3) int64 on cpu"),
+        (lambda x: Prediction(x.logits.to("meta"), x.boxes), "({}, 6, 3) float32 on meta"),
+    ])  # fmt: skip
+    def test_a_read_out_of_other_tensors(self, spoiled, make_inputs, change, logits):
+        """In training, the three states of each of the two images are read out together."""
+        model, inputs = spoiled(predict=change), make_inputs(2, 0)
+        for mode, where, rows in ((True, f"{WHERE}Spoiled.predict", 6), (False, f"{BOTH}: decode", 2)):
+            with refused(f"{where} returned a Prediction of logits {logits.format(rows)} and boxes ({rows}, 6, 4)"):
+                model.train(mode)(inputs)
 
     @pytest.mark.parametrize("changes", [
         {"forward": lambda x: QueryState(x.position + 300, x.content)},
@@ -256,6 +300,72 @@ class TestLayers:
         assert guard._find_bad()[0] == cause
 
 
+class OneRowForEachImage(AdaMixerLayer):
+    """Inherits accepts_segments = True, and then adds (B, 1, C) to content of S * B rows."""
+
+    def forward(self, state, features):
+        refined = super().forward(state, features)
+        return QueryState(refined.position, refined.content + features[0].mean(dim=(2, 3))[:, None])
+
+
+class FirstState(AdaMixerLayer):
+    """Returns the first state of each image alone."""
+
+    def forward(self, state, features):
+        refined, images = super().forward(state, features), len(features[0])
+        return QueryState(refined.position[:images], refined.content[:images])
+
+
+class OtherOrder(AdaMixerLayer):
+    """Takes row b * S + s as state s of image b."""
+
+    def forward(self, state, features):
+        order = torch.arange(len(state.content)).view(count_images(features), -1).T.flatten()
+        refined = super().forward(QueryState(state.position[order], state.content[order]), features)
+        return QueryState(refined.position[order.argsort()], refined.content[order.argsort()])
+
+
+class TestSegments:
+    @pytest.mark.parametrize("layer, cause", [
+        (OneRowForEachImage, "The size of tensor a (6) must match the size of tensor b (2) at non-singleton dimension"),
+        (FirstState, f"{WHERE}FirstState.forward returned a QueryState whose content is {CONTENT}"),
+    ])  # fmt: skip
+    def test_a_forward_that_fails_on_them(self, small_cfg, register, make_inputs, layer, cause):
+        register(REFINEMENT_LAYER_REGISTRY, layer)
+        model, rows = build_model(small_cfg(*LAYER)), "6 rows with the features of 2 images"
+        with refused(f"{describe(layer)} sets accepts_segments = True, but its forward fails on {rows} ({cause}"):
+            model(make_inputs(2, 0))
+        model.decoder.refinement.accepts_segments = False
+        model(make_inputs(2, 0))
+
+    @pytest.mark.parametrize("error, most_rows", [(RuntimeError, 0), (torch.OutOfMemoryError, 2)])
+    def test_an_error_that_is_not_the_flag_s(self, small_cfg, monkeypatch, error, most_rows):
+        """One that a single state raises too, or the lack of memory for all of them."""
+
+        def forward(state, features):
+            if len(state.content) > most_rows:
+                raise error("too much")
+            return state
+
+        layer = build_refinement_layer(small_cfg(), SHAPES, initialization=False)
+        monkeypatch.setattr(layer, "forward", forward)
+        with pytest.raises(error, match="^too much$"):
+            layer.refine_segments(QueryState(torch.zeros(4, 6, 4), torch.zeros(4, 6, 32)), [torch.zeros(2, 32, 8, 8)])
+
+    def test_a_forward_that_mixes_them_up(self, small_cfg, register, make_inputs):
+        """No training would notice it: a trial before the training does."""
+        register(REFINEMENT_LAYER_REGISTRY, OtherOrder)
+        cfg = small_cfg(*LAYER)
+        build_model(cfg)(make_inputs(2, 0))
+        with refused(f"{WHERE}OtherOrder sets accepts_segments = True, but its forward refines two states of each im"):
+            Trainer.build_model(cfg)
+
+    @pytest.mark.parametrize("layer", [AdaMixerLayer, SparseRCNNLayer])
+    def test_a_forward_that_keeps_them_apart(self, small_cfg, register, layer):
+        register(REFINEMENT_LAYER_REGISTRY, type("Mine", (layer,), {"__module__": __name__}))
+        assert Trainer.build_model(small_cfg(*LAYER)).training
+
+
 class TestDecoders:
     @pytest.mark.parametrize("method, value, message", [
         ("supervise", None, "supervise returned a NoneType: it must return a dict of at least one Prediction by name"),
@@ -269,6 +379,31 @@ class TestDecoders:
         monkeypatch.setattr(model.decoder, method, lambda initial, features: value)
         with refused(f"deqdet.decoders.equilibrium.EquilibriumDecoder.{message}"):
             model.train(method == "supervise")(make_inputs(2, 0))
+
+    @pytest.mark.parametrize("value, shown", [(None, "NoneType"), (torch.zeros(2), "Tensor")])
+    def test_a_walk_to_something_else(self, small_model, make_inputs, monkeypatch, value, shown):
+        model, inputs = small_model().eval(), make_inputs(2, 0)
+        monkeypatch.setattr(model.decoder, "walk", lambda *args, **options: value)
+        message = f"deqdet.decoders.equilibrium.EquilibriumDecoder.walk returned a {shown}: it must return a Trajectory"
+        for call in (model.walk, partial(model.infer, steps=2)):
+            with refused(message):
+                call(inputs)
+
+    @pytest.mark.parametrize("method, kind", [("walk", "Trajectory"), ("decode", "Decoded")])
+    def test_what_training_does_not_call_is_tried_before_it(self, small_cfg, register, make_inputs, method, kind):
+        class Mine(EquilibriumDecoder):
+            def decode(self, initial, features):
+                return EquilibriumDecoder.walk(self, initial, features).decoded()
+
+        def nothing(self, initial, features, *, steps=0, rtol=0, solver=None, record=(), record_iterates=False):
+            return None
+
+        setattr(Mine, method, nothing)
+        register(DECODER_REGISTRY, Mine)
+        cfg = small_cfg(*DECODER)
+        build_model(cfg)(make_inputs(2, 0))
+        with refused(f"{describe(Mine)}.{method} returned a NoneType: it must return a {kind}"):
+            Trainer.build_model(cfg)
 
     def test_a_decoded_of_something_else(self, small_model, make_inputs, monkeypatch):
         model = small_model().eval()
@@ -377,15 +512,32 @@ class Momentum:
         return output, (iterate,)
 
 
+STATE = "as state a tuple of tensors with one row for each of the iterate's"
+PAIR = "the pair of the next iterate and the next state"
+ITERATE = "the next iterate in the shape, dtype and device of the one that it got"
+
+
+def later_in_float64(iterate, output, state):
+    """A step that is at fault only from the second one on."""
+    return (output.double() if state[0].shape[1] else output), (iterate,)
+
+
 class TestSolvers:
     @pytest.mark.parametrize("init, step, message", [
         (None, PLAIN.step, " has no method init: see deqdet.equilibrium.Solver"),
         (PLAIN.init, None, " has no method step: see deqdet.equilibrium.Solver"),
-        (lambda y: None, PLAIN.step, ".init must return a tuple of tensors"),
-        (lambda y: (y[:1],), PLAIN.step, ".init must return a tuple of tensors"),
-        (PLAIN.init, lambda y, output, state: output, ".step must return the next iterate and the next state"),
-        (PLAIN.init, lambda y, output, state: (output, 5), ".step must return the next iterate and the next state"),
-        (PLAIN.init, lambda y, output, state: (output[:, :3], ()), ".step must return the next iterate in the shape"),
+        (lambda: (), PLAIN.step, ".init does not fit: too many positional arguments; it is called with 1 argument"),
+        (PLAIN.init, lambda y, output: output, ".step does not fit: too many positional arguments; it is called with"),
+        (lambda y: None, PLAIN.step, f".init must return {STATE}"),
+        (lambda y: (y[:1],), PLAIN.step, f".init must return {STATE}"),
+        (PLAIN.init, lambda y, output, state: output, f".step must return {PAIR}"),
+        (PLAIN.init, lambda y, output, state: torch.stack([output, output]), f".step must return {PAIR}"),
+        (PLAIN.init, lambda y, output, state: (output, 5), f".step must return {STATE}"),
+        (PLAIN.init, lambda y, output, state: (output, (5,)), f".step must return {STATE}"),
+        (PLAIN.init, lambda y, output, state: (output[:, :1], ()), f".step must return {ITERATE}"),
+        (PLAIN.init, lambda y, output, state: (output.double(), ()), f".step must return {ITERATE}"),
+        (PLAIN.init, lambda y, output, state: (output.to("meta"), ()), f".step must return {ITERATE}"),
+        (lambda y: (y[:, :0],), later_in_float64, f".step must return {ITERATE}"),
     ])  # fmt: skip
     def test_methods_that_do_not_fit(self, small_cfg, register, monkeypatch, init, step, message):
         for name, method in (("init", init), ("step", step)):
@@ -398,6 +550,23 @@ class TestSolvers:
             with pytest.raises(ValueError, match=f"^{re.escape(f'{WHERE}Momentum{message}')}"):
                 build_solver(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine"), spec)
         with refused(f"{WHERE}Momentum{message}"):  # as a command tells it
+            build_model(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine"))
+
+    def test_one_that_is_given_to_a_model(self, small_model, make_inputs, monkeypatch):
+        """It was in no registry, so nothing has tried it; the step would be broadcast."""
+        monkeypatch.setattr(Momentum, "step", lambda self, y, output, state: (output[:, :1], state))
+        for rtol in (0.0, 1e-3):
+            with pytest.raises(ValueError, match=f"^{re.escape(f'{WHERE}Momentum.step must return {ITERATE}')}"):
+                small_model().eval().infer(make_inputs(2, 0), solver=Momentum(), rtol=rtol)
+
+    @pytest.mark.parametrize("decorate", [lambda cls: cls, dataclass])
+    def test_one_that_is_not_frozen(self, small_cfg, register, decorate):
+        class Loose:
+            init, step = PLAIN.init, PLAIN.step
+
+        register(SOLVER_REGISTRY, decorate(Loose))
+        message = "MODEL.DEQDET.SOLVER (NAME Mine): Mine must be a frozen dataclass: put @dataclass(frozen=True) above"
+        with refused(message):
             build_model(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine"))
 
     def test_another_solver_for_a_model_file(self, small_cfg, register, tmp_path):
@@ -420,6 +589,85 @@ class TestSolvers:
     def test_one_that_fits(self, small_cfg, register):
         register(SOLVER_REGISTRY, Momentum)
         assert build_solver(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine")) == Momentum()
+
+
+class Patches(Backbone):
+    """Levels of 32 channels and strides 4 to 32, until a test changes them."""
+
+    change_shapes = staticmethod(lambda shapes: shapes)
+    change_levels = staticmethod(lambda levels: levels)
+
+    def __init__(self):
+        super().__init__()
+        self.stages = torch.nn.ModuleList(torch.nn.Conv2d(3, 32, stride, stride) for stride in (4, 8, 16, 32))
+
+    def output_shape(self):
+        return self.change_shapes({f"res{n}": ShapeSpec(channels=32, stride=2**n) for n in range(2, 6)})
+
+    def forward(self, images):
+        return self.change_levels({f"res{n}": stage(images) for n, stage in enumerate(self.stages, start=2)})
+
+
+def replace_res3(value):
+    return lambda levels: {**levels, "res3": value(levels["res3"])}
+
+
+class TestBackbones:
+    """With AdaMixer's neck above them, and without one."""
+
+    @pytest.fixture(params=[True, False], ids=["neck", "bare"])
+    def build(self, request, small_cfg, monkeypatch):
+        def make(cfg, input_shape):
+            return ChannelMapper.from_bottom_up(Patches(), cfg) if request.param else Patches()
+
+        monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "Mine", make)
+        names = [f"{'p' if request.param else 'res'}{n}" for n in range(2, 6)]
+        return lambda: build_model(small_cfg("MODEL.BACKBONE.NAME", "Mine", "MODEL.DEQDET.IN_FEATURES", names))
+
+    @pytest.mark.parametrize("change, returned", [
+        (lambda shapes: None, "a NoneType"),
+        (lambda shapes: list(shapes.values()), "a list"),
+        (replace_res3(lambda shape: (32, 8)), "(32, 8) for level res3"),
+        (replace_res3(lambda shape: ShapeSpec(stride=8)), "ShapeSpec(channels=None, height=None, width=None, stri"),
+        (replace_res3(lambda shape: ShapeSpec(channels=32)), "ShapeSpec(channels=32, height=None, width=None, stride="),
+    ])  # fmt: skip
+    def test_an_output_shape_that_does_not_fit(self, build, monkeypatch, change, returned):
+        monkeypatch.setattr(Patches, "change_shapes", staticmethod(change))
+        with refused(f"{WHERE}Patches.output_shape returned {returned}"):
+            build()
+
+    def test_a_level_that_is_configured_and_missing(self, build, monkeypatch):
+        monkeypatch.setattr(Patches, "change_shapes", staticmethod(lambda shapes: {"res2": shapes["res2"]}))
+        with refused("MODEL.DEQDET.IN_FEATURES has ["):
+            build()
+
+    @pytest.mark.parametrize("change, returned", [
+        (lambda levels: None, "a NoneType: it must return a dict of levels by name"),
+        (lambda levels: list(levels.values()), "a list: it must return a dict of levels by name"),
+        (lambda levels: {"res2": levels["res2"]}, "the levels res2, but its output_shape has res3 too"),
+        (replace_res3(lambda x: None), "a NoneType as level res3 of images (2, 3, 64, 96): by its output_shape, with "
+         "32 channels and stride 8, it must be (2, 32, 8, 12) in floating point"),
+        (replace_res3(lambda x: x.long()), "(2, 32, 8, 12) int64 on cpu as level res3"),
+        (replace_res3(lambda x: x[:, :16]), "(2, 16, 8, 12) float32 on cpu as level res3"),
+        (replace_res3(lambda x: x.flatten(2)), "(2, 32, 96) float32 on cpu as level res3"),
+        (replace_res3(lambda x: x.permute(0, 2, 3, 1)), "(2, 8, 12, 32) float32 on cpu as level res3"),
+        (replace_res3(lambda x: x[:, :, ::2, ::2]), "(2, 32, 4, 6) float32 on cpu as level res3"),
+    ])  # fmt: skip
+    def test_levels_that_contradict_it(self, build, make_inputs, monkeypatch, change, returned):
+        model = build()
+        monkeypatch.setattr(Patches, "change_levels", staticmethod(change))
+        for mode in (True, False):
+            with refused(f"{WHERE}Patches.forward returned {returned}"):
+                model.train(mode)(make_inputs(2, 0))
+
+    def test_sides_that_are_rounded(self, build, make_inputs):
+        """A bare backbone gets images of any size; a convolution loses the rest at the border."""
+        build()(make_inputs(2, 0, height=75, width=101))
+
+    def test_one_that_is_none(self, small_cfg, monkeypatch):
+        monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "Mine", Unrelated)
+        with refused(f"{WHERE}Unrelated built a Unrelated: it must be a subclass of Backbone"):
+            build_model(small_cfg("MODEL.BACKBONE.NAME", "Mine"))
 
 
 def test_who_raised():

@@ -1,4 +1,4 @@
-"""Checks that a user's layer, decoder or solver fits the interface of the package, each with a one-line error.
+"""Checks that a user's layer, decoder, solver or backbone fits the interface, each with a one-line error.
 
 They cover the interface only. An error inside the user's own code keeps its traceback.
 """
@@ -6,18 +6,21 @@ They cover the interface only. An error inside the user's own code keeps its tra
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes
 
 from .equilibrium import is_solver
-from .errors import UserError, plural
-from .structures import Decoded, Prediction, QueryState
+from .errors import UserError, one_line, plural
+from .structures import Decoded, Features, Prediction, QueryState, count_images
 
 _MISSING = object()
 _WALK = ("steps", "rtol", "solver", "record", "record_iterates")  # the keyword arguments of `walk`
@@ -27,6 +30,7 @@ _DEFAULTS_OF_WALK: dict[str, tuple[Callable[[Any], bool], str]] = {
     "solver": (is_solver, "a solver such as deqdet.equilibrium.FixedPointIteration()"),
     "return_best": (lambda x: isinstance(x, bool), "True or False"),
 }
+_EXCHANGEABLE = {torch.float32, torch.bfloat16, torch.float16}  # a layer may return one for the other
 
 
 def describe(part: object) -> str:
@@ -71,13 +75,25 @@ def construct(maker: Callable, arguments: tuple, base: type, methods: Mapping[st
         ) from error
     if not isinstance(built, base):
         raise UserError(f"{describe(maker)} built a {type(built).__name__}: it must be a subclass of {base.__name__}")
+    if (problem := misfit(built, methods, base)) is not None:
+        raise UserError(problem)
+    return built
+
+
+def misfit(part: object, methods: Mapping[str, int], base: type) -> str | None:
+    """Describe the first method that cannot be called with its number of arguments; None if there is none.
+
+    Args:
+        methods: the names of the methods, each with its number of arguments.
+        base: the class whose methods of these names the user can read about.
+    """
     for name, count in methods.items():
         try:
-            inspect.signature(getattr(built, name)).bind(*[None] * count)
+            inspect.signature(getattr(part, name)).bind(*[None] * count)
         except TypeError as error:
             called = f"it is called with {plural(count, 'argument')}, see {base.__name__}.{name}"
-            raise UserError(f"{describe(built)}.{name} does not fit: {error}; {called}") from error
-    return built
+            return f"{describe(part)}.{name} does not fit: {error}; {called}"
+    return None
 
 
 def check_equilibrium(decoder: Any, base: type) -> None:
@@ -109,19 +125,136 @@ def _faults(decoder: Any, base: type) -> Iterator[str]:
         yield f"its walk does not fit: {error}; it is called with the keyword arguments {', '.join(_WALK)}"
 
 
+def check_trajectory(decoder: object, trajectory: object, kind: type) -> Any:
+    """Check that a decoder's `walk` returned a Trajectory, which is `kind`, and return it.
+
+    Raises:
+        UserError: it returned an object of another type.
+    """
+    if not isinstance(trajectory, kind):
+        raise UserError(
+            f"{describe(decoder)}.walk returned a {type(trajectory).__name__}: it must return a {kind.__name__}"
+        )
+    return trajectory
+
+
 def check_refined(layer: object, state: QueryState, refined: object) -> None:
-    """Check that a layer returned a state of the same shapes as its input.
+    """Check that a layer returned a state with the shapes, dtypes and device of its input.
+
+    A dtype may also be bfloat16 or float16 in place of float32, as under autocast; solvers convert it back.
 
     Raises:
         UserError: it did not; the message says what it returned.
     """
-    given = f"a {type(refined).__name__}"
-    if isinstance(refined, QueryState):
-        if refined.content.shape == state.content.shape and refined.position.shape == state.position.shape:
-            return
-        given = _describe_state(refined)
-    expected = _describe_state(state)
-    raise UserError(f"{describe(layer)}.forward returned {given}: it must return the shapes of its input, {expected}")
+    if not isinstance(refined, QueryState):
+        raise UserError(f"{describe(layer)}.forward returned a {type(refined).__name__}: it must return a QueryState")
+    for name in ("content", "position"):
+        returned, given = getattr(refined, name), getattr(state, name)
+        if not _is_alike(returned, given):
+            raise UserError(
+                f"{describe(layer)}.forward returned a QueryState whose {name} is {_describe_tensor(returned)}: it "
+                f"must be as in its input, {_describe_tensor(given)}"
+            )
+
+
+def _is_alike(returned: object, given: Tensor) -> bool:
+    if not isinstance(returned, Tensor) or returned.shape != given.shape or returned.device != given.device:
+        return False
+    return returned.dtype == given.dtype or {returned.dtype, given.dtype} <= _EXCHANGEABLE
+
+
+@contextmanager
+def segments_together(layer: Callable, states: QueryState, features: Features) -> Iterator[None]:
+    """Name the flag of a layer that accepts segments, if the block, which refines S * B rows at once, fails for it.
+
+    The flag is the cause if the layer can refine each of the S states of the B images by itself. This is tried only
+    after an error.
+
+    Raises:
+        UserError: the flag is the cause.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, AssertionError, UserError) as error:
+        rows, images = len(states.content), count_images(features)
+        if isinstance(error, torch.OutOfMemoryError) or not _refines_each(layer, states, features, rows // images):
+            raise
+        raise UserError(
+            f"{describe(layer)} sets accepts_segments = True, but its forward fails on {rows} rows with the features "
+            f"of {plural(images, 'image')} ({one_line(error)}), not on {plural(images, 'row')}: it must take row "
+            "s * B + b as state s of image b, or set accepts_segments = False"
+        ) from error
+
+
+def _refines_each(layer: Callable, states: QueryState, features: Features, segments: int) -> bool:
+    try:
+        for segment in states.chunk(segments):
+            layer(segment, features)
+    except Exception:  # the layer's own error, which the caller raises
+        return False
+    return True
+
+
+def read_shapes(backbone: Any) -> dict[str, ShapeSpec]:
+    """Return a backbone's `output_shape()`, in which every level has channels and a stride.
+
+    Raises:
+        UserError: it returned something else.
+    """
+    shapes = backbone.output_shape()
+    if isinstance(shapes, Mapping):
+        wrong = next((f"{x!r} for level {name}" for name, x in shapes.items() if not _has_channels_and_stride(x)), None)
+    else:
+        wrong = f"a {type(shapes).__name__}"
+    if wrong is not None:
+        raise UserError(
+            f"{describe(backbone)}.output_shape returned {wrong}: it must return a dict with a ShapeSpec for each "
+            "level, which has channels and a stride"
+        )
+    return dict(shapes)
+
+
+def _has_channels_and_stride(shape: object) -> bool:
+    numbers = (shape.channels, shape.stride) if isinstance(shape, ShapeSpec) else (None,)
+    return all(isinstance(number, Integral) and number > 0 for number in numbers)
+
+
+def check_levels(backbone: Any, levels: object, names: Iterable[str], images: Tensor) -> None:
+    """Check that a backbone's `forward` returned levels (B, C, H / s, W / s) as its `output_shape` says.
+
+    A side may differ by 1, since backbones round sides that are not multiples of s, or lose a row at the border.
+
+    Args:
+        names: the levels to check.
+        images: (B, 3, H, W) what `forward` got.
+
+    Raises:
+        UserError: it did not; the message names the level.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # keep the check out of graphs
+        return
+    where = f"{describe(backbone)}.forward returned"
+    if not isinstance(levels, Mapping):
+        raise UserError(f"{where} a {type(levels).__name__}: it must return a dict of levels by name")
+    shapes, (count, _, *sides) = read_shapes(backbone), images.shape
+    for name in names:
+        if name not in levels:
+            raise UserError(f"{where} the levels {', '.join(map(str, levels))}, but its output_shape has {name} too")
+        channels, stride = shapes[name].channels, shapes[name].stride
+        expected = [count, channels, *(math.ceil(side / stride) for side in sides)]
+        level = levels[name]
+        if not (isinstance(level, Tensor) and level.is_floating_point() and _nearly(level.shape, expected)):
+            raise UserError(
+                f"{where} {_describe_tensor(level)} as level {name} of images {tuple(images.shape)}: by its "
+                f"output_shape, with {channels} channels and stride {stride}, it must be {tuple(expected)} in floating "
+                "point"
+            )
+
+
+def _nearly(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether the shape (B, C, h, w) of a level is the expected one; h and w may differ by 1."""
+    differences = [abs(found - wanted) for found, wanted in zip(shape, expected, strict=False)]
+    return len(shape) == len(expected) and max(differences[:2]) == 0 and max(differences[2:]) <= 1
 
 
 def check_supervised(decoder: object, predictions: object, num_images: int, num_classes: int) -> None:
@@ -156,16 +289,16 @@ def check_decoded(decoder: object, decoded: object, num_images: int, num_classes
             )
 
 
-def check_read_out(layer: object, prediction: object) -> Prediction:
-    """Check that a layer's `predict` returned a Prediction, and return it.
+def check_read_out(layer: object, prediction: object, rows: int) -> Prediction:
+    """Check that a layer's `predict` returned a Prediction of as many rows as its state has, and return it.
 
     Raises:
-        UserError: it returned an object of another type.
+        UserError: it did not; the message says what it returned.
     """
-    if not isinstance(prediction, Prediction):
+    if not _has_rows(prediction, rows):
         raise UserError(
-            f"{describe(layer)}.predict returned a {type(prediction).__name__}: it must return a Prediction of logits "
-            "(B, N, K) and boxes (B, N, 4)"
+            f"{describe(layer)}.predict returned {_describe_prediction(prediction)}: it must return a Prediction of "
+            f"logits ({rows}, N, K) and boxes ({rows}, N, 4), floating-point tensors on one device"
         )
     return prediction
 
@@ -194,15 +327,34 @@ def describe_source(decoder: Any) -> str:
 
 
 def _check_prediction(decoder: Any, where: str, prediction: object, num_images: int, num_classes: int) -> None:
-    given = f"a {type(prediction).__name__}"
-    if isinstance(prediction, Prediction):
+    if _has_rows(prediction, num_images):
         logits, boxes = tuple(prediction.logits.shape), tuple(prediction.boxes.shape)
         if logits == (num_images, *logits[1:2], num_classes) and boxes == (*logits[:2], 4):
             return
-        given += f" of logits {logits} and boxes {boxes}"
-    want = f"a Prediction of logits ({num_images}, N, {num_classes}) and boxes ({num_images}, N, 4)"
-    raise UserError(f"{describe_source(decoder)}: {where} returned {given}: it must be {want}")
+    raise UserError(
+        f"{describe_source(decoder)}: {where} returned {_describe_prediction(prediction)}: it must be a Prediction of "
+        f"logits ({num_images}, N, {num_classes}) and boxes ({num_images}, N, 4), floating-point tensors on one device"
+    )
 
 
-def _describe_state(state: QueryState) -> str:
-    return f"a QueryState of position {tuple(state.position.shape)} and content {tuple(state.content.shape)}"
+def _has_rows(prediction: object, rows: int) -> bool:
+    """Whether an object is a Prediction of floating-point tensors on one device, with that many rows."""
+    if not isinstance(prediction, Prediction):
+        return False
+    parts = prediction.logits, prediction.boxes
+    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.shape[:1] == (rows,) for x in parts):
+        return False
+    return prediction.logits.device == prediction.boxes.device
+
+
+def _describe_prediction(prediction: object) -> str:
+    given = f"a {type(prediction).__name__}"
+    if not isinstance(prediction, Prediction):
+        return given
+    return f"{given} of logits {_describe_tensor(prediction.logits)} and boxes {_describe_tensor(prediction.boxes)}"
+
+
+def _describe_tensor(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"

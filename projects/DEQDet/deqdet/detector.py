@@ -10,10 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone
 from detectron2.structures import ImageList, Instances
 
-from .contract import check_decoded, check_supervised, describe, describe_source, finite_boxes
+from .contract import (
+    check_decoded,
+    check_levels,
+    check_supervised,
+    check_trajectory,
+    construct,
+    describe,
+    describe_source,
+    finite_boxes,
+    read_shapes,
+)
 from .criterion import Criterion, mean_matches
 from .decoders import Decoder, DecodingGraphs, Trajectory, build_decoder, compile_refinement
 from .equilibrium import Solver
@@ -108,7 +119,7 @@ class DEQDet(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
+        shapes = read_shapes(backbone)
         in_features = cfg.MODEL.DEQDET.IN_FEATURES
         if unknown := [name for name in in_features if name not in shapes]:
             raise ValueError(f"MODEL.DEQDET.IN_FEATURES has {unknown}, but the backbone's levels are {list(shapes)}")
@@ -272,7 +283,8 @@ class DEQDet(nn.Module):
         def decode(initial: QueryState, features: list[Tensor]) -> Decoded:
             if not chosen:
                 return self.decoder.decode(initial, features)
-            return self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver).decoded()
+            trajectory = self.decoder.walk(initial, features, steps=steps, rtol=rtol, solver=solver)
+            return check_trajectory(self.decoder, trajectory, Trajectory).decoded()
 
         refused = chosen and not self.decoder.has_equilibrium  # decode raises the error
         if self.graphs is None or torch.is_grad_enabled() or refused:
@@ -306,7 +318,7 @@ class DEQDet(nn.Module):
             steps, rtol, solver, record, record_iterates: see EquilibriumDecoder.walk.
 
         Raises:
-            UserError: the decoder has no equilibrium.
+            UserError: the decoder has no equilibrium, or its `walk` returned something other than a Trajectory.
             TypeError: the solver is not an object such as Anderson(), but for example a name.
         """
         images = self.preprocess(batched_inputs)
@@ -314,6 +326,7 @@ class DEQDet(nn.Module):
         with self.autocast():
             features, initial = self.encode(images)
             trajectory = self.decoder.walk(initial, features, **options)
+        check_trajectory(self.decoder, trajectory, Trajectory)
         sizes = _original_sizes(batched_inputs, images.image_sizes)
         return BatchTrajectory(trajectory, images, sizes, self.max_detections)
 
@@ -330,6 +343,7 @@ class DEQDet(nn.Module):
         """Compute the pyramid, for each level (B, C, H_l, W_l), and the initial queries of the images."""
         sizes = to_device([(width, height) for height, width in images.image_sizes], torch.float32, self.device)
         levels = self.backbone(images.tensor)
+        check_levels(self.backbone, levels, self.in_features, images.tensor)
         return [levels[name] for name in self.in_features], self.queries(sizes)
 
 
@@ -342,6 +356,17 @@ def _warn_of_nonfinite(outputs: Sequence[dict], more: str = "") -> bool:
     if failed:
         logger.warning("The states became infinite or NaN in %d of %d images of a batch%s.", failed, len(outputs), more)
     return failed > 0
+
+
+def build_backbone(cfg: CfgNode) -> Backbone:
+    """Build the backbone that MODEL.BACKBONE.NAME names, as detectron2's build_backbone, with errors that name it.
+
+    Raises:
+        UserError: a user's backbone does not fit the interface; see `construct`.
+    """
+    images = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))
+    maker = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
+    return construct(maker, (cfg, images), Backbone, {"forward": 1, "output_shape": 0})
 
 
 def _original_sizes(batched_inputs: list[dict], image_sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

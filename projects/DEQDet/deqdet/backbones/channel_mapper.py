@@ -7,6 +7,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import build_resnet_backbone
 
+from ..contract import check_levels, read_shapes
+
 NORM_GROUPS = 32
 
 
@@ -26,13 +28,14 @@ class ChannelMapper(Backbone):
 
         Raises:
             ValueError: kernel_size is even, or out_channels is not a multiple of 32.
+            UserError: the backbone's `output_shape` is no dict of channels and strides.
         """
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"MODEL.DEQDET.NECK.KERNEL_SIZE must be odd, got {kernel_size}")
         if out_channels % NORM_GROUPS:
             raise ValueError(f"MODEL.DEQDET.HIDDEN_DIM must be a multiple of {NORM_GROUPS}, got {out_channels}")
-        shapes = bottom_up.output_shape()
+        shapes = read_shapes(bottom_up)
         self.bottom_up = bottom_up
         self.in_features = list(in_features)
         self.convs = nn.ModuleList(
@@ -53,7 +56,7 @@ class ChannelMapper(Backbone):
         """Build the neck that the config describes, on all output levels of a backbone."""
         return cls(
             bottom_up=bottom_up,
-            in_features=list(bottom_up.output_shape()),
+            in_features=list(read_shapes(bottom_up)),
             out_channels=cfg.MODEL.DEQDET.HIDDEN_DIM,
             kernel_size=cfg.MODEL.DEQDET.NECK.KERNEL_SIZE,
         )
@@ -70,6 +73,7 @@ class ChannelMapper(Backbone):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the levels (B, C, H / s_l, W / s_l), of strides s_l, from images (B, 3, H, W)."""
         levels = self.bottom_up(images)
+        check_levels(self.bottom_up, levels, self.in_features, images)
         mapped = [self.norm(conv(levels[name]).relu()) for conv, name in zip(self.convs, self.in_features, strict=True)]
         return dict(zip(self._shapes, mapped, strict=True))
 

@@ -219,7 +219,7 @@ class EquilibriumDecoder(Decoder):
 
         def segment(flat: Tensor) -> Prediction:
             state = QueryState.unpack(self.estimator(refine, flat), num_queries, self.units)
-            return check_read_out(self.refinement, self.refinement.predict(state))
+            return check_read_out(self.refinement, self.refinement.predict(state), len(flat))
 
         names = [f"step{t}" for t in self.supervision.steps]
         if self.checkpoint_segments:

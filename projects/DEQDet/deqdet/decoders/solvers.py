@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 
 import torch
-from torch import Tensor
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
-from ..contract import describe
-from ..equilibrium import Anderson, Broyden, FixedPointIteration, Solver
+from ..contract import describe, misfit
+from ..equilibrium import Anderson, Broyden, FixedPointIteration, Solver, solve
 from ..layers import look_up
 
 SOLVER_REGISTRY = Registry("SOLVER")
@@ -48,8 +47,9 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
     name, own = (_find(options.NAME) or options.NAME, {}) if spec is None else parse_spec(spec)
     solver = look_up(SOLVER_REGISTRY, "MODEL.DEQDET.SOLVER.NAME" if spec is None else "the solver", name)
     try:
-        if not is_dataclass(solver):
-            raise ValueError(f"{name} must be a dataclass: put @dataclass(frozen=True) above it")
+        # What a solver stored in itself would stay when images leave the batch, and from one batch to the next.
+        if not (is_dataclass(solver) and solver.__dataclass_params__.frozen):
+            raise ValueError(f"{name} must be a frozen dataclass: put @dataclass(frozen=True) above it")
         known = [field.name for field in fields(solver) if field.init]
         values = {field: options[key] for field, key in KEYS.items() if field in known}
         if name == (_find(options.NAME) or options.NAME):
@@ -65,32 +65,21 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
         where = f"MODEL.DEQDET.SOLVER (NAME {name})" if spec is None else f"solver {spec}"
         raise ValueError(f"{where}: {error}") from error
     if solver not in OURS:
-        _try_step(built)
+        _try(built)
     return built
 
 
-def _try_step(solver: Solver) -> None:
-    """Take one step of a user's solver with two rows of zeros, and check that it returns what solve() needs.
+def _try(solver: Solver) -> None:
+    """Take three steps of a user's solver with two rows, so that solve() checks what its methods return.
 
     Raises:
-        ValueError: it lacks a method, or a method returns something else.
+        ValueError: it lacks a method, or a method takes other arguments or returns something else.
     """
-    name = describe(solver)
     if missing := [method for method in ("init", "step") if not callable(getattr(solver, method, None))]:
-        raise ValueError(f"{name} has no method {missing[0]}: see deqdet.equilibrium.Solver")
-    iterate = torch.zeros(2, 64)
-    state = solver.init(iterate)
-    if not _is_state(state, rows=2):
-        raise ValueError(f"{name}.init must return a tuple of tensors with one row for each of the iterate's")
-    result = solver.step(iterate, iterate, state)
-    if not (isinstance(result, tuple) and len(result) == 2 and _is_state(result[1], rows=2)):
-        raise ValueError(f"{name}.step must return the next iterate and the next state, a tuple of tensors as of init")
-    if not isinstance(result[0], Tensor) or result[0].shape != iterate.shape:
-        raise ValueError(f"{name}.step must return the next iterate in the shape of the one that it got")
-
-
-def _is_state(state: object, *, rows: int) -> bool:
-    return isinstance(state, tuple) and all(isinstance(part, Tensor) and len(part) == rows for part in state)
+        raise ValueError(f"{describe(solver)} has no method {missing[0]}: see deqdet.equilibrium.Solver")
+    if (problem := misfit(solver, {"init": 1, "step": 3}, Solver)) is not None:
+        raise ValueError(problem)
+    solve(lambda iterate: 0.5 * iterate, torch.ones(2, 64), solver=solver, max_steps=3)
 
 
 def _check_numbers(solver: type, values: Mapping[str, object]) -> None:

@@ -1,7 +1,8 @@
 """One training step: autocast, loss scaling, and gradient accumulation over parts of a batch."""
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from detectron2.engine import AMPTrainer
 from detectron2.utils.events import get_event_storage
 
 from ..detector import DEQDet
-from ..errors import UserError
+from ..errors import UserError, list_first
 from ..precision import autocast
 from .models import unwrap
 
@@ -78,6 +79,7 @@ class StepTrainer(AMPTrainer):
 
         Raises:
             FloatingPointError: a loss is infinite or NaN, or the gradient is so at every scale.
+            UserError: with several ranks, a parameter got no gradient in the last iteration.
         """
         assert self.model.training, "the model was changed to evaluation mode"
         start = time.perf_counter()
@@ -100,7 +102,7 @@ class StepTrainer(AMPTrainer):
         for index, part in enumerate(parts):
             # The ranks exchange gradients once, in the backward pass of the last part.
             with nullcontext() if index + 1 == len(parts) else _unsynchronized(self.model):
-                with self.autocast():
+                with self.autocast(), _unused_parameters_named(self.model):
                     losses = self.model(part, **options)
                     losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
                     total = sum(losses.values())
@@ -124,3 +126,21 @@ class StepTrainer(AMPTrainer):
 
 def _unsynchronized(model: nn.Module) -> AbstractContextManager:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def _unused_parameters_named(model: nn.Module) -> Iterator[None]:
+    """Name the parameters for whose gradients DDP still waits, when it refuses to begin the next iteration.
+
+    The gradients of the last iteration are still there, since they are set to None after the forward pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        unused = [name for name, x in unwrap(model).named_parameters() if x.requires_grad and x.grad is None]
+        if "Expected to have finished reduction" not in str(error) or not unused:
+            raise
+        raise UserError(
+            f"no loss depends on {list_first(unused)}, and with several ranks each trained parameter needs a gradient "
+            "in every iteration: use them in the forward pass, remove them, or freeze them by requires_grad_(False)"
+        ) from error

@@ -69,6 +69,7 @@ from .resume import (
 from .run_folder import begin_training, has_other_test_sets
 from .signals import StopOnSignal
 from .step import PRECISIONS, StepTrainer
+from .trial import try_own_parts
 from .validation import build_validation_loss
 from .writers import EvaluationsWriter, ResumableTensorboardWriter, build_run_writers
 
@@ -362,10 +363,12 @@ class Trainer(DefaultTrainer, EndableTrainer):
         """Build the model of a config, on MODEL.DEVICE.
 
         Raises:
-            UserError: a name in the config is unknown, or a value out of range.
+            UserError: a name in the config is unknown, a value out of range, or a user's layer or decoder does not fit.
         """
         with buildable():
-            return super().build_model(cfg)
+            model = super().build_model(cfg)
+        try_own_parts(model)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:

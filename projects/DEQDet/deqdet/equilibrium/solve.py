@@ -81,8 +81,9 @@ def solve(
 
     Raises:
         TypeError: the solver is not an object such as Anderson(), or initial holds no floating-point numbers.
-        ValueError: initial is not (B, D), or f returned another shape; max_steps or rtol is negative or not finite, a
-            recorded step lies outside 0..max_steps, or residuals is False although rtol or best needs them.
+        ValueError: initial is not (B, D), or f or the solver returned another shape, dtype or object; max_steps or rtol
+            is negative or not finite, a recorded step lies outside 0..max_steps, or residuals is False although rtol or
+            best needs them.
     """
     _check_solver(solver)
     _check_start(initial)
@@ -94,6 +95,7 @@ def solve(
     else:
         raise ValueError("a tolerance, and the choice of the best iterate, need the residuals")
     iterate, state, in_own_precision = initial, solver.init(initial), without_autocast(initial.device)
+    _check_state(solver, "init", state, iterate)
     for step in range(1, max_steps + 1):
         if rtol > 0 and step > 1:
             remaining = int(results.active.sum())  # the one place where the host waits for the device
@@ -107,7 +109,7 @@ def solve(
         _check_output(output, iterate)
         output = output.to(iterate.dtype)
         with in_own_precision:
-            proposal, state = solver.step(iterate, output, state)
+            proposal, state = _checked(solver, solver.step(iterate, output, state), iterate)
             iterate = results.add(iterate, output, proposal)
         if step in record:
             results.keep(step)
@@ -148,6 +150,42 @@ def _check_output(output: Tensor, iterate: Tensor) -> None:
     # Not while compiling, where the comparison of sizes would become a condition of the graph.
     if not torch.compiler.is_compiling() and output.shape != iterate.shape:
         raise ValueError(f"f was given {tuple(iterate.shape)} and must return that shape, got {tuple(output.shape)}")
+
+
+def _checked(solver: Solver, result: Any, iterate: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Check that `step` returned an iterate like the one that it got, and a state, and return them.
+
+    Any other shape would silently be broadcast, and any other dtype would reach f.
+
+    Raises:
+        ValueError: it did not; the message names the solver.
+    """
+    if torch.compiler.is_compiling():
+        return result
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"{_name(solver)}.step must return the pair of the next iterate and the next state")
+    proposal, state = result
+    fits = isinstance(proposal, Tensor) and proposal.shape == iterate.shape
+    if not fits or (proposal.dtype, proposal.device) != (iterate.dtype, iterate.device):
+        raise ValueError(
+            f"{_name(solver)}.step must return the next iterate in the shape, dtype and device of the one that it got"
+        )
+    _check_state(solver, "step", state, iterate)
+    return result
+
+
+def _check_state(solver: Solver, method: str, state: object, iterate: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    rows = iterate.shape[:1]
+    if not isinstance(state, tuple) or not all(isinstance(part, Tensor) and part.shape[:1] == rows for part in state):
+        raise ValueError(
+            f"{_name(solver)}.{method} must return as state a tuple of tensors with one row for each of the iterate's"
+        )
+
+
+def _name(solver: Solver) -> str:
+    return f"{type(solver).__module__}.{type(solver).__qualname__}"
 
 
 def _check(max_steps: int, rtol: float, record: Collection[int]) -> None:

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
-from ..contract import check_refined, construct
+from ..contract import check_refined, construct, segments_together
 from ..structures import Features, Prediction, QueryState, count_images
 
 REFINEMENT_LAYER_REGISTRY = Registry("REFINEMENT_LAYER")
@@ -45,10 +45,10 @@ class RefinementLayer(nn.Module, ABC):
     accepts_nonfinite = False
 
     def __call__(self, state: QueryState, features: Features) -> QueryState:
-        """Call `forward` and check the type and shapes of its result.
+        """Call `forward` and check the type of its result, and its shapes, dtypes and device.
 
         Raises:
-            UserError: `forward` returned another object or other shapes.
+            UserError: `forward` returned another object, or tensors unlike those of its input.
         """
         refined = super().__call__(state, features)
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # keep the check out of graphs
@@ -75,7 +75,8 @@ class RefinementLayer(nn.Module, ABC):
             features: the pyramid, for each level a tensor (B, C, H_l, W_l), finest first; or the result of `prepare`.
 
         Returns:
-            The refined queries, in the shapes of `state`.
+            The refined queries, in the shapes and dtypes of `state`, and on its device. They may be bfloat16 or float16
+            in place of float32, as under autocast; then `predict` must accept that too.
         """
 
     @abstractmethod
@@ -88,10 +89,16 @@ class RefinementLayer(nn.Module, ABC):
         Args:
             states: S * B rows; row s * B + b is state s of image b.
             features: the features of B images, as for `forward`.
+
+        Raises:
+            UserError: `accepts_segments` is True, but `forward` fails on several states of each image.
         """
         segments = len(states.content) // count_images(features)
-        if segments == 1 or self.accepts_segments:
+        if segments == 1:
             return self(states, features)
+        if self.accepts_segments:
+            with segments_together(self, states, features):
+                return self(states, features)
         return QueryState.cat([self(segment, features) for segment in states.chunk(segments)])
 
 
