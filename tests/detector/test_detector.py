@@ -151,14 +151,16 @@ def test_one_warning_for_each_evaluation_and_for_each_call_of_infer(small_model,
         with inference_context(model):
             found = [model(batch) for batch in batches]
         assert [record.getMessage() for record in caplog.records] == [
-            "The states became infinite or NaN in 1 of 1 images of a batch (said once for each evaluation)."
+            "The states became infinite or NaN in 1 of 1 images of a batch: image 0 (said once for each evaluation)."
         ]
     assert not any(output["finite"] for outputs in found for output in outputs)
     caplog.clear()
     with inference_context(model), torch.no_grad():
         for batch in batches:
-            model.infer(batch)
-    assert len(caplog.records) == 3
+            model.infer([{**batch[0], "file_name": "a.jpg"}])
+    assert [record.getMessage() for record in caplog.records] == 3 * [
+        "The states became infinite or NaN in 1 of 1 images of a batch: a.jpg."
+    ]
 
 
 def test_detections_with_gradient(small_model, make_inputs):

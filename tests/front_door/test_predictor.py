@@ -1,6 +1,7 @@
 """deqdet.Predictor with small models: any kind of image, lists, options of a call, results in other forms."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -283,6 +284,23 @@ class TestOptions:
     def test_tolerance_stops_early_and_the_residual_says_so(self, predictor):
         found = predictor(noise(), steps=50, rtol=0.2)
         assert found.steps < 50 and 0 < found.residual < 0.2
+
+    def test_a_state_that_becomes_nan_is_told(self, make_predictor, monkeypatch, caplog, tmp_path):
+        """The second image of three, from the second step on."""
+        predictor, images = make_predictor(), [save(tmp_path / f"{i}.png", noise(seed=i)) for i in range(3)]
+        before, layer, steps = predictor(images), predictor.model.decoder.refinement, []
+
+        def spoil(module, inputs, output):
+            steps.append(1)
+            output.content[1, 0, 0] = math.nan if len(steps) > 1 else 0.0
+
+        monkeypatch.setattr(layer, "accepts_nonfinite", False)
+        handle = layer.register_forward_hook(spoil)
+        found = predictor(images, steps=4)
+        handle.remove()
+        assert [x.finite for x in found] == [True, False, True] and all(x.finite for x in before)
+        (record,) = [x for x in caplog.records if x.levelname == "WARNING"]
+        assert record.getMessage() == f"The states became infinite or NaN in 1 of 3 images of a batch: {images[1]}."
 
     def test_threshold(self, make_cfg, small_model, predictor):
         scores = predictor(noise()).instances.scores

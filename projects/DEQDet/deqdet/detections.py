@@ -23,6 +23,7 @@ class Detections:
     class_names: tuple[str, ...]
     steps: int  # applications of f; for a stacked decoder, the layers after the first
     residual: float | None  # ||f(y) - y|| / ||f(y)|| at the last step; None for a detector without an equilibrium
+    finite: bool = True  # False: the state became infinite or NaN, and these are the detections of its last finite one
 
     def __len__(self) -> int:
         return len(self.instances)

@@ -28,7 +28,7 @@ from .contract import (
 from .criterion import Criterion, mean_matches
 from .decoders import Decoder, DecodingGraphs, Trajectory, build_decoder, compile_refinement
 from .equilibrium import Solver
-from .errors import UserError
+from .errors import UserError, list_first
 from .inference import make_detections
 from .precision import autocast
 from .queries import InitialQueries
@@ -179,7 +179,8 @@ class DEQDet(nn.Module):
         """
         if not self.training:
             outputs = self._detect(batched_inputs)
-            self._has_warned = self._has_warned or _warn_of_nonfinite(outputs, " (said once for each evaluation)")
+            more = " (said once for each evaluation)"
+            self._has_warned = self._has_warned or _warn_of_nonfinite(batched_inputs, outputs, more)
             return outputs
         if missing := [i for i, x in enumerate(batched_inputs) if "instances" not in x]:
             raise UserError(
@@ -232,7 +233,7 @@ class DEQDet(nn.Module):
                 object of another type, other shapes, or a box that is infinite or NaN.
         """
         outputs = self._detect(batched_inputs, steps=steps, rtol=rtol, solver=solver)
-        _warn_of_nonfinite(outputs)
+        _warn_of_nonfinite(batched_inputs, outputs)
         return outputs
 
     def _detect(self, batched_inputs: list[dict], **options: object) -> list[dict]:
@@ -347,15 +348,17 @@ class DEQDet(nn.Module):
         return [levels[name] for name in self.in_features], self.queries(sizes)
 
 
-def _warn_of_nonfinite(outputs: Sequence[dict], more: str = "") -> bool:
-    """Log how many images of a batch have states that became infinite or NaN; return whether there is one.
+def _warn_of_nonfinite(inputs: Sequence[dict], outputs: Sequence[dict], more: str = "") -> bool:
+    """Name the images of a batch whose states became infinite or NaN in a warning; return whether there is one.
 
     Call it last, since it waits for the device.
     """
-    failed = int((~torch.stack([output["finite"] for output in outputs])).sum())
+    finite = torch.stack([output["finite"] for output in outputs]).tolist()
+    failed = [x.get("file_name", f"image {i}") for i, x in enumerate(inputs) if not finite[i]]
     if failed:
-        logger.warning("The states became infinite or NaN in %d of %d images of a batch%s.", failed, len(outputs), more)
-    return failed > 0
+        text = "The states became infinite or NaN in %d of %d images of a batch: %s%s."
+        logger.warning(text, len(failed), len(inputs), list_first(failed), more)
+    return bool(failed)
 
 
 def build_backbone(cfg: CfgNode) -> Backbone:

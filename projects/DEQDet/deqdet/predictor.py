@@ -353,6 +353,7 @@ class Predictor:
                     class_names=self.class_names,
                     steps=int(output["steps"]),
                     residual=None if residual is None else float(residual),
+                    finite=bool(output["finite"]),
                 )
         return (found[index] for index in range(len(chunk)))
 
