@@ -192,7 +192,7 @@ def main() -> None:
         "regions": regions(3, 2, rows=4),
         "regions of one sample a cell": regions(4, 1),
         "regions of many samples a cell": regions(2, 4),
-        "regions of wide rows": regions(2, 2, channels=300),
+        "regions of wide rows": regions(1, 2, channels=300),
         "regions of one image": regions_of_one_image(),
         "regions in bfloat16": regions(3, 2, dtype=torch.bfloat16),
         "norms": norms(2, 3, 4, 64, 16),

@@ -100,9 +100,10 @@ def test_a_kernel_can_be_compiled_for_a_gpu(name, constants, dtype, capability):
 
 
 @pytest.mark.parametrize("capability, instruction", [(80, "mma.sync"), (90, "wgmma.mma_async")])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("points, out_points, channels, warps", [(64, 128, 64, 4), (64, 128, 128, 8)])
-def test_mixing_uses_tensor_cores(dtype, capability, instruction, points, out_points, channels, warps):
+@pytest.mark.parametrize(
+    "dtype, points, out_points, channels, warps", [("bf16", 64, 128, 64, 4), ("fp16", 64, 128, 128, 8)]
+)
+def test_mixing_uses_tensor_cores(capability, instruction, dtype, points, out_points, channels, warps):
     """With the sizes of the full models, and with the largest that fit."""
     assert kernels.fits_mix(points, out_points, channels) and not kernels.fits_mix(points + 1, 128, 128)
     sizes = {"POINTS": points, "OUT_POINTS": out_points, "CHANNELS": channels, "P": points, "Q": out_points}
