@@ -1,6 +1,7 @@
 """What only a GPU can show. Run by themselves, `python -m pytest tests/cuda`: all other tests hide the GPU."""
 
 import copy
+import dataclasses
 import logging
 import os
 import subprocess
@@ -21,6 +22,7 @@ from deqdet.equilibrium import Anderson, Broyden, FixedPointIteration
 from deqdet.layers import kernels
 from deqdet.layers import table as tables
 from deqdet.layers.mixing import AdaptiveMixing
+from deqdet.layers.regions import _level, pool_regions
 from deqdet.layers.sampling import sample_pyramid, sample_table
 from deqdet.layers.table import build_table
 
@@ -173,21 +175,24 @@ def test_the_kernels_compute_what_the_operations_do(dtype):
     table = build_table(levels, (4, 8, 16, 32), dtype, 4)
     size = torch.tensor([1500.0, 900.0, 9.0], device="cuda")
     points = torch.rand(4, 50, 4, 32, 3, device="cuda") * size - 20
-    index = torch.randint(0, 1000, (333, 16), dtype=torch.int32, device="cuda")
-    weight, x = torch.randn(333, 16, device="cuda"), torch.randn(60, 4, 128, 64, device="cuda").to(dtype)
-    rows = table.rows.flatten(0, 2)
+    x = torch.randn(60, 4, 128, 64, device="cuda").to(dtype)
+    whole = build_table(levels, table.strides, dtype)  # in one group, as Sparse R-CNN's
+    exact = dataclasses.replace(whole, rows=whole.rows.float(), has_kernels=False)
+    boxes = torch.rand(4, 50, 4, device="cuda") * 600 + torch.tensor([-20.0, -20.0, 580.0, 580.0], device="cuda")
+    assert len(_level(whole, boxes).unique()) > 1
     pairs = [
         (sample_table(table, points), sample_pyramid(levels, table.strides, points)),
-        (table.gather(index, weight), F.embedding_bag(index, rows.float(), mode="sum", per_sample_weights=weight)),
+        (pool_regions(whole, boxes, 7, 2), pool_regions(exact, boxes, 7, 2)),
         (kernels.norm_relu(x), F.layer_norm(x.float(), x.shape[-2:]).relu()),
     ]
     if dtype != torch.float32:
-        mixing = AdaptiveMixing(dim=256, num_groups=4, num_points=32, num_out_points=128).cuda()
-        mixing.out = mixing.generator = nn.Identity()
-        samples, matrices = torch.randn(2, 50, 4, 32, 64, device="cuda"), torch.randn(2, 50, 4 * 8192, device="cuda")
-        samples, matrices = samples.to(dtype), matrices.to(dtype)
-        found = kernels.mix(samples, matrices, 128).flatten(2)
-        pairs.append((found, mixing(matrices.float(), samples.float())))
+        for points, dim in ((32, 64), (64, 128)):  # the second are the largest that fit
+            mixing = AdaptiveMixing(dim=4 * dim, num_groups=4, num_points=points, num_out_points=128).cuda()
+            mixing.out = mixing.generator = nn.Identity()
+            samples = torch.randn(2, 50, 4, points, dim, device="cuda").to(dtype)
+            matrices = torch.randn(2, 50, 4 * (dim * dim + 128 * points), device="cuda").to(dtype)
+            found = kernels.mix(samples, matrices, 128).flatten(2)
+            pairs.append((found, mixing(matrices.float(), samples.float())))
     for found, expected in pairs:
         assert found.dtype == dtype and found.shape == expected.shape
         assert (found.float() - expected).norm() <= within * expected.norm()
@@ -200,8 +205,8 @@ def test_the_kernels_compute_what_the_operations_do(dtype):
 @pytest.mark.parametrize("layer, dtype, names", [
     ("AdaMixerLayer", torch.float32, {"_sample", "_norm_relu"}),
     ("AdaMixerLayer", torch.bfloat16, {"_sample", "_mix"}),
-    ("SparseRCNNLayer", torch.float32, {"_sum_rows"}),
-    ("SparseRCNNLayer", torch.bfloat16, {"_sum_rows"}),
+    ("SparseRCNNLayer", torch.float32, {"_pool"}),
+    ("SparseRCNNLayer", torch.bfloat16, {"_pool"}),
 ])  # fmt: skip
 def test_a_decode_runs_the_kernels(build, make_inputs, layer, dtype, names, compiled):
     model, inputs = build("EquilibriumDecoder", layer).eval(), strip(make_inputs(0, 0))

@@ -99,6 +99,15 @@ def test_what_a_failed_start_leaves_is_no_training(toy_config, tmp_path, name, c
             setup(parse(toy_config))
 
 
+def test_what_a_killed_export_leaves_is_deleted(toy_config, tmp_path):
+    """A folder with incomplete files, if the model was exported to OUTPUT_DIR."""
+    left = tmp_path / "out" / ".unfinished.a1b2c3"
+    left.mkdir(parents=True)
+    (left / "model.encoder.onnx").write_bytes(b"x")
+    setup(parse(toy_config))
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("broken", ["model_final.pth", "model_final.safetensors"])
 @pytest.mark.parametrize("content", [None, b""], ids=["missing", "empty"])
 @pytest.mark.parametrize("period", [2, 3])

@@ -151,7 +151,7 @@ IMAGE = np.zeros((40, 60, 3), np.uint8)
       for x in ("x", "2", -1, 1.0, True, None, 10**12)),
     *(({"providers": x}, f", CPUExecutionProvider, got {x!r}")
       for x in ("CPUExecutionProvider", ["GPU"], ["CPUExecutionProvider", 1], [["CPUExecutionProvider"]], [()], [],
-                None)),
+                None, [("CPUExecutionProvider",)], [("CPUExecutionProvider", 3)])),
     ({"path": 3}, "path must be the name of a file, got 3"),
     ({"path": None}, "path must be the name of a file, got None"),
     ({"path": b"a.onnx"}, "path must be the name of a file, got b'a.onnx'"),

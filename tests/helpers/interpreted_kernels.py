@@ -94,7 +94,7 @@ def regions_of_one_image() -> float:
 
 
 def norms(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> float:
-    x = (scale * torch.randn(shape) + 1).to(dtype)
+    x = (scale * (torch.randn(shape) + 1)).to(dtype)
     return relative(kernels.norm_relu(x), F.layer_norm(x.float(), shape[-2:]).relu())
 
 
@@ -198,6 +198,7 @@ def main() -> None:
         "norms": norms(2, 3, 4, 64, 16),
         "norms of a size that is no power of two": norms(5, 7, 3),
         "norms of large numbers": norms(2, 32, 64, scale=1e4),
+        "norms of small numbers": norms(2, 32, 64, scale=1e-3),
         "norms in bfloat16": norms(3, 128, 64, dtype=torch.bfloat16),
         "norms of nonfinite rows": norms_of_nonfinite_rows(),
         "mixing": mixed(64, 128, 64),

@@ -54,6 +54,7 @@ def differences() -> dict[str, float]:
         ("norms", 1e-6),
         ("norms of a size that is no power of two", 1e-6),
         ("norms of large numbers", 1e-6),
+        ("norms of small numbers", 1e-6),
         ("norms in bfloat16", 4e-3),
         ("norms of nonfinite rows", 0.0),
         ("mixing", 1e-3),

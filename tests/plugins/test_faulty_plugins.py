@@ -1,6 +1,7 @@
 """A user's own part that does not fit: one line names its module and class, and says what is expected."""
 
 import importlib
+import math
 import re
 import sys
 from abc import abstractmethod
@@ -12,10 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.utils.events import get_event_storage
 from detectron2.utils.registry import Registry
 
 from deqdet import Predictor, UserError
@@ -338,18 +341,23 @@ class TestSegments:
         model.decoder.refinement.accepts_segments = False
         model(make_inputs(2, 0))
 
-    @pytest.mark.parametrize("error, most_rows", [(RuntimeError, 0), (torch.OutOfMemoryError, 2)])
-    def test_an_error_that_is_not_the_flag_s(self, small_cfg, monkeypatch, error, most_rows):
+    @pytest.mark.parametrize("error, text, most_rows", [
+        (RuntimeError, "too much", 0),
+        (torch.OutOfMemoryError, "too much", 2),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory", 2),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", 2),
+    ])  # fmt: skip
+    def test_an_error_that_is_not_the_flag_s(self, small_cfg, monkeypatch, error, text, most_rows):
         """One that a single state raises too, or the lack of memory for all of them."""
 
         def forward(state, features):
             if len(state.content) > most_rows:
-                raise error("too much")
+                raise error(text)
             return state
 
         layer = build_refinement_layer(small_cfg(), SHAPES, initialization=False)
         monkeypatch.setattr(layer, "forward", forward)
-        with pytest.raises(error, match="^too much$"):
+        with pytest.raises(error, match=f"^{re.escape(text)}$"):
             layer.refine_segments(QueryState(torch.zeros(4, 6, 4), torch.zeros(4, 6, 32)), [torch.zeros(2, 32, 8, 8)])
 
     def test_a_forward_that_mixes_them_up(self, small_cfg, register, make_inputs):
@@ -361,9 +369,28 @@ class TestSegments:
             Trainer.build_model(cfg)
 
     @pytest.mark.parametrize("layer", [AdaMixerLayer, SparseRCNNLayer])
-    def test_a_forward_that_keeps_them_apart(self, small_cfg, register, layer):
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    def test_a_forward_that_keeps_them_apart(self, small_cfg, register, layer, precision):
         register(REFINEMENT_LAYER_REGISTRY, type("Mine", (layer,), {"__module__": __name__}))
-        assert Trainer.build_model(small_cfg(*LAYER)).training
+        assert Trainer.build_model(small_cfg(*LAYER, "TEST.PRECISION", precision)).training
+
+    @pytest.mark.parametrize("change", [
+        lambda content, features: content + torch.randn_like(content),
+        lambda content, features: content * math.nan,
+        lambda content, features: content + F.max_pool2d(features[len(features) - 1], 3).mean(),
+        lambda content, features: content + get_event_storage().iter,
+        lambda content, features: content if torch.is_autocast_enabled("cpu") else content / "only in 16 bits",
+    ], ids=["random", "nan", "pools the coarsest level", "logs", "only in 16 bits"])  # fmt: skip
+    def test_a_forward_that_is_unusual(self, small_cfg, register, change):
+        """It inherits accepts_segments = True, and the trial must not refuse it."""
+
+        class Mine(AdaMixerLayer):
+            def forward(self, state, features):
+                refined = super().forward(state, features)
+                return QueryState(refined.position, change(refined.content, features))
+
+        register(REFINEMENT_LAYER_REGISTRY, Mine)
+        assert Trainer.build_model(small_cfg(*LAYER, "TEST.PRECISION", "bfloat16")).training
 
 
 class TestDecoders:
@@ -586,6 +613,27 @@ class TestSolvers:
         other = Predictor.from_file(file, device="cpu", overrides=[name, "FixedPointIteration"])
         assert other.model.decoder.solver == FixedPointIteration() and other.cfg.MODEL.DEQDET.SOLVER.OPTIONS == {}
 
+    def test_one_that_solves_equations_without_regularization(self, small_cfg, register):
+        """The trial's differences of iterates must not be parallel."""
+
+        @dataclass(frozen=True)
+        class Exact:
+            def init(self, iterate):
+                return iterate[:, None][:, :0], iterate[:, None][:, :0]
+
+            def step(self, iterate, output, state):
+                changes = torch.cat([state[0], (output - iterate)[:, None]], dim=1)
+                outputs = torch.cat([state[1], output[:, None]], dim=1)
+                if changes.shape[1] == 1:
+                    return output, (changes, outputs)
+                differences = changes.diff(dim=1)  # (B, j, D)
+                gram = differences @ differences.mT
+                weights = torch.linalg.solve(gram, (differences @ changes[:, -1:].mT)[..., 0])
+                return output - (weights[..., None] * outputs.diff(dim=1)).sum(dim=1), (changes, outputs)
+
+        register(SOLVER_REGISTRY, Exact)
+        assert build_solver(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine")) == Exact()
+
     def test_one_that_fits(self, small_cfg, register):
         register(SOLVER_REGISTRY, Momentum)
         assert build_solver(small_cfg("MODEL.DEQDET.SOLVER.NAME", "Mine")) == Momentum()
@@ -610,6 +658,12 @@ class Patches(Backbone):
 
 def replace_res3(value):
     return lambda levels: {**levels, "res3": value(levels["res3"])}
+
+
+def through_stride_16(levels):
+    """As in ViTDet: the finer levels are enlarged from that of stride 16, and have lost what it lost at the border."""
+    finer = {"res2": 4, "res3": 2}
+    return levels | {name: F.interpolate(levels["res4"], scale_factor=scale) for name, scale in finer.items()}
 
 
 class TestBackbones:
@@ -660,9 +714,21 @@ class TestBackbones:
             with refused(f"{WHERE}Patches.forward returned {returned}"):
                 model.train(mode)(make_inputs(2, 0))
 
-    def test_sides_that_are_rounded(self, build, make_inputs):
+    @pytest.mark.parametrize("change", [lambda levels: levels, through_stride_16], ids=["each", "together"])
+    def test_sides_that_are_rounded(self, build, make_inputs, monkeypatch, change):
         """A bare backbone gets images of any size; a convolution loses the rest at the border."""
-        build()(make_inputs(2, 0, height=75, width=101))
+        monkeypatch.setattr(Patches, "change_levels", staticmethod(change))
+        build()(make_inputs(2, 0, height=75, width=107))
+
+    def test_an_output_shape_that_is_unusual(self, small_cfg, monkeypatch, make_inputs):
+        """A stride that is a float, and a level without a stride that the detector does not use."""
+        monkeypatch.setattr(Patches, "change_shapes", staticmethod(
+            lambda shapes: {name: ShapeSpec(channels=32, stride=float(x.stride)) for name, x in shapes.items()}
+            | {"pooled": ShapeSpec(channels=8)}
+        ))  # fmt: skip
+        monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "Mine", lambda cfg, input_shape: Patches())
+        names = [f"res{n}" for n in range(2, 6)]
+        build_model(small_cfg("MODEL.BACKBONE.NAME", "Mine", "MODEL.DEQDET.IN_FEATURES", names))(make_inputs(2, 0))
 
     def test_one_that_is_none(self, small_cfg, monkeypatch):
         monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "Mine", Unrelated)

@@ -64,7 +64,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def replacing_once_checked(path: Path) -> Iterator[tuple[Path, Callable[[object], str]]]:
     """Write one or several files into a temporary folder, and move them beside `path` if the block raises no error.
 
-    After an error the new files are deleted, and older ones are unchanged.
+    After an error in the block the new files are deleted, and older ones are unchanged.
 
     Yields:
         The path to write, of the same name in the temporary folder; and a function that replaces this folder in a
@@ -74,19 +74,27 @@ def replacing_once_checked(path: Path) -> Iterator[tuple[Path, Callable[[object]
         UserError: a file cannot be written or moved.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
+        temporary = tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    with temporary as folder:
 
-            def describe(message: object) -> str:
-                return str(message).replace(f"{Path(folder)}{os.sep}", str(path).removesuffix(path.name))
+        def describe(message: object) -> str:
+            return str(message).replace(f"{Path(folder)}{os.sep}", str(path).removesuffix(path.name))
 
-            try:
-                yield Path(folder, path.name), describe
-            except UserError as error:
-                raise UserError(describe(error)) from error
+        try:
+            yield Path(folder, path.name), describe
+        except UserError as error:
+            raise UserError(describe(error)) from error
+        try:
             for file in sorted(Path(folder).iterdir()):
                 os.replace(file, path.with_name(file.name))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({describe_os_error(error)})") from error
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written ({describe_os_error(error)})")
 
 
 def write_text(text: str, path: Path) -> None:

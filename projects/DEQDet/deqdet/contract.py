@@ -8,7 +8,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes
 
 from .equilibrium import is_solver
-from .errors import UserError, one_line, plural
+from .errors import UserError, is_out_of_memory, one_line, plural
 from .structures import Decoded, Features, Prediction, QueryState, count_images
 
 _MISSING = object()
@@ -177,7 +177,7 @@ def segments_together(layer: Callable, states: QueryState, features: Features) -
         yield
     except (RuntimeError, ValueError, IndexError, AssertionError, UserError) as error:
         rows, images = len(states.content), count_images(features)
-        if isinstance(error, torch.OutOfMemoryError) or not _refines_each(layer, states, features, rows // images):
+        if is_out_of_memory(error) or not _refines_each(layer, states, features, rows // images):
             raise
         raise UserError(
             f"{describe(layer)} sets accepts_segments = True, but its forward fails on {rows} rows with the features "
@@ -195,34 +195,40 @@ def _refines_each(layer: Callable, states: QueryState, features: Features, segme
     return True
 
 
-def read_shapes(backbone: Any) -> dict[str, ShapeSpec]:
-    """Return a backbone's `output_shape()`, in which every level has channels and a stride.
+def read_shapes(backbone: Any, names: Iterable[str] | None = None) -> dict[str, ShapeSpec]:
+    """Return a backbone's `output_shape()`, after a check of its levels.
+
+    Args:
+        names: the levels to check if they are there; None: all.
 
     Raises:
-        UserError: it returned something else.
+        UserError: it returned no dict, or one of these levels is no ShapeSpec with channels and a stride.
     """
-    shapes = backbone.output_shape()
-    if isinstance(shapes, Mapping):
-        wrong = next((f"{x!r} for level {name}" for name, x in shapes.items() if not _has_channels_and_stride(x)), None)
-    else:
+    shapes, wrong = backbone.output_shape(), None
+    if not isinstance(shapes, Mapping):
         wrong = f"a {type(shapes).__name__}"
+    else:
+        checked = [name for name in (shapes if names is None else names) if name in shapes]
+        if unfit := [name for name in checked if not _has_channels_and_stride(shapes[name])]:
+            wrong = f"{shapes[unfit[0]]!r} for level {unfit[0]}"
     if wrong is not None:
         raise UserError(
             f"{describe(backbone)}.output_shape returned {wrong}: it must return a dict with a ShapeSpec for each "
-            "level, which has channels and a stride"
+            "level, whose channels and stride are whole numbers above 0"
         )
     return dict(shapes)
 
 
 def _has_channels_and_stride(shape: object) -> bool:
     numbers = (shape.channels, shape.stride) if isinstance(shape, ShapeSpec) else (None,)
-    return all(isinstance(number, Integral) and number > 0 for number in numbers)
+    return all(isinstance(number, Real) and number > 0 and number == int(number) for number in numbers)
 
 
 def check_levels(backbone: Any, levels: object, names: Iterable[str], images: Tensor) -> None:
     """Check that a backbone's `forward` returned levels (B, C, H / s, W / s) as its `output_shape` says.
 
-    A side may differ by 1, since backbones round sides that are not multiples of s, or lose a row at the border.
+    A side may differ by one cell, or by less than the coarsest stride in pixels: backbones round sides that are not
+    multiples of a stride up or down, and may lose pixels at the border.
 
     Args:
         names: the levels to check.
@@ -236,14 +242,17 @@ def check_levels(backbone: Any, levels: object, names: Iterable[str], images: Te
     where = f"{describe(backbone)}.forward returned"
     if not isinstance(levels, Mapping):
         raise UserError(f"{where} a {type(levels).__name__}: it must return a dict of levels by name")
-    shapes, (count, _, *sides) = read_shapes(backbone), images.shape
+    names = list(names)
+    shapes, (count, _, *sides) = read_shapes(backbone, names), images.shape
+    coarsest = max((shape.stride for shape in shapes.values() if _has_channels_and_stride(shape)), default=0)
     for name in names:
         if name not in levels:
             raise UserError(f"{where} the levels {', '.join(map(str, levels))}, but its output_shape has {name} too")
         channels, stride = shapes[name].channels, shapes[name].stride
         expected = [count, channels, *(math.ceil(side / stride) for side in sides)]
         level = levels[name]
-        if not (isinstance(level, Tensor) and level.is_floating_point() and _nearly(level.shape, expected)):
+        fits = isinstance(level, Tensor) and level.is_floating_point() and len(level.shape) == len(expected)
+        if not fits or not _are_alike(level.shape, expected, cells=max(1, math.ceil(coarsest / stride) - 1)):
             raise UserError(
                 f"{where} {_describe_tensor(level)} as level {name} of images {tuple(images.shape)}: by its "
                 f"output_shape, with {channels} channels and stride {stride}, it must be {tuple(expected)} in floating "
@@ -251,10 +260,10 @@ def check_levels(backbone: Any, levels: object, names: Iterable[str], images: Te
             )
 
 
-def _nearly(shape: Sequence[int], expected: Sequence[int]) -> bool:
-    """Whether the shape (B, C, h, w) of a level is the expected one; h and w may differ by 1."""
-    differences = [abs(found - wanted) for found, wanted in zip(shape, expected, strict=False)]
-    return len(shape) == len(expected) and max(differences[:2]) == 0 and max(differences[2:]) <= 1
+def _are_alike(shape: Sequence[int], expected: Sequence[int], cells: int) -> bool:
+    """Whether the shape (B, C, h, w) of a level is the expected one; h and w may differ by so many cells."""
+    differences = [abs(found - wanted) for found, wanted in zip(shape, expected, strict=True)]
+    return max(differences[:2]) == 0 and max(differences[2:]) <= cells
 
 
 def check_supervised(decoder: object, predictions: object, num_images: int, num_classes: int) -> None:

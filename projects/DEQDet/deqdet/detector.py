@@ -119,8 +119,8 @@ class DEQDet(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         backbone = build_backbone(cfg)
-        shapes = read_shapes(backbone)
         in_features = cfg.MODEL.DEQDET.IN_FEATURES
+        shapes = read_shapes(backbone, in_features)
         if unknown := [name for name in in_features if name not in shapes]:
             raise ValueError(f"MODEL.DEQDET.IN_FEATURES has {unknown}, but the backbone's levels are {list(shapes)}")
         for name in in_features:

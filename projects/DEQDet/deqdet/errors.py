@@ -27,6 +27,14 @@ def list_first(texts: Sequence[str], most: int = 3, separator: str = ", ") -> st
     return separator.join(texts[:most]) + more
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for an error of too little memory. On a CPU, torch raises a plain RuntimeError for it, and so does
+    cuBLAS: "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and ("allocate" in str(error) or "ALLOC_FAILED" in str(error))
+
+
 def describe_os_error(error: OSError) -> str:
     """Return the operating system's text for an error ("No space left on device"), without path and number."""
     return error.strerror or one_line(error)

@@ -8,8 +8,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Instruction sets, as PyTorch names them, for which it has no fast convolutions in 16 bits.
-_SLOW = ("DEFAULT", "NO AVX", "AVX2")
+# Instruction sets of x86 processors, as PyTorch names them, for which it has no fast convolutions in 16 bits.
+_SLOW = ("NO AVX", "AVX2")
 
 
 def autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -21,7 +21,7 @@ def autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextMana
     """
     if dtype in (None, torch.float32):
         return nullcontext()
-    if device_type == "cpu":
+    if device_type == "cpu" and not torch.compiler.is_compiling():
         _warn_if_slow()
     return torch.autocast(device_type, dtype=dtype)
 
@@ -32,6 +32,6 @@ def _warn_if_slow() -> None:
     instructions = torch.backends.cpu.get_cpu_capability()
     if instructions in _SLOW:
         logger.warning(
-            "bfloat16 and float16 are slower than float32 on this processor, whose vector instructions (%s) do not "
-            "support them: set TEST.PRECISION float32 and SOLVER.AMP.ENABLED False.", instructions
+            "PyTorch has no fast convolutions in bfloat16 and float16 for this processor (%s), so that float32 is "
+            "faster: set TEST.PRECISION float32 and SOLVER.AMP.ENABLED False.", instructions
         )  # fmt: skip

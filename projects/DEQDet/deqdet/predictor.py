@@ -31,7 +31,7 @@ from .detector import BatchTrajectory, DEQDet
 from .engine import adapt_device, build_model, check_options, load_weights
 from .engine.health import check_finite_model
 from .equilibrium import Solver, is_solver
-from .errors import UserError, one_line
+from .errors import UserError, is_out_of_memory, one_line
 from .model_zoo import get_config, put_overrides
 
 
@@ -430,8 +430,7 @@ def _explained(inputs: dict) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # On the CPU, torch raises a plain RuntimeError: "DefaultCPUAllocator: can't allocate memory".
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(error):
+        if not is_out_of_memory(error):
             raise
         where = f"{inputs['file_name']}: " if "file_name" in inputs else ""
         size = f"{inputs['width']} x {inputs['height']}"

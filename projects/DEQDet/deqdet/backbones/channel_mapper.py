@@ -35,7 +35,7 @@ class ChannelMapper(Backbone):
             raise ValueError(f"MODEL.DEQDET.NECK.KERNEL_SIZE must be odd, got {kernel_size}")
         if out_channels % NORM_GROUPS:
             raise ValueError(f"MODEL.DEQDET.HIDDEN_DIM must be a multiple of {NORM_GROUPS}, got {out_channels}")
-        shapes = read_shapes(bottom_up)
+        shapes = read_shapes(bottom_up, in_features)
         self.bottom_up = bottom_up
         self.in_features = list(in_features)
         self.convs = nn.ModuleList(

@@ -72,6 +72,8 @@ def build_solver(cfg: CfgNode, spec: str | None = None) -> Solver:
 def _try(solver: Solver) -> None:
     """Take three steps of a user's solver with two rows, so that solve() checks what its methods return.
 
+    The map contracts each coordinate by another factor, so that the changes of successive iterates are not parallel.
+
     Raises:
         ValueError: it lacks a method, or a method takes other arguments or returns something else.
     """
@@ -79,7 +81,8 @@ def _try(solver: Solver) -> None:
         raise ValueError(f"{describe(solver)} has no method {missing[0]}: see deqdet.equilibrium.Solver")
     if (problem := misfit(solver, {"init": 1, "step": 3}, Solver)) is not None:
         raise ValueError(problem)
-    solve(lambda iterate: 0.5 * iterate, torch.ones(2, 64), solver=solver, max_steps=3)
+    factor, start = torch.linspace(0.1, 0.9, 64), torch.linspace(-1, 1, 128).view(2, 64)
+    solve(lambda iterate: factor * iterate + 1, start, solver=solver, max_steps=3)
 
 
 def _check_numbers(solver: type, values: Mapping[str, object]) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
         _locks[key] = _lock(folder)
     try:
         for path in folder.glob(f"{UNFINISHED}*"):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise _cannot_delete(error) from error
     _configs.pop(key, None)

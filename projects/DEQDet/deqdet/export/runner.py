@@ -204,7 +204,7 @@ def _check_arguments(path, threads, providers) -> None:
         raise ValueError(f"threads must be a whole number from 0 to 1024, got {threads!r}")
     known = onnxruntime.get_all_providers()
     given = providers if isinstance(providers, list | tuple) else []
-    names = [x[0] if isinstance(x, tuple) and x else x for x in given]
+    names = [x[0] if isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], dict) else x for x in given]
     if not names or not all(name in known for name in names):
         raise ValueError(f"providers must be a list of some of {', '.join(known)}, got {providers!r}")
 

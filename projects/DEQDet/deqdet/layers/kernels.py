@@ -3,7 +3,7 @@
 Each kernel gives the same result as the PyTorch operations in sampling.py, regions.py or mixing.py, accumulates in
 float32, and supports no gradient. A sample and a cell of a region read 16 short rows from scattered addresses, for
 which torch's embedding_bag and the gather that torch.compile generates take four to ten times as long
-(docs/benchmarks.md). All kernels read their inputs once, where PyTorch's operations write intermediate results to
+(docs/benchmarks.md). Every kernel keeps its intermediate results in registers, where PyTorch's operations write them to
 memory and read them back.
 
 S: states of each image, B: images, L: levels, N: queries, G: groups of channels, P: points, P_out: points after mixing,
