@@ -55,7 +55,8 @@ def test_a_callers_settings_of_the_collector_are_kept():
     frozen = gc.get_freeze_count()
     with collector_paused():
         pass
-    assert gc.get_freeze_count() == frozen > 0
+    # Some frozen objects may have been freed meanwhile, by their reference counts.
+    assert frozen >= gc.get_freeze_count() > 0.99 * frozen > 0
     gc.disable()
     with collector_paused():
         pass
