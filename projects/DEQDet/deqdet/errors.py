@@ -28,8 +28,11 @@ def list_first(texts: Sequence[str], most: int = 3, separator: str = ", ") -> st
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True for an error of too little memory. On a CPU, torch raises a plain RuntimeError for it, and so does
-    cuBLAS: "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"."""
+    """Return True if memory ran out.
+
+    For this torch raises a plain RuntimeError on a CPU ("DefaultCPUAllocator: can't allocate memory"), and so does
+    cuBLAS ("CUBLAS_STATUS_ALLOC_FAILED").
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and ("allocate" in str(error) or "ALLOC_FAILED" in str(error))
