@@ -47,8 +47,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        reason = describe_os_error(error) if isinstance(error, OSError) else one_line(error)
-        raise UserError(f"{path} cannot be written ({reason})") from error
+        raise _cannot_write(path, error) from error
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -67,8 +66,8 @@ def replacing_once_checked(path: Path) -> Iterator[tuple[Path, Callable[[object]
     After an error in the block the new files are deleted, and older ones are unchanged.
 
     Yields:
-        The path to write, of the same name in the temporary folder; and a function that replaces this folder in a
-        message by that of `path`, as is done for a UserError.
+        The path to write: it has the same name, but lies in the temporary folder. And a function for messages, which
+        replaces the temporary folder in a text by the folder of `path`. A UserError of the block passes through it.
 
     Raises:
         UserError: a file cannot be written or moved.
@@ -93,8 +92,9 @@ def replacing_once_checked(path: Path) -> Iterator[tuple[Path, Callable[[object]
             raise _cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written ({describe_os_error(error)})")
+def _cannot_write(path: Path, error: OSError | RuntimeError) -> UserError:
+    reason = describe_os_error(error) if isinstance(error, OSError) else one_line(error)
+    return UserError(f"{path} cannot be written ({reason})")
 
 
 def write_text(text: str, path: Path) -> None:

@@ -20,7 +20,7 @@ from detectron2.structures import Boxes
 
 from .equilibrium import is_solver
 from .errors import UserError, is_out_of_memory, one_line, plural
-from .structures import Decoded, Features, Prediction, QueryState, count_images
+from .structures import Decoded, Features, Prediction, QueryState, count_images, is_traced
 
 _MISSING = object()
 _WALK = ("steps", "rtol", "solver", "record", "record_iterates")  # the keyword arguments of `walk`
@@ -126,7 +126,10 @@ def _faults(decoder: Any, base: type) -> Iterator[str]:
 
 
 def check_trajectory(decoder: object, trajectory: object, kind: type) -> Any:
-    """Check that a decoder's `walk` returned a Trajectory, which is `kind`, and return it.
+    """Check that a decoder's `walk` returned a Trajectory, and return it.
+
+    Args:
+        kind: the class Trajectory, which this module cannot import.
 
     Raises:
         UserError: it returned an object of another type.
@@ -165,10 +168,10 @@ def _is_alike(returned: object, given: Tensor) -> bool:
 
 @contextmanager
 def segments_together(layer: Callable, states: QueryState, features: Features) -> Iterator[None]:
-    """Name the flag of a layer that accepts segments, if the block, which refines S * B rows at once, fails for it.
+    """Explain an error of the block if its cause is that the layer wrongly sets `accepts_segments = True`.
 
-    The flag is the cause if the layer can refine each of the S states of the B images by itself. This is tried only
-    after an error.
+    The block refines S states of each of B images in one call. If it raises an error, the layer refines the S states
+    one after the other. Where that succeeds, the flag is the cause.
 
     Raises:
         UserError: the flag is the cause.
@@ -237,7 +240,7 @@ def check_levels(backbone: Any, levels: object, names: Iterable[str], images: Te
     Raises:
         UserError: it did not; the message names the level.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # keep the check out of graphs
+    if is_traced():  # keep the check out of graphs
         return
     where = f"{describe(backbone)}.forward returned"
     if not isinstance(levels, Mapping):

@@ -4,7 +4,7 @@ B: images, N: queries, C: channels, K: classes, M: the largest number of boxes i
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,20 @@ def count_images(features: Features) -> int:
 def select_images(features: Features, rows: Tensor) -> Features:
     """Return the features of the images with these indices, (b,) int64, in this order."""
     return features.select(rows) if isinstance(features, PreparedFeatures) else [level[rows] for level in features]
+
+
+def is_traced() -> bool:
+    """Return True while torch.compile, torch.export or torch.jit.trace records the code that calls this function."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of the tensors with an infinite value or NaN, with a single device synchronisation."""
+    floating = [(name, x.detach()) for name, x in tensors if x.is_floating_point()]
+    if not floating:
+        return []
+    finite = torch.stack([x.isfinite().all() for _, x in floating])
+    return [name for (name, _), good in zip(floating, finite.tolist(), strict=True) if not good]
 
 
 def to_device(numbers: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import re
 import tarfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..atomic import prepare_output, replacing
-from ..errors import UserError, describe_os_error
+from ..errors import UserError, describe_os_error, list_first
+from ..structures import nonfinite_names
 
 # Where trainers put the weights in a checkpoint. A file without such an entry holds nothing but weights.
 ENTRIES = ("state_dict", "model")
@@ -114,6 +115,20 @@ def check_weights(path: Path, weights: object, entries: Sequence[str]) -> None:
                 f"{path} is not a dict of tensors: its entry {name!r} is a {type(value).__name__} "
                 f"(the weights must be in its entry {' or '.join(entries)}, or at the top level)"
             )
+
+
+def check_finite_weights(source: str | Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that weights and statistics are finite.
+
+    Args:
+        source: where they come from, for the message.
+        weights: pairs of a name and a tensor.
+
+    Raises:
+        CheckpointError: a value is infinite or NaN; names the first bad tensor.
+    """
+    if bad := nonfinite_names(weights):
+        raise CheckpointError(f"{source} has infinite values or NaN in {list_first(bad, 1)}: take another checkpoint")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

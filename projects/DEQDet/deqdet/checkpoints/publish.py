@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from detectron2.config import CfgNode
 
-from ..errors import list_first
 from .conversion import build_empty, describe, describe_shapes
-from .files import COUNTER, CheckpointError, check_target, check_weights, find_weights
+from .files import COUNTER, CheckpointError, check_finite_weights, check_target, check_weights, find_weights
 from .model_file import read_entries, resolve_file, write_model_file
 
 AVERAGE = "ema"  # the entry of a checkpoint with the exponential moving average of the weights
@@ -48,8 +47,7 @@ def publish_checkpoint(
         raise CheckpointError(f"the config describes {error}") from error
     found, taken = _read_weights(source, weights, model)
     found = check_complete(source, found, model.state_dict())
-    if bad := [name for name, x in found.items() if x.is_floating_point() and not x.isfinite().all()]:
-        raise CheckpointError(f"{source} has infinite values or NaN in {list_first(bad, 1)}: take another checkpoint")
+    check_finite_weights(source, found.items())
     write_model_file(output, weights=found, cfg=cfg, class_names=class_names, half=half, notes={"weights": taken})
     return (
         f"wrote the {'averaged' if taken == AVERAGE else 'raw'} weights of {source} ({len(found)} tensors, "

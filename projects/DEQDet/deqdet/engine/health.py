@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.modeling import Backbone
 from detectron2.utils import comm
 
-from ..checkpoints.files import write_torch
+from ..checkpoints.files import check_finite_weights, write_torch
 from ..checkpoints.latest import TAG
 from ..contract import describe, describe_source
 from ..data import mix_seed, seed_all
@@ -22,6 +22,7 @@ from ..detector import DEQDet
 from ..errors import UserError, list_first, one_line
 from ..layers import RefinementLayer
 from ..matcher import NonFinitePredictionError
+from ..structures import nonfinite_names
 from .hooks import is_due
 from .models import unwrap
 
@@ -171,15 +172,6 @@ class FiniteGuard(HookBase):
             self._batch = inputs[0]
 
 
-def nonfinite_names(tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of the tensors with an infinite value or NaN, with a single device synchronisation."""
-    floating = [(name, x.detach()) for name, x in tensors if x.is_floating_point()]
-    if not floating:
-        return []
-    finite = torch.stack([x.isfinite().all() for _, x in floating])
-    return [name for (name, _), good in zip(floating, finite.tolist(), strict=True) if not good]
-
-
 def check_finite_model(model: nn.Module, source: str) -> None:
     """Check that a loaded model has finite weights and statistics.
 
@@ -190,10 +182,7 @@ def check_finite_model(model: nn.Module, source: str) -> None:
         UserError: a value is infinite or NaN; names the first bad tensor.
     """
     model = unwrap(model)
-    bad = nonfinite_names(iter([*model.named_parameters(), *model.named_buffers()]))
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"{source} has infinite values or NaN in {bad[0]}{more}: take another checkpoint")
+    check_finite_weights(source, [*model.named_parameters(), *model.named_buffers()])
 
 
 @contextmanager

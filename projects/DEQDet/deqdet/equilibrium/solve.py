@@ -153,9 +153,10 @@ def _check_output(output: Tensor, iterate: Tensor) -> None:
 
 
 def _checked(solver: Solver, result: Any, iterate: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Check that `step` returned an iterate like the one that it got, and a state, and return them.
+    """Check the result of a solver's `step`, and return it.
 
-    Any other shape would silently be broadcast, and any other dtype would reach f.
+    The next iterate must have the shape, dtype and device of the last one: another shape could be broadcast without an
+    error, and another dtype would reach f.
 
     Raises:
         ValueError: it did not; the message names the solver.

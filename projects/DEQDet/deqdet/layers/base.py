@@ -4,7 +4,6 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from torch import nn
 
 from detectron2.config import CfgNode
@@ -12,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 
 from ..contract import check_refined, construct, segments_together
-from ..structures import Features, Prediction, QueryState, count_images
+from ..structures import Features, Prediction, QueryState, count_images, is_traced
 
 REFINEMENT_LAYER_REGISTRY = Registry("REFINEMENT_LAYER")
 REFINEMENT_LAYER_REGISTRY.__doc__ = """
@@ -51,7 +50,7 @@ class RefinementLayer(nn.Module, ABC):
             UserError: `forward` returned another object, or tensors unlike those of its input.
         """
         refined = super().__call__(state, features)
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # keep the check out of graphs
+        if not is_traced():  # keep the check out of graphs
             check_refined(self, state, refined)
         return refined
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo import exc
 from torch._dynamo.exc import TorchDynamoException
 
+from ..structures import is_traced
 from .base import RefinementLayer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def cast_once(layer: RefinementLayer, device: torch.device) -> RefinementLayer:
     call = layer._compiled_call_impl
     if not isinstance(call, _CompiledCall) or layer.training or torch.is_grad_enabled():
         return layer
-    if _is_traced() or not torch.is_autocast_enabled(device.type):
+    if is_traced() or not torch.is_autocast_enabled(device.type):
         return layer
     return call.cast(device, torch.get_autocast_dtype(device.type))
 
@@ -76,7 +77,7 @@ class CompiledFunction:
         self._compiled = _compile(function, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.works and not _is_traced():
+        if self.works and not is_traced():
             try:
                 return self._compiled(*args, **kwargs)
             except TorchDynamoException as error:  # errors of the code generator are subclasses of it
@@ -152,11 +153,6 @@ def _compile(function: Callable, name: str) -> Callable:
             return compiled(*args, **kwargs)
 
     return call
-
-
-def _is_traced() -> bool:
-    """Whether torch.compile or torch.jit.trace records this call, in which case it must not see compiled code."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _reason(error: Exception) -> str:

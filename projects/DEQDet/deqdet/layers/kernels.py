@@ -139,7 +139,10 @@ def _norm_relu(x, out, numbers, SIZE: tl.constexpr):
 
 @triton.jit
 def _normed(values, exists, numbers):
-    """Normalise a tile of float32 values, which are 0 outside of `exists`, then apply ReLU; it stays 0 there."""
+    """Apply LayerNorm and ReLU to a tile of float32 values.
+
+    The tile is larger than the matrix in it. Outside of `exists` it must be 0, and the result is 0 there as well.
+    """
     centered = tl.where(exists, values - tl.sum(values) / numbers, 0.0)
     normed = centered / tl.sqrt(tl.sum(centered * centered) / numbers + 1e-5)
     # tl.maximum would turn NaN into 0, and so hide a broken image.
