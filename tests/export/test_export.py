@@ -447,7 +447,16 @@ def test_the_file_says_what_it_is(two_graphs):
     assert (notes["min_size"], notes["max_size"], notes["pixel_format"]) == (64, 160, "RGB")
     assert notes["strides"] == [4, 8, 16, 32] and notes["steps"] == 4 and notes["solver"] == "plain"
     props = {x.key: x.value for x in onnx.load(two_graphs.exported.files[1]).metadata_props}
-    assert json.loads(props["form"]) == "two"
+    assert {key: json.loads(value) for key, value in props.items()} == notes and notes["form"] == "two"
+
+
+def test_the_file_has_a_checksum_of_the_weights(two_graphs, make_predictor):
+    other = make_predictor()
+    assert build_notes(other, form="two") == two_graphs.detector.notes
+    with torch.no_grad():
+        other.model.decoder.refinement.box_branch[-1].bias += 0.05
+    changed, notes = build_notes(other, form="two"), two_graphs.detector.notes
+    assert [key for key in notes if changed[key] != notes[key]] == ["weights"]
 
 
 def test_defaults_come_from_the_config(make_predictor, tmp_path):

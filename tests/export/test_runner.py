@@ -7,6 +7,7 @@ import re
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -260,3 +261,22 @@ class TestFiles:
         encoder = write_graph(tmp_path / "b.encoder.onnx", IMAGES, ONE_GRAPH, notes)
         with pytest.raises(ValueError, match=r"/b\.step\.onnx does not exist: deqdet-export-model writes it$"):
             runner.OnnxDetector(encoder)
+
+    @pytest.mark.parametrize("of_encoder, of_step", [("new", "old"), ("new", None), (None, "old")])
+    def test_of_two_detectors(self, runner, tmp_path, of_encoder, of_step):
+        """None: a file of an older version, which has no checksum of the weights."""
+        encoder, step = (
+            NOTES | {"form": "two"} | ({} if weights is None else {"weights": weights})
+            for weights in (of_encoder, of_step)
+        )
+        path = write_graph(tmp_path / "a.encoder.onnx", IMAGES, ONE_GRAPH, encoder)
+        file = write_graph(tmp_path / "a.step.onnx", {"state": (TensorProto.FLOAT, [None, 9])}, ONE_GRAPH, step)
+        self.refuse(runner, path, f" and {file} are of different detectors: export the detector again")
+        write_graph(file, {"state": (TensorProto.FLOAT, [None, 9])}, ONE_GRAPH, encoder)
+        assert runner.OnnxDetector(path).notes == encoder
+
+    def test_notes_of_other_tools_are_left_out(self, runner, one_graph):
+        model = onnx.load(one_graph)
+        model.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")
+        onnx.save(model, one_graph)
+        assert runner.OnnxDetector(one_graph).notes == NOTES

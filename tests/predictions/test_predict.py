@@ -378,6 +378,28 @@ class TestInterruptions:
         assert codes == ["error: --output out is in use by another run: wait until it has finished"]
 
 
+def test_images_without_a_finite_state_are_counted_even_after_an_interruption(run, images, monkeypatch):
+    """One such image is in the group that the first run finishes, another in the rest."""
+    infer, seen = DEQDet.infer, []
+
+    def count(self, batch, **options):
+        outputs = infer(self, batch, **options)
+        seen.extend(outputs)
+        if len(seen) > 6 and len(seen) - len(outputs) <= 6:
+            raise KeyboardInterrupt
+        return [output | {"finite": len(seen) not in (2, 9)} for output in outputs]
+
+    monkeypatch.setattr(DEQDet, "infer", count)
+    words = "--input", images, "--output", "out", "--batch-size", 1
+    assert run(*words)[0] == 130
+    code, out, _ = run(*words)
+    assert code is None and "completed 4 of 10 images" in out
+    assert out.splitlines()[-1] == (
+        "The states became infinite or NaN in 2 of 10 images: their detections may be useless "
+        "(docs/equilibrium.md, When it does not converge)"
+    )
+
+
 class TestBrokenImages:
     def test_the_first_one_ends_the_run_with_one_line(self, run, images, tmp_path):
         (images / "5.png").write_text("no image")

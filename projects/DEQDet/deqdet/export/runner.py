@@ -45,7 +45,7 @@ class OnnxDetector:
 
         Raises:
             ValueError: an argument is not as described here; or a file is missing, is not an ONNX file, or was not
-                written by deqdet-export-model.
+                written by deqdet-export-model; or the two files are of different detectors.
         """
         _check_arguments(path, threads, providers)
         path = Path(path)
@@ -54,10 +54,15 @@ class OnnxDetector:
         if "deqdet" not in metadata or "images" not in [x.name for x in self.encoder.get_inputs()]:
             raise ValueError(f"{path}: give NAME.onnx or NAME.encoder.onnx, as written by deqdet-export-model")
         # The exporter's notes: class names, sizes, pixel format, defaults of steps, rtol and solver.
-        self.notes = {key: json.loads(value) for key, value in metadata.items()}
+        self.notes = {}
+        for key, value in metadata.items():
+            with suppress(json.JSONDecodeError):  # a note of another tool, for example of onnxruntime's quantization
+                self.notes[key] = json.loads(value)
         if self.notes["form"] == "two":
-            name = path.name.removesuffix(".encoder.onnx")
-            self.step = _load(path.with_name(f"{name}.step.onnx"), threads, providers)
+            file = path.with_name(f"{path.name.removesuffix('.encoder.onnx')}.step.onnx")
+            self.step = _load(file, threads, providers)
+            if self.step.get_modelmeta().custom_metadata_map.get("weights") != metadata.get("weights"):
+                raise ValueError(f"{path} and {file} are of different detectors: export the detector again")
 
     def __call__(self, images, *, steps=None, rtol=None, solver=None, threshold: float = 0.5):
         """Detect objects in one image, or in a list of images as one batch.

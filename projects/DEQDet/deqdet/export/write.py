@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from detectron2.modeling.backbone.swin import SwinTransformerBlock
 
 from ..atomic import replacing
+from ..checkpoints.files import checksum
 from ..contract import describe
 from ..decoders import StackedDecoder
 from ..equilibrium import Anderson, FixedPointIteration, Solver
@@ -177,6 +178,7 @@ def build_notes(
     return {
         "deqdet": __version__,
         "form": form,
+        "weights": checksum(predictor.model.state_dict()),  # the runner refuses a step of other weights
         "class_names": list(predictor.class_names),
         "pixel_format": predictor.cfg.INPUT.FORMAT,  # the order of the channels of "images", which are 0 to 255
         "min_size": predictor.cfg.INPUT.MIN_SIZE_TEST,  # of the short side, pixels; 0: images keep their size

@@ -22,11 +22,11 @@ class Done:
     size: tuple[int, int] | None = None  # height and width, pixels; None for an image that was skipped
     detections: tuple[tuple[float, ...], ...] = ()  # best first: class index, score, x, y, width, height; pixels
     fault: str = ""  # why it was skipped
+    finite: bool = True  # False: its state became infinite or NaN, see Detections
 
     def to_line(self) -> bytes:
         """Format as one line of the journal."""
-        fields = {"state": self.state, "size": self.size, "detections": self.detections, "fault": self.fault}
-        return json.dumps(fields).encode() + b"\n"
+        return json.dumps(vars(self)).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> "Done":
@@ -39,7 +39,8 @@ class Done:
             raise ValueError("the line is incomplete")
         fields = json.loads(line)
         size = None if fields["size"] is None else tuple(fields["size"])
-        return cls(fields["state"], size, tuple(map(tuple, fields["detections"])), fields["fault"])
+        detections = tuple(map(tuple, fields["detections"]))
+        return cls(fields["state"], size, detections, fields["fault"], fields["finite"])
 
 
 class Journal:

@@ -95,6 +95,7 @@ def _to_done(found: Detections, state: list) -> Done:
         state,
         size=tuple(int(side) for side in found.instances.image_size),
         detections=tuple((row["category_id"], row["score"], *row["bbox"]) for row in rows),
+        finite=found.finite,
     )
 
 

@@ -178,6 +178,11 @@ def _write(args: argparse.Namespace, journal: Journal, output: OutputFiles) -> N
     inputs = plural(len(output.done) - len(journal.faults), "frame" if args.video_input else "image")
     skipped = f", {len(journal.faults)} skipped" if journal.faults else ""
     print(f"{', '.join(map(str, files))}: {plural(count, 'detection')} in {inputs}{skipped}")
+    if nonfinite := sum(not done.finite for done in output.done):
+        print(
+            f"The states became infinite or NaN in {nonfinite} of {inputs}: their detections may be useless "
+            "(docs/equilibrium.md, When it does not converge)"
+        )
 
 
 def _describe_images(
