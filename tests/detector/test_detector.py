@@ -9,6 +9,7 @@ from torch import nn
 from detectron2.evaluation import inference_context
 from detectron2.modeling import build_model
 
+from deqdet.errors import UserError
 from deqdet.structures import Decoded, Prediction
 
 from helpers.batches import strip
@@ -44,6 +45,16 @@ def test_preprocessing_by_hand(small_model):
     assert not images.tensor[0, :, 50:].any() and not images.tensor[0, :, :, 70:].any()
     assert not images.tensor[1, :, 33:].any() and not images.tensor[1, :, :, 90:].any()
     assert images.tensor[0, 2, 49, 69] != 0
+
+
+@pytest.mark.parametrize("dtype, name", [(torch.float16, "float16"), (torch.bfloat16, "bfloat16")])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_converted_to_16_bits_is_refused(small_model, make_inputs, dtype, name, training):
+    model = small_model().train(training)
+    inputs = make_inputs(2, 0)
+    model.to(dtype)
+    with pytest.raises(UserError, match=f"^the model was converted to {name}, .*TEST.PRECISION and SOLVER.AMP.ENABLED"):
+        model(inputs)
 
 
 def test_levels_and_initial_queries_by_hand(small_model):

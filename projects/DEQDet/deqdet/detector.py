@@ -336,7 +336,16 @@ class DEQDet(nn.Module):
         return autocast(self.device.type, PRECISIONS[self.precision])
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise the images, and pad them at the right and bottom to a common size that the backbone accepts."""
+        """Normalise the images, and pad them at the right and bottom to a common size that the backbone accepts.
+
+        Raises:
+            UserError: the model was converted to 16 bits.
+        """
+        if self.pixel_mean.dtype.itemsize < 4:  # boxes, residuals and losses need float32
+            raise UserError(
+                f"the model was converted to {str(self.pixel_mean.dtype).removeprefix('torch.')}, which is too coarse "
+                "for boxes: load it again in float32; TEST.PRECISION and SOLVER.AMP.ENABLED compute in 16 bits"
+            )
         images = [(move(x["image"], self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
