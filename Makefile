@@ -30,8 +30,9 @@ demo: setup  ## train DEQDet on generated shapes with two CPU processes, and rep
 	$(MALLOC) OMP_NUM_THREADS=1 $(BIN)/python tools/train_net.py --config-file $(CONFIG) --num-gpus 2 --resume OUTPUT_DIR $(OUTPUT)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/report.py --config-file $(CONFIG) OUTPUT_DIR $(OUTPUT)
 
+# The tests start many commands, so Python stores the package's bytecode, even where it is told not to.
 test: setup  ## run the tests, in two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## check the style
 	$(BIN)/python -m ruff check .

@@ -29,13 +29,11 @@ from deqdet.data import (
     check_coco_file,
     checking,
     coco_file,
-    draw_contact_sheet,
-    draw_inputs,
     find_class_names,
-    find_first_inputs,
     image_headers,
     prepare_datasets,
 )
+from deqdet.data.contact_sheet import draw_contact_sheet, draw_inputs, find_first_inputs
 from deqdet.engine import check_run
 from deqdet.errors import UserError
 from deqdet.tools import check_data

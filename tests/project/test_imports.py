@@ -36,6 +36,13 @@ def test_the_import_prints_nothing_and_rarely_collects_garbage():
     assert int(full) <= 3  # 7 without the pause
 
 
+@pytest.mark.parametrize("module", ["deqdet", "deqdet.tools.train_net", "deqdet.tools.publish"])
+def test_libraries_that_few_commands_need_are_not_imported(module):
+    """Pictures need matplotlib, and matching needs scipy: together a seventh of a command's start."""
+    code = f"import sys, {module}; print({{'matplotlib', 'scipy.optimize', 'onnx', 'pandas'}} & sys.modules.keys())"
+    assert run(code).stdout == "set()\n"
+
+
 def test_a_command_visits_the_libraries_objects_no_more():
     code = "import gc; from deqdet.tools.publish import main\ntry: main()\nfinally: print(gc.get_freeze_count())"
     assert int(run(code, "--help").stdout.split()[-1]) > 100_000

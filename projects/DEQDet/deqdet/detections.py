@@ -8,7 +8,6 @@ import numpy as np
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 
-from . import drawing
 from .data.image_input import ImageLike, to_array
 from .errors import UserError
 from .extras import how_to_install
@@ -47,6 +46,8 @@ class Detections:
         Raises:
             UserError: the image cannot be read, or has other proportions than the one in which the objects were found.
         """
+        from . import drawing  # imports matplotlib, which takes a tenth of the start of a command that draws nothing
+
         picture = to_array(image, channels)
         (height, width), (h, w) = self.instances.image_size, picture.shape[:2]
         if abs(h - height * w / width) > 1 and abs(w - width * h / height) > 1:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .structures import Prediction, Targets, move
@@ -176,6 +175,8 @@ def _assign(cost: np.ndarray, valid: np.ndarray) -> Tensor:
     Returns:
         (3, P) int64, the fields of Matches.
     """
+    from scipy.optimize import linear_sum_assignment  # which inference does not need, and which takes 0.5 s to import
+
     pairs = []
     for row, row_cost in enumerate(cost):
         columns = valid[row % len(valid)].nonzero()[0]

@@ -3,7 +3,6 @@
 from .annotations import BOX_FORMATS
 from .augmentation import build_augmentation
 from .checking import CheckedSet, CheckOptions, check_coco_file
-from .contact_sheet import draw_contact_sheet, draw_inputs, find_first_inputs
 from .evaluation import EVALUATORS, OriginalIdsEvaluator, build_coco_evaluator, import_faster_coco_eval
 from .image_headers import PILLOW_LIMIT
 from .images import read_image
@@ -41,11 +40,8 @@ __all__ = [
     "build_validation_loader",
     "check_coco_file",
     "check_datasets",
-    "draw_contact_sheet",
-    "draw_inputs",
     "find_class_names",
     "find_entries",
-    "find_first_inputs",
     "find_results",
     "format_report",
     "generate_shapes",

@@ -13,7 +13,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
 from detectron2.structures import Instances
-from detectron2.utils import comm
 
 from ..data import build_mapper, random_state_kept, read_image, read_truth
 from ..drawing import draw_detections, enlarge
@@ -27,12 +26,10 @@ LONGEST = 640  # pixels: images with a longer side are shrunk first
 
 
 def build_pictures(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
-    """Build the hook that VIS_PERIOD asks for, on the main process; else return an empty list.
+    """Build the hook that VIS_PERIOD asks for; call this on the main process.
 
     The images are the first ones of the first set in DATASETS.TEST, or in DATASETS.TRAIN if there is no test set.
     """
-    if cfg.VIS_PERIOD == 0 or not comm.is_main_process():
-        return []
     name = (cfg.DATASETS.TEST or cfg.DATASETS.TRAIN)[0]
     classes = MetadataCatalog.get(name).thing_classes
 

@@ -52,7 +52,6 @@ from .insight import build_insight
 from .models import buildable
 from .optimizer import build_optimizer
 from .options import check_options
-from .pictures import build_pictures
 from .pretrained import load_backbone_weights
 from .ranks import is_lost_peer
 from .resume import (
@@ -296,7 +295,7 @@ class Trainer(DefaultTrainer, EndableTrainer):
                 best = WeightsCheckpointer(self.model if average is None else average, cfg.OUTPUT_DIR, metric)
                 evaluating.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, best, metric))
             self._events = EvaluationsWriter(placed[hooks.PeriodicWriter]._writers, cfg.TEST.EVAL_PERIOD)
-            writing = [*build_pictures(cfg, self.model), self._events]
+            writing = [*self._build_pictures(), self._events]
             publishing = [ModelFileWriter(cfg, average)]
         return [
             MarkProgress(),
@@ -314,6 +313,14 @@ class Trainer(DefaultTrainer, EndableTrainer):
             *build_early_stop(cfg),
             StopOnSignal(),
         ]
+
+    def _build_pictures(self) -> list[HookBase]:
+        """Build the hook of VIS_PERIOD."""
+        if self.cfg.VIS_PERIOD == 0:
+            return []
+        from .pictures import build_pictures  # imports matplotlib, which other trainings do without
+
+        return build_pictures(self.cfg, self.model)
 
     def _build_averaging(self) -> list[HookBase]:
         """Build the hook of SOLVER.EMA, and make its weights the entry "ema" of the checkpoints."""

@@ -30,14 +30,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..atomic import prepare_output
-from ..data import (
-    CheckedSet,
-    draw_contact_sheet,
-    draw_inputs,
-    find_first_inputs,
-    format_report,
-    prepare_datasets,
-)
+from ..data import CheckedSet, format_report, prepare_datasets
+from ..data.contact_sheet import draw_contact_sheet, draw_inputs, find_first_inputs
 from ..drawing import find_format, save_picture
 from ..engine import UserError, add_config_arguments, exit_on_user_error, load_config, parse_arguments
 from ..engine.arguments import add_folder_arguments

@@ -25,7 +25,6 @@ from ..engine import Trainer, argument_parser, exit_on_user_error, load_weights,
 from ..engine.data_folder import DataInPlace
 from ..engine.initialization import initialize, prepare_initialization
 from ..engine.own_data import use_own_data
-from ..measurement.training_report import write_training_report
 
 EXAMPLES = """\
 KEY VALUE pairs at the end override keys of the config. Examples:
@@ -66,6 +65,8 @@ def work(args: argparse.Namespace) -> dict | None:
     """
     cfg = setup(args, brief=bool(args.data))  # the settings that --data derives, above the listings, stay in sight
     if not args.eval_only:
+        if args.data:  # only then, since it imports matplotlib; and now, so that no training ends in a failed import
+            from ..measurement.training_report import write_training_report
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         if args.init and not trainer.checkpointer.has_checkpoint():
