@@ -14,7 +14,7 @@ DOWNLOAD_FAILED = { echo "make setup: pip failed (its error is above): check the
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: $(STAMP)  ## make .venv with torch, detectron2 and this package (about 5 GB, some minutes, once)
+setup: $(STAMP)  ## make .venv with torch, detectron2 and this package (about 6 GB, some minutes, once)
 
 $(STAMP): setup.py pyproject.toml tools/install_detectron2.py tools/detectron2-28fd05ee.sha256
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
