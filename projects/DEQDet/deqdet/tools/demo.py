@@ -11,8 +11,7 @@ one, Esc to quit. Each class has its own colour.
 
 --refinement-gif, --refinement-strip and --convergence-plot write NAME_refinement.gif, NAME_strip.png and
 NAME_convergence.png beside the result: how the boxes of the detections moved from the initial ones step by step, and
-the residuals of content and position. They need MODEL.DEQDET.DECODER EquilibriumDecoder, as do --steps, --rtol and
---solver.
+the residuals of content and position. They need a decoder with an equilibrium, as do --steps, --rtol and --solver.
 
 Each file that cannot be processed is reported in one line on stderr; the others are processed, and the exit code is 1.
 """

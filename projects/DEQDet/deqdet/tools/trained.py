@@ -92,7 +92,7 @@ def load_predictor(args: argparse.Namespace, extras: Sequence[str] = ()) -> tupl
     flags = [f"--{name}" for name, value in options.items() if value is not None] + list(extras)
     if flags and not predictor.has_equilibrium:
         raise UserError(
-            f"{', '.join(flags)}: only for MODEL.DEQDET.DECODER {EquilibriumDecoder.__name__}, "
-            f"but this config has {type(predictor.model.decoder).__name__}"
+            f"{', '.join(flags)}: only for a decoder with an equilibrium, such as {EquilibriumDecoder.__name__}, "
+            f"but MODEL.DEQDET.DECODER is {type(predictor.model.decoder).__name__}"
         )
     return predictor, predictor.options(**options)
