@@ -25,6 +25,7 @@ from deqdet.layers.mixing import AdaptiveMixing
 from deqdet.layers.regions import _level, pool_regions
 from deqdet.layers.sampling import sample_pyramid, sample_table
 from deqdet.layers.table import build_table
+from deqdet.measurement.memory import training_memory
 
 from helpers.batches import strip, total
 from helpers.paths import ROOT
@@ -166,10 +167,52 @@ def test_a_recorded_decode_is_the_eager_one(build, make_inputs, decoder, layer, 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_recording_keeps_the_numbers_that_it_copies(build, make_inputs, layer):
+    """Its copies from the host read pinned memory, which no other tensor may have got by the time of a replay."""
+    model, inputs = build("EquilibriumDecoder", layer).eval(), strip(make_inputs(0))
+    expected = model.decode(inputs)[0].prediction
+    model.graphs = DecodingGraphs(1)
+    model.decode(inputs)
+    pinned = [torch.full((size,), 1e9).pin_memory() for size in (8, 16, 32, 64, 128, 256) for _ in range(20)]
+    found = model.decode(inputs)[0].prediction
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-2)
+    assert len(pinned) == 120 and model.graphs.replays == 2
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a single GPU")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_gpu_that_is_not_the_current_one(build, make_inputs, layer, caplog):
+    """Recordings of two GPUs after one another, since torch's own stream of recordings is on the GPU of the first."""
+    model, inputs = build("EquilibriumDecoder", layer).eval(), [strip(make_inputs(n)) for n in (0, 2)]
+    expected = [model.decode(x)[0].prediction.boxes for x in inputs]
+    for device in ("cuda:0", "cuda:1"):
+        other = copy.deepcopy(model).to(device)
+        other.graphs = DecodingGraphs(1)
+        for _ in range(2):
+            for x, boxes in zip(inputs, expected, strict=True):
+                found = other.decode(x)[0].prediction.boxes
+                assert found.device == torch.device(device)
+                torch.testing.assert_close(found.cpu(), boxes.cpu(), rtol=1e-4, atol=1e-2)
+        assert other.graphs.replays == 4
+    assert torch.cuda.current_device() == 0 and warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_memory_of_training_is_counted_without_computing(build, make_inputs, layer):
+    model = build("EquilibriumDecoder", layer).train()
+    with torch.no_grad():
+        features, initial = model.encode(model.preprocess(make_inputs(1)))
+    counted, found = (training_memory(model.decoder, initial, features, (0, 1), compute=x) for x in (False, True))
+    assert [x.saved for x in counted] == pytest.approx([x.saved for x in found], rel=0.02)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_kernels_compute_what_the_operations_do(dtype):
     """In float32 up to the rounding of coordinates of 1,344 pixels, which takes another way in grid_sample."""
-    assert tables._kernels_work()
+    assert tables._kernels_work(torch.device("cuda", 0))
     within = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
     levels = [torch.randn(2, 64, 800 // s, 1344 // s, device="cuda") for s in (4, 8, 16, 32)]
     table = build_table(levels, (4, 8, 16, 32), dtype, 4)

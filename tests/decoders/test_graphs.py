@@ -1,11 +1,15 @@
 """Recordings of a decode. The recorder is one of the tests' own, which runs on a CPU what CUDA would replay."""
 
+import copy
 import logging
+import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from deqdet.decoders import DecodingGraphs
+from deqdet.decoders import graphs as module
 from deqdet.equilibrium import Anderson
 from deqdet.errors import UserError
 from deqdet.structures import Decoded, Prediction, QueryState
@@ -87,6 +91,30 @@ class TestRecordings:
             with mode:
                 found = graphs(double, state(1.5), features)
             assert found.prediction.boxes.unique().tolist() == [3.0]
+
+    def test_a_copy_has_none(self):
+        def record(function):
+            lock = threading.Lock()  # which cannot be copied, as a CUDA graph cannot
+            return function(), lock.locked
+
+        graphs, features = DecodingGraphs(1, record), [torch.zeros(1, 3, 4, 4)]
+        graphs(double, state(1.0), features)
+        copied = copy.deepcopy(graphs)
+        found = copied(double, state(3.0), features)
+        assert found.prediction.boxes.unique().tolist() == [6.0] and copied.replays == 1
+
+    def test_it_is_made_on_the_gpu_of_the_inputs(self, monkeypatch):
+        """Which need not be the current GPU: nothing of what runs on another one would be recorded."""
+        devices = []
+
+        def record(function, device):
+            devices.append(device)
+            return function(), lambda: None
+
+        monkeypatch.setattr(module, "record_cuda_graph", record)
+        with FakeTensorMode(), torch.device("cuda:1"):
+            DecodingGraphs(1)(double, state(1.0), [torch.zeros(1, 3, 4, 4)])
+        assert devices == [torch.device("cuda:1")]
 
     @pytest.mark.parametrize("record, reason", [
         (None, "CUDA graphs do not exist on the device cpu"),

@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from detectron2.structures import Boxes, Instances
 
-from deqdet.structures import QueryState, Targets
+from deqdet.structures import QueryState, Targets, to_device
 
 CPU = torch.device("cpu")
 
@@ -99,3 +100,16 @@ def test_targets_of_images_without_boxes():
     assert targets.boxes.shape == (2, 0, 4)
     assert (targets.labels.dtype, targets.valid.dtype) == (torch.int64, torch.bool)
     assert targets.image_sizes.tolist() == [[64.0, 48.0], [20.0, 10.0]]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_reach_a_gpu_that_is_only_imagined(compiled):
+    """Where torch computes sizes alone, as under torch.compile and for --count-only, it cannot pin memory."""
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return x + to_device([1, 2, 3], torch.int32, x.device)
+
+    with FakeTensorMode():
+        call = torch.compile(add, backend="aot_eager", fullgraph=True) if compiled else add
+        found = call(torch.zeros(3, dtype=torch.int32, device="cuda:0"))
+    assert (found.device, found.dtype, found.shape) == (torch.device("cuda:0"), torch.int32, (3,))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deqdet.engine import Trainer, UserError, load_config, run, setup
+from deqdet.engine.configuration import check_run
 
 from helpers.engine_toy import IN_PROCESS, TRAIN_NET, parse
 
@@ -88,6 +89,25 @@ def test_without_cuda_the_device_becomes_the_cpu(toy_config, capsys):
     cfg = setup(parse(toy_config, "MODEL.DEVICE", "cuda"))
     assert cfg.MODEL.DEVICE == "cpu" and cfg.is_frozen()
     assert capsys.readouterr().out.count("CUDA is not available: MODEL.DEVICE is cpu instead of cuda") == 1
+
+
+def test_the_gpu_of_the_config_becomes_the_current_one(toy_config, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("deqdet.engine.configuration.adapt_device", lambda cfg: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        setup(parse(toy_config, "--overwrite", "MODEL.DEVICE", device))
+    assert chosen == ["cuda:1"]
+
+
+def test_several_processes_do_not_share_a_gpu(toy_config, monkeypatch):
+    args = parse(toy_config, "--num-gpus", 2, "SOLVER.IMS_PER_BATCH", 4, "MODEL.DEVICE", "cuda:1")
+    cfg = load_config(args)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^MODEL.DEVICE is cuda:1, the same GPU for 2 processes: it must be cuda"):
+        check_run(cfg, args)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # srun may show each process only one
+    check_run(cfg, args)
 
 
 def test_parts_of_a_batch_need_a_detector_of_ours(toy_config):

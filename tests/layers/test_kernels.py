@@ -123,7 +123,7 @@ def works(monkeypatch):
 
         monkeypatch.setattr(kernels, "try_all", try_all)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        return tables._kernels_work.__wrapped__()
+        return tables._kernels_work.__wrapped__(torch.device("cuda", 0))
 
     return ask
 
@@ -140,10 +140,29 @@ def test_without_a_compiler_a_warning_says_so_and_the_operations_are_used(works,
 
 
 def test_without_a_gpu_or_triton_there_are_no_kernels(monkeypatch):
-    assert not tables._kernels_work()  # the tests hide the GPU
+    gpu = torch.device("cuda", 0)
+    assert not tables._kernels_work(gpu)  # the tests hide the GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tables, "kernels", None)
-    assert not tables._kernels_work.__wrapped__()
+    assert not tables._kernels_work.__wrapped__(gpu)
+
+
+def test_they_are_tried_once_on_each_gpu(monkeypatch, caplog):
+    tried = []
+
+    def try_all(device: torch.device) -> None:
+        tried.append(device.index)
+        if device.index == 1:
+            raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(kernels, "try_all", try_all)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tables._kernels_work.cache_clear()
+    try:
+        assert [tables._kernels_work(torch.device("cuda", i)) for i in (0, 1, 0, 1)] == [True, False, True, False]
+    finally:
+        tables._kernels_work.cache_clear()
+    assert tried == [0, 1]
 
 
 def test_the_kernels_are_used_without_a_gradient_alone(monkeypatch):

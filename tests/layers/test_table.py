@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from deqdet.boxes import decode_boxes, encode_boxes
 from deqdet.decoders import prepare_features
+from deqdet.layers import table as tables
 from deqdet.layers.regions import pool_regions
 from deqdet.layers.sampling import sample_pyramid, sample_table
 from deqdet.layers.table import build_table
@@ -166,3 +168,19 @@ def test_boxes_in_half_precision_keep_their_coordinates():
         for features in (levels, layer.prepare([x.half() for x in levels])):
             found = layer._pool(features, decode_boxes(state.position)).float()
             torch.testing.assert_close(found, exact, rtol=1e-3, atol=5e-3)
+
+
+def test_traced_code_builds_a_table_without_trying_the_kernels(monkeypatch):
+    """As AdaMixer does in a compiled, deterministic training on a GPU."""
+
+    def try_kernels(device: torch.device) -> bool:
+        raise AssertionError("the kernels were tried in traced code")
+
+    monkeypatch.setattr(tables, "_kernels_work", try_kernels)
+
+    def build(level: Tensor) -> Tensor:
+        return build_table([level], [8], torch.float32, groups=4).rows
+
+    with FakeTensorMode():
+        rows = torch.compile(build, backend="aot_eager", fullgraph=True)(torch.zeros(1, 16, 8, 8, device="cuda:0"))
+    assert rows.shape == (1, 4, 12 * 12, 4)

@@ -65,7 +65,7 @@ def test_a_recorded_step_has_a_recorded_floor(small_model, monkeypatch):
     """The recorder is one of the tests' own, since there is no CUDA."""
     recorded, starts, iterate = [], [], module.iterate
 
-    def record(function):
+    def record(function, device):
         recorded.append(function)
         return function(), function
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from detectron2.structures import Instances
@@ -17,6 +18,10 @@ from detectron2.structures import Instances
 # the norm of the whole state, and so the residual that decides when to stop. Division by powers of two is exact.
 CENTER_UNIT = 1024.0
 SCALE_UNIT = 8.0
+
+# The host memory of copies that CUDA graphs have recorded: every replay reads it again. Releases of torch before its
+# allocator of pinned memory knew of graphs would give it to another tensor.
+_recorded: list[Tensor] = []
 
 
 def packing_units(device: torch.device) -> Tensor:
@@ -77,9 +82,14 @@ def to_device(numbers: Sequence, dtype: torch.dtype, device: torch.device) -> Te
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from the host to a device, from pinned memory, so that the host does not wait for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    if is_traced() or isinstance(tensor, FakeTensor):  # neither traced nor fake tensors can be pinned
+        return tensor.to(device)
+    pinned = tensor.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _recorded.append(pinned)
+    return pinned.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -82,11 +83,15 @@ class DecodingGraphs:
         self.replays += 1
         return _map_tensors(recording.outputs, Tensor.clone)
 
+    def __reduce__(self) -> tuple[type["DecodingGraphs"], tuple[int, Recorder | None]]:
+        """Copy the settings alone: a recording cannot be copied, and reads the weights of the original."""
+        return DecodingGraphs, (self._most, self._record)
+
     def _add(self, key: Hashable, decode: Callable[[QueryState, Features], Decoded], inputs: list[Tensor]) -> None:
         # Tensors made in inference mode cannot be written to outside of it, where a later call may run.
         with torch.inference_mode(False):
             kept = [x.clone() for x in inputs]
-        record = record_cuda_graph if self._record is None else self._record
+        record = partial(record_cuda_graph, device=inputs[0].device) if self._record is None else self._record
         try:
             outputs, replay = record(lambda: decode(QueryState(*kept[:2]), kept[2:]))
         except RuntimeError as error:  # torch and CUDA raise it for operations that cannot be recorded
@@ -100,11 +105,15 @@ class DecodingGraphs:
         self._usable = False
 
 
-def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Replay]:
+def record_cuda_graph(function: Callable[[], Result], device: torch.device) -> tuple[Result, Replay]:
     """Record a function as a CUDA graph, after WARM_UP runs on a separate stream.
 
     Under autocast, each weight is cast once, and all steps of the function read the cast copy. The casts are part of
     the recording, so that a replay uses the current values of the weights.
+
+    Args:
+        device: the GPU on which the function computes. It need not be the current one: a recording contains what runs
+            on a stream of this GPU, and nothing that runs on another one.
 
     Returns:
         The function's result, in tensors that a replay overwrites; and the replay.
@@ -112,21 +121,23 @@ def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Replay]:
     Raises:
         RuntimeError: an operation cannot be recorded.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Autocast caches its cast copies of the weights. Copies from before the recording would be freed while replays
-    # still read them, and copies made during the recording have no values until it is replayed.
-    torch.clear_autocast_cache()
-    try:
-        with torch.cuda.graph(graph):
-            outputs = function()
-    finally:
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Autocast caches its cast copies of the weights. Copies from before the recording would be freed while replays
+        # still read them, and copies made during the recording have no values until it is replayed.
         torch.clear_autocast_cache()
+        try:
+            # By default, torch would use one stream for all recordings of the process, on the GPU of the first.
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = function()
+        finally:
+            torch.clear_autocast_cache()
     return outputs, graph.replay
 
 

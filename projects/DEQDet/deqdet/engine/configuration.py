@@ -67,6 +67,8 @@ def setup(args: argparse.Namespace, *, brief: bool = False) -> CfgNode:
             shorten_listings(cfg.OUTPUT_DIR)
         adapt_device(cfg)
         check_run(cfg, args)
+        if cfg.MODEL.DEVICE.startswith("cuda:"):
+            torch.cuda.set_device(cfg.MODEL.DEVICE)  # detectron2 and PeakMemory measure the memory of the current GPU
         cfg.freeze()
         # default_setup logs the text of the config file, so a model zoo name is resolved to its path.
         file = find_config(args.config_file) if args.config_file else ""
@@ -172,8 +174,10 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Register the data sets (and draw the generated ones); check that they and MODEL.WEIGHTS exist and fit the model.
 
     Raises:
-        UserError: a data set or file is missing, or the number of classes differs from the model's.
+        UserError: a data set or file is missing, the number of classes differs from the model's, or MODEL.DEVICE is one
+            GPU for several processes.
     """
+    _check_device(cfg.MODEL.DEVICE, args.num_gpus)
     with explained_datasets():
         prepare_datasets(cfg, eval_only=args.eval_only, class_names=_known_classes(cfg, args))
         check_datasets(cfg, eval_only=args.eval_only)
@@ -225,6 +229,15 @@ def _make_folder(path: str) -> None:
         raise UserError(f"OUTPUT_DIR {path} cannot be created ({error.strerror}): choose another folder") from error
     if not PathManager.isdir(path):
         raise UserError(f"OUTPUT_DIR {path} is a file: choose a folder")
+
+
+def _check_device(device: str, processes: int) -> None:
+    """Check that the processes of a machine, if it has several GPUs, do not all take the same one."""
+    if processes > 1 and device.startswith("cuda:") and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"MODEL.DEVICE is {device}, the same GPU for {processes} processes: it must be cuda, so that each process "
+            "takes its own"
+        )
 
 
 def _check_batch(images: int, parts: int, processes: int) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..structures import PreparedFeatures, to_device
+from ..structures import PreparedFeatures, is_traced, to_device
 
 try:
     from . import kernels
@@ -101,12 +101,12 @@ class PyramidTable(PreparedFeatures):
 
 
 @functools.cache
-def _kernels_work() -> bool:
-    """Whether the kernels of kernels.py run on this machine. Triton needs a C compiler to build them at first use."""
+def _kernels_work(device: torch.device) -> bool:
+    """Whether the kernels of kernels.py run on this GPU. Triton needs a C compiler to build them at first use."""
     if kernels is None or not torch.cuda.is_available():
         return False
     try:
-        kernels.try_all(torch.device("cuda"))
+        kernels.try_all(device)
     except Exception as error:  # see try_all
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         logger.warning("Sampling on the GPU is slow, because Triton does not work on this machine: %s", reason)
@@ -158,7 +158,8 @@ def build_table(
     # (B, G): the first row of each image and group.
     begin = torch.arange(0, images * groups * cells, cells, dtype=torch.int32, device=device).view(images, groups)
     corners = corners.view(2, 2, -1, 1, 1) + begin
-    has_kernels = device.type == "cuda" and dtype != torch.float64 and _kernels_work()
+    # Traced code cannot try the kernels. It builds tables in training alone, where no kernel would read them.
+    has_kernels = device.type == "cuda" and dtype != torch.float64 and not is_traced() and _kernels_work(device)
     return PyramidTable(
         levels=levels,
         strides=strides,

@@ -193,7 +193,7 @@ def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
         state = next(states)
         kept = QueryState(state.position.clone(), state.content.clone())
         with _autocast(model, setting):
-            replay = record_cuda_graph(lambda: walk(prepared, steps, kept))[1]
+            replay = record_cuda_graph(lambda: walk(prepared, steps, kept), model.device)[1]
 
         def walk_again() -> None:
             state = next(states)
@@ -201,14 +201,14 @@ def _step(model: DEQDet, setting: Setting) -> dict[str, Any]:
             kept.content.copy_(state.content)
             replay()
 
-        calls = {"step": walk_again, "floor": record_cuda_graph(calls["floor"])[1]}
+        calls = {"step": walk_again, "floor": record_cuda_graph(calls["floor"], model.device)[1]}
     elif not setting.compiled:
         calls["simple"] = lambda: walk(plain, steps, next(states))
     times = interleave(calls, model.device, repeats=setting.repeats, warm_up=setting.warm_up)
     found = _report({name: Timing.of(x, parts=steps) for name, x in times.items()}, "step")
     found["peak_mb"] = _peak_mb(calls["step"], model, setting)
     if model.device.type == "cuda":
-        bandwidth, kernels = _copy_bandwidth(model.device), _count_kernels(calls["step"]) / steps
+        bandwidth, kernels = _copy_bandwidth(model.device), _count_kernels(calls["step"], model.device) / steps
         found |= {"kernels": kernels, "moved_mb": seen.moved / 2**20, "bandwidth_ms": 1e3 * seen.moved / bandwidth}
     return found
 
@@ -331,12 +331,12 @@ class _Operations(TorchDispatchMode):
             func(*args, **kwargs)
 
 
-def _count_kernels(call: Call) -> int:
+def _count_kernels(call: Call, device: torch.device) -> int:
     """Count the kernels that a call launches on a GPU, including copies on the device."""
     call()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         call()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
 
 
