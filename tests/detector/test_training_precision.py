@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import deqdet
 from deqdet.measurement.gradients import compare_gradients, format_gradients
 
-from helpers.batches import FIXED_STATISTICS
+from helpers.batches import FIXED_STATISTICS, total
 
 PACKAGE = str(Path(deqdet.__file__).parent)
 LAYERS = {"AdaMixerLayer": (), "SparseRCNNLayer": ("MODEL.BACKBONE.NAME", "build_basic_resnet_fpn_backbone")}
@@ -121,3 +122,23 @@ def test_the_comparison_sees_a_wrong_gradient(small_model, make_inputs):
         "| backbone", "| neck", "| queries", "| g", "| f",
     ]  # fmt: skip
     assert found["neck"].cosines[0] < 0
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_weights_cast_without_a_gradient_are_cast_again(small_model, make_inputs, monkeypatch, extra):
+    """With a cache as in older releases of torch, which keep the first cast of a weight, with a gradient or without."""
+    cache: dict[nn.Module, Tensor] = {}
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        if self not in cache:
+            cache[self] = self.weight.to(torch.bfloat16)
+        return F.linear(x.to(torch.bfloat16), cache[self], self.bias.to(torch.bfloat16))
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    monkeypatch.setattr(torch, "clear_autocast_cache", cache.clear)
+    model = small_model("MODEL.DEQDET.EQUILIBRIUM.EXTRA_SUPERVISION", extra).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(make_inputs(2))
+    total(losses).backward()
+    layers = [x for x in model.decoder.refinement.modules() if isinstance(x, nn.Linear)]
+    assert len(layers) > 5 and all(x.weight.grad is not None for x in layers)

@@ -215,6 +215,10 @@ class EquilibriumDecoder(Decoder):
         num_queries = start.content.shape[1]
         with torch.no_grad():
             points = self._perturbed_points(start, features)
+        if self.supervision.extra == 0:
+            # So far f has run without a gradient alone. Under autocast, older releases of torch would now take its cast
+            # weights from then, through which no gradient reaches the weights themselves.
+            torch.clear_autocast_cache()
         refine = packed_map(self.refinement, features, num_queries, units=self.units)
 
         def segment(flat: Tensor) -> Prediction:
