@@ -21,9 +21,11 @@ $(STAMP): setup.py pyproject.toml tools/install_detectron2.py tools/detectron2-2
 		{ echo "make setup needs Python 3.10 or later: PYTHON=$(PYTHON) is missing or older; say make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || \
 		{ echo "make setup could not make $(VENV): on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
-	@$(BIN)/python -m pip install torchvision || $(DOWNLOAD_FAILED)
+	@$(BIN)/python -m pip install --no-compile torchvision || $(DOWNLOAD_FAILED)
 	$(BIN)/python tools/install_detectron2.py
-	@$(BIN)/python -m pip install -e '.[dev]' || $(DOWNLOAD_FAILED)
+	@$(BIN)/python -m pip install --no-compile -e '.[dev]' || $(DOWNLOAD_FAILED)
+	@# Bytecode is made here, by all cores, and not by pip, which uses one. A few files are for other releases of Python.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@
 
 demo: setup  ## train DEQDet on generated shapes with two CPU processes, and report what came of it
