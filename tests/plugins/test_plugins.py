@@ -71,23 +71,27 @@ def test_the_page_shows_the_files():
         assert (HERE / name).read_text().rstrip() in page, f"docs/extending.md shows another {name}"
 
 
-@pytest.mark.parametrize("decoder", ["EquilibriumDecoder", "RecurrentDecoder", "StackedDecoder"])
-def test_a_layer_trains_and_decodes_in_every_decoder(use, config, tmp_path, decoder):
-    pairs = ["MODEL.DEQDET.REFINEMENT_LAYER", "CenterLayer", "MODEL.DEQDET.DECODER", decoder]
-    file, plugin = config("center", *pairs, "MODEL.DEQDET.NUM_LAYERS", "3"), HERE / "center_layer.py"
-    common = ["--plugin", plugin, "--config-file", file]
-    printed = use(
-        ["train_net", *common, "OUTPUT_DIR", tmp_path / "out"],
-        ["analyze_model", *common, "--output", tmp_path / "cost.json"],
-        ["demo", "--plugin", plugin, "--model", tmp_path / "out" / "model_final.safetensors", "--input",
-         ROOT / "docs" / "detections.jpg", "--output", tmp_path / "seen"],
-    )  # fmt: skip
-    assert (tmp_path / "seen" / "detections.jpg").is_file()
-    losses = [json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
-    assert any("bbox/AP" in line for line in losses)
-    cost = json.loads((tmp_path / "cost.json").read_text())
-    assert cost["flops"]["linear"]["per_step"] > 0 and cost["parameters"]["total"] > 0
-    assert "one step" in printed
+def test_a_layer_trains_and_decodes_in_every_decoder(use, config, tmp_path):
+    plugin, folders, commands = HERE / "center_layer.py", [], []
+    for decoder in ("EquilibriumDecoder", "RecurrentDecoder", "StackedDecoder"):
+        pairs = ["MODEL.DEQDET.REFINEMENT_LAYER", "CenterLayer", "MODEL.DEQDET.DECODER", decoder]
+        common = ["--plugin", plugin, "--config-file", config(decoder, *pairs, "MODEL.DEQDET.NUM_LAYERS", "3")]
+        out = tmp_path / f"out_{decoder}"
+        folders.append(out)
+        commands += [
+            ["train_net", *common, "OUTPUT_DIR", out],
+            ["analyze_model", *common, "--output", out / "cost.json"],
+            ["demo", "--plugin", plugin, "--model", out / "model_final.safetensors", "--input",
+             ROOT / "docs" / "detections.jpg", "--output", out / "seen"],
+        ]  # fmt: skip
+    printed = use(*commands)
+    for out in folders:
+        assert (out / "seen" / "detections.jpg").is_file()
+        losses = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+        assert any("bbox/AP" in line for line in losses)
+        cost = json.loads((out / "cost.json").read_text())
+        assert cost["flops"]["linear"]["per_step"] > 0 and cost["parameters"]["total"] > 0
+    assert printed.count("one step") == 3
 
 
 def test_a_layer_is_compared_and_converted(use, config, tmp_path):
@@ -141,18 +145,20 @@ def test_a_solver_appears_in_the_tables(use, config, tmp_path):
     assert json.loads((tmp_path / "steps" / "steps.json").read_text())["results"][1]["name"] == "heavyball"
 
 
-@pytest.mark.parametrize("plugin, pairs", [
-    ("two_pass_decoder.py", ["MODEL.DEQDET.DECODER", "TwoPassDecoder"]),
-    ("patch_backbone.py", ["MODEL.BACKBONE.NAME", "build_patch_channel_mapper_backbone"]),
-])  # fmt: skip
-def test_a_decoder_and_a_backbone(use, config, tmp_path, plugin, pairs):
-    common = ["--plugin", HERE / plugin, "--config-file", config("own", *pairs)]
-    printed = use(
-        ["train_net", *common, "OUTPUT_DIR", tmp_path / "out"],
-        ["analyze_model", *common],
-        ["publish", tmp_path / "out" / "model_final.pth", *common, "--output", tmp_path / "own.safetensors"],
-    )
-    assert "one step" in printed and (tmp_path / "own.safetensors").is_file()
+def test_a_decoder_and_a_backbone(use, config, tmp_path):
+    commands = []
+    for plugin, *pairs in (
+        ("two_pass_decoder", "MODEL.DEQDET.DECODER", "TwoPassDecoder"),
+        ("patch_backbone", "MODEL.BACKBONE.NAME", "build_patch_channel_mapper_backbone"),
+    ):
+        common, out = ["--plugin", HERE / f"{plugin}.py", "--config-file", config(plugin, *pairs)], tmp_path / plugin
+        commands += [
+            ["train_net", *common, "OUTPUT_DIR", out],
+            ["analyze_model", *common],
+            ["publish", out / "model_final.pth", *common, "--output", out / "own.safetensors"],
+        ]
+    assert use(*commands).count("one step") == 2
+    assert all((tmp_path / plugin / "own.safetensors").is_file() for plugin in ("two_pass_decoder", "patch_backbone"))
 
 
 def test_a_decoder_with_a_walk_of_its_own(use, config, tmp_path):
