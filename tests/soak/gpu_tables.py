@@ -26,6 +26,7 @@ LAYERS = {
 TRAINED = ("deqdet_r50_300q_2x", "deqdet_r50_100q_1x_p64", "deqdet_r50_300q_2x_p64")
 PRECISIONS = ("bfloat16", "tf32", "float32")
 MODES = ("compiled-graph", "graph", "eager")
+LONGEST = 240  # seconds for a row
 RECOMPUTED = ("MODEL.DEQDET.EQUILIBRIUM.CHECKPOINT_SEGMENTS", "True")
 
 
@@ -70,8 +71,12 @@ def rows(table: str) -> Iterator[Row]:
 
 
 def measure(row: Row, file: Path, words: Sequence[str]) -> None:
-    """Call deqdet-benchmark, and write its numbers, or {"error": its last line}."""
-    done = subprocess.run(row.command(file, words), capture_output=True, text=True)
+    """Call deqdet-benchmark, and write its numbers, or {"error": the reason why there are none}."""
+    try:
+        done = subprocess.run(row.command(file, words), capture_output=True, text=True, timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        file.write_text(json.dumps({"error": f"more than {LONGEST} s"}))
+        return
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         errors = [line for line in lines if re.match(r"(error:|\w*(\.\w+)*Error)", line)]
