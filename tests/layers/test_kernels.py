@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -163,6 +164,15 @@ def test_they_are_tried_once_on_each_gpu(monkeypatch, caplog):
     finally:
         tables._kernels_work.cache_clear()
     assert tried == [0, 1]
+
+
+def test_they_are_tried_on_the_gpu_of_the_table(monkeypatch):
+    """Which need not be the current one."""
+    tried = []
+    monkeypatch.setattr(tables, "_kernels_work", lambda device: tried.append(device) or False)
+    with FakeTensorMode():
+        tables.build_table([torch.zeros(1, 8, 4, 4, device="cuda:1")], (4,), torch.float32, 1)
+    assert tried == [torch.device("cuda", 1)]
 
 
 def test_the_kernels_are_used_without_a_gradient_alone(monkeypatch):
