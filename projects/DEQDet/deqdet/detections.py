@@ -46,7 +46,7 @@ class Detections:
         Raises:
             UserError: the image cannot be read, or has other proportions than the one in which the objects were found.
         """
-        from . import drawing  # imports matplotlib, which takes a tenth of the start of a command that draws nothing
+        from . import drawing  # It imports matplotlib, and would slow the start of commands that draw nothing.
 
         picture = to_array(image, channels)
         (height, width), (h, w) = self.instances.image_size, picture.shape[:2]

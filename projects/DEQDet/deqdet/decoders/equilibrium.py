@@ -216,8 +216,8 @@ class EquilibriumDecoder(Decoder):
         with torch.no_grad():
             points = self._perturbed_points(start, features)
         if self.supervision.extra == 0:
-            # So far f has run without a gradient alone. Under autocast, older releases of torch would now take its cast
-            # weights from then, through which no gradient reaches the weights themselves.
+            # Until here f has only run without a gradient. Autocast keeps a cast copy of each weight, and in older
+            # releases of torch no gradient flows through a copy that was made without one. So f casts them again.
             torch.clear_autocast_cache()
         refine = packed_map(self.refinement, features, num_queries, units=self.units)
 

@@ -84,7 +84,7 @@ class DecodingGraphs:
         return _map_tensors(recording.outputs, Tensor.clone)
 
     def __reduce__(self) -> tuple[type["DecodingGraphs"], tuple[int, Recorder | None]]:
-        """Copy the settings alone: a recording cannot be copied, and reads the weights of the original."""
+        """Make a copy or a pickle of the settings without the recordings, which read the weights of this detector."""
         return DecodingGraphs, (self._most, self._record)
 
     def _add(self, key: Hashable, decode: Callable[[QueryState, Features], Decoded], inputs: list[Tensor]) -> None:
@@ -112,8 +112,8 @@ def record_cuda_graph(function: Callable[[], Result], device: torch.device) -> t
     the recording, so that a replay uses the current values of the weights.
 
     Args:
-        device: the GPU on which the function computes. It need not be the current one: a recording contains what runs
-            on a stream of this GPU, and nothing that runs on another one.
+        device: the GPU on which the function computes, which need not be the current one. What the function does on
+            another GPU is not recorded.
 
     Returns:
         The function's result, in tensors that a replay overwrites; and the replay.

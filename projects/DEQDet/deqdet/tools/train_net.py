@@ -65,7 +65,7 @@ def work(args: argparse.Namespace) -> dict | None:
     """
     cfg = setup(args, brief=bool(args.data))  # the settings that --data derives, above the listings, stay in sight
     if not args.eval_only:
-        if args.data:  # only then, since it imports matplotlib; and now, so that no training ends in a failed import
+        if args.data:  # Other trainings need no matplotlib. A failed import must not come after hours of training.
             from ..measurement.training_report import write_training_report
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
