@@ -30,6 +30,8 @@ from deqdet.export.write import _trace_images, _trace_step, build_notes
 from deqdet.layers import RefinementLayer, SparseRCNNLayer
 from deqdet.tools.export_model import main
 
+from helpers.batches import TWO_LEVELS
+
 NAMES = ("ox", "ass", "hen")
 TEST_SIZE = "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 160, "DATASETS.TEST", ()
 SPARSE = (
@@ -44,9 +46,8 @@ SWIN = (
     [1, 1, 2], "MODEL.SWIN.NUM_HEADS", [1, 2, 4], "MODEL.DEQDET.IN_FEATURES", ["p2", "p3", "p4"],
     "MODEL.SWIN.WINDOW_SIZE", 2, "MODEL.SWIN.DROP_PATH_RATE", 0.0, "MODEL.BACKBONE.FREEZE_AT", 0,
 )  # fmt: skip
-# Stacked decoders read two levels, since their encoders are traced for them alone; the others read four.
-TWO_LEVELS = ("MODEL.DEQDET.IN_FEATURES", ["p2", "p3"], "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"])
 TWO_STEPS = ("MODEL.DEQDET.EQUILIBRIUM.TEST_STEPS", 2)
+# Stacked decoders read two levels, since their encoders are traced for them alone; the others read four.
 DETECTORS = {
     "DEQDet": ("MODEL.DEQDET.SOLVER.DAMPING", 0.5),
     "RNNDet": RECURRENT,

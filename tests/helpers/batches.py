@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+# Overrides for a small detector that reads two levels instead of four; with an FPN, its levels must be given too.
+TWO_LEVELS = "MODEL.DEQDET.IN_FEATURES", ["p2", "p3"], "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"]
 FIXED_STATISTICS = "MODEL.DEQDET.FIX_BN_STATISTICS", True, "MODEL.BACKBONE.FREEZE_AT", 2
 
 

@@ -27,12 +27,11 @@ from deqdet.measurement.speed_accuracy import Way, measure_ways
 from deqdet.tools import analyze_model, evaluate_steps, report, residual_signal, speed_accuracy
 from deqdet.tools.trained import choose_test_set
 
+from helpers.batches import TWO_LEVELS
 from helpers.engine_toy import IN_PROCESS
 from helpers.paths import TOOLS
 
 pytestmark = IN_PROCESS
-# An export is traced faster than with four levels.
-TWO_LEVELS = "MODEL.DEQDET.IN_FEATURES", ["p2", "p3"], "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"]
 
 
 @pytest.fixture(scope="module")
